@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up by themselves in .venv, with Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO_OUTPUT ?= demo
+
+.PHONY: demo test check bench wheel odir clean
+
+demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
+	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
+
+test: $(VENV)/.installed-dev  ## the default tests; pass more with ARGS="-k name"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev  ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results are printed and written under bench/results
+	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
+	@rm -rf dist build && $(BIN)/python -m build --outdir dist .
+
+odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
+	@$(BIN)/python -m bench.odir_evidence
+
+# A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing fastfundus[$*] into $(VENV) (a minute or two the first time)"
+	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

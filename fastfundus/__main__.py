@@ -1,0 +1,5 @@
+"""``python -m fastfundus``."""
+
+from fastfundus.cli import main
+
+main()

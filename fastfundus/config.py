@@ -1,0 +1,242 @@
+"""A training run as one TOML file: frozen dataclasses that check themselves. Standard library only.
+
+    task = "abnormality"
+    [model]
+    backbone = "resnet50"
+    [loop]
+    epochs = 30
+
+Unknown keys are errors with close matches. The resolved config is stored with the run, the checkpoint and the bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fastfundus.errors import ConfigError, close_matches
+
+__all__ = ["AugmentConfig", "DataConfig", "LoopConfig", "ModelConfig", "OptimiserConfig", "TrainConfig", "to_toml"]
+
+_Config = TypeVar("_Config")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be {low:g} to {high:g}, got {value:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network."""
+
+    backbone: str = "resnet50"
+    """A timm model name. The paper uses ResNet-50; "resnet18" trains four times faster."""
+    init: str = "scratch"
+    """"scratch", "imagenet" (timm's weights, from its hub), or a path: a FastFundus run, .safetensors or state dict."""
+    drop_rate: float = 0.0
+    """Dropout before the head, 0 to 0.9. Raise it when validation loss rises while training loss falls."""
+
+    def __post_init__(self) -> None:
+        _check_range("model.drop_rate", self.drop_rate, 0, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Labels and the patient-grouped split."""
+
+    label: str = "auto"
+    """Manifest column to learn. For abnormality, "auto" takes `abnormal` (1 = abnormal) or else `normal` (inverted)."""
+    folds: int = 5
+    """Patients are dealt into this many folds: one is the test fold, the next validates, the rest train."""
+    fold: int = 0
+    """Which fold is the test fold, 0 to folds - 1. Run every one of them for cross-validation."""
+    split_seed: int = 0
+    """Deals patients into folds. Keep it when comparing runs."""
+
+    def __post_init__(self) -> None:
+        _check_range("data.folds", self.folds, 3, 100)
+        _check_range("data.fold", self.fold, 0, self.folds - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """Random changes to each training photo, composed into one geometry and one colour matrix."""
+
+    scale: float = 0.8
+    """Smallest side of the random crop, as a share of the photo's side; 1 turns cropping off."""
+    rotate_degrees: float = 15.0
+    """Largest rotation either way."""
+    flip_horizontal: bool = True
+    """Mirror half of the photos left to right: a right eye becomes a left one."""
+    flip_vertical: bool = False
+    """Mirror half of the photos top to bottom; no retina looks like that, but lesions do."""
+    brightness: float = 0.15
+    """Largest relative change either way."""
+    contrast: float = 0.15
+    """Largest relative change either way, around mid-grey."""
+    saturation: float = 0.15
+    """Largest relative change either way, around each pixel's luma."""
+    hue_degrees: float = 6.0
+    """Largest turn of the colour circle either way."""
+
+    def __post_init__(self) -> None:
+        _check_range("augment.scale", self.scale, 0.1, 1)
+        _check_range("augment.rotate_degrees", self.rotate_degrees, 0, 180)
+        for name in ("brightness", "contrast", "saturation"):
+            _check_range(f"augment.{name}", getattr(self, name), 0, 0.9)
+        _check_range("augment.hue_degrees", self.hue_degrees, 0, 180)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimiserConfig:
+    """AdamW with linear warm-up and cosine decay to zero, and an average of the weights."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate. From a pretrained start, try 1e-4."""
+    weight_decay: float = 0.02
+    """Decoupled decay of weights; biases and normalisation layers are spared."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises from zero."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; longer gradients are scaled down."""
+    ema_decay: float = 0.995
+    """Decay per step of the averaged weights that are validated and saved as best; 0 turns averaging off."""
+
+    def __post_init__(self) -> None:
+        _check_range("optimiser.learning_rate", self.learning_rate, 1e-8, 10)
+        _check_range("optimiser.weight_decay", self.weight_decay, 0, 1)
+        _check_range("optimiser.warmup_epochs", self.warmup_epochs, 0, 1000)
+        _check_range("optimiser.clip_norm", self.clip_norm, 1e-6, 1e6)
+        _check_range("optimiser.ema_decay", self.ema_decay, 0, 0.99999)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How the training loop runs."""
+
+    epochs: int = 30
+    """Passes over the training photos."""
+    batch_size: int = 32
+    """Photos a step."""
+    amp: bool = True
+    """bfloat16 autocast for the model's forward pass; weights, loss and optimiser stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile: "auto" compiles on CUDA and not on CPU, where it costs a minute and gains nothing measured."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout: "auto" means on for convolutional backbones."""
+    seed: int = 0
+    """Weights, order and augmentation."""
+
+    def __post_init__(self) -> None:
+        _check_range("loop.epochs", self.epochs, 1, 100_000)
+        _check_range("loop.batch_size", self.batch_size, 2, 65_536)
+        _check_range("loop.seed", self.seed, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run."""
+
+    task: Literal["abnormality"] = "abnormality"
+    """What is learned: "abnormality" is one output, the probability that the eye is abnormal."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> TrainConfig:
+        """Read plain data, such as parsed TOML.
+
+        Raises:
+            ConfigError: a key is unknown, or a value has the wrong type or is out of range.
+        """
+        return _from_dict(cls, plain, "")
+
+    @classmethod
+    def from_toml(cls, path: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+        """Read a TOML file.
+
+        Args:
+            path: the file.
+            overrides: values that win over the file's, by dotted name, such as {"loop.epochs": 3}.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML, or a key or value is wrong.
+        """
+        try:
+            plain = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        try:
+            return cls.from_dict(override(plain, overrides or {}))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+
+def override(plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested plain data with values set by dotted name; values that are None are left out."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
+    for dotted, value in values.items():
+        if value is None:
+            continue
+        table = result
+        *sections, key = dotted.split(".")
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = value
+    return result
+
+
+def _from_dict(cls: type[_Config], plain: Any, prefix: str) -> _Config:
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a table of settings, got {plain!r}")
+    hints = typing.get_type_hints(cls)
+    names = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in plain:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting{close_matches(key, names)}")
+    values = {key: _read(hints[key], value, prefix + key) for key, value in plain.items()}
+    return cls(**values)
+
+
+def _read(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _from_dict(kind, value, f"{name}.")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def to_toml(plain: dict[str, Any]) -> str:
+    """Write plain data (one level of tables of strings, numbers and truth values) as TOML."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items() if not isinstance(value, dict)]
+    for section, table in plain.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: str | float | bool) -> str:
+    # TOML's strings, truth values and finite numbers are written as JSON's are.
+    return json.dumps(value, ensure_ascii=False)

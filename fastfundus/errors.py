@@ -1,0 +1,132 @@
+"""The exceptions users may meet.
+
+    FastFundusError
+    ├── ConfigError           a setting, flag or TOML key is wrong
+    ├── DataError             a label file, manifest or cache is wrong; carries path and row
+    ├── PhotoError            one photo cannot be used; carries a `Status`, becomes a result row
+    ├── CheckpointError       weights or a run folder cannot be used
+    ├── SpecMismatch          two parts were made with different preprocessing
+    ├── BundleError           an engine bundle is damaged, too new, or for another machine
+    ├── GateRefused           an engine differs from its model by more than the gate allows
+    └── MissingDependency     an optional package is absent; says how to install it
+
+Messages say what failed, the value, what is allowed and the next step, in that order. The command line prints them
+as one line and exits 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from fastfundus.records import Status
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FastFundusError",
+    "GateRefused",
+    "MissingDependency",
+    "PhotoError",
+    "SpecMismatch",
+    "close_matches",
+    "require",
+]
+
+
+class FastFundusError(Exception):
+    """Base of every error that FastFundus raises on purpose."""
+
+
+class ConfigError(FastFundusError):
+    """A setting is wrong; the message starts with its dotted name."""
+
+
+class DataError(FastFundusError):
+    """A label file, manifest or cache is wrong.
+
+    Args:
+        message: what is wrong and what to do.
+        path: the file at fault.
+        row: its line, counted from 1 with the header as line 1.
+    """
+
+    def __init__(self, message: str, *, path: str | Path | None = None, row: int | None = None) -> None:
+        self.path, self.row = path, row
+        place = "" if path is None else f"{path}{'' if row is None else f', line {row}'}: "
+        super().__init__(place + message)
+
+
+class PhotoError(FastFundusError):
+    """One photo cannot be used. Callers turn it into that photo's result row.
+
+    Args:
+        status: the row's status.
+        reason: in words a camera operator understands, without the path.
+    """
+
+    def __init__(self, status: Status, reason: str) -> None:
+        self.status, self.reason = status, reason
+        super().__init__(reason)
+
+
+class CheckpointError(FastFundusError):
+    """Weights or a run folder cannot be used."""
+
+
+class SpecMismatch(FastFundusError):
+    """Two parts were made with different preprocessing."""
+
+
+class BundleError(FastFundusError):
+    """An engine bundle is damaged, too new, or for another machine."""
+
+
+class GateRefused(FastFundusError):
+    """An engine's answers differ from its model's by more than the gate allows."""
+
+
+class MissingDependency(FastFundusError):
+    """An optional package is absent.
+
+    Args:
+        name: what is missing, as users know it.
+        how: the command that installs it.
+    """
+
+    def __init__(self, name: str, how: str) -> None:
+        self.name, self.how = name, how
+        super().__init__(f"{name} is not installed; run: {how}")
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        module: import name, such as "torch".
+        extra: the FastFundus extra that brings it, such as "train".
+
+    Raises:
+        MissingDependency: the package is absent.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A package that is there but lacks one of its own parts is a different fault, to be shown as it is.
+        if error.name != module.split(".")[0]:
+            raise
+        raise MissingDependency(error.name, f"pip install 'fastfundus[{extra}]'") from None
+
+
+def close_matches(name: str, allowed: Iterable[str]) -> str:
+    """Write ``; did you mean 'x'?`` or the list of what is allowed, for the end of an error message."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(repr(match) for match in close) + "?"
+    return "; allowed: " + ", ".join(names)

@@ -1,0 +1,64 @@
+"""What a photo is called and what became of it: words shared by every part. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "SourcePhoto", "Status"]
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff"})
+"""File name endings, lower case, that a folder search takes for photographs."""
+
+
+class Status(StrEnum):
+    """What became of one input. Every input ends with exactly one."""
+
+    OK = "ok"
+    """A colour fundus photograph that was preprocessed (and, when screening, scored)."""
+    UNGRADABLE = "ungradable"
+    """A fundus photograph too poor to grade: take it again."""
+    NOT_FUNDUS = "not_fundus"
+    """A picture of something else."""
+    UNREADABLE = "unreadable"
+    """Missing, empty, damaged, or no picture at all."""
+    UNSUPPORTED = "unsupported"
+    """A sound picture of a kind that cannot be screened: grey, CMYK, tiny, wide-field."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldCircle:
+    """The retinal field in one photo, in pixels of the upright photo at full size.
+
+    Pixel (0, 0) covers [0, 1] x [0, 1]: its centre lies at (0.5, 0.5).
+    """
+
+    x_px: float
+    y_px: float
+    radius_px: float
+    confidence: float
+    """0 to 1: the share of the visible rim that agrees with the circle; 0 when none was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePhoto:
+    """One input of `prepare` or `screen`, before anything is read from it."""
+
+    path: Path
+    """Where the file is."""
+    name: str
+    """How results name it: the path relative to the source, with forward slashes."""
+    patient: str
+    """Groups photos that must never be split; equals `name` when nothing is known."""
+    patient_known: bool = False
+    """False when `patient` is only the photo's own name."""
+    eye: str | None = None
+    """"L", "R" or unknown."""
+    split: str | None = None
+    """"train", "val" or "test" when the label file fixes it."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Labels and other columns of the label file, by column name."""
+    issue: str | None = None
+    """A fault found while listing, such as a file that the label file names but is not there."""

@@ -1,0 +1,107 @@
+"""The one definition of what happens to a photo before a model sees it. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from fastfundus.errors import ConfigError, SpecMismatch, close_matches
+
+__all__ = ["PreprocessSpec", "fingerprint_of"]
+
+
+def fingerprint_of(value: Any) -> str:
+    """Hash plain data (dicts, lists, strings, numbers): sha256 of its canonical JSON, as 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessSpec:
+    """Field detection, crop, size and normalisation of one photo.
+
+    Two specs with equal fields have equal fingerprints; caches, checkpoints, bundles and results store the
+    fingerprint, and parts whose fingerprints differ refuse to work together.
+    """
+
+    version: int = 1
+    """Meaning of the fields below; rises when any step changes its output by more than rounding."""
+    size: int = 512
+    """Side of the square output in pixels, 32 to 4096."""
+    field: Literal["circle", "frame"] = "circle"
+    """"circle": crop to the detected retinal field; "frame": take the largest centred square of the whole photo."""
+    margin: float = 0.02
+    """Black rim kept around the field, as a share of its radius, 0 to 0.5."""
+    mask_outside: bool = True
+    """Blacken what lies outside the field circle and its margin: burned-in text must not become a feature."""
+    filter: Literal["area"] = "area"
+    """Area average when shrinking, bilinear when enlarging."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from RGB in 0 to 1. Source: ImageNet training set, as in torchvision's published weights."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides RGB in 0 to 1 after the mean is subtracted. Source: as `mean`."""
+
+    def __post_init__(self) -> None:
+        if self.version != 1:
+            raise ConfigError(f"spec.version is {self.version}; this FastFundus knows version 1: upgrade it")
+        if not 32 <= self.size <= 4096:
+            raise ConfigError(f"spec.size must be 32 to 4096 pixels, got {self.size}")
+        if self.field not in ("circle", "frame"):
+            raise ConfigError(f"spec.field must be 'circle' or 'frame', got {self.field!r}")
+        if self.filter != "area":
+            raise ConfigError(f"spec.filter must be 'area', got {self.filter!r}")
+        if not 0 <= self.margin <= 0.5:
+            raise ConfigError(f"spec.margin must be 0 to 0.5 of the field radius, got {self.margin}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3:
+                raise ConfigError(f"spec.{name} needs three numbers (R, G, B), got {len(values)}")
+            # Lists from JSON become tuples, so that equal specs compare and hash equal.
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise ConfigError(f"spec.std must be positive, got {self.std}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` reads back."""
+        plain = asdict(self)
+        return plain | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> PreprocessSpec:
+        """Read plain data.
+
+        Raises:
+            ConfigError: a key is unknown or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        for key in plain:
+            if key not in known:
+                raise ConfigError(f"spec.{key} is not a setting{close_matches(key, known)}")
+        return cls(**plain)
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that identify this preprocessing."""
+        return fingerprint_of(self.to_dict())
+
+    def require_same(self, other: PreprocessSpec, *, mine: str, theirs: str) -> None:
+        """Refuse to go on when two parts were preprocessed differently.
+
+        Args:
+            other: the other part's spec.
+            mine: what this spec belongs to, in words, such as "the cache odir/".
+            theirs: what `other` belongs to.
+
+        Raises:
+            SpecMismatch: the fingerprints differ; the message lists each field that does.
+        """
+        if self.fingerprint == other.fingerprint:
+            return
+        here, there = self.to_dict(), other.to_dict()
+        different = ", ".join(f"{key} {here[key]} / {there[key]}" for key in here if here[key] != there[key])
+        raise SpecMismatch(
+            f"{mine} and {theirs} were preprocessed differently ({different}); "
+            "prepare the photos again with the settings of the model"
+        )
