@@ -20,7 +20,7 @@ from fastfundus.synthetic.pathology import LESIONS
 
 __all__ = ["LABEL_COLUMNS", "PhotoPlan", "plan_dataset", "write_dataset"]
 
-LABEL_COLUMNS = ("file", "patient", "eye", "abnormal", *LESIONS, "quality", "camera")
+LABEL_COLUMNS = ("file", "patient", "eye", "abnormal", *LESIONS, "image_quality", "camera")
 """Columns of the `labels.csv` that `write_dataset` writes."""
 
 

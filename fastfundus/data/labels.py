@@ -1,0 +1,163 @@
+"""Reads a label CSV: one row a photo, with faults named by file and line and no value guessed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastfundus.errors import DataError
+
+__all__ = ["FILE_COLUMNS", "LabelRow", "LabelTable", "normal_eye", "read_labels"]
+
+FILE_COLUMNS = ("file", "path", "image", "filename", "file_name", "image_path", "image_id", "id")
+"""Column names, in any case, that may name the photo; the first one present is used."""
+_UNKNOWN = frozenset({"", "nan", "na", "n/a", "none", "null", "?"})
+_EYES = {"l": "L", "left": "L", "os": "L", "oi": "L", "og": "L", "r": "R", "right": "R", "od": "R"}
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelRow:
+    """One photo's row."""
+
+    line: int
+    """Line in the file, the header being line 1."""
+    file: str
+    patient: str | None
+    eye: str | None
+    split: str | None
+    columns: dict[str, Any]
+    """Every other column: numbers as float, text as text, unknown as None."""
+
+
+@dataclass(slots=True)
+class LabelTable:
+    """A label file."""
+
+    path: Path
+    rows: list[LabelRow]
+    notes: list[str] = field(default_factory=list)
+    """Faults that were dealt with, a line each, for the user."""
+
+
+def normal_eye(text: str | None) -> str | None:
+    """Bring "left", "OS", "R", ... to "L" or "R"; anything else to None."""
+    return _EYES.get((text or "").strip().lower())
+
+
+def read_labels(path: Path) -> LabelTable:
+    """Read a label CSV.
+
+    The file column is one of `FILE_COLUMNS`; `patient`, `eye` and `split` are understood; all else is kept as columns.
+    A repeated file keeps its first row; values on which the repeats disagree become unknown. Both are noted.
+
+    Raises:
+        DataError: the file cannot be read, has no header or no file column, or a row has another number of cells.
+    """
+    try:
+        # utf-8-sig: spreadsheets write a byte order mark that would become a part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); check the path", path=path) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"is not a UTF-8 CSV file ({error}); save it as CSV UTF-8", path=path) from None
+    if not lines or not any(cell.strip() for cell in lines[0]):
+        raise DataError(f"has no header; the first line must name the columns, one of them {FILE_COLUMNS[0]!r}", path=path)
+    header = [cell.strip() for cell in lines[0]]
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"names the column {repeated[0]!r} twice; rename one of them", path=path, row=1)
+    lower = [name.lower() for name in header]
+    file_column = next((lower.index(name) for name in FILE_COLUMNS if name in lower), None)
+    if file_column is None:
+        raise DataError(
+            f"has no column that names the photos; columns: {', '.join(header)}; "
+            f"rename the right one to {FILE_COLUMNS[0]!r}",
+            path=path,
+            row=1,
+        )
+    table = LabelTable(path, [])
+    for number, cells in enumerate(lines[1:], start=2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise DataError(f"has {len(cells)} cells where the header has {len(header)}; quote commas", path=path, row=number)
+        if not cells[file_column].strip():
+            table.notes.append(f"{path}, line {number}: names no file; the row is left out")
+            continue
+        table.rows.append(_read_row(number, header, cells, file_column, table))
+    _merge_repeats(table)
+    _note_unknown(table)
+    return table
+
+
+def _read_row(number: int, header: list[str], cells: list[str], file_column: int, table: LabelTable) -> LabelRow:
+    columns = {name: _value(cell) for name, cell in zip(header, cells, strict=True)}
+    file = cells[file_column].strip()
+    del columns[header[file_column]]
+    special: dict[str, str | None] = {"patient": None, "eye": None, "split": None}
+    for name in list(columns):
+        if name.lower() in special:
+            text = cells[header.index(name)].strip()
+            special[name.lower()] = None if columns.pop(name) is None else text
+    split = special["split"]
+    if split is not None and split.lower() not in _SPLITS:
+        table.notes.append(f"{table.path}, line {number}: split {split!r} is not train, val or test; taken as unknown")
+    return LabelRow(
+        line=number,
+        file=file.replace("\\", "/"),
+        patient=special["patient"],
+        eye=normal_eye(special["eye"]),
+        split=_SPLITS.get((split or "").lower()),
+        columns=columns,
+    )
+
+
+def _value(cell: str) -> float | str | None:
+    text = cell.strip()
+    if text.lower() in _UNKNOWN:
+        return None
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+        number = float(text)
+        return number if math.isfinite(number) else None
+    return {"true": 1.0, "false": 0.0}.get(text.lower(), text)
+
+
+def _merge_repeats(table: LabelTable) -> None:
+    first: dict[str, int] = {}
+    merged: list[LabelRow] = []
+    for row in table.rows:
+        if row.file not in first:
+            first[row.file] = len(merged)
+            merged.append(row)
+            continue
+        kept = merged[first[row.file]]
+        place = f"{table.path}, line {row.line}: {row.file} was already named in line {kept.line}"
+        differing = [name for name, value in row.columns.items() if kept.columns[name] != value]
+        if differing:
+            columns = {name: None if name in differing else value for name, value in kept.columns.items()}
+            merged[first[row.file]] = LabelRow(kept.line, kept.file, kept.patient, kept.eye, kept.split, columns)
+            table.notes.append(f"{place} with another {', '.join(differing)}; taken as unknown: delete the wrong row")
+        else:
+            table.notes.append(f"{place}; one row is kept")
+    table.rows = merged
+
+
+def _note_unknown(table: LabelTable) -> None:
+    """Note columns of 0 and 1 with gaps: they are labels, and a gap is a photo that will not teach."""
+    names = table.rows[0].columns if table.rows else {}
+    for name in names:
+        values = [row.columns[name] for row in table.rows]
+        gaps = [row for row, value in zip(table.rows, values, strict=True) if value is None]
+        known = {value for value in values if value is not None}
+        if gaps and known and known <= {0.0, 1.0}:
+            where = ", ".join(f"{row.file} (line {row.line})" for row in gaps[:3])
+            more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
+            table.notes.append(
+                f"{table.path}: label {name!r} is unknown for {where}{more}; kept as unknown, not used to train it"
+            )

@@ -1,0 +1,205 @@
+"""Lists the photos of a folder, a folder of classes, a CSV or single files, each exactly once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastfundus.data.labels import LabelRow, normal_eye, read_labels
+from fastfundus.errors import DataError
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto
+
+__all__ = ["ADAPTERS", "SourceList", "list_photos"]
+
+ADAPTERS = ("auto", "folder", "classes", "csv")
+"""How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like."""
+_NORMAL_CLASSES = frozenset({"normal", "healthy", "no_disease", "no disease", "nodr", "no_dr", "no dr", "negative", "0"})
+_EYE_IN_NAME = re.compile(r"^(?P<patient>.+?)[_\-. ](?P<eye>left|right|od|os|oi|og|l|r)(?:[_\-. ].*)?$", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class SourceList:
+    """The inputs, sorted by name, and what was noticed while listing."""
+
+    root: Path
+    photos: list[SourcePhoto]
+    notes: list[str] = field(default_factory=list)
+    """Faults that were dealt with, a line each, for the user."""
+    lost: list[str] = field(default_factory=list)
+    """Places that could not be looked into: inputs may be missing, so commands exit 1."""
+
+
+def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, adapter: str = "auto") -> SourceList:
+    """List every input once.
+
+    Args:
+        sources: folders (searched through), photos, or CSV files that name photos. Files named here are inputs whatever
+            their ending; in folders, endings of `PHOTO_SUFFIXES` are.
+        labels: a label CSV whose file column is relative to the source, to the CSV, or a file name found once.
+        adapter: one of `ADAPTERS`.
+
+    Raises:
+        DataError: a source is not there, nothing was found, or a label file is wrong.
+    """
+    paths = [sources] if isinstance(sources, Path) else list(sources)
+    for path in paths:
+        if not path.exists():
+            raise DataError("is not there; give a folder, a photo or a CSV file", path=path)
+    listing = SourceList(_common_root(paths), [])
+    tables = [] if labels is None else [labels]
+    found: dict[str, Path] = {}
+    ignored: Counter[str] = Counter()
+    for path in paths:
+        if path.is_dir():
+            _walk(path, listing, found, ignored, own={_key(table) for table in tables})
+        elif path.suffix.lower() == ".csv":
+            tables.append(path)
+        else:
+            _add(path, listing, found)
+    if ignored:
+        kinds = ", ".join(f"{count} {suffix or '(no ending)'}" for suffix, count in sorted(ignored.items()))
+        listing.notes.append(f"files that are no photos by their ending were left out: {kinds}")
+    photos = {key: _from_name(path, _name(path, listing.root)) for key, path in found.items()}
+    if adapter == "csv" and not tables:
+        raise DataError("the adapter 'csv' needs a label file; give --labels FILE.csv")
+    for table in tables:
+        _apply_labels(table, listing, photos)
+    if adapter == "classes" or (adapter == "auto" and not tables and _looks_like_classes(photos.values())):
+        photos = {key: _with_class(photo) for key, photo in photos.items()}
+        classes = sorted({str(photo.columns["class"]) for photo in photos.values()})
+        listing.notes.append(f"sub-folders taken as classes: {', '.join(classes)}")
+    if not photos:
+        raise DataError(f"holds no photos; endings searched for: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
+    listing.photos = sorted(_mark_split_patients(photos.values(), listing), key=lambda photo: photo.name)
+    return listing
+
+
+def _common_root(paths: list[Path]) -> Path:
+    folders = [str((path if path.is_dir() else path.parent).absolute()) for path in paths]
+    return Path(os.path.commonpath(folders)) if folders else Path.cwd()
+
+
+def _name(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _key(path: Path) -> str:
+    return os.path.normpath(path.absolute())
+
+
+def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
+    if _key(path) in found:
+        listing.notes.append(f"{path}: was given twice; it gets one row")
+    found[_key(path)] = path
+
+
+def _walk(
+    folder: Path, listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]
+) -> None:
+    def complain(error: OSError) -> None:
+        listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
+
+    for parent, folders, files in os.walk(folder, onerror=complain):
+        # Hidden folders hold thumbnails and trash; sorting makes runs repeat.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(parent) / name
+            if path.suffix.lower() in PHOTO_SUFFIXES and not name.startswith("."):
+                _add(path, listing, found)
+            elif _key(path) not in own:
+                ignored[path.suffix.lower()] += 1
+
+
+def _from_name(path: Path, name: str) -> SourcePhoto:
+    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`."""
+    match = _EYE_IN_NAME.match(path.stem)
+    if match is None:
+        return SourcePhoto(path=path, name=name, patient=name)
+    # The folder belongs to the patient: numbering often restarts in every folder.
+    folder = Path(name).parent.as_posix()
+    patient = match["patient"] if folder == "." else f"{folder}/{match['patient']}"
+    return SourcePhoto(path=path, name=name, patient=patient, patient_known=True, eye=normal_eye(match["eye"]))
+
+
+def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, SourcePhoto]) -> None:
+    """Join a label file to the photos; rows without a photo become inputs that are not there."""
+    table = read_labels(table_path)
+    listing.notes += table.notes
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for key in photos:
+        by_name[Path(key).name].append(key)
+    named: set[str] = set()
+    for row in table.rows:
+        candidates = [listing.root / row.file, table_path.parent / row.file]
+        key = next((_key(path) for path in candidates if _key(path) in photos or path.is_file()), None)
+        same_name = by_name.get(Path(row.file).name, [])
+        if key is None and len(same_name) == 1:
+            key = same_name[0]
+        issue = None
+        if key is None:
+            key = _key(candidates[0])
+            issue = f"named in {table_path.name}, line {row.line}, but not there; correct the name or delete the row"
+            if len(same_name) > 1:
+                issue = f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; give the folder too"
+        path = Path(key)
+        photo = photos.get(key) or _from_name(path, _name(path, listing.root))
+        photos[key] = replace(_with_row(photo, row), issue=issue)
+        named.add(key)
+    unnamed = [photo.name for key, photo in photos.items() if key not in named]
+    if unnamed:
+        listing.notes.append(
+            f"{table_path}: does not name {len(unnamed)} of the photos found, such as {unnamed[0]}; their labels are unknown"
+        )
+
+
+def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
+    return replace(
+        photo,
+        patient=row.patient or photo.patient,
+        patient_known=photo.patient_known or row.patient is not None,
+        eye=row.eye or photo.eye,
+        split=row.split,
+        columns={**photo.columns, **row.columns},
+    )
+
+
+def _looks_like_classes(photos: Iterable[SourcePhoto]) -> bool:
+    """Whether every photo lies in a direct sub-folder, and one sub-folder is called normal or the like."""
+    parents = [Path(photo.name).parent.parts for photo in photos]
+    return bool(parents) and all(len(parts) == 1 for parts in parents) and any(_is_normal(p[0]) for p in parents)
+
+
+def _is_normal(name: str) -> bool:
+    return name.strip().lower() in _NORMAL_CLASSES
+
+
+def _with_class(photo: SourcePhoto) -> SourcePhoto:
+    name = Path(photo.name).parts[0] if len(Path(photo.name).parts) > 1 else ""
+    columns: dict[str, Any] = {**photo.columns, "class": name or None}
+    if name:
+        columns["abnormal"] = 0.0 if _is_normal(name) else 1.0
+    # A patient may have an eye in each class folder: there the folder is no part of who it is.
+    patient = photo.patient.removeprefix(f"{name}/") if photo.patient_known else photo.patient
+    return replace(photo, columns=columns, patient=patient)
+
+
+def _mark_split_patients(photos: Iterable[SourcePhoto], listing: SourceList) -> list[SourcePhoto]:
+    """Take patients that the label file puts into two splits out of every split, and say so."""
+    photos = list(photos)
+    splits: dict[str, set[str]] = defaultdict(set)
+    for photo in photos:
+        if photo.split is not None:
+            splits[photo.patient].add(photo.split)
+    torn = {patient for patient, names in splits.items() if len(names) > 1}
+    for patient in sorted(torn):
+        files = [photo.name for photo in photos if photo.patient == patient]
+        listing.notes.append(
+            f"patient {patient} is in {' and '.join(sorted(splits[patient]))} ({', '.join(files[:4])}): "
+            "taken out of all splits; put every photo of a patient into one"
+        )
+    return [replace(photo, split="excluded") if photo.patient in torn else photo for photo in photos]

@@ -1,0 +1,72 @@
+"""Batches for training: pixels from the cache, changed and normalised by `sample`, one batch ahead of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastfundus.kernels.ops import sample
+
+__all__ = ["epoch_batches", "epoch_order"]
+
+
+def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Shuffle an epoch into whole batches.
+
+    Photos that do not fill a last batch wait for another epoch; a set smaller than a batch is one batch.
+    """
+    order = np.random.default_rng([seed, epoch, 0x0D]).permutation(count)
+    batch_size = min(batch_size, count)
+    return [order[start : start + batch_size] for start in range(0, count - batch_size + 1, batch_size)]
+
+
+def epoch_batches(
+    photos: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    targets: NDArray[np.float64],
+    batches: list[NDArray[np.int64]],
+    geometry: NDArray[np.float32],
+    colour: NDArray[np.float32],
+    *,
+    device: torch.device,
+    channels_last: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs [B, 3, S, S] float32 and targets [B, 1], while a thread makes the next batch.
+
+    Args:
+        photos: uint8 [*, S, S, 3], the cache.
+        rows: [N] training rows of the cache.
+        targets: [N] 0 or 1.
+        batches: positions into `rows`, from `epoch_order`.
+        geometry, colour: [N, 2, 3] and [N, 3, 4], from `draw_epoch`.
+        device: where the model is.
+        channels_last: memory layout of the inputs.
+    """
+    size = photos.shape[1]
+
+    def make(batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        # Reading a memory map in ascending order is kinder to disks than in shuffled order.
+        sequence = np.argsort(rows[batch])
+        pixels = np.empty((len(batch), size, size, 3), np.uint8)
+        for position in sequence:
+            pixels[position] = photos[rows[batch[position]]]
+        images = torch.from_numpy(pixels).to(device, non_blocking=True)
+        matrices = (torch.from_numpy(matrix[batch]).to(device, non_blocking=True) for matrix in (geometry, colour))
+        inputs = sample(images, *matrices, size)
+        if not channels_last:
+            inputs = inputs.contiguous()
+        return inputs, torch.from_numpy(targets[batch]).float()[:, None].to(device, non_blocking=True)
+
+    with ThreadPoolExecutor(1, "feed") as pool:
+        following = pool.submit(make, batches[0]) if batches else None
+        for index in range(len(batches)):
+            assert following is not None
+            ready = following.result()
+            if index + 1 < len(batches):
+                following = pool.submit(make, batches[index + 1])
+            yield ready

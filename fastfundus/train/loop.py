@@ -1,0 +1,350 @@
+"""The training loop, readable from top to bottom: split, model, epochs, validation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import log_loss, roc_auc_score
+
+from fastfundus.config import TrainConfig, to_toml
+from fastfundus.data.cache import PhotoCache
+from fastfundus.data.split import assign_splits
+from fastfundus.errors import CheckpointError, ConfigError, DataError, FastFundusError
+from fastfundus.models.classifier import create_model, uses_channels_last
+from fastfundus.train.augment import draw_epoch
+from fastfundus.train.feed import epoch_batches, epoch_order
+from fastfundus.train.run import SCHEMA, describe_environment, save_atomically, save_best
+from fastfundus.train.schedule import learning_rate
+from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser, predict_logits
+from fastfundus.train.targets import OUTPUT_LABELS, abnormality_targets, usable_rows
+
+__all__ = ["EpochResult", "Interrupted", "Observer", "train"]
+
+_METRICS = ("epoch", "learning_rate", "train_loss", "val_loss", "val_auroc", "images_per_s", "seconds")
+
+
+class Interrupted(FastFundusError):
+    """Training was stopped by a signal, and can be resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochResult:
+    """One line of metrics.csv."""
+
+    epoch: int
+    """Counted from 1."""
+    learning_rate: float
+    train_loss: float
+    val_loss: float
+    val_auroc: float
+    images_per_s: float
+    """Training only, validation not counted."""
+    seconds: float
+    best: bool
+    """Whether this is the best epoch so far."""
+
+
+class Observer:
+    """Hears what happens; the command line draws a progress bar from it."""
+
+    def say(self, text: str) -> None:
+        """A line worth reading."""
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        """A step was taken; `epoch` from 1, `step` from 1 to `steps`."""
+
+    def epoch(self, result: EpochResult) -> None:
+        """An epoch and its validation are over."""
+
+
+@dataclass(slots=True)
+class _State:
+    """Where the run stands; what `last.ckpt` holds besides weights and optimiser."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Steps done in the epoch under way."""
+    loss_sum: float = 0.0
+    best_auroc: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(
+    cache: PhotoCache,
+    output: Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    observer: Observer | None = None,
+) -> float:
+    """Train a model on a cache and leave a run folder.
+
+    Args:
+        cache: the photos.
+        output: the run folder; must not hold a run unless `resume`.
+        config: the run's configuration.
+        resume: go on from `last.ckpt`; on a CPU the result is bit for bit that of a run without a stop.
+        device: None takes the GPU if there is one.
+        observer: hears of progress.
+
+    Returns:
+        The best AUROC on validation.
+
+    Raises:
+        DataError: the labels or patients do not allow training.
+        CheckpointError: `output` holds a run, or resuming does not fit.
+        Interrupted: SIGINT or SIGTERM came; `last.ckpt` was written.
+    """
+    observer = observer or Observer()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if (output / "last.ckpt").exists() and not resume:
+        raise CheckpointError(f"{output}: holds a run already; add --resume to go on, or choose another --output")
+    if resume and not (output / "last.ckpt").exists():
+        raise CheckpointError(f"{output}: has no last.ckpt to resume; leave --resume away to start")
+    targets, label = abnormality_targets(cache.manifest, config.data.label)
+    rows = usable_rows(cache.manifest, targets)
+    if not len(rows):
+        raise DataError("no photo is ok and labelled; see the status and label columns of the manifest", path=cache.path)
+    splits = _splits(cache, rows, targets, config)
+    train_rows, val_rows = (rows[(splits["split"] == name).to_numpy()] for name in ("train", "val"))
+    observer.say(
+        f"learning {label!r}: {len(rows)} of {len(cache.manifest)} photos are ok and labelled; "
+        + ", ".join(f"{name} {int((splits['split'] == name).sum())}" for name in ("train", "val", "test"))
+        + f"; {splits['patient'].n_unique()} patients"
+    )
+
+    torch.manual_seed(config.loop.seed)
+    model, init = create_model(config.model, len(OUTPUT_LABELS[config.task]))
+    channels_last = uses_channels_last(config.loop.channels_last, model)
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    optimiser = build_optimiser(model, config.optimiser)
+    averaged = AveragedModel(model, config.optimiser.ema_decay)
+    state = _State()
+    if resume:
+        state = _load(output, cache, config, splits, model, averaged, optimiser)
+        observer.say(f"resuming after epoch {state.epoch}, step {state.step}")
+    else:
+        _begin(output, config, splits, device)
+        observer.say(f"{config.model.backbone} {init}; {_layout(config, channels_last)}")
+    forward: Any = model
+    if _compiles(config, device, observer):
+        forward = torch.compile(model, fullgraph=True)
+    step = TrainStep(model, forward, optimiser, amp=config.loop.amp, clip_norm=config.optimiser.clip_norm)
+    steps = len(epoch_order(len(train_rows), config.loop.batch_size, seed=0, epoch=0))
+    total, warmup = steps * config.loop.epochs, round(steps * config.optimiser.warmup_epochs)
+
+    def save() -> None:
+        save_atomically(_checkpoint(cache, config, state, model, averaged, optimiser), output / "last.ckpt")
+
+    with _stop_requested() as stop, _events(output) as events:
+        while state.epoch < config.loop.epochs:
+            began = time.perf_counter()
+            model.train()
+            seed, epoch = config.loop.seed, state.epoch
+            order = epoch_order(len(train_rows), config.loop.batch_size, seed=seed, epoch=epoch)
+            matrices = draw_epoch(config.augment, cache.spec, len(train_rows), seed=seed, epoch=epoch)
+            batches = epoch_batches(
+                cache.photos,
+                train_rows,
+                targets[train_rows],
+                order[state.step :],
+                *matrices,
+                device=device,
+                channels_last=channels_last,
+            )
+            taken = 0
+            for inputs, labels in batches:
+                rate = learning_rate(
+                    epoch * steps + state.step, peak=config.optimiser.learning_rate, warmup=warmup, total=total
+                )
+                loss = step(inputs, labels, rate)
+                averaged.update(model)
+                state.loss_sum += float(loss)
+                state.step += 1
+                taken += len(inputs)
+                observer.step(epoch + 1, state.step, steps)
+                if stop.is_set():
+                    save()
+                    raise Interrupted(f"stopped in epoch {epoch + 1} after step {state.step} of {steps}")
+            train_s = time.perf_counter() - began
+            result = _validate(cache, val_rows, targets, averaged, config, device, state, rate, taken / train_s, began)
+            if not np.isfinite(result.train_loss):
+                raise FastFundusError(f"the loss of epoch {epoch + 1} is {result.train_loss}; lower optimiser.learning_rate")
+            if result.best:
+                about = {"config": config, "spec": cache.spec, "labels": OUTPUT_LABELS[config.task]}
+                best = {"epoch": result.epoch, "auroc": result.val_auroc, "cache": cache.path}
+                save_best(output, averaged.module, **about, **best)  # type: ignore[arg-type]
+                state.best_auroc, state.best_epoch = result.val_auroc, result.epoch
+            state.epoch, state.step, state.loss_sum = epoch + 1, 0, 0.0
+            state.history.append({name: getattr(result, name) for name in _METRICS})
+            _write_metrics(output, state.history)
+            for name in _METRICS[1:-1]:
+                events.add_scalar(name, getattr(result, name), result.epoch)
+            save()
+            observer.epoch(result)
+            if stop.is_set() and state.epoch < config.loop.epochs:
+                raise Interrupted(f"stopped after epoch {state.epoch} of {config.loop.epochs}")
+    return state.best_auroc
+
+
+def _splits(
+    cache: PhotoCache, rows: NDArray[np.int64], targets: NDArray[np.float64], config: TrainConfig
+) -> pl.DataFrame:
+    part = cache.manifest[rows]
+    names = assign_splits(part, targets[rows], config.data)
+    return part.select("path", "sha256", "patient").with_columns(
+        pl.Series("label", targets[rows]), pl.Series("split", names)
+    )
+
+
+def _layout(config: TrainConfig, channels_last: bool) -> str:
+    return f"{'bfloat16 AMP' if config.loop.amp else 'float32'}, {'channels-last' if channels_last else 'channels-first'}"
+
+
+def _compiles(config: TrainConfig, device: torch.device, observer: Observer) -> bool:
+    if config.loop.compile == "auto" and device.type == "cpu":
+        observer.say("torch.compile is off: on a CPU it costs a minute and gained nothing when measured; loop.compile=on")
+        return False
+    on = config.loop.compile != "off"
+    observer.say(f"torch.compile is {'on: the first step takes a minute' if on else 'off by loop.compile'}")
+    return on
+
+
+def _validate(
+    cache: PhotoCache,
+    rows: NDArray[np.int64],
+    targets: NDArray[np.float64],
+    averaged: AveragedModel,
+    config: TrainConfig,
+    device: torch.device,
+    state: _State,
+    rate: float,
+    images_per_s: float,
+    began: float,
+) -> EpochResult:
+    logits = predict_logits(
+        averaged.module, cache.photos, rows, cache.spec, amp=config.loop.amp, device=device
+    )[:, 0].astype(np.float64)
+    auroc = float(roc_auc_score(targets[rows], logits))
+    return EpochResult(
+        epoch=state.epoch + 1,
+        learning_rate=rate,
+        train_loss=state.loss_sum / max(1, state.step),
+        val_loss=float(log_loss(targets[rows], 1 / (1 + np.exp(-logits)))),
+        val_auroc=auroc,
+        images_per_s=images_per_s,
+        seconds=time.perf_counter() - began,
+        best=auroc > state.best_auroc,
+    )
+
+
+def _begin(output: Path, config: TrainConfig, splits: pl.DataFrame, device: torch.device) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.toml").write_text(to_toml(config.to_dict()))
+    (output / "environment.json").write_text(json.dumps(describe_environment(device), indent=1) + "\n")
+    splits.write_parquet(output / "splits.parquet")
+
+
+def _checkpoint(
+    cache: PhotoCache,
+    config: TrainConfig,
+    state: _State,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "config": config.to_dict(),
+        "spec": cache.spec.fingerprint,
+        "state": {name: getattr(state, name) for name in _State.__dataclass_fields__},
+        "model": model.state_dict(),
+        "averaged": averaged.module.state_dict(),
+        "averaged_steps": averaged.steps,
+        "optimiser": optimiser.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def _load(
+    output: Path,
+    cache: PhotoCache,
+    config: TrainConfig,
+    splits: pl.DataFrame,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+) -> _State:
+    try:
+        saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
+    if saved.get("schema") != SCHEMA or saved["config"] != config.to_dict():
+        raise ConfigError(f"{output}: was started with other settings; resume takes them from its config.toml unchanged")
+    if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
+        raise CheckpointError(f"{output}: was started on other photos, labels or preprocessing than {cache.path}")
+    model.load_state_dict(saved["model"])
+    averaged.module.load_state_dict(saved["averaged"])
+    averaged.steps = saved["averaged_steps"]
+    optimiser.load_state_dict(saved["optimiser"])
+    torch.set_rng_state(saved["rng"])
+    return _State(**saved["state"])
+
+
+def _write_metrics(output: Path, history: list[dict[str, float]]) -> None:
+    with (output / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, _METRICS)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+@contextmanager
+def _events(output: Path) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised inside tensorboard's own protobuf code
+        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(output))  # type: ignore[no-untyped-call]
+    try:
+        yield writer
+    finally:
+        writer.close()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,146 @@
+"""A run folder: what a training run leaves behind, and how others read it.
+
+    config.toml          the resolved configuration
+    splits.parquet       path, sha256, patient, label, split of every photo that took part
+    metrics.csv          a line an epoch
+    best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
+    last.ckpt            everything that resuming needs
+    operating_point.json temperature and threshold, fitted on validation; and results on validation and test
+    environment.json     versions and machine
+    events.out.*         the metrics for TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastfundus.config import ModelConfig, TrainConfig
+from fastfundus.errors import CheckpointError, FastFundusError
+from fastfundus.models.classifier import create_model
+from fastfundus.spec import PreprocessSpec
+
+__all__ = ["SCHEMA", "Run", "describe_environment", "save_atomically", "save_best"]
+
+SCHEMA = 1
+"""Version of the run folder's files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run with a best checkpoint, opened for reading."""
+
+    path: Path
+    config: TrainConfig
+    spec: PreprocessSpec
+    labels: tuple[str, ...]
+    """Names of the model's outputs."""
+    cache: Path
+    """The cache it was trained on."""
+    epoch: int
+    """Of the best checkpoint, from 1."""
+    auroc: float
+    """On validation, of the best checkpoint."""
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Read a run's description from its best checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it was written by something else or a newer FastFundus.
+        """
+        file = path / "best.safetensors"
+        if not file.is_file():
+            started = (path / "last.ckpt").is_file()
+            hint = "it has not finished an epoch: go on with --resume" if started else "run fastfundus train first"
+            raise CheckpointError(f"{path}: has no best.safetensors; {hint}")
+        try:
+            with safe_open(file, "pt") as tensors:
+                about = json.loads((tensors.metadata() or {})["fastfundus"])
+        except Exception as error:
+            # Whatever safetensors or json find wrong with the file, it is not one of ours.
+            raise CheckpointError(f"{file}: is not a FastFundus checkpoint ({type(error).__name__})") from None
+        if about["schema"] != SCHEMA:
+            raise CheckpointError(f"{file}: has schema {about['schema']}, this FastFundus reads {SCHEMA}")
+        try:
+            config, spec = TrainConfig.from_dict(about["config"]), PreprocessSpec.from_dict(about["spec"])
+        except FastFundusError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        return cls(
+            path, config, spec, tuple(about["labels"]), Path(about["cache"]), int(about["epoch"]), float(about["auroc"])
+        )
+
+    def load_model(self) -> nn.Module:
+        """Build the network with the best weights, in evaluation mode, float32 on the CPU."""
+        plain = ModelConfig(backbone=self.config.model.backbone)
+        model, _ = create_model(plain, len(self.labels))
+        model.load_state_dict(load_file(self.path / "best.safetensors"))
+        return model.eval()
+
+
+def save_best(
+    path: Path,
+    module: nn.Module,
+    *,
+    config: TrainConfig,
+    spec: PreprocessSpec,
+    labels: tuple[str, ...],
+    cache: Path,
+    epoch: int,
+    auroc: float,
+) -> None:
+    """Write `best.safetensors` with the description that `Run.open` reads."""
+    about = {
+        "schema": SCHEMA,
+        "config": config.to_dict(),
+        "spec": spec.to_dict(),
+        "fingerprint": spec.fingerprint,
+        "labels": list(labels),
+        "cache": str(cache.absolute()),
+        "epoch": epoch,
+        "auroc": auroc,
+    }
+    # The file format has one memory layout: channels-last weights are written in the ordinary order.
+    state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    partial = path / "best.safetensors.partial"
+    save_file(state, partial, {"fastfundus": json.dumps(about)})
+    partial.replace(path / "best.safetensors")
+
+
+def save_atomically(value: dict[str, Any], file: Path) -> None:
+    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one."""
+    partial = file.with_name(file.name + ".partial")
+    torch.save(value, partial)
+    partial.replace(file)
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ["fastfundus", "torch", "torchvision", "timm", "triton", "numpy", "polars", "opencv-python-headless"]
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": gpu,
+        "versions": versions,
+    }
