@@ -83,7 +83,7 @@ def _sample(
         out.copy_(reference.sample(images, geometry, colour, out_size, dtype, nearest=True))
         return out
     counts = reference.taps(geometry)
-    for count in counts.unique().tolist():
+    for count in sorted(set(counts.tolist())):
         chosen = torch.nonzero(counts == count).flatten()
         out[chosen] = _sample_group(images[chosen], geometry[chosen], colour[chosen], out_size, count, dtype)
     return out

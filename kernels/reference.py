@@ -81,4 +81,3 @@ def _bilinear(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _nearest(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return _fetch(image, torch.floor(y).to(torch.int64), torch.floor(x).to(torch.int64))
-

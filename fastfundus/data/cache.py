@@ -75,11 +75,17 @@ class PhotoCache:
         """
         if not (path / "spec.json").is_file():
             unfinished = _partial(path).is_dir()
-            hint = "its preparation was interrupted: run the same prepare again" if unfinished else "run fastfundus prepare"
+            hint = (
+                "its preparation was interrupted: run the same prepare again"
+                if unfinished
+                else "run fastfundus prepare"
+            )
             raise DataError(f"is no photo cache; {hint}", path=path)
         about = json.loads((path / "spec.json").read_text())
         if about.get("schema") != SCHEMA:
-            raise DataError(f"has schema {about.get('schema')}, this FastFundus reads {SCHEMA}; prepare it again", path=path)
+            raise DataError(
+                f"has schema {about.get('schema')}, this FastFundus reads {SCHEMA}; prepare it again", path=path
+            )
         spec = PreprocessSpec.from_dict(about["spec"])
         try:
             photos = np.load(path / "photos.npy", mmap_mode="r", allow_pickle=False)
@@ -88,7 +94,9 @@ class PhotoCache:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
         expected = (len(manifest), spec.size, spec.size, 3)
         if photos.shape != expected or photos.dtype != np.uint8:
-            raise DataError(f"holds {photos.dtype} {photos.shape}, its manifest says {expected}; prepare it again", path=path)
+            raise DataError(
+                f"holds {photos.dtype} {photos.shape}, its manifest says {expected}; prepare it again", path=path
+            )
         return cls(path, spec, photos, manifest, Path(about["source"]))
 
 
@@ -143,7 +151,12 @@ def build_cache(
     store.flush()
     del store
     _write_manifest(partial, photos, done)
-    about = {"schema": SCHEMA, "spec": spec.to_dict(), "fingerprint": spec.fingerprint, "source": str(source.absolute())}
+    about = {
+        "schema": SCHEMA,
+        "spec": spec.to_dict(),
+        "fingerprint": spec.fingerprint,
+        "source": str(source.absolute()),
+    }
     (partial / "spec.json").write_text(json.dumps(about, indent=1) + "\n")
     _move_into_place(partial, output)
     return PhotoCache.open(output)
@@ -183,16 +196,13 @@ class _Previous:
         return row, self.cache.photos[index]
 
 
-def _begin(
-    photos: Sequence[SourcePhoto], output: Path, spec: PreprocessSpec
-) -> tuple[Path, dict[int, dict[str, Any]]]:
+def _begin(photos: Sequence[SourcePhoto], output: Path, spec: PreprocessSpec) -> tuple[Path, dict[int, dict[str, Any]]]:
     """Make the folder to build in, or take up one that was left by an interrupted build of the same photos."""
     partial = _partial(output)
     stamps = [(photo.name, *_stamp(photo.path)) for photo in photos]
     build = {"inputs": fingerprint_of([spec.fingerprint, *map(list, stamps)])}
-    if partial.is_dir() and (partial / "build.json").is_file():
-        if json.loads((partial / "build.json").read_text()) == build:
-            return partial, _read_journal(partial / "rows.jsonl")
+    if (partial / "build.json").is_file() and json.loads((partial / "build.json").read_text()) == build:
+        return partial, _read_journal(partial / "rows.jsonl")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

@@ -67,7 +67,9 @@ def read_labels(path: Path) -> LabelTable:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"is not a UTF-8 CSV file ({error}); save it as CSV UTF-8", path=path) from None
     if not lines or not any(cell.strip() for cell in lines[0]):
-        raise DataError(f"has no header; the first line must name the columns, one of them {FILE_COLUMNS[0]!r}", path=path)
+        raise DataError(
+            f"has no header; the first line must name the columns, one of them {FILE_COLUMNS[0]!r}", path=path
+        )
     header = [cell.strip() for cell in lines[0]]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
@@ -86,7 +88,9 @@ def read_labels(path: Path) -> LabelTable:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(header):
-            raise DataError(f"has {len(cells)} cells where the header has {len(header)}; quote commas", path=path, row=number)
+            raise DataError(
+                f"has {len(cells)} cells where the header has {len(header)}; quote commas", path=path, row=number
+            )
         if not cells[file_column].strip():
             table.notes.append(f"{path}, line {number}: names no file; the row is left out")
             continue

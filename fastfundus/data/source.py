@@ -18,7 +18,9 @@ __all__ = ["ADAPTERS", "SourceList", "list_photos"]
 
 ADAPTERS = ("auto", "folder", "classes", "csv")
 """How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like."""
-_NORMAL_CLASSES = frozenset({"normal", "healthy", "no_disease", "no disease", "nodr", "no_dr", "no dr", "negative", "0"})
+_NORMAL_CLASSES = frozenset(
+    {"normal", "healthy", "no_disease", "no disease", "nodr", "no_dr", "no dr", "negative", "0"}
+)
 _EYE_IN_NAME = re.compile(r"^(?P<patient>.+?)[_\-. ](?P<eye>left|right|od|os|oi|og|l|r)(?:[_\-. ].*)?$", re.IGNORECASE)
 
 
@@ -98,9 +100,7 @@ def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
     found[_key(path)] = path
 
 
-def _walk(
-    folder: Path, listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]
-) -> None:
+def _walk(folder: Path, listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]) -> None:
     def complain(error: OSError) -> None:
         listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
 
@@ -131,12 +131,12 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
     table = read_labels(table_path)
     listing.notes += table.notes
     by_name: dict[str, list[str]] = defaultdict(list)
-    for key in photos:
-        by_name[Path(key).name].append(key)
+    for place in photos:
+        by_name[Path(place).name].append(place)
     named: set[str] = set()
     for row in table.rows:
         candidates = [listing.root / row.file, table_path.parent / row.file]
-        key = next((_key(path) for path in candidates if _key(path) in photos or path.is_file()), None)
+        key: str | None = next((_key(path) for path in candidates if _key(path) in photos or path.is_file()), None)
         same_name = by_name.get(Path(row.file).name, [])
         if key is None and len(same_name) == 1:
             key = same_name[0]
@@ -145,7 +145,9 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
             key = _key(candidates[0])
             issue = f"named in {table_path.name}, line {row.line}, but not there; correct the name or delete the row"
             if len(same_name) > 1:
-                issue = f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; give the folder too"
+                issue = (
+                    f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; give the folder too"
+                )
         path = Path(key)
         photo = photos.get(key) or _from_name(path, _name(path, listing.root))
         photos[key] = replace(_with_row(photo, row), issue=issue)
@@ -153,7 +155,7 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
     unnamed = [photo.name for key, photo in photos.items() if key not in named]
     if unnamed:
         listing.notes.append(
-            f"{table_path}: does not name {len(unnamed)} of the photos found, such as {unnamed[0]}; their labels are unknown"
+            f"{table_path}: does not name {len(unnamed)} of the photos found, such as {unnamed[0]}; no label known"
         )
 
 

@@ -41,8 +41,8 @@ def group_photos(patients: Sequence[str], hashes: Sequence[str]) -> NDArray[np.i
 def assign_splits(manifest: pl.DataFrame, labels: NDArray[np.float64], config: DataConfig) -> list[str]:
     """Say for each photo whether it trains, validates or tests.
 
-    Splits that the label file fixed are kept. Otherwise patients are dealt into `config.folds` folds, balanced by label:
-    fold `config.fold` tests, the next one validates, the others train.
+    Splits that the label file fixed are kept. Otherwise patients are dealt into `config.folds` folds, balanced by
+    label: fold `config.fold` tests, the next one validates, the others train.
 
     Args:
         manifest: a cache's manifest, N rows, or a part of it.
@@ -67,8 +67,8 @@ def assign_splits(manifest: pl.DataFrame, labels: NDArray[np.float64], config: D
         seen = {int(label) for label, name in zip(labels, names, strict=True) if name == wanted}
         if seen != {0, 1}:
             raise DataError(
-                f"the {wanted} split has {'only label ' + str(*seen) if seen else 'no photos'}: both classes are needed in "
-                "each split; add photos, or change data.folds or data.split_seed"
+                f"the {wanted} split has {'only label ' + str(*seen) if seen else 'no photos'}: both classes are "
+                "needed in each split; add photos, or change data.folds or data.split_seed"
             )
     return names
 

@@ -67,8 +67,8 @@ def _from_hub(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]
     except Exception as error:
         # The hub client raises its own, urllib's, ssl's and requests' errors: all mean that the weights are not here.
         raise CheckpointError(
-            f"the ImageNet weights of {config.backbone} cannot be fetched ({type(error).__name__}); on a machine without "
-            "network, copy timm's .safetensors file here and give its path as model.init"
+            f"the ImageNet weights of {config.backbone} cannot be fetched ({type(error).__name__}); on a machine "
+            "without network, copy timm's .safetensors file here and give its path as model.init"
         ) from None
     head = tuple(name for name, _ in model.get_classifier().named_parameters())
     return model, InitReport("imagenet", len(model.state_dict()) - len(head), head)
@@ -113,8 +113,8 @@ def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitR
     missing = [name for name in wanted if name not in fitting and name not in head]
     if missing:
         raise CheckpointError(
-            f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are absent or of another shape, such "
-            f"as {missing[0]}; is it the same model.backbone?"
+            f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are absent or of another shape, "
+            f"such as {missing[0]}; is it the same model.backbone?"
         )
     model.load_state_dict(fitting, strict=False)  # what stays fresh is the head, and reported
     return InitReport(source, len(fitting), tuple(sorted(name for name in head if name not in fitting)))

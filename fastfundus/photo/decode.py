@@ -1,14 +1,15 @@
 """Bytes of a JPEG, PNG or TIFF file to upright RGB, as small as the target allows.
 
 Pillow reads the header, libjpeg-turbo (through simplejpeg) decodes JPEG with a scaled DCT, OpenCV decodes PNG and TIFF,
-and Pillow gets a last try before a file is called unreadable. No decoder may make up missing pixels: a truncated file is
-unreadable, since half a retina in grey looks like disease to a model.
+and Pillow gets a last try before a file is called unreadable. No decoder may make up missing pixels: a truncated file
+is unreadable, since half a retina in grey looks like disease to a model.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -115,15 +116,15 @@ def decode(data: bytes, header: PhotoHeader, least_side: int = 0) -> tuple[NDArr
     return _upright(rgb, header.orientation), scale
 
 
-def _opencv(data: bytes) -> NDArray[np.generic] | None:
+def _opencv(data: bytes) -> NDArray[Any] | None:
     try:
-        pixels: NDArray[np.generic] | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels: NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         return None
     return pixels
 
 
-def _eight_bit_rgb(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """Bring OpenCV's BGR(A), 8 or 16 bit, to RGB, 8 bit; transparent pixels become black."""
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
         raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")

@@ -157,8 +157,10 @@ def _least_squares(points: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _confidence(mask: NDArray[np.bool_], x: float, y: float, radius: float) -> float:
-    """Share of the rim inside the picture that is lit on its inner side and dark on its outer side, times the share of
-    the lit part that the circle holds: an arc of an ellipse agrees with a circle that leaves half the retina out.
+    """Share of the visible rim that agrees with a circle: lit on its inner side, dark on its outer side.
+
+    Times the share of the lit part that the circle holds: an arc of an ellipse agrees with a circle that leaves half
+    the retina out.
     """
     height, width = mask.shape
     direction = np.stack([np.cos(_RIM_ANGLES), np.sin(_RIM_ANGLES)], axis=1)

@@ -117,8 +117,9 @@ def _judge_field(small: NDArray[np.uint8], spec: PreprocessSpec) -> FieldCircle 
 
 
 def _framed_retina(small: NDArray[np.uint8]) -> bool:
-    """Whether a picture without a round rim may be a retina, cropped inside its field or squeezed by an export: it
-    fills half the picture or more, and is reddish nearly everywhere.
+    """Whether a picture without a round rim may be a retina, cropped inside its field or squeezed by an export.
+
+    Such a retina fills half the picture or more, and is reddish nearly everywhere.
     """
     red, _, blue = small.reshape(-1, 3).astype(np.float32).T
     lit = red > 20

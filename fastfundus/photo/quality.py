@@ -68,5 +68,5 @@ def measure_quality(crop: NDArray[np.uint8]) -> Quality:
     contrast = float(np.mean(detail[seen]) / (np.mean(green[seen]) + 4)) if seen.sum() > 500 else 0.0
     light = _mark(brightness, 14, 54)
     sharpness = _mark(contrast, 0.004, 0.014)
-    completeness = _mark(lit, 0.45, 0.85)
+    completeness = _mark(lit, 0.50, 0.85)
     return Quality(min(light, sharpness, completeness), light, sharpness, completeness)

@@ -136,7 +136,11 @@ def write_dataset(
 
     Args:
         folder: made if absent; files of the same names are replaced.
-        patients, seed, abnormal_share, poor_share, long_sides: as for `plan_dataset`.
+        patients: as for `plan_dataset`.
+        seed: as for `plan_dataset`.
+        abnormal_share: as for `plan_dataset`.
+        poor_share: as for `plan_dataset`.
+        long_sides: as for `plan_dataset`.
         masks: write the masks too.
         workers: processes; None takes one a core.
 

@@ -228,9 +228,9 @@ def _photograph(
     light = illumination(x, y, camera, rng)
     blur = camera.blur
     if quality == "dark":
-        light *= np.float32(rng.uniform(0.14, 0.24))
+        light *= np.float32(rng.uniform(0.08, 0.16))
     elif quality == "blur":
-        blur = rng.uniform(0.020, 0.034)
+        blur = rng.uniform(0.034, 0.055)
     visible = canvas.blank()
     centre = canvas.points(np.zeros(2)).tolist()
     cv2.circle(visible, centre, round(canvas.radius_px * 16), 255, -1, cv2.LINE_AA, shift=4)
@@ -254,9 +254,9 @@ def _photograph(
 
 
 def _cut_field(visible: NDArray[np.uint8], canvas: Canvas, rng: np.random.Generator) -> None:
-    """Hide a crescent, as eyelid, lash or small pupil do: more than a third of the field goes dark."""
+    """Hide a crescent, as eyelid, lash or small pupil do: about half of the field goes dark."""
     angle = rng.uniform(0, 2 * np.pi)
-    away = np.array([np.cos(angle), np.sin(angle)]) * rng.uniform(1.35, 1.55)
+    away = np.array([np.cos(angle), np.sin(angle)]) * rng.uniform(1.10, 1.30)
     lid = canvas.blank()
     cv2.circle(lid, canvas.points(away).tolist(), round(1.42 * canvas.radius_px * 16), 255, -1, cv2.LINE_AA, shift=4)
     visible[:] = cv2.subtract(visible, cv2.GaussianBlur(lid, (0, 0), max(0.6, 0.02 * canvas.radius_px)))

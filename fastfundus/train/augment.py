@@ -1,7 +1,7 @@
 """Random changes to training photos as two small matrices each, for `kernels.ops.sample`.
 
-Everything is drawn on the host for a whole epoch from (seed, epoch), one row a photo: what a photo goes through does not
-depend on batches, workers, ranks or devices.
+Everything is drawn on the host for a whole epoch from (seed, epoch), one row a photo: what a photo goes through does
+not depend on batches, workers, ranks or devices.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def draw_epoch(
         config: how strong they are.
         spec: of the cache; its size is both source and output size, its mean and std end the colour matrix.
         count: photos.
-        seed, epoch: equal numbers give equal matrices.
+        seed: of the run.
+        epoch: counted from 0; equal seed and epoch give equal matrices.
 
     Returns:
         Geometry [count, 2, 3] and colour [count, 3, 4], float32, in the order of the photos (not of the batches).

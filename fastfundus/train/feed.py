@@ -43,7 +43,8 @@ def epoch_batches(
         rows: [N] training rows of the cache.
         targets: [N] 0 or 1.
         batches: positions into `rows`, from `epoch_order`.
-        geometry, colour: [N, 2, 3] and [N, 3, 4], from `draw_epoch`.
+        geometry: [N, 2, 3], from `draw_epoch`.
+        colour: [N, 3, 4], from `draw_epoch`.
         device: where the model is.
         channels_last: memory layout of the inputs.
     """
@@ -56,8 +57,9 @@ def epoch_batches(
         for position in sequence:
             pixels[position] = photos[rows[batch[position]]]
         images = torch.from_numpy(pixels).to(device, non_blocking=True)
-        matrices = (torch.from_numpy(matrix[batch]).to(device, non_blocking=True) for matrix in (geometry, colour))
-        inputs = sample(images, *matrices, size)
+        warp = torch.from_numpy(geometry[batch]).to(device, non_blocking=True)
+        tint = torch.from_numpy(colour[batch]).to(device, non_blocking=True)
+        inputs = sample(images, warp, tint, size)
         if not channels_last:
             inputs = inputs.contiguous()
         return inputs, torch.from_numpy(targets[batch]).float()[:, None].to(device, non_blocking=True)

@@ -122,7 +122,9 @@ def train(
     targets, label = abnormality_targets(cache.manifest, config.data.label)
     rows = usable_rows(cache.manifest, targets)
     if not len(rows):
-        raise DataError("no photo is ok and labelled; see the status and label columns of the manifest", path=cache.path)
+        raise DataError(
+            "no photo is ok and labelled; see the status and label columns of the manifest", path=cache.path
+        )
     splits = _splits(cache, rows, targets, config)
     train_rows, val_rows = (rows[(splits["split"] == name).to_numpy()] for name in ("train", "val"))
     observer.say(
@@ -134,7 +136,7 @@ def train(
     torch.manual_seed(config.loop.seed)
     model, init = create_model(config.model, len(OUTPUT_LABELS[config.task]))
     channels_last = uses_channels_last(config.loop.channels_last, model)
-    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    model = model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimiser = build_optimiser(model, config.optimiser)
     averaged = AveragedModel(model, config.optimiser.ema_decay)
     state = _State()
@@ -187,7 +189,9 @@ def train(
             train_s = time.perf_counter() - began
             result = _validate(cache, val_rows, targets, averaged, config, device, state, rate, taken / train_s, began)
             if not np.isfinite(result.train_loss):
-                raise FastFundusError(f"the loss of epoch {epoch + 1} is {result.train_loss}; lower optimiser.learning_rate")
+                raise FastFundusError(
+                    f"the loss of epoch {epoch + 1} is {result.train_loss}; lower optimiser.learning_rate"
+                )
             if result.best:
                 about = {"config": config, "spec": cache.spec, "labels": OUTPUT_LABELS[config.task]}
                 best = {"epoch": result.epoch, "auroc": result.val_auroc, "cache": cache.path}
@@ -216,12 +220,16 @@ def _splits(
 
 
 def _layout(config: TrainConfig, channels_last: bool) -> str:
-    return f"{'bfloat16 AMP' if config.loop.amp else 'float32'}, {'channels-last' if channels_last else 'channels-first'}"
+    return (
+        f"{'bfloat16 AMP' if config.loop.amp else 'float32'}, {'channels-last' if channels_last else 'channels-first'}"
+    )
 
 
 def _compiles(config: TrainConfig, device: torch.device, observer: Observer) -> bool:
     if config.loop.compile == "auto" and device.type == "cpu":
-        observer.say("torch.compile is off: on a CPU it costs a minute and gained nothing when measured; loop.compile=on")
+        observer.say(
+            "torch.compile is off: on a CPU it costs a minute and gained nothing when measured; loop.compile=on"
+        )
         return False
     on = config.loop.compile != "off"
     observer.say(f"torch.compile is {'on: the first step takes a minute' if on else 'off by loop.compile'}")
@@ -240,9 +248,9 @@ def _validate(
     images_per_s: float,
     began: float,
 ) -> EpochResult:
-    logits = predict_logits(
-        averaged.module, cache.photos, rows, cache.spec, amp=config.loop.amp, device=device
-    )[:, 0].astype(np.float64)
+    logits = predict_logits(averaged.module, cache.photos, rows, cache.spec, amp=config.loop.amp, device=device)[
+        :, 0
+    ].astype(np.float64)
     auroc = float(roc_auc_score(targets[rows], logits))
     return EpochResult(
         epoch=state.epoch + 1,
@@ -298,7 +306,9 @@ def _load(
     except Exception as error:
         raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
     if saved.get("schema") != SCHEMA or saved["config"] != config.to_dict():
-        raise ConfigError(f"{output}: was started with other settings; resume takes them from its config.toml unchanged")
+        raise ConfigError(
+            f"{output}: was started with other settings; resume takes them from its config.toml unchanged"
+        )
     if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
         raise CheckpointError(f"{output}: was started on other photos, labels or preprocessing than {cache.path}")
     model.load_state_dict(saved["model"])
@@ -321,11 +331,11 @@ def _events(output: Path) -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # raised inside tensorboard's own protobuf code
         from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(output))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(output))
     try:
         yield writer
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
 
 
 @contextmanager
@@ -335,7 +345,7 @@ def _stop_requested() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.set()

@@ -1,13 +1,13 @@
 """A run folder: what a training run leaves behind, and how others read it.
 
-    config.toml          the resolved configuration
-    splits.parquet       path, sha256, patient, label, split of every photo that took part
-    metrics.csv          a line an epoch
-    best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
-    last.ckpt            everything that resuming needs
-    operating_point.json temperature and threshold, fitted on validation; and results on validation and test
-    environment.json     versions and machine
-    events.out.*         the metrics for TensorBoard
+config.toml          the resolved configuration
+splits.parquet       path, sha256, patient, label, split of every photo that took part
+metrics.csv          a line an epoch
+best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
+last.ckpt            everything that resuming needs
+operating_point.json temperature and threshold, fitted on validation; and results on validation and test
+environment.json     versions and machine
+events.out.*         the metrics for TensorBoard
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def save_atomically(value: dict[str, Any], file: Path) -> None:
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, for the record."""
     packages = ["fastfundus", "torch", "torchvision", "timm", "triton", "numpy", "polars", "opencv-python-headless"]
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = metadata.version(name)

@@ -77,7 +77,7 @@ class TrainStep:
             logits = self.forward(inputs)
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimiser.step()
         return loss.detach()

@@ -1,0 +1,56 @@
+"""What every engine can do, and how one is loaded. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.errors import BundleError
+
+__all__ = ["BACKENDS", "Engine", "check_photos", "load_backend"]
+
+BACKENDS = ("openvino",)
+"""Names of the backends that can be built and run."""
+
+
+class Engine(Protocol):
+    """A loaded engine. One thread at a time may call `infer`; it may use every core itself."""
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities [N, L], 0 to 1, of photos uint8 [N, S, S, 3] RGB; N at least 1."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; `infer` fails afterwards."""
+        ...
+
+
+def check_photos(photos: NDArray[np.uint8], size: int) -> None:
+    """Refuse what an engine cannot take.
+
+    Raises:
+        ValueError: not uint8 [N, size, size, 3] with N at least 1.
+    """
+    if photos.dtype != np.uint8 or photos.ndim != 4 or photos.shape[1:] != (size, size, 3) or not len(photos):
+        raise ValueError(f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}")
+
+
+def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
+    """Load the engine of an opened bundle.
+
+    Args:
+        name: one of `BACKENDS`.
+        folder: the bundle.
+        about: its `bundle.json`.
+
+    Raises:
+        BundleError: this FastFundus knows no such backend, or the machine lacks what the engine needs.
+    """
+    if name == "openvino":
+        from fastfundus.engines.openvino_backend import OpenVinoEngine
+
+        return OpenVinoEngine(folder / about["engine"], about["spec"]["size"], about["precision"])
+    raise BundleError(f"{folder}: was built for the backend {name!r}; this FastFundus runs {', '.join(BACKENDS)}")

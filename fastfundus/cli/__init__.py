@@ -1,0 +1,50 @@
+"""The command line: one group, a file a command. Nothing heavy is imported before a command runs.
+
+stdout carries results, stderr progress and remarks. Exit 0: done. 1: could not, or not everything. 2: wrong usage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastfundus import __version__
+from fastfundus.cli.build_engine import build_engine
+from fastfundus.cli.demo import demo
+from fastfundus.cli.doctor import doctor
+from fastfundus.cli.evaluate import evaluate
+from fastfundus.cli.prepare import prepare
+from fastfundus.cli.screen import screen
+from fastfundus.cli.synthesize import synthesize
+from fastfundus.cli.train import train
+from fastfundus.errors import FastFundusError
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and exit code 1; a traceback would be a defect of ours."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FastFundusError as error:
+            raise click.ClickException(str(error)) from error
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        # In the order of use, not of the alphabet.
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fastfundus")
+def main() -> None:
+    """Retinal photographs: from camera files to a trained model to an engine that screens them.
+
+    For research use only: not a medical device.
+    """
+
+
+for command in (demo, prepare, train, evaluate, build_engine, screen, doctor, synthesize):
+    main.add_command(command)

@@ -1,0 +1,42 @@
+"""Progress and remarks on stderr, and how signals end a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+__all__ = ["progress_bar", "remark", "remarks"]
+
+
+def remark(text: str) -> None:
+    """Write a line to stderr."""
+    click.echo(text, err=True)
+
+
+def remarks(notes: Iterable[str], *, most: int = 20) -> None:
+    """Write faults that were dealt with, a line each, and count those that would flood the screen."""
+    notes = list(notes)
+    for note in notes[:most]:
+        remark(f"note: {note}")
+    if len(notes) > most:
+        remark(f"note: and {len(notes) - most} more of the kind")
+
+
+@contextmanager
+def progress_bar(*extra: str) -> Iterator[Any]:
+    """A rich progress bar on stderr; where stderr is no terminal it stays silent.
+
+    Args:
+        extra: names of fields shown as text behind the bar; set them with `update(task, name="text")`.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[" + name + "]}") for name in extra]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress

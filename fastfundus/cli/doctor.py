@@ -1,0 +1,95 @@
+"""``fastfundus doctor``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import click
+
+_PARTS = {
+    "screening": (["numpy", "opencv-python-headless", "simplejpeg", "polars", "openvino"], "pip install fastfundus"),
+    "training": (["torch", "torchvision", "timm", "onnx", "scikit-learn"], "pip install 'fastfundus[train]'"),
+    "Triton kernels": (["triton"], "pip install 'fastfundus[train]' on Linux x86-64"),
+    "DALI": (["nvidia-dali-cuda130"], "pip install 'fastfundus[dali]'"),
+    "TensorRT": (["tensorrt", "pycuda"], "pip install 'fastfundus[tensorrt]'"),
+    "fleet": (["ray"], "pip install 'fastfundus[fleet]'"),
+}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_features() -> list[str]:
+    """What matters for speed: vector and matrix units, by the names of /proc/cpuinfo."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = set(next(line for line in file if line.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return []
+    return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
+
+
+def examine() -> dict[str, Any]:
+    """Find out what this machine and installation can do."""
+    parts = {
+        name: {
+            "versions": {package: _version(package) for package in packages},
+            "ready": all(_version(package) for package in packages),
+            "install": how,
+        }
+        for name, (packages, how) in _PARTS.items()
+    }
+    engine: dict[str, Any] = {"precision": None}
+    if parts["screening"]["ready"]:
+        from fastfundus.engines.openvino_backend import fastest_precision
+
+        engine["precision"] = fastest_precision()
+    gpu = None
+    if parts["training"]["ready"]:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_name()
+    return {
+        "fastfundus": _version("fastfundus"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "cpu_features": _cpu_features(),
+        "gpu": gpu,
+        "engine": engine,
+        "parts": parts,
+    }
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for a bug report.")
+def doctor(as_json: bool) -> None:
+    r"""Say what this machine and installation can do, and how to get what is missing.
+
+    \b
+    Example:
+      fastfundus doctor
+    """
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    click.echo(f"fastfundus {found['fastfundus']}, Python {found['python']}, {found['platform']}")
+    features = ", ".join(found["cpu_features"]) or "no vector units known"
+    click.echo(f"{found['cores']} cores ({features}), GPU: {found['gpu'] or 'none'}")
+    if found["engine"]["precision"]:
+        click.echo(f"engines run in {found['engine']['precision']} here")
+    for name, part in found["parts"].items():
+        versions = ", ".join(f"{package} {version or 'missing'}" for package, version in part["versions"].items())
+        click.echo(f"{'ok     ' if part['ready'] else 'missing'}  {name}: {versions}")
+        if not part["ready"]:
+            click.echo(f"         {part['install']}")

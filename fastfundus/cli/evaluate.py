@@ -1,0 +1,43 @@
+"""``fastfundus evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for metrics.json and predictions.csv."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+def evaluate(run: Path, cache: Path, output: Path, as_json: bool) -> None:
+    r"""Measure RUN, with its locked threshold, on photos of CACHE it has not learned from.
+
+    On the run's own cache these are its test patients; on any other, all photos whose bytes it has not seen.
+
+    \b
+    Example:
+      fastfundus evaluate run/ cache/ --output evaluation/
+    """
+    from fastfundus.errors import require
+
+    require("torch", extra="train")
+    from fastfundus.cli.train import metrics_line
+    from fastfundus.data import PhotoCache
+    from fastfundus.evaluate.operating_point import measure
+    from fastfundus.train.run import Run
+
+    metrics, predictions, which = measure(Run.open(run), PhotoCache.open(cache))
+    output.mkdir(parents=True, exist_ok=True)
+    document = {"run": str(run), "cache": str(cache), "photos": which, **metrics.to_dict()}
+    (output / "metrics.json").write_text(json.dumps(document, indent=1) + "\n")
+    predictions.write_csv(output / "predictions.csv")
+    if as_json:
+        click.echo(json.dumps(document))
+    else:
+        click.echo(f"{which}: {metrics_line(metrics.to_dict())}")

@@ -1,0 +1,121 @@
+"""``fastfundus train``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option("--task", type=click.Choice(["abnormality"]), help="What to learn  [default: abnormality]")
+@click.option("--label", help="Manifest column to learn  [default: 'abnormal', or else 'normal' inverted]")
+@click.option("--backbone", help="timm model name  [default: resnet50]")
+@click.option("--init", help="scratch, imagenet, or a run folder or weights file  [default: scratch]")
+@click.option("--epochs", type=int, help="Passes over the photos  [default: 30]")
+@click.option("--batch-size", type=int, help="Photos a step  [default: 32]")
+@click.option("--learning-rate", type=float, help="Peak learning rate  [default: 0.001]")
+@click.option("--fold", type=int, help="Which of the folds tests  [default: 0]")
+@click.option("--amp/--no-amp", default=None, help="bfloat16 autocast  [default: on]")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; flags win over it.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped; its settings are taken from it.")
+@click.option(
+    "--target-sensitivity",
+    type=click.FloatRange(0.01, 1),
+    default=0.90,
+    show_default=True,
+    help="The threshold is chosen on validation to reach it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def train(
+    cache: Path,
+    output: Path,
+    task: str | None,
+    label: str | None,
+    backbone: str | None,
+    init: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    fold: int | None,
+    amp: bool | None,
+    config: Path | None,
+    resume: bool,
+    target_sensitivity: float,
+    as_json: bool,
+) -> None:
+    r"""Train a model on CACHE.
+
+    Patients are split into training, validation and test. The best epoch by AUROC on validation is kept, temperature
+    and threshold are fitted on validation, and the test patients are measured once, at the end. Ctrl-C stops after the
+    step and leaves a run that --resume continues.
+
+    \b
+    Example:
+      fastfundus train cache/ --output run/ --task abnormality --amp
+    """
+    from fastfundus.errors import ConfigError, require
+
+    require("torch", extra="train")
+    from fastfundus.cli.training import TrainingBar
+    from fastfundus.config import TrainConfig, override
+    from fastfundus.data import PhotoCache
+    from fastfundus.evaluate.operating_point import fit_operating_point
+    from fastfundus.train.loop import Interrupted
+    from fastfundus.train.loop import train as run_training
+    from fastfundus.train.run import Run
+
+    flags: dict[str, Any] = {
+        "task": task,
+        "data.label": label,
+        "data.fold": fold,
+        "model.backbone": backbone,
+        "model.init": init,
+        "loop.epochs": epochs,
+        "loop.batch_size": batch_size,
+        "loop.amp": amp,
+        "optimiser.learning_rate": learning_rate,
+    }
+    if resume:
+        given = [name for name, value in {**flags, "--config": config}.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]} cannot change when resuming; leave it away, or start a new --output")
+        settings = TrainConfig.from_toml(output / "config.toml")
+    elif config is not None:
+        settings = TrainConfig.from_toml(config, flags)
+    else:
+        settings = TrainConfig.from_dict(override({}, flags))
+    photos = PhotoCache.open(cache)
+    with TrainingBar(settings.loop.epochs) as bar:
+        try:
+            run_training(photos, output, settings, resume=resume, observer=bar)
+        except Interrupted as stopped:
+            again = f"fastfundus train {cache} --output {output} --resume"
+            raise click.ClickException(f"{stopped}; go on with: {again}") from None
+    run = Run.open(output)
+    document = fit_operating_point(run, photos, target_sensitivity=target_sensitivity)
+    if as_json:
+        click.echo(json.dumps({"run": str(output), "best_epoch": run.epoch, **document["labels"]}))
+        return
+    click.echo(f"{output}: best epoch {run.epoch} of {settings.loop.epochs}")
+    for name, point in document["labels"].items():
+        click.echo(f"{name}: threshold {point['threshold']:.4f}, temperature {point['temperature']:.3f}")
+        for split in ("validation", "test"):
+            click.echo(f"  {split}: {metrics_line(point[split])}")
+
+
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """Metrics of one split in one line."""
+
+    def show(name: str) -> str:
+        entry = metrics[name]
+        return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+    return (
+        f"AUROC {show('auroc')}, sensitivity {show('sensitivity')}, specificity {show('specificity')}; "
+        f"{metrics['photos']} photos of {metrics['patients']} patients"
+    )

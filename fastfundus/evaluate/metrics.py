@@ -1,0 +1,128 @@
+"""Metrics of one label with patient-clustered bootstrap intervals.
+
+Photos of one patient are not independent: resampling draws patients, not photos. All resamples are computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BinaryMetrics", "Interval", "auroc", "binary_metrics"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with its 95 % bootstrap percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} (95 % CI {self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True, slots=True)
+class BinaryMetrics:
+    """Metrics of one label on one set of photos."""
+
+    photos: int
+    patients: int
+    positives: int
+    auroc: Interval
+    sensitivity: Interval
+    """At the threshold."""
+    specificity: Interval
+    threshold: float
+    brier: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> Floats:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    Args:
+        scores: [N]
+        labels: [N] 0 or 1.
+        weights: [B, N] how often each photo counts in each of B sets; None is one set with each photo once.
+
+    Returns:
+        [B]; NaN where a set lacks one of the classes.
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    order = np.argsort(scores, kind="stable")
+    sorted_scores, sorted_labels = scores[order], labels[order]
+    first_of_tie = np.flatnonzero(np.r_[True, np.diff(sorted_scores) > 0])
+    positive = np.add.reduceat(weights[:, order] * sorted_labels, first_of_tie, axis=1)
+    negative = np.add.reduceat(weights[:, order] * (1 - sorted_labels), first_of_tie, axis=1)
+    below = np.cumsum(negative, axis=1) - negative
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((positive * (below + negative / 2)).sum(axis=1) / pairs)
+
+
+def _patient_weights(patients: Sequence[str], resamples: int, seed: int) -> Floats:
+    """[resamples, N]: how often each photo counts when patients are drawn with replacement."""
+    _, number = np.unique(np.asarray(patients), return_inverse=True)
+    count = int(number.max()) + 1
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return draws[:, number].astype(np.float64)
+
+
+def _interval(value: float, resampled: Floats) -> Interval:
+    usable = resampled[np.isfinite(resampled)]
+    if not len(usable):
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.percentile(usable, (2.5, 97.5))
+    return Interval(value, float(low), float(high))
+
+
+def binary_metrics(
+    probabilities: Floats,
+    labels: Floats,
+    patients: Sequence[str],
+    threshold: float,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> BinaryMetrics:
+    """Measure one label.
+
+    Args:
+        probabilities: [N], 0 to 1.
+        labels: [N] 0 or 1.
+        patients: [N] who each photo is of.
+        threshold: a photo is positive when its probability is at least this; chosen elsewhere, never on these photos.
+        resamples: bootstrap sets.
+        seed: of the resampling.
+    """
+    weights = _patient_weights(patients, resamples, seed)
+    called = probabilities >= threshold
+    rates = []
+    for truth in (1, 0):
+        of_class = labels == truth
+        right = (called == bool(truth)) & of_class
+        with np.errstate(invalid="ignore", divide="ignore"):
+            resampled = (weights @ right) / (weights @ of_class)
+            value = float(np.float64(right.sum()) / of_class.sum())
+        rates.append(_interval(value, resampled))
+    return BinaryMetrics(
+        photos=len(labels),
+        patients=len(set(patients)),
+        positives=int(labels.sum()),
+        auroc=_interval(float(auroc(probabilities, labels)[0]), auroc(probabilities, labels, weights)),
+        sensitivity=rates[0],
+        specificity=rates[1],
+        threshold=threshold,
+        brier=float(np.mean((probabilities - labels) ** 2)),
+    )
