@@ -73,7 +73,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
 
     with _timed(f"drawing {2 * patients} photos to learn from, and 60 of a clinic to screen", times):
         write_dataset(photos, patients, seed=1, long_sides=(512, 640, 768))
-        write_dataset(clinic, 30, seed=2, abnormal_share=0.2, poor_share=0.12, long_sides=(1024, 1536, 2048))
+        write_dataset(clinic, 30, seed=2, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
         _break_some(clinic / "images")
     with _timed("prepare", times):
         listing = list_photos(photos, labels=photos / "labels.csv")

@@ -66,7 +66,8 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     if ignored:
         kinds = ", ".join(f"{count} {suffix or '(no ending)'}" for suffix, count in sorted(ignored.items()))
         listing.notes.append(f"files that are no photos by their ending were left out: {kinds}")
-    photos = {key: _from_name(path, _name(path, listing.root)) for key, path in found.items()}
+    base = _common_root(list(found.values())) if found else listing.root
+    photos = {key: _from_name(path, listing.root, base) for key, path in found.items()}
     if adapter == "csv" and not tables:
         raise DataError("the adapter 'csv' needs a label file; give --labels FILE.csv")
     for table in tables:
@@ -115,13 +116,14 @@ def _walk(folder: Path, listing: SourceList, found: dict[str, Path], ignored: Co
                 ignored[path.suffix.lower()] += 1
 
 
-def _from_name(path: Path, name: str) -> SourcePhoto:
-    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`."""
+def _from_name(path: Path, root: Path, base: Path) -> SourcePhoto:
+    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`; `base` holds every photo."""
+    name = _name(path, root)
     match = _EYE_IN_NAME.match(path.stem)
     if match is None:
         return SourcePhoto(path=path, name=name, patient=name)
     # The folder belongs to the patient: numbering often restarts in every folder.
-    folder = Path(name).parent.as_posix()
+    folder = _name(path.parent, base)
     patient = match["patient"] if folder == "." else f"{folder}/{match['patient']}"
     return SourcePhoto(path=path, name=name, patient=patient, patient_known=True, eye=normal_eye(match["eye"]))
 
@@ -149,7 +151,7 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
                     f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; give the folder too"
                 )
         path = Path(key)
-        photo = photos.get(key) or _from_name(path, _name(path, listing.root))
+        photo = photos.get(key) or _from_name(path, listing.root, listing.root)
         photos[key] = replace(_with_row(photo, row), issue=issue)
         named.add(key)
     unnamed = [photo.name for key, photo in photos.items() if key not in named]

@@ -44,7 +44,7 @@ class PhotoHeader:
     """Of the stored picture in pixels, before it is turned upright."""
     height: int
     orientation: int
-    """EXIF orientation, 1 (upright) to 8."""
+    """EXIF orientation that is left for us to undo, 1 (upright) to 8."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -81,7 +81,9 @@ def read_header(data: bytes) -> PhotoHeader:
         raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
     if mode == "CMYK":
         raise PhotoError(Status.UNSUPPORTED, "CMYK colours cannot be turned into camera RGB reliably; export as RGB")
-    return PhotoHeader(form, width, height, orientation if orientation in range(1, 9) else 1)
+    # Pillow and OpenCV both turn TIFFs upright by themselves, and Pillow's size is already the upright one.
+    turned = form != "TIFF" and orientation in range(1, 9)
+    return PhotoHeader(form, width, height, orientation if turned else 1)
 
 
 def decode(data: bytes, header: PhotoHeader, least_side: int = 0) -> tuple[NDArray[np.uint8], float]:

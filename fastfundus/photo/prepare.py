@@ -111,19 +111,25 @@ def _judge_field(small: NDArray[np.uint8], spec: PreprocessSpec) -> FieldCircle 
         circle = None
     if not looks_like_retina(small, circle):
         raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
-    if circle is None and not _framed_retina(small):
-        raise PhotoError(Status.NOT_FUNDUS, "no round retinal field was found")
+    if circle is None:
+        _judge_unframed(small)
     return circle
 
 
-def _framed_retina(small: NDArray[np.uint8]) -> bool:
-    """Whether a picture without a round rim may be a retina, cropped inside its field or squeezed by an export.
+def _judge_unframed(small: NDArray[np.uint8]) -> None:
+    """Judge a picture without a round rim: a retina cropped inside its field, squeezed by an export, or mostly hidden.
 
-    Such a retina fills half the picture or more, and is reddish nearly everywhere.
+    The first two fill half the picture or more; all are reddish nearly everywhere.
+
+    Raises:
+        PhotoError: it is no retina, or most of it is hidden.
     """
     red, _, blue = small.reshape(-1, 3).astype(np.float32).T
     lit = red > 20
-    return bool(lit.mean() > 0.5 and np.mean(red[lit] > 1.15 * blue[lit]) > 0.9)
+    if not lit.any() or np.mean(red[lit] > 1.15 * blue[lit]) <= 0.9:
+        raise PhotoError(Status.NOT_FUNDUS, "no round retinal field was found")
+    if lit.mean() <= 0.5:
+        raise PhotoError(Status.UNGRADABLE, "most of the field is dark or missing")
 
 
 def _square_around(

@@ -230,7 +230,7 @@ def _photograph(
     if quality == "dark":
         light *= np.float32(rng.uniform(0.08, 0.16))
     elif quality == "blur":
-        blur = rng.uniform(0.034, 0.055)
+        blur = rng.uniform(0.042, 0.060)
     visible = canvas.blank()
     centre = canvas.points(np.zeros(2)).tolist()
     cv2.circle(visible, centre, round(canvas.radius_px * 16), 255, -1, cv2.LINE_AA, shift=4)

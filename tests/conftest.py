@@ -1,0 +1,128 @@
+"""Shared fixtures: real photographs where they are at hand, one tiny trained run, and guards against silent skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fastfundus.data import PhotoCache, build_cache, list_photos
+from fastfundus.engines.bundle import Bundle
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import write_dataset
+
+_REQUIRE_KERNELS = os.environ.get("FASTFUNDUS_REQUIRE_KERNELS") == "1"
+_skipped_kernels: list[str] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.skipped and item.get_closest_marker("kernel"):
+        _skipped_kernels.append(item.nodeid)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # A green run whose kernel tests were skipped would say nothing about the kernels.
+    if _REQUIRE_KERNELS and _skipped_kernels:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _REQUIRE_KERNELS and _skipped_kernels:
+        terminalreporter.write_line(f"FAILED: kernel tests were skipped: {', '.join(_skipped_kernels)}", red=True)
+
+
+@pytest.fixture(autouse=True)
+def _fence_random_state() -> Iterator[None]:
+    """No test may depend on random numbers that another one drew."""
+    state = np.random.get_state()  # noqa: NPY002
+    yield
+    np.random.set_state(state)  # noqa: NPY002
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real photographs; tests that need it are skipped without it."""
+    folder = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "odir" / "labels.csv").is_file():
+        pytest.skip(f"no real photographs at {folder}: set FASTFUNDUS_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 synthetic patients with labels, small frames."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_dataset(folder, 24, seed=5, poor_share=0.0, long_sides=(320,), workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
+    """The photos of `photo_folder` at 64 px."""
+    listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
+    output = tmp_path_factory.mktemp("cache") / "cache"
+    return build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run and the bundle built from it."""
+
+    run: Path
+    bundle: Bundle
+
+
+@pytest.fixture(scope="session")
+def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model trained for two epochs: it knows nothing, but every file that it leaves is real."""
+    from fastfundus.cli.building import build_from_run
+    from fastfundus.config import TrainConfig
+    from fastfundus.evaluate.operating_point import fit_operating_point
+    from fastfundus.train.loop import train
+    from fastfundus.train.run import Run
+
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
+    train(cache, folder / "run", TrainConfig.from_dict(settings))
+    run = Run.open(folder / "run")
+    fit_operating_point(run, cache)
+    bundle, _ = build_from_run(run, folder / "bundle", precision="fp32")
+    return Trained(run.path, bundle)
+
+
+def write_rgb(path: Path, rgb: np.ndarray, *options: int) -> Path:
+    """Write RGB pixels in the format that the name asks for."""
+    assert cv2.imwrite(str(path), rgb[..., ::-1], list(options))
+    return path
+
+
+@pytest.fixture
+def broken_photos(tmp_path: Path, photo_folder: Path) -> Path:
+    """A folder of files that go wrong, each in its own way, and one good photo."""
+    from PIL import Image
+
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    good = sorted((photo_folder / "images").glob("*.jpg"))[0]
+    data = good.read_bytes()
+    (folder / "good.jpg").write_bytes(data)
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("this is not a photograph")
+    (folder / "truncated.jpg").write_bytes(data[: len(data) * 2 // 3])
+    Image.new("RGB", (1, 1), (200, 80, 30)).save(folder / "one_pixel.png")
+    with Image.open(good) as image:
+        image.convert("CMYK").save(folder / "cmyk.jpg")
+        image.convert("L").save(folder / "grey.png")
+        rgb = np.array(image)
+    Image.fromarray(np.repeat(rgb[..., 1:2], 3, axis=2)).save(folder / "grey_as_rgb.png")
+    cv2.imwrite(str(folder / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
+    Image.new("RGB", (400, 300)).save(folder / "black.png")
+    return folder
