@@ -90,7 +90,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
             state = load_file(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model"):
+            for key in ("state_dict", "model_state_dict", "model"):
                 if isinstance(state, dict) and isinstance(state.get(key), dict):
                     state = state[key]
     except Exception as error:

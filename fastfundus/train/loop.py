@@ -153,6 +153,9 @@ def train(
     steps = len(epoch_order(len(train_rows), config.loop.batch_size, seed=0, epoch=0))
     total, warmup = steps * config.loop.epochs, round(steps * config.optimiser.warmup_epochs)
 
+    def rate_at(number: int) -> float:
+        return learning_rate(number, peak=config.optimiser.learning_rate, warmup=warmup, total=total)
+
     def save() -> None:
         save_atomically(_checkpoint(cache, config, state, model, averaged, optimiser), output / "last.ckpt")
 
@@ -174,10 +177,7 @@ def train(
             )
             taken = 0
             for inputs, labels in batches:
-                rate = learning_rate(
-                    epoch * steps + state.step, peak=config.optimiser.learning_rate, warmup=warmup, total=total
-                )
-                loss = step(inputs, labels, rate)
+                loss = step(inputs, labels, rate_at(epoch * steps + state.step))
                 averaged.update(model)
                 state.loss_sum += float(loss)
                 state.step += 1
@@ -187,6 +187,7 @@ def train(
                     save()
                     raise Interrupted(f"stopped in epoch {epoch + 1} after step {state.step} of {steps}")
             train_s = time.perf_counter() - began
+            rate = rate_at(epoch * steps + state.step - 1)
             result = _validate(cache, val_rows, targets, averaged, config, device, state, rate, taken / train_s, began)
             if not np.isfinite(result.train_loss):
                 raise FastFundusError(

@@ -1,0 +1,170 @@
+"""Listing and labels: every fault named, every input once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastfundus.data import list_photos
+from fastfundus.data.labels import read_labels
+from fastfundus.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def table(folder: Path, text: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text(text)
+    return path
+
+
+def test_a_folder_is_searched_and_sorted(tmp_path: Path) -> None:
+    touch(tmp_path, "b/2.PNG", "a.jpg", "b/1.tiff", "notes.txt", ".thumbs/a.jpg", "b/.hidden.jpg")
+    listing = list_photos(tmp_path)
+    assert [photo.name for photo in listing.photos] == ["a.jpg", "b/1.tiff", "b/2.PNG"]
+    assert "1 .txt" in listing.notes[0]
+
+
+def test_patient_and_eye_from_names(tmp_path: Path) -> None:
+    names = ["10_left.jpg", "10_right.jpg", "Patient007_R.jpg", "0017_OD_f_1.jpg", "x-OS.png", "plain.jpg"]
+    photos = {photo.name: photo for photo in list_photos(touch(tmp_path, *names)).photos}
+    assert {name: (photo.patient, photo.eye) for name, photo in photos.items()} == {
+        "10_left.jpg": ("10", "L"),
+        "10_right.jpg": ("10", "R"),
+        "Patient007_R.jpg": ("Patient007", "R"),
+        "0017_OD_f_1.jpg": ("0017", "R"),
+        "x-OS.png": ("x", "L"),
+        "plain.jpg": ("plain.jpg", None),
+    }
+    assert not photos["plain.jpg"].patient_known
+
+
+def test_numbering_that_restarts_in_each_folder_keeps_patients_apart(tmp_path: Path) -> None:
+    listing = list_photos(touch(tmp_path, "north/1_left.jpg", "south/1_left.jpg", "south/1_right.jpg"))
+    assert [photo.patient for photo in listing.photos] == ["north/1", "south/1", "south/1"]
+
+
+def test_one_folder_of_images_adds_nothing_to_the_patient(tmp_path: Path) -> None:
+    assert [photo.patient for photo in list_photos(touch(tmp_path, "images/1_left.jpg")).photos] == ["1"]
+
+
+def test_named_files_are_inputs_whatever_their_ending_and_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.dat", "b.jpg")
+    listing = list_photos([tmp_path / "a.dat", tmp_path / "b.jpg", tmp_path, tmp_path / "b.jpg"])
+    assert [photo.name for photo in listing.photos] == ["a.dat", "b.jpg"]
+    assert sum("given twice" in note for note in listing.notes) == 2
+
+
+def test_classes_are_recognised_by_a_normal_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "normal/1_left.jpg", "glaucoma/1_right.jpg", "drusen/2_left.jpg")
+    photos = list_photos(tmp_path).photos
+    assert [(photo.columns["class"], photo.columns["abnormal"]) for photo in photos] == [
+        ("drusen", 1.0),
+        ("glaucoma", 1.0),
+        ("normal", 0.0),
+    ]
+    # One patient with an eye in each of two folders stays one patient.
+    assert [photo.patient for photo in photos] == ["2", "1", "1"]
+    assert list_photos(tmp_path, adapter="folder").photos[0].columns == {}
+
+
+def test_labels_join_by_path_or_by_unique_name(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "images/b.jpg", "other/c.jpg")
+    labels = table(tmp_path, "file,abnormal,age\nimages/a.jpg,1,60\nb.jpg,0,\n")
+    listing = list_photos(tmp_path, labels=labels)
+    columns = {photo.name: photo.columns for photo in listing.photos}
+    assert columns["images/a.jpg"] == {"abnormal": 1.0, "age": 60.0}
+    assert columns["images/b.jpg"] == {"abnormal": 0.0, "age": None}
+    assert columns["other/c.jpg"] == {}
+    assert any("does not name 1 of the photos" in note for note in listing.notes)
+
+
+def test_a_csv_alone_is_a_source(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "x/unnamed.jpg")
+    listing = list_photos(table(tmp_path, "file,patient\nx/a.jpg,p7\n"))
+    assert [(photo.name, photo.patient) for photo in listing.photos] == [("x/a.jpg", "p7")]
+
+
+def test_a_named_photo_that_is_not_there_becomes_an_input(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    listing = list_photos(tmp_path, labels=table(tmp_path, "file,abnormal\na.jpg,0\ngone.jpg,1\n"))
+    gone = listing.photos[1]
+    assert gone.name == "gone.jpg"
+    assert gone.issue is not None
+    assert "labels.csv, line 3" in gone.issue
+
+
+def test_repeated_and_contradictory_rows(tmp_path: Path) -> None:
+    text = "file,abnormal\na.jpg,1\nb.jpg,0\na.jpg,1\nb.jpg,1\n"
+    labels = read_labels(table(tmp_path, text))
+    assert [(row.file, row.columns["abnormal"]) for row in labels.rows] == [("a.jpg", 1.0), ("b.jpg", None)]
+    assert "line 4: a.jpg was already named in line 2; one row is kept" in labels.notes[0]
+    assert "line 5: b.jpg was already named in line 3 with another abnormal" in labels.notes[1]
+
+
+@pytest.mark.parametrize("unknown", ["", "NaN", "nan", "NA", "null", "?", "1e999"])
+def test_unknown_labels_stay_unknown(tmp_path: Path, unknown: str) -> None:
+    labels = read_labels(table(tmp_path, f"file,abnormal\na.jpg,{unknown}\nb.jpg,1\nc.jpg,0\n"))
+    assert [row.columns["abnormal"] for row in labels.rows] == [None, 1.0, 0.0]
+    assert "label 'abnormal' is unknown for a.jpg (line 2)" in labels.notes[0]
+
+
+def test_a_patient_in_two_splits_is_taken_out_and_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    text = "file,patient,split\na.jpg,p1,train\nb.jpg,p1,test\nc.jpg,p2,validation\n"
+    listing = list_photos(tmp_path, labels=table(tmp_path, text))
+    assert [photo.split for photo in listing.photos] == ["excluded", "excluded", "val"]
+    assert any("patient p1 is in test and train (a.jpg, b.jpg)" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no header"),
+        ("name,abnormal\na.jpg,1\n", "no column that names the photos; columns: name, abnormal"),
+        ("file,abnormal\na.jpg\n", "line 2: has 1 cells where the header has 2"),
+        ("file,abnormal,abnormal\na.jpg,1,0\n", "names the column 'abnormal' twice"),
+    ],
+)
+def test_a_wrong_label_file_says_where(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_labels(table(tmp_path, text))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("file,abnormal\na.jpg,1\n", encoding="utf-8-sig")
+    assert read_labels(path).rows[0].file == "a.jpg"
+
+
+def test_nothing_and_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no photos"):
+        list_photos(tmp_path)
+    with pytest.raises(DataError, match="is not there"):
+        list_photos(tmp_path / "gone")
+    with pytest.raises(DataError, match="needs a label file"):
+        list_photos(touch(tmp_path, "a.jpg"), adapter="csv")
+
+
+def test_a_folder_that_cannot_be_searched_is_lost_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    touch(tmp_path, "open/a.jpg", "shut/b.jpg")
+    real = os.scandir
+
+    def scandir(path):  # type: ignore[no-untyped-def]
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    # The superuser may search every folder, so the operating system's refusal is played.
+    monkeypatch.setattr(os, "scandir", scandir)
+    listing = list_photos(tmp_path)
+    assert [photo.name for photo in listing.photos] == ["open/a.jpg"]
+    assert "shut: cannot be searched" in listing.lost[0]

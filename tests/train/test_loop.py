@@ -1,0 +1,171 @@
+"""Training: learns, resumes bit for bit, averages, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastfundus.config import TrainConfig
+from fastfundus.data import PhotoCache
+from fastfundus.errors import CheckpointError, ConfigError, DataError
+from fastfundus.train.loop import EpochResult, Interrupted, Observer, train
+from fastfundus.train.run import Run
+from fastfundus.train.schedule import learning_rate
+from fastfundus.train.step import AveragedModel
+from fastfundus.train.targets import abnormality_targets
+
+
+def settings(**loop: object) -> TrainConfig:
+    plain = {"model": {"backbone": "resnet18", "drop_rate": 0.2}, "data": {"folds": 3}}
+    return TrainConfig.from_dict({**plain, "loop": {"epochs": 3, "batch_size": 4, **loop}})
+
+
+class StopAt(Observer):
+    """Sends this process a signal at a step, as Ctrl-C does; step 0 is the last of the epoch."""
+
+    def __init__(self, epoch: int, step: int, number: int = signal.SIGINT) -> None:
+        self.when, self.number = (epoch, step), number
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        if self.when in ((epoch, step), (epoch, step - steps)):
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("stop", [(1, 1), (2, 2), (2, 0)], ids=["first-step", "within-epoch", "end-of-epoch"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["sigint", "sigterm"])
+def test_resume_is_bit_for_bit(cache: PhotoCache, tmp_path: Path, stop: tuple[int, int], number: int) -> None:
+    if number == signal.SIGTERM and stop != (2, 2):
+        pytest.skip("both signals take the same path; one place is enough for the second")
+    handler = signal.getsignal(signal.SIGINT)
+    train(cache, tmp_path / "whole", settings())
+    with pytest.raises(Interrupted, match="stopped"):
+        train(cache, tmp_path / "parts", settings(), observer=StopAt(*stop, number))
+    assert signal.getsignal(signal.SIGINT) is handler
+    torch.manual_seed(99)  # whatever happened between the two processes
+    train(cache, tmp_path / "parts", settings(), resume=True)
+    for name in ("model", "averaged", "optimiser"):
+        whole, parts = (
+            torch.load(tmp_path / run / "last.ckpt", weights_only=True)[name] for run in ("whole", "parts")
+        )
+        flat_whole, flat_parts = (torch.utils._pytree.tree_leaves(value) for value in (whole, parts))
+        assert len(flat_whole) == len(flat_parts)
+        for left, right in zip(flat_whole, flat_parts, strict=True):
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+    metrics = [pl.read_csv(tmp_path / run / "metrics.csv").drop("seconds", "images_per_s") for run in ("whole", "parts")]
+    assert metrics[0].equals(metrics[1])
+
+
+def test_same_seed_same_weights_other_seed_others(cache: PhotoCache, tmp_path: Path) -> None:
+    runs = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        train(cache, tmp_path / name, settings(epochs=1, seed=seed))
+        runs.append(load_file(tmp_path / name / "best.safetensors"))
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+    assert not all(torch.equal(runs[0][key], runs[2][key]) for key in runs[0])
+
+
+def test_it_learns_a_small_set_by_heart(cache: PhotoCache, tmp_path: Path) -> None:
+    class Keep(Observer):
+        losses: list[float] = []
+
+        def epoch(self, result: EpochResult) -> None:
+            self.losses.append(result.train_loss)
+
+    plain = {
+        "model": {"backbone": "resnet18"},
+        "data": {"folds": 3},
+        "augment": {"scale": 1.0, "rotate_degrees": 0.0, "flip_horizontal": False, "brightness": 0.0, "contrast": 0.0},
+        "optimiser": {"learning_rate": 2e-3, "weight_decay": 0.0, "warmup_epochs": 2.0},
+        "loop": {"epochs": 20, "batch_size": 16},
+    }
+    keep = Keep()
+    train(cache, tmp_path / "run", TrainConfig.from_dict(plain), observer=keep)
+    # Two in three photos are one class at most: guessing the prior costs at least 0.6.
+    assert keep.losses[-1] < 0.15
+
+
+def test_a_run_folder_is_complete(cache: PhotoCache, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Hear(Observer):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    train(cache, tmp_path / "run", settings(epochs=2), observer=Hear())
+    assert any("torch.compile is off: on a CPU" in text for text in said)
+    names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
+    assert names == {"config", "splits", "metrics", "best", "last", "environment", "events"}
+    run = Run.open(tmp_path / "run")
+    assert TrainConfig.from_toml(tmp_path / "run" / "config.toml") == run.config == settings(epochs=2)
+    assert run.spec == cache.spec
+    assert run.labels == ("abnormal",)
+    splits = pl.read_parquet(tmp_path / "run" / "splits.parquet")
+    assert splits.group_by("patient").agg(pl.col("split").n_unique())["split"].max() == 1
+    versions = json.loads((tmp_path / "run" / "environment.json").read_text())["versions"]
+    assert versions["torch"] == torch.__version__.split("+")[0]
+    model = run.load_model()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1)
+
+
+def test_starting_and_resuming_wrongly(cache: PhotoCache, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(CheckpointError, match=r"no last.ckpt to resume"):
+        train(cache, run, settings(), resume=True)
+    train(cache, run, settings(epochs=1))
+    with pytest.raises(CheckpointError, match="holds a run already; add --resume"):
+        train(cache, run, settings(epochs=1))
+    with pytest.raises(ConfigError, match="started with other settings"):
+        train(cache, run, settings(epochs=2), resume=True)
+    (run / "last.ckpt").write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(cache, run, settings(epochs=1), resume=True)
+    with pytest.raises(CheckpointError, match="run fastfundus train first"):
+        Run.open(tmp_path / "nowhere")
+
+
+def test_labels() -> None:
+    table = pl.DataFrame({"path": ["a", "b", "c"], "normal": [1.0, 0.0, None], "DME": [0.0, 1.0, 1.0], "age": [1.0, 2.0, 3.0]})
+    values, told = abnormality_targets(table, "auto")
+    np.testing.assert_array_equal(values, [0.0, 1.0, np.nan])
+    assert told == "1 - normal"
+    np.testing.assert_array_equal(abnormality_targets(table, "DME")[0], [0.0, 1.0, 1.0])
+    with pytest.raises(DataError, match="did you mean 'normal'"):
+        abnormality_targets(table, "nromal")
+    with pytest.raises(DataError, match=r"'age' must be 0 or 1, got .* for"):
+        abnormality_targets(table, "age")
+    with pytest.raises(DataError, match="prepared without labels"):
+        abnormality_targets(table.select("path"), "auto")
+
+
+def test_schedule_by_hand() -> None:
+    rates = [learning_rate(step, peak=1.0, warmup=4, total=12) for step in range(13)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[8] == pytest.approx(0.5)
+    assert rates[12] == pytest.approx(0.0)
+    assert all(math.isfinite(rate) and rate >= 0 for rate in rates)
+    assert learning_rate(0, peak=0.5, warmup=0, total=1) == 0.5
+
+
+def test_averaged_model_by_hand() -> None:
+    model = torch.nn.BatchNorm1d(1)
+    averaged = AveragedModel(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(11.0)
+    model.num_batches_tracked.fill_(7)
+    averaged.update(model)
+    # First step: the decay is (1 + 1) / (10 + 1), so 1 * 2/11 + 11 * 9/11.
+    assert averaged.module.weight.item() == pytest.approx(2 / 11 + 9)
+    assert averaged.module.num_batches_tracked.item() == 7
+    for _ in range(200):
+        averaged.update(model)
+    assert averaged.module.weight.item() == pytest.approx(11.0, abs=1e-3)
