@@ -54,10 +54,13 @@ def examine() -> dict[str, Any]:
         engine["precision"] = fastest_precision()
     gpu = None
     if parts["training"]["ready"]:
-        import torch
+        try:
+            import torch
 
-        if torch.cuda.is_available():
-            gpu = torch.cuda.get_device_name()
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        except (ImportError, OSError, RuntimeError) as error:
+            # Installed but broken, by a missing system library or driver: just what a doctor is asked about.
+            parts["training"] |= {"ready": False, "install": f"torch is installed but fails: {error}"}
     return {
         "fastfundus": _version("fastfundus"),
         "python": platform.python_version(),

@@ -13,7 +13,9 @@ from fastfundus.data.split import assign_splits, group_photos
 from fastfundus.errors import DataError
 
 
-def manifest(patients: list[str], split: list[str | None] | None = None, hashes: list[str] | None = None) -> pl.DataFrame:
+def manifest(
+    patients: list[str], split: list[str | None] | None = None, hashes: list[str] | None = None
+) -> pl.DataFrame:
     count = len(patients)
     return pl.DataFrame(
         {

@@ -40,11 +40,12 @@ class StopAt(Observer):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("stop", [(1, 1), (2, 2), (2, 0)], ids=["first-step", "within-epoch", "end-of-epoch"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["sigint", "sigterm"])
+@pytest.mark.parametrize(
+    ("stop", "number"),
+    [((1, 1), signal.SIGINT), ((2, 2), signal.SIGTERM), ((2, 0), signal.SIGINT)],
+    ids=["sigint-first-step", "sigterm-within-epoch", "sigint-end-of-epoch"],
+)
 def test_resume_is_bit_for_bit(cache: PhotoCache, tmp_path: Path, stop: tuple[int, int], number: int) -> None:
-    if number == signal.SIGTERM and stop != (2, 2):
-        pytest.skip("both signals take the same path; one place is enough for the second")
     handler = signal.getsignal(signal.SIGINT)
     train(cache, tmp_path / "whole", settings())
     with pytest.raises(Interrupted, match="stopped"):
@@ -53,14 +54,14 @@ def test_resume_is_bit_for_bit(cache: PhotoCache, tmp_path: Path, stop: tuple[in
     torch.manual_seed(99)  # whatever happened between the two processes
     train(cache, tmp_path / "parts", settings(), resume=True)
     for name in ("model", "averaged", "optimiser"):
-        whole, parts = (
-            torch.load(tmp_path / run / "last.ckpt", weights_only=True)[name] for run in ("whole", "parts")
-        )
+        whole, parts = (torch.load(tmp_path / run / "last.ckpt", weights_only=True)[name] for run in ("whole", "parts"))
         flat_whole, flat_parts = (torch.utils._pytree.tree_leaves(value) for value in (whole, parts))
         assert len(flat_whole) == len(flat_parts)
         for left, right in zip(flat_whole, flat_parts, strict=True):
             assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-    metrics = [pl.read_csv(tmp_path / run / "metrics.csv").drop("seconds", "images_per_s") for run in ("whole", "parts")]
+    metrics = [
+        pl.read_csv(tmp_path / run / "metrics.csv").drop("seconds", "images_per_s") for run in ("whole", "parts")
+    ]
     assert metrics[0].equals(metrics[1])
 
 
@@ -133,7 +134,9 @@ def test_starting_and_resuming_wrongly(cache: PhotoCache, tmp_path: Path) -> Non
 
 
 def test_labels() -> None:
-    table = pl.DataFrame({"path": ["a", "b", "c"], "normal": [1.0, 0.0, None], "DME": [0.0, 1.0, 1.0], "age": [1.0, 2.0, 3.0]})
+    table = pl.DataFrame(
+        {"path": ["a", "b", "c"], "normal": [1.0, 0.0, None], "DME": [0.0, 1.0, 1.0], "age": [1.0, 2.0, 3.0]}
+    )
     values, told = abnormality_targets(table, "auto")
     np.testing.assert_array_equal(values, [0.0, 1.0, np.nan])
     assert told == "1 - normal"

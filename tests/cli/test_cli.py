@@ -1,0 +1,211 @@
+"""The command line as a user meets it: texts, exit codes, stdout and stderr apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from fastfundus.cli import main
+from tests.conftest import Trained
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", [[], *[[name] for name in main.commands]], ids=lambda c: c[0] if c else "group")
+def test_help_says_what_and_gives_an_example(command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+    if command:
+        assert "Example:" in result.output
+        assert f"fastfundus {command[0]}" in result.output
+
+
+def test_the_commands_of_the_design_are_there() -> None:
+    assert {"demo", "prepare", "train", "evaluate", "build-engine", "screen", "doctor"} <= set(main.commands)
+
+
+def test_prepare_and_its_summary(broken_photos: Path, tmp_path: Path) -> None:
+    result = run("prepare", broken_photos, "--output", tmp_path / "cache", "--size", 64)
+    assert result.exit_code == 0, result.output
+    assert "10 photos at 64 px: 2 ok, 1 ungradable, 3 unreadable, 4 unsupported" in result.stdout
+    assert "unreadable: zero.jpg: the file is empty; copy it again" in result.stderr
+    assert "unsupported: cmyk.jpg: CMYK" in result.stderr
+    again = run("prepare", broken_photos, "--output", tmp_path / "cache", "--size", 64, "--json")
+    assert json.loads(again.stdout)["status"]["ok"] == 2
+
+
+def test_label_faults_are_said_and_the_run_goes_on(photo_folder: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    rows = ["file,patient,split,abnormal", "p00000_left.jpg,a,train,1", "p00000_right.jpg,a,test,0"]
+    rows += ["p00001_left.jpg,b,train,NaN", "p00001_left.jpg,b,train,NaN", "gone.jpg,c,val,0"]
+    labels.write_text("\n".join(rows) + "\n")
+    result = run("prepare", photo_folder, "--labels", labels, "--output", tmp_path / "cache", "--size", 64)
+    assert result.exit_code == 0, result.output
+    for text in [
+        "patient a is in test and train",
+        "line 5: p00001_left.jpg was already named in line 4; one row is kept",
+        "label 'abnormal' is unknown for p00001_left.jpg (line 4)",
+        "unreadable: gone.jpg: named in labels.csv, line 6, but not there",
+    ]:
+        assert text in result.stderr
+    manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
+    assert len(manifest) == 49
+    wrong = run("train", tmp_path / "cache", "--output", tmp_path / "run", "--label", "abnrmal")
+    assert wrong.exit_code == 1
+    assert "no label column 'abnrmal'; did you mean 'abnormal'" in wrong.stderr
+
+
+def test_the_whole_way(photo_folder: Path, broken_photos: Path, tmp_path: Path) -> None:
+    cache, run_folder, bundle, out = (tmp_path / name for name in ("cache", "run", "bundle", "out"))
+    steps: list[tuple[object, ...]] = [
+        ("prepare", photo_folder, "--labels", photo_folder / "labels.csv", "--output", cache, "--size", 64),
+        ("train", cache, "--output", run_folder, "--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--amp"),
+        ("evaluate", run_folder, cache, "--output", tmp_path / "evaluation"),
+        ("build-engine", run_folder, "--output", bundle),
+        ("screen", bundle, broken_photos, photo_folder, "--output", out),
+    ]
+    results = []
+    for step in steps:
+        result = run(*step)
+        assert result.exit_code == 0, (step, result.output)
+        results.append(result)
+    assert "test: AUROC" in results[1].stdout
+    assert "val AUROC" in results[1].stderr
+    assert results[2].stdout.startswith("test patients: AUROC")
+    assert "passes: largest |dp|" in results[3].stdout
+    assert "58 inputs" in results[4].stdout
+    assert (out / "report.html").is_file()
+    assert len(pl.read_csv(out / "results.csv")) == 58
+
+
+def test_errors_are_one_line_and_exit_1(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("prepare", tmp_path / "gone", "--output", tmp_path / "c"), "is not there"),
+        (("prepare", broken_photos, "--output", tmp_path / "c", "--size", 5), "spec.size must be 32"),
+        (("train", broken_photos, "--output", tmp_path / "r"), "is no photo cache; run fastfundus prepare"),
+        (("build-engine", tmp_path, "--output", tmp_path / "b"), "run fastfundus train first"),
+        (("screen", tmp_path, broken_photos, "--output", tmp_path / "o"), "is no engine bundle"),
+        (("screen", trained.bundle.path, tmp_path / "gone", "--output", tmp_path / "o"), "is not there"),
+        (("train", tmp_path, "--output", trained.run, "--resume", "--epochs", 3), "loop.epochs cannot change"),
+        (("demo", "--output", broken_photos, "--overwrite"), "is not empty; add --overwrite if a demo made it"),
+    ]
+    for arguments, text in cases:
+        result = run(*arguments)
+        assert result.exit_code == 1, arguments
+        assert text in result.stderr
+        assert "Traceback" not in result.output
+        assert isinstance(result.exception, SystemExit)
+    assert run("screen").exit_code == 2
+    assert (broken_photos / "good.jpg").exists()
+
+
+def test_a_lost_folder_fails_the_run_after_all_rows(
+    trained: Trained, broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (broken_photos / "shut").mkdir()
+    real = os.scandir
+
+    def scandir(path):  # type: ignore[no-untyped-def]
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = run("screen", trained.bundle.path, broken_photos, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "shut: cannot be searched" in result.stderr
+    assert len(pl.read_csv(tmp_path / "out" / "results.csv")) == 10
+
+
+def test_doctor_knows_what_is_missing() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["parts"]["screening"]["ready"]
+    assert found["parts"]["training"]["versions"]["torch"]
+    assert found["engine"]["precision"] in ("fp32", "bf16")
+    text = run("doctor").stdout
+    for name, part in found["parts"].items():
+        assert (f"missing  {name}" in text) == (not part["ready"])
+
+
+def test_synthesize(tmp_path: Path) -> None:
+    result = run("synthesize", "--output", tmp_path / "photos", "--patients", 1, "--masks")
+    assert result.exit_code == 0
+    assert "2 photos of 1 patients" in result.stdout
+    assert len(list((tmp_path / "photos" / "masks" / "vessels").iterdir())) == 2
+
+
+def test_training_without_torch_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run("train", tmp_path, "--output", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "torch is not installed; run: pip install 'fastfundus[train]'" in result.stderr
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> None:
+    about = json.loads((trained.bundle.path / "bundle.json").read_text())
+    cache = about["provenance"]["parity_photos"]
+    output = tmp_path / "run"
+    process = start("train", cache, "--output", output, "--backbone", "resnet18", "--epochs", 400, "--batch-size", 4)
+    deadline = time.monotonic() + 120
+    while not (output / "metrics.csv").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert f"go on with: fastfundus train {cache} --output {output} --resume" in err
+    done = pl.read_csv(output / "metrics.csv")["epoch"].max()
+    process = start("train", cache, "--output", output, "--resume")
+    deadline = time.monotonic() + 120
+    while pl.read_csv(output / "metrics.csv")["epoch"].max() == done and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "resuming after epoch" in err
+    assert pl.read_csv(output / "metrics.csv")["epoch"].max() > done
+
+
+def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for path in (photo_folder / "images").iterdir():
+        for copy in range(60):
+            shutil.copy(path, many / f"{copy}_{path.name}")
+    output = tmp_path / "cache"
+    process = start("prepare", many, "--output", output)
+    journal = tmp_path / "cache.partial" / "rows.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.stat().st_size > 5000) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted; run the same command again" in err
+    assert "Traceback" not in err
+    assert not output.exists()
+    kept = len(journal.read_text().splitlines())
+    assert 0 < kept < 48 * 60
+    result = run("prepare", many, "--output", output)
+    assert result.exit_code == 0
+    assert len(pl.read_parquet(output / "manifest.parquet")) == 48 * 60

@@ -1,0 +1,120 @@
+"""Who may import whom, and what must stay unloaded."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+FOUNDATION = {"errors", "config", "records", "spec"}
+# Arrows point down only. A part may import itself, the foundation, and what stands here.
+ALLOWED: dict[str, set[str]] = {
+    "errors": {"records"},
+    "records": set(),
+    "spec": {"errors"},
+    "config": {"errors"},
+    "synthetic": FOUNDATION,
+    "kernels": set(),
+    "photo": FOUNDATION,
+    "data": {*FOUNDATION, "photo"},
+    "models": FOUNDATION,
+    "train": {*FOUNDATION, "data", "kernels", "models"},
+    "engines": {*FOUNDATION, "models"},
+    "evaluate": {*FOUNDATION, "data", "models", "train"},
+    "screen": {*FOUNDATION, "data", "photo", "engines"},
+}
+STANDARD_LIBRARY_ONLY = FOUNDATION
+# These parts run where no torch is installed. Building an engine needs torch; running one does not.
+NO_TORCH = {"synthetic", "photo", "data", "screen", *FOUNDATION}
+NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
+TORCH = {"torch", "torchvision", "timm", "triton", "onnx", "safetensors"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted((ROOT / "fastfundus").glob("**/*.py")):
+        found.append((".".join(path.relative_to(ROOT / "fastfundus").with_suffix("").parts), path))
+    for folder in ("kernels", "engines"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            found.append((".".join(path.relative_to(ROOT).with_suffix("").parts), path))
+    unique = {path.resolve(): (name.removesuffix(".__init__"), path) for name, path in found}
+    return list(unique.values())
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            names.add(node.module)
+            # `from fastfundus.kernels import reference` imports a module too.
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "fastfundus"}
+    return names
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=[name for name, _ in modules()])
+def test_imports_point_down(name: str, path: Path) -> None:
+    part = name.split(".")[0]
+    names = imported(path)
+    ours = {other.split(".")[1] for other in names if other.startswith("fastfundus.")}
+    ours -= {"__version__", "PreprocessSpec", "Status", "FastFundusError"}
+    if part not in ("cli", "__main__", "__init__"):
+        assert part in ALLOWED, f"{part} is new: say in ALLOWED what it may import"
+        assert ours <= ALLOWED[part] | {part}
+    assert "bench" not in {other.split(".")[0] for other in names}
+    outside = {other.split(".")[0] for other in names} - {"fastfundus"}
+    if part in STANDARD_LIBRARY_ONLY:
+        assert outside <= set(sys.stdlib_module_names)
+    if part in NO_TORCH or name in NO_TORCH_MODULES:
+        assert not outside & TORCH
+    if part == "cli":
+        # Commands load what they need when they run: `--help` must answer at once.
+        top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
+        heavy = {getattr(node, "module", None) or node.names[0].name for node in top}
+        if name not in ("cli.building", "cli.training"):
+            assert {module.split(".")[0] for module in heavy} <= {*sys.stdlib_module_names, "click", "fastfundus"}
+
+
+@pytest.mark.parametrize("command", [["-c", "import fastfundus"], ["-m", "fastfundus", "--help"]])
+def test_nothing_heavy_is_loaded(command: list[str]) -> None:
+    listing = "import atexit, sys; atexit.register(lambda: print('LOADED', *sorted(sys.modules)))\n"
+    if command[0] == "-c":
+        code = listing + command[1]
+    else:
+        code = (
+            listing
+            + "import runpy; sys.argv = ['fastfundus', '--help']; runpy.run_module('fastfundus', None, '__main__')"
+        )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(done.stdout.rsplit("LOADED", 1)[1].split())
+    assert not loaded & {"torch", "timm", "numpy", "cv2", "polars", "openvino", "matplotlib", "rich", "onnx"}
+
+
+def test_screening_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys, fastfundus.screen.run, fastfundus.engines.openvino_backend as b; b.fastest_precision()\n"
+    code += "assert not {'torch', 'timm', 'onnx'} & set(sys.modules), 'torch was loaded'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=60)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "engines"])
+def test_top_level_folders_refuse_to_be_a_second_copy(folder: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {folder}"], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode != 0
+    assert f"import fastfundus.{folder}, not {folder}" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["kernels", "engines", "csrc"])
+def test_links_are_links(folder: str) -> None:
+    link = ROOT / "fastfundus" / folder
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / folder
