@@ -43,13 +43,11 @@ def convert(onnx_file: Path, folder: Path) -> str:
 class OpenVinoEngine:
     """A model compiled for this CPU.
 
-    A batch is cut into as many parts as there are streams, which run at once: on small machines this keeps every core
-    busy better than one stream that spans them all.
+    Photos are dealt to as many requests as there are streams, which run at once: on small machines this keeps every
+    core busy better than one stream that spans them all.
     """
 
     def __init__(self, file: Path, size: int, precision: str) -> None:
-        import openvino
-
         core = _core()
         if precision == "bf16" and fastest_precision() != "bf16":
             raise BundleError(
@@ -67,13 +65,10 @@ class OpenVinoEngine:
             raise BundleError(
                 f"{file}: OpenVINO cannot load it ({str(error).splitlines()[0]}); build it again"
             ) from None
-        self._queue: Any = openvino.AsyncInferQueue(self._model)
-        self._queue.set_callback(self._keep)
-
-    @staticmethod
-    def _keep(request: Any, place: tuple[NDArray[np.float32], int]) -> None:
-        result, row = place
-        result[row] = request.get_output_tensor(0).data[0]
+        count = self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        # Plain requests, waited for in turn. OpenVINO's queue with a Python callback can deadlock when it is freed: its
+        # destructor holds the interpreter's lock while the last callback asks for it.
+        self._requests: list[Any] = [self._model.create_infer_request() for _ in range(count)]
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
@@ -81,11 +76,16 @@ class OpenVinoEngine:
             raise BundleError("the engine was closed; load the bundle again")
         check_photos(photos, self._size)
         result = np.full((len(photos), self._model.output(0).partial_shape[1].get_length()), np.nan, np.float32)
-        for row in range(len(photos)):
-            self._queue.start_async({0: photos[row : row + 1]}, (result, row))
-        self._queue.wait_all()
+        streams = len(self._requests)
+        for row in range(len(photos) + streams):
+            request = self._requests[row % streams]
+            if row >= streams and row - streams < len(photos):
+                request.wait()
+                result[row - streams] = request.get_output_tensor(0).data[0]
+            if row < len(photos):
+                request.start_async({0: photos[row : row + 1]})
         return result
 
     def close(self) -> None:
         """Free the compiled model."""
-        self._queue = self._model = None
+        self._requests, self._model = [], None

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,11 +21,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import assign_splits
-from fastfundus.errors import CheckpointError, ConfigError, DataError, FastFundusError
+from fastfundus.errors import CheckpointError, DataError, FastFundusError
 from fastfundus.models.classifier import create_model, uses_channels_last
 from fastfundus.train.augment import draw_epoch
+from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
 from fastfundus.train.feed import epoch_batches, epoch_order
-from fastfundus.train.run import SCHEMA, describe_environment, save_atomically, save_best
+from fastfundus.train.interrupt import Interrupted, stop_requested
+from fastfundus.train.run import describe_environment, save_best
 from fastfundus.train.schedule import learning_rate
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser, predict_logits
 from fastfundus.train.targets import OUTPUT_LABELS, abnormality_targets, usable_rows
@@ -36,10 +35,6 @@ from fastfundus.train.targets import OUTPUT_LABELS, abnormality_targets, usable_
 __all__ = ["EpochResult", "Interrupted", "Observer", "train"]
 
 _METRICS = ("epoch", "learning_rate", "train_loss", "val_loss", "val_auroc", "images_per_s", "seconds")
-
-
-class Interrupted(FastFundusError):
-    """Training was stopped by a signal, and can be resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +65,6 @@ class Observer:
 
     def epoch(self, result: EpochResult) -> None:
         """An epoch and its validation are over."""
-
-
-@dataclass(slots=True)
-class _State:
-    """Where the run stands; what `last.ckpt` holds besides weights and optimiser."""
-
-    epoch: int = 0
-    """Whole epochs done."""
-    step: int = 0
-    """Steps done in the epoch under way."""
-    loss_sum: float = 0.0
-    best_auroc: float = -1.0
-    best_epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(
@@ -139,9 +120,9 @@ def train(
     model = model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimiser = build_optimiser(model, config.optimiser)
     averaged = AveragedModel(model, config.optimiser.ema_decay)
-    state = _State()
+    state = TrainState()
     if resume:
-        state = _load(output, cache, config, splits, model, averaged, optimiser)
+        state = restore(output, cache, config, splits, model, averaged, optimiser)
         observer.say(f"resuming after epoch {state.epoch}, step {state.step}")
     else:
         _begin(output, config, splits, device)
@@ -157,9 +138,9 @@ def train(
         return learning_rate(number, peak=config.optimiser.learning_rate, warmup=warmup, total=total)
 
     def save() -> None:
-        save_atomically(_checkpoint(cache, config, state, model, averaged, optimiser), output / "last.ckpt")
+        save_atomically(checkpoint(cache, config, state, model, averaged, optimiser), output / "last.ckpt")
 
-    with _stop_requested() as stop, _events(output) as events:
+    with stop_requested() as stop, _events(output) as events:
         while state.epoch < config.loop.epochs:
             began = time.perf_counter()
             model.train()
@@ -244,7 +225,7 @@ def _validate(
     averaged: AveragedModel,
     config: TrainConfig,
     device: torch.device,
-    state: _State,
+    state: TrainState,
     rate: float,
     images_per_s: float,
     began: float,
@@ -272,54 +253,6 @@ def _begin(output: Path, config: TrainConfig, splits: pl.DataFrame, device: torc
     splits.write_parquet(output / "splits.parquet")
 
 
-def _checkpoint(
-    cache: PhotoCache,
-    config: TrainConfig,
-    state: _State,
-    model: torch.nn.Module,
-    averaged: AveragedModel,
-    optimiser: torch.optim.Optimizer,
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "config": config.to_dict(),
-        "spec": cache.spec.fingerprint,
-        "state": {name: getattr(state, name) for name in _State.__dataclass_fields__},
-        "model": model.state_dict(),
-        "averaged": averaged.module.state_dict(),
-        "averaged_steps": averaged.steps,
-        "optimiser": optimiser.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-
-
-def _load(
-    output: Path,
-    cache: PhotoCache,
-    config: TrainConfig,
-    splits: pl.DataFrame,
-    model: torch.nn.Module,
-    averaged: AveragedModel,
-    optimiser: torch.optim.Optimizer,
-) -> _State:
-    try:
-        saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
-    if saved.get("schema") != SCHEMA or saved["config"] != config.to_dict():
-        raise ConfigError(
-            f"{output}: was started with other settings; resume takes them from its config.toml unchanged"
-        )
-    if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
-        raise CheckpointError(f"{output}: was started on other photos, labels or preprocessing than {cache.path}")
-    model.load_state_dict(saved["model"])
-    averaged.module.load_state_dict(saved["averaged"])
-    averaged.steps = saved["averaged_steps"]
-    optimiser.load_state_dict(saved["optimiser"])
-    torch.set_rng_state(saved["rng"])
-    return _State(**saved["state"])
-
-
 def _write_metrics(output: Path, history: list[dict[str, float]]) -> None:
     with (output / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, _METRICS)
@@ -337,25 +270,3 @@ def _events(output: Path) -> Iterator[Any]:
         yield writer
     finally:
         writer.close()
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

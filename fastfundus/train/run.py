@@ -30,7 +30,7 @@ from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.models.classifier import create_model
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["SCHEMA", "Run", "describe_environment", "save_atomically", "save_best"]
+__all__ = ["SCHEMA", "Run", "describe_environment", "save_best"]
 
 SCHEMA = 1
 """Version of the run folder's files."""
@@ -115,13 +115,6 @@ def save_best(
     partial = path / "best.safetensors.partial"
     save_file(state, partial, {"fastfundus": json.dumps(about)})
     partial.replace(path / "best.safetensors")
-
-
-def save_atomically(value: dict[str, Any], file: Path) -> None:
-    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one."""
-    partial = file.with_name(file.name + ".partial")
-    torch.save(value, partial)
-    partial.replace(file)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

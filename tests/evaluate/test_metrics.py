@@ -51,7 +51,7 @@ def test_rates_by_hand() -> None:
 
 
 def test_intervals_cover_the_truth_and_know_of_patients() -> None:
-    """95 % intervals over 60 simulated studies; with each patient's photos equal, photo-wise ones would be too narrow."""
+    """95 % intervals over 60 simulated studies; photo-wise ones would be too narrow, as a patient has equal photos."""
     truth, covered, widths = 0.7602, 0, []  # P(N(1, 1) > N(0, 1))
     for seed in range(60):
         rng = np.random.default_rng(seed)

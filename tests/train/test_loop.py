@@ -76,7 +76,8 @@ def test_same_seed_same_weights_other_seed_others(cache: PhotoCache, tmp_path: P
 
 def test_it_learns_a_small_set_by_heart(cache: PhotoCache, tmp_path: Path) -> None:
     class Keep(Observer):
-        losses: list[float] = []
+        def __init__(self) -> None:
+            self.losses: list[float] = []
 
         def epoch(self, result: EpochResult) -> None:
             self.losses.append(result.train_loss)

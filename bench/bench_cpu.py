@@ -1,0 +1,162 @@
+"""CPU stages, each alone: drawing, preparing, sampling, inferring. Peers stand in the same group, and in the same run.
+
+    make bench                      timed
+    make test                       once each, tiny, to see that they still work
+
+Every timed function's output is checked in the same test.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from fastfundus.config import AugmentConfig
+from fastfundus.kernels.ops import sample
+from fastfundus.photo import prepare_photo
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import CAMERAS, draw_photo
+from fastfundus.train.augment import draw_epoch
+
+SPEC = PreprocessSpec(size=512)
+
+
+@pytest.fixture(autouse=True)
+def _one_core(request: pytest.FixtureRequest) -> Any:
+    """Time one core, whatever the machine has: rates per core can be compared."""
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    yield
+    cv2.setNumThreads(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="module")
+def timed(request: pytest.FixtureRequest) -> bool:
+    """Whether benchmarks are timed, or only run once to see that they work."""
+    return bool(request.config.getoption("benchmark_enable"))
+
+
+def test_draw_1024(benchmark: Any) -> None:
+    """Promise: at least 10 images/s on one core."""
+    benchmark.extra_info["unit"] = "1 image of 1024 x 1024"
+    seeds = iter(range(10**6))
+    photo = benchmark(lambda: draw_photo(next(seeds), lesions=("exudates", "haemorrhages"), long_side=1024))
+    assert photo.image.shape == (1024, 1024, 3)
+    assert photo.lesion_masks["exudates"].any()
+
+
+@pytest.fixture(scope="module")
+def camera_jpeg(tmp_path_factory: pytest.TempPathFactory, timed: bool) -> Path:
+    """A photo as a camera writes it: 9 megapixels when timed."""
+    photo = draw_photo(11, camera=CAMERAS[1], long_side=3696 if timed else 900)
+    path = tmp_path_factory.mktemp("camera") / "photo.jpg"
+    cv2.imwrite(str(path), photo.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    return path
+
+
+@pytest.mark.benchmark(group="prepare one camera JPEG to 512 px, one core")
+def test_prepare_fastfundus(benchmark: Any, camera_jpeg: Path) -> None:
+    benchmark.extra_info["megabytes"] = os.path.getsize(camera_jpeg) / 1e6
+    result = benchmark(prepare_photo, camera_jpeg, SPEC)
+    assert result.status == "ok"
+    assert result.image.shape == (512, 512, 3)
+
+
+@pytest.mark.benchmark(group="prepare one camera JPEG to 512 px, one core")
+def test_prepare_pil_torchvision(benchmark: Any, camera_jpeg: Path) -> None:
+    """The peers' habit: full decode with Pillow, antialiased resize with torchvision; it finds no field."""
+    resize = v2.Resize((512, 512), antialias=True)
+
+    def peer() -> torch.Tensor:
+        with Image.open(io.BytesIO(camera_jpeg.read_bytes())) as image:
+            return v2.functional.pil_to_tensor(resize(image.convert("RGB")))
+
+    assert benchmark(peer).shape == (3, 512, 512)
+
+
+@pytest.mark.benchmark(group="augment and normalise 16 photos at 512 px, one core")
+def test_augment_fastfundus(benchmark: Any, timed: bool) -> None:
+    size, count = (512, 16) if timed else (64, 2)
+    spec = PreprocessSpec(size=size)
+    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+    geometry, colour = (torch.from_numpy(m) for m in draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=0))
+    result = benchmark(sample, images, geometry, colour, size)
+    assert torch.isfinite(result).all()
+
+
+@pytest.mark.benchmark(group="augment and normalise 16 photos at 512 px, one core")
+def test_augment_torchvision(benchmark: Any, timed: bool) -> None:
+    """The same changes, one transform after the other, photo by photo as a data loader applies them."""
+    size, count = (512, 16) if timed else (64, 2)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    chain = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.64, 1.0), ratio=(1.0, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.ColorJitter(0.15, 0.15, 0.15, 6 / 360),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    result = benchmark(lambda: torch.stack([chain(image) for image in images]))
+    assert result.shape == images.shape
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory, timed: bool) -> Any:
+    """An untrained classifier as torch module and as OpenVINO engine, and photos."""
+    import timm
+
+    from fastfundus.engines.build import build_bundle
+
+    size = 512 if timed else 64
+    torch.manual_seed(0)
+    classifier = timm.create_model("resnet50" if timed else "resnet18", num_classes=1).eval()
+    photos = np.random.default_rng(0).integers(0, 256, (16 if timed else 2, size, size, 3), dtype=np.uint8)
+    labels = {"abnormal": {"temperature": 1.0, "threshold": 0.9}}
+    spec = PreprocessSpec(size=size)
+    bundle, report = build_bundle(
+        classifier, spec, labels, photos, tmp_path_factory.mktemp("engine") / "bundle", provenance={}
+    )
+    return classifier, bundle, photos, report
+
+
+@pytest.mark.benchmark(group="infer 16 photos, all cores")
+def test_infer_engine(benchmark: Any, resnet: Any) -> None:
+    _, bundle, photos, report = resnet
+    engine = bundle.load()
+    result = benchmark(engine.infer, photos)
+    assert result.shape == (len(photos), 1)
+    assert report.passed
+    engine.close()
+
+
+@pytest.mark.benchmark(group="infer 16 photos, all cores")
+def test_infer_torch_float32(benchmark: Any, resnet: Any) -> None:
+    from fastfundus.engines.export import ScreeningModel
+
+    classifier, bundle, photos, _ = resnet
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = ScreeningModel(classifier, bundle.spec, [1.0]).eval()
+    tensor = torch.from_numpy(photos)
+
+    def infer() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(tensor)
+
+    engine = bundle.load()
+    gate = bundle.about["parity"]["gate_probability"]
+    np.testing.assert_allclose(benchmark(infer).numpy(), engine.infer(photos), atol=gate)
+    engine.close()

@@ -1,0 +1,149 @@
+"""Real photographs, the whole way: what the commands do on ODIR, with times and intervals, written as JSON.
+
+    python -m bench.odir_evidence [--output bench/results/odir_cpu_YYYYMM.json]
+
+Needs the `odir` folder of real photographs under FASTFUNDUS_DATA. Two runs at 224 px on the same split: from scratch,
+and from a model that was first trained on synthetic photographs (the two-step path, without any hub). Then the engine,
+and a screening of all photos together with ten faults. About a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import polars as pl
+
+DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def run(times: dict[str, float], step: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
+    """Run one command as a user would, keep its time, return its stdout."""
+    command = [*prefix, sys.executable, "-m", "fastfundus", *map(str, arguments)]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    times[step] = round(time.perf_counter() - began, 1)
+    if done.returncode:
+        raise SystemExit(f"{step} failed: {' '.join(command)}")
+    print(f"[{times[step]:.0f} s] {step}: {done.stdout.strip()[:2000]}", flush=True)
+    return done.stdout
+
+
+def write_broken(folder: Path, good: Path) -> None:
+    """Nine files that go wrong; the tenth fault is a path given twice."""
+    folder.mkdir()
+    data = good.read_bytes()
+    pixels = cv2.imread(str(good))
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a photograph\n")
+    (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    cv2.imwrite(str(folder / "one_pixel.png"), np.full((1, 1, 3), 90, np.uint8))
+    from PIL import Image
+
+    with Image.open(good) as image:
+        image.convert("CMYK").save(folder / "cmyk.jpg")
+    cv2.imwrite(str(folder / "sixteen_bit.png"), pixels.astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / "grey.png"), pixels[..., 1])
+    cv2.imwrite(str(folder / "black.png"), np.zeros((400, 400, 3), np.uint8))
+    (folder / "forbidden.jpg").write_bytes(data)
+    (folder / "forbidden.jpg").chmod(0)
+
+
+def without_privilege() -> tuple[str, ...]:
+    """Prefix that takes the superuser's right to read everything away, so that a forbidden file is one."""
+    if os.geteuid() or not shutil.which("setpriv"):
+        return ()
+    return ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+
+
+def main() -> None:
+    """Run everything and write the JSON."""
+    parser = argparse.ArgumentParser()
+    default = Path(__file__).parent / "results" / f"odir_cpu_{date.today():%Y%m}.json"
+    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--backbone", default="resnet18")
+    options = parser.parse_args()
+    odir = DATA / "odir"
+    if not (odir / "labels.csv").is_file():
+        raise SystemExit(f"no real photographs at {odir}: set FASTFUNDUS_DATA to the folder that holds odir/")
+    times: dict[str, float] = {}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        cache, backbone = work / "odir", ("--backbone", options.backbone)
+        run(times, "prepare odir", "prepare", odir, "--labels", odir / "labels.csv", "--output", cache, "--size", 224)
+        manifest = pl.read_parquet(cache / "manifest.parquet")
+        results["prepare"] = dict(manifest["status"].value_counts(sort=True).iter_rows())
+
+        scratch = (
+            "train",
+            cache,
+            "--output",
+            work / "scratch",
+            "--label",
+            "normal",
+            "--amp",
+            "--epochs",
+            20,
+            *backbone,
+        )
+        results["scratch"] = json.loads(run(times, "train from scratch", *scratch, "--json"))["abnormal"]
+
+        run(times, "synthesize", "synthesize", "--output", work / "photos", "--patients", 400)
+        synthetic = (work / "photos", "--labels", work / "photos" / "labels.csv", "--output", work / "synthetic")
+        run(times, "prepare synthetic", "prepare", *synthetic, "--size", 224)
+        upstream = ("train", work / "synthetic", "--output", work / "upstream", "--epochs", 14, *backbone)
+        text = run(times, "train upstream", *upstream, "--learning-rate", 0.002, "--json")
+        results["upstream (synthetic test patients)"] = json.loads(text)["abnormal"]
+        tuned = ("train", cache, "--output", work / "tuned", "--label", "normal", "--amp", "--epochs", 10, *backbone)
+        extra = ("--init", work / "upstream", "--learning-rate", 0.0003)
+        results["two-step"] = json.loads(run(times, "fine-tune", *tuned, *extra, "--json"))["abnormal"]
+
+        run(times, "evaluate", "evaluate", work / "tuned", cache, "--output", work / "evaluation")
+        text = run(times, "build-engine", "build-engine", work / "tuned", "--output", work / "bundle", "--json")
+        results["engine"] = json.loads(text)["parity"]
+        good = sorted((odir / "images").iterdir())[5]
+        write_broken(work / "broken", good)
+        inputs = (odir / "images", work / "broken", good)
+        screened = ("screen", work / "bundle", *inputs, "--output", work / "screening", "--json")
+        results["screen"] = json.loads(run(times, "screen", *screened, prefix=without_privilege()))
+        table = pl.read_csv(work / "screening" / "results.csv")
+        broken = table.filter(pl.col("path").str.contains("/broken/"))
+        results["broken"] = (
+            broken.select("path", "status", "reason").with_columns(pl.col("path").str.split("/").list.last()).rows()
+        )
+        expected = len(list((odir / "images").iterdir())) + 9
+        if not len(table) == table["path"].n_unique() == expected:
+            raise SystemExit(f"{expected} inputs, but {len(table)} rows")
+        results["screen"]["report"] = None
+        results["engine_speed"] = results["engine"]["images_per_s"] / results["engine"]["torch_images_per_s"]
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
+    document = {
+        "what": "ODIR, normal/abnormal by eye, 224 px, held-out patients",
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "backbone": options.backbone,
+        "seconds": times,
+        "results": results,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`last.ckpt`: everything that resuming needs, so that a resumed run equals one without a stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from fastfundus.config import TrainConfig
+from fastfundus.data.cache import PhotoCache
+from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.train.run import SCHEMA
+from fastfundus.train.step import AveragedModel
+
+__all__ = ["TrainState", "checkpoint", "restore", "save_atomically"]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where the run stands; what `last.ckpt` holds besides weights and optimiser."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Steps done in the epoch under way."""
+    loss_sum: float = 0.0
+    best_auroc: float = -1.0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def checkpoint(
+    cache: PhotoCache,
+    config: TrainConfig,
+    state: TrainState,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Gather what `last.ckpt` holds: plain data and tensors only, so that it loads with ``weights_only=True``."""
+    return {
+        "schema": SCHEMA,
+        "config": config.to_dict(),
+        "spec": cache.spec.fingerprint,
+        "state": {name: getattr(state, name) for name in TrainState.__dataclass_fields__},
+        "model": model.state_dict(),
+        "averaged": averaged.module.state_dict(),
+        "averaged_steps": averaged.steps,
+        "optimiser": optimiser.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+
+
+def restore(
+    output: Path,
+    cache: PhotoCache,
+    config: TrainConfig,
+    splits: pl.DataFrame,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimiser: torch.optim.Optimizer,
+) -> TrainState:
+    """Put model, average, optimiser and random numbers back to where `last.ckpt` left them.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the run was started on other photos.
+        ConfigError: the run was started with other settings.
+    """
+    try:
+        saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
+    if saved.get("schema") != SCHEMA or saved["config"] != config.to_dict():
+        raise ConfigError(
+            f"{output}: was started with other settings; resume takes them from its config.toml unchanged"
+        )
+    if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
+        raise CheckpointError(f"{output}: was started on other photos, labels or preprocessing than {cache.path}")
+    model.load_state_dict(saved["model"])
+    averaged.module.load_state_dict(saved["averaged"])
+    averaged.steps = saved["averaged_steps"]
+    optimiser.load_state_dict(saved["optimiser"])
+    torch.set_rng_state(saved["rng"])
+    return TrainState(**saved["state"])
+
+
+def save_atomically(value: dict[str, Any], file: Path) -> None:
+    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one."""
+    partial = file.with_name(file.name + ".partial")
+    torch.save(value, partial)
+    partial.replace(file)
