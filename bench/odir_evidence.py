@@ -3,8 +3,8 @@
     python -m bench.odir_evidence [--output bench/results/odir_cpu_YYYYMM.json]
 
 Needs the `odir` folder of real photographs under FASTFUNDUS_DATA. A model is first trained on synthetic photographs,
-then fine-tuned at 224 px in five folds (the two-step path, without any hub): every real photo is tested once, by a model
-that has not seen its patient. Then the engine, and a screening of all photos together with ten faults. About a quarter
+then fine-tuned at 224 px in five folds (the two-step path, without any hub): every real photo is tested once, by a
+model that has not seen its patient. Then the engine, and a screening of all photos together with ten faults. A quarter
 of an hour on two cores.
 """
 
