@@ -18,14 +18,15 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results are printed and written under bench/results
-	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results go to bench/results and README
+	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS)
+	@$(BIN)/python -m bench.report $(VENV)/bench.json
 
 wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist .
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.odir_evidence
+	@$(BIN)/python -m bench.odir_evidence && $(BIN)/python -m bench.report
 
 # A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml
