@@ -89,8 +89,8 @@ def evidence_table(result: dict[str, Any]) -> str:
         f"{engine['images_per_s'] / engine['torch_images_per_s']:.1f} times as fast as torch float32 in the same "
         "process. "
         f"Screening {screen['inputs']} inputs, faulty ones among them: {statuses}; "
-        f"{screen['images_per_s']:.0f} photos/s end to end with {screen['cores_busy']:.1f} cores busy. {result['date']}, {result['machine']}, commit "
-        f"{result['commit']}. `make odir` repeats it.",
+        f"{screen['images_per_s']:.0f} photos/s end to end with {screen['cores_busy']:.1f} cores busy. "
+        f"{result['date']}, {result['machine']}, commit {result['commit']}. `make odir` repeats it.",
     ]
     return "\n".join(lines)
 

@@ -156,7 +156,14 @@ def test_training_without_torch_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT and hand that down; a user's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> None:
