@@ -38,7 +38,7 @@ def _break_some(folder: Path) -> None:
     "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to be made."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left there.")
-@click.option("--patients", type=click.IntRange(40, 5000), default=250, show_default=True, help="To train on.")
+@click.option("--patients", type=click.IntRange(40, 5000), default=300, show_default=True, help="To train on.")
 @click.option("--epochs", type=click.IntRange(1, 1000), default=22, show_default=True)
 def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     r"""Synthetic photos -> prepare -> train -> build-engine -> screen -> report, in minutes on a CPU.
@@ -73,7 +73,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
 
     with _timed(f"drawing {2 * patients} photos to learn from, and 60 of a clinic to screen", times):
         write_dataset(photos, patients, seed=1, long_sides=(512, 640, 768))
-        write_dataset(clinic, 30, seed=2, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
+        write_dataset(clinic, 30, seed=6, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
         _break_some(clinic / "images")
     with _timed("prepare", times):
         listing = list_photos(photos, labels=photos / "labels.csv")

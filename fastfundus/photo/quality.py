@@ -33,7 +33,7 @@ class Quality:
     score: float
     """0 (cannot be graded) to 1: the smallest of the three marks below."""
     light: float
-    """0 to 1, from the median brightness of the field."""
+    """0 to 1, from the median brightness of the lit part of the field."""
     sharpness: float
     """0 to 1, from fine contrast relative to brightness."""
     completeness: float
@@ -58,7 +58,9 @@ def measure_quality(crop: NDArray[np.uint8]) -> Quality:
     """
     small = cv2.resize(crop, (_WORK_PX, _WORK_PX), interpolation=cv2.INTER_AREA)
     value = brightest(small)
-    brightness = float(np.median(value[_FIELD]))
+    # Of what is lit at all: a missing part is marked by completeness, not as darkness too.
+    shown = value[_FIELD & (value > 10)]
+    brightness = float(np.median(shown)) if len(shown) > 500 else 0.0
     lit = float(np.mean(value[_FIELD] > max(10.0, 0.16 * float(np.percentile(value[_FIELD], 90)))))
     # Vessels and lesions live at two to six pixels here; what remains after subtracting a wider blur is theirs. Blur
     # of half a pixel first: sensor noise is no detail.
