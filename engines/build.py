@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,9 +85,12 @@ def build_bundle(
             "spec_fingerprint": spec.fingerprint,
             "labels": labels,
         }
-        report = _prove(partial, about, photos, expected, thresholds, torch_rate)
+        prove = functools.partial(
+            _prove, partial, photos=photos, expected=expected, thresholds=thresholds, torch_rate=torch_rate
+        )
+        report = prove(about)
         if not report.passed:
-            raise GateRefused(_refusal(partial, about, photos, expected, thresholds, torch_rate, report))
+            raise GateRefused(_refusal(prove, about, report))
         about |= {"parity": report.to_dict(), "built_on": _machine(backend), "provenance": provenance}
         write_bundle_json(partial, about)
         if output.exists():
@@ -108,6 +113,7 @@ def _run_torch(model: ScreeningModel, photos: NDArray[np.uint8]) -> tuple[NDArra
 def _prove(
     folder: Path,
     about: dict[str, Any],
+    *,
     photos: NDArray[np.uint8],
     expected: NDArray[np.float32],
     thresholds: NDArray[np.float64],
@@ -124,21 +130,13 @@ def _prove(
     )
 
 
-def _refusal(
-    folder: Path,
-    about: dict[str, Any],
-    photos: NDArray[np.uint8],
-    expected: NDArray[np.float32],
-    thresholds: NDArray[np.float64],
-    torch_rate: float,
-    report: ParityReport,
-) -> str:
+def _refusal(prove: Callable[[dict[str, Any]], ParityReport], about: dict[str, Any], report: ParityReport) -> str:
     """Say what failed, and try the other precisions, to say which would pass."""
     lines = [f"the engine was refused: {report}"]
     for other in PRECISIONS:
         if other == report.precision or (other == "bf16" and fastest_precision() != "bf16"):
             continue
-        tried = _prove(folder, about | {"precision": other}, photos, expected, thresholds, torch_rate)
+        tried = prove(about | {"precision": other})
         lines.append(f"tried instead: {tried}" + (f"; build with --precision {other}" if tried.passed else ""))
     return "\n".join(lines)
 

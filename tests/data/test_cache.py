@@ -25,6 +25,19 @@ def build(folder: Path, output: Path, **options: object) -> PhotoCache:
     return build_cache(listing.photos, output, SPEC, source=listing.root, **options)  # type: ignore[arg-type]
 
 
+def watch_preparing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are prepared from now on."""
+    prepared: list[str] = []
+    original = cache_module.prepare_photo
+
+    def count(path: Path, spec: PreprocessSpec):  # type: ignore[no-untyped-def]
+        prepared.append(path.name)
+        return original(path, spec)
+
+    monkeypatch.setattr(cache_module, "prepare_photo", count)
+    return prepared
+
+
 def test_a_row_for_every_input_and_its_pixels(broken_photos: Path, tmp_path: Path) -> None:
     cache = build(broken_photos, tmp_path / "cache")
     assert len(cache.manifest) == 10
@@ -78,14 +91,7 @@ def test_an_interrupted_build_goes_on(photo_folder: Path, tmp_path: Path, monkey
     assert len(lines) == 10
     journal.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
 
-    prepared: list[str] = []
-    original = cache_module.prepare_photo
-
-    def count(path: Path, spec: PreprocessSpec):  # type: ignore[no-untyped-def]
-        prepared.append(path.name)
-        return original(path, spec)
-
-    monkeypatch.setattr(cache_module, "prepare_photo", count)
+    prepared = watch_preparing(monkeypatch)
     resumed = build(photo_folder, tmp_path / "cache")
     assert len(prepared) == len(whole.manifest) - 9
     np.testing.assert_array_equal(resumed.photos, whole.photos)
@@ -99,14 +105,7 @@ def test_new_and_changed_photos_are_prepared_and_the_rest_taken_over(
     first = build(broken_photos, tmp_path / "cache")
     (broken_photos / "new.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
     (broken_photos / "zero.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
-    prepared: list[str] = []
-    original = cache_module.prepare_photo
-
-    def count(path: Path, spec: PreprocessSpec):  # type: ignore[no-untyped-def]
-        prepared.append(path.name)
-        return original(path, spec)
-
-    monkeypatch.setattr(cache_module, "prepare_photo", count)
+    prepared = watch_preparing(monkeypatch)
     second = build(broken_photos, tmp_path / "cache")
     assert sorted(prepared) == ["new.jpg", "zero.jpg"]
     status = dict(second.manifest.select("path", "status").iter_rows())
