@@ -126,3 +126,19 @@ def broken_photos(tmp_path: Path, photo_folder: Path) -> Path:
     cv2.imwrite(str(folder / "deep.png"), rgb[..., ::-1].astype(np.uint16) * 257)
     Image.new("RGB", (400, 300)).save(folder / "black.png")
     return folder
+
+
+@pytest.fixture
+def shut_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders called "shut" cannot be searched.
+
+    The superuser may search every folder, so the operating system's refusal is played.
+    """
+    real = os.scandir
+
+    def scandir(path):  # type: ignore[no-untyped-def]
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)

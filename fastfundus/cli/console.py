@@ -8,12 +8,17 @@ from typing import Any
 
 import click
 
-__all__ = ["progress_bar", "remark", "remarks"]
+__all__ = ["interval_text", "progress_bar", "remark", "remarks"]
 
 
 def remark(text: str) -> None:
     """Write a line to stderr."""
     click.echo(text, err=True)
+
+
+def interval_text(entry: dict[str, float]) -> str:
+    """Write a value with its interval, from the plain data of an `Interval`."""
+    return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def remarks(notes: Iterable[str], *, most: int = 20) -> None:

@@ -51,6 +51,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
 
     require("torch", extra="train")
     from fastfundus.cli.building import build_from_run
+    from fastfundus.cli.console import interval_text
     from fastfundus.cli.training import TrainingBar
     from fastfundus.config import TrainConfig
     from fastfundus.data import build_cache, list_photos
@@ -95,7 +96,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     click.echo("")
     rows = [(what, f"{seconds:.1f} s") for what, seconds in times]
     rows += [
-        ("AUROC, held-out synthetic patients", f"{auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f})"),
+        ("AUROC, held-out synthetic patients", interval_text(auroc)),
         ("engine against model, largest |dp|", f"{parity.largest_difference:.1e}"),
         ("engine against torch float32", f"{parity.images_per_s / parity.torch_images_per_s:.1f} x"),
         ("clinic: inputs / rows", f"{len(clinic_listing.photos)} / {len(screened.results)}"),

@@ -110,12 +110,10 @@ def train(
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     """Metrics of one split in one line."""
+    from fastfundus.cli.console import interval_text
 
-    def show(name: str) -> str:
-        entry = metrics[name]
-        return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
-
+    auroc, sensitivity, specificity = (interval_text(metrics[name]) for name in ("auroc", "sensitivity", "specificity"))
     return (
-        f"AUROC {show('auroc')}, sensitivity {show('sensitivity')}, specificity {show('specificity')}; "
+        f"AUROC {auroc}, sensitivity {sensitivity}, specificity {specificity}; "
         f"{metrics['photos']} photos of {metrics['patients']} patients"
     )

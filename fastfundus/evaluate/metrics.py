@@ -25,9 +25,6 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f} (95 % CI {self.low:.3f} to {self.high:.3f})"
-
 
 @dataclass(frozen=True, slots=True)
 class BinaryMetrics:

@@ -88,11 +88,13 @@ def screen_photos(
     try:
         pending: deque[tuple[SourcePhoto, Future[tuple[PreparedPhoto, float]]]] = deque()
         inputs = iter(photos)
-        while True:
+
+        def refill() -> None:
             while len(pending) < window and (source := next(inputs, None)) is not None:
                 pending.append((source, pool.submit(_prepare, source, bundle)))
-            if not pending:
-                break
+
+        refill()
+        while pending:
             group: list[tuple[SourcePhoto, PreparedPhoto]] = []
             ready = 0
             while pending and ready < batch_size:
@@ -102,8 +104,7 @@ def screen_photos(
                 ready += prepared.status is Status.OK
                 group.append((source, prepared))
             # Decoding goes on while the engine works: refill the window first.
-            while len(pending) < window and (source := next(inputs, None)) is not None:
-                pending.append((source, pool.submit(_prepare, source, bundle)))
+            refill()
             waited = time.perf_counter()
             scores = _score(engine, group)
             timing.engine += time.perf_counter() - waited

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -112,18 +111,9 @@ def test_errors_are_one_line_and_exit_1(trained: Trained, broken_photos: Path, t
     assert (broken_photos / "good.jpg").exists()
 
 
-def test_a_lost_folder_fails_the_run_after_all_rows(
-    trained: Trained, broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("shut_folders")
+def test_a_lost_folder_fails_the_run_after_all_rows(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
     (broken_photos / "shut").mkdir()
-    real = os.scandir
-
-    def scandir(path):  # type: ignore[no-untyped-def]
-        if str(path).endswith("shut"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
     result = run("screen", trained.bundle.path, broken_photos, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "shut: cannot be searched" in result.stderr

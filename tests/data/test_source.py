@@ -152,19 +152,9 @@ def test_nothing_and_nowhere(tmp_path: Path) -> None:
         list_photos(touch(tmp_path, "a.jpg"), adapter="csv")
 
 
-def test_a_folder_that_cannot_be_searched_is_lost_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
+@pytest.mark.usefixtures("shut_folders")
+def test_a_folder_that_cannot_be_searched_is_lost_and_said(tmp_path: Path) -> None:
     touch(tmp_path, "open/a.jpg", "shut/b.jpg")
-    real = os.scandir
-
-    def scandir(path):  # type: ignore[no-untyped-def]
-        if str(path).endswith("shut"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    # The superuser may search every folder, so the operating system's refusal is played.
-    monkeypatch.setattr(os, "scandir", scandir)
     listing = list_photos(tmp_path)
     assert [photo.name for photo in listing.photos] == ["open/a.jpg"]
     assert "shut: cannot be searched" in listing.lost[0]
