@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.export import ScreeningModel, export_onnx
-from fastfundus.engines.openvino_backend import PRECISIONS, convert, fastest_precision
+from fastfundus.engines.openvino_backend import PRECISIONS, convert, fastest_precision, shared_core
 from fastfundus.engines.parity import ParityReport, compare
 from fastfundus.engines.runtime import BACKENDS, load_backend
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
@@ -142,12 +142,9 @@ def _refusal(prove: Callable[[dict[str, Any]], ParityReport], about: dict[str, A
 
 
 def _machine(backend: str) -> dict[str, str]:
-    import openvino
-
-    core = openvino.Core()
     return {
         "backend_version": metadata.version(backend),
-        "device": str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip(),
+        "device": str(shared_core().get_property("CPU", "FULL_DEVICE_NAME")).strip(),
         "platform": platform.platform(),
         "fastfundus": metadata.version("fastfundus"),
         "torch": metadata.version("torch"),

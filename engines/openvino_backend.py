@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,19 @@ from numpy.typing import NDArray
 from fastfundus.engines.runtime import check_photos
 from fastfundus.errors import BundleError
 
-__all__ = ["PRECISIONS", "OpenVinoEngine", "convert", "fastest_precision"]
+__all__ = ["PRECISIONS", "OpenVinoEngine", "convert", "fastest_precision", "shared_core"]
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 """Precisions that can be built, by OpenVINO's name for them."""
 
 
-def _core() -> Any:
+@functools.cache
+def shared_core() -> Any:
+    """OpenVINO's core, one for the whole process and never freed before it ends.
+
+    Its CPU plugin installs a stack for signal handlers, and puts back the one it found when it is freed. Two cores
+    freed in the order they were made leave a stack that is gone: the next Ctrl-C then ends in a segmentation fault.
+    """
     import openvino
 
     return openvino.Core()
@@ -25,7 +32,7 @@ def _core() -> Any:
 
 def fastest_precision() -> str:
     """Name the fastest precision here: "bf16" where the processor computes in bfloat16 (AMX or AVX-512 BF16)."""
-    return "bf16" if "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+    return "bf16" if "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
 
 
 def convert(onnx_file: Path, folder: Path) -> str:
@@ -48,7 +55,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, file: Path, size: int, precision: str) -> None:
-        core = _core()
+        core = shared_core()
         if precision == "bf16" and fastest_precision() != "bf16":
             raise BundleError(
                 f"{file.parent}: was built for bfloat16, which this processor lacks; build here with --precision fp32"
