@@ -7,9 +7,26 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "SourcePhoto", "Status"]
+__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status"]
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff"})
+PHOTO_SUFFIXES = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".ppm",
+        ".webp",
+        ".jp2",
+        ".dcm",
+        ".dicom",
+    }
+)
 """File name endings, lower case, that a folder search takes for photographs."""
 
 
@@ -21,11 +38,11 @@ class Status(StrEnum):
     UNGRADABLE = "ungradable"
     """A fundus photograph too poor to grade: take it again."""
     NOT_FUNDUS = "not_fundus"
-    """A picture of something else."""
+    """A picture of something else, or a wide-field picture."""
     UNREADABLE = "unreadable"
     """Missing, empty, damaged, or no picture at all."""
     UNSUPPORTED = "unsupported"
-    """A sound picture of a kind that cannot be screened: grey, CMYK, tiny, wide-field."""
+    """A sound picture of a kind that cannot be screened: grey, CMYK, tiny, several frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +57,19 @@ class FieldCircle:
     radius_px: float
     confidence: float
     """0 to 1: the share of the visible rim that agrees with the circle; 0 when none was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoFacts:
+    """What a DICOM file says about its photo; None is unknown."""
+
+    patient: str | None = None
+    eye: str | None = None
+    """"L" or "R"."""
+    camera: str | None = None
+    """Manufacturer and model."""
+    pixel_spacing_mm: float | None = None
+    """On the retina, as the camera states it: nominal, for the photo at full size."""
 
 
 @dataclass(frozen=True, slots=True)

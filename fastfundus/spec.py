@@ -26,8 +26,9 @@ class PreprocessSpec:
     fingerprint, and parts whose fingerprints differ refuse to work together.
     """
 
-    version: int = 1
-    """Meaning of the fields below; rises when any step changes its output by more than rounding."""
+    version: int = 2
+    """Meaning of the fields below; rises when any step changes its output by more than rounding. 2: squeezed fields are
+    cut out whole, white margins are black, JPEGs are only scaled by halves."""
     size: int = 512
     """Side of the square output in pixels, 32 to 4096."""
     field: Literal["circle", "frame"] = "circle"
@@ -44,8 +45,10 @@ class PreprocessSpec:
     """Divides RGB in 0 to 1 after the mean is subtracted. Source: as `mean`."""
 
     def __post_init__(self) -> None:
-        if self.version != 1:
-            raise ConfigError(f"spec.version is {self.version}; this FastFundus knows version 1: upgrade it")
+        if self.version != 2:
+            older = self.version < 2
+            cure = "prepare the photos and train again" if older else "upgrade FastFundus"
+            raise ConfigError(f"spec.version is {self.version}; this FastFundus knows version 2 only: {cure}")
         if not 32 <= self.size <= 4096:
             raise ConfigError(f"spec.size must be 32 to 4096 pixels, got {self.size}")
         if self.field not in ("circle", "frame"):

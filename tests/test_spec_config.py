@@ -19,7 +19,7 @@ def test_fingerprint_is_of_the_meaning_not_of_the_spelling() -> None:
     others = [{"size": 224}, {"margin": 0.03}, {"field": "frame"}, {"mask_outside": False}, {"std": (1.0, 1.0, 1.0)}]
     assert len({spec.fingerprint, *(PreprocessSpec(**other).fingerprint for other in others)}) == 6
     # Caches, runs and bundles in the field carry this number: it may only change together with spec.version.
-    assert spec.fingerprint == "aef45facd290bfa62d52b6239cddcd827983b35c2bc9d2e155be1970cf552e49"
+    assert spec.fingerprint == "82dfd902f4ecf2f44b36fb3eeaf5cb80241bde67f8c504ea33daee3595e739e5"
 
 
 def test_fingerprint_of_is_sha256_of_canonical_json() -> None:
@@ -37,7 +37,8 @@ def test_fingerprint_of_is_sha256_of_canonical_json() -> None:
         ({"field": "square"}, "spec.field must be 'circle' or 'frame', got 'square'"),
         ({"std": (1.0, 0.0, 1.0)}, "spec.std must be positive"),
         ({"mean": (1.0,)}, "spec.mean needs three numbers"),
-        ({"version": 2}, "this FastFundus knows version 1"),
+        ({"version": 1}, "knows version 2 only: prepare the photos and train again"),
+        ({"version": 3}, "knows version 2 only: upgrade FastFundus"),
         ({"filter": "lanczos"}, "spec.filter must be 'area'"),
         ({"marign": 0.1}, "spec.marign is not a setting; did you mean 'margin'"),
     ],

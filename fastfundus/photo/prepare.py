@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import stat
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,16 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.decode import MOST_BYTES, decode, read_header
-from fastfundus.photo.field import LEAST_CONFIDENCE, brightest, find_field, looks_grey, looks_like_retina, shrink
+from fastfundus.photo.decode import decode
+from fastfundus.photo.dicom import DicomPhoto, is_dicom, read_dicom
+from fastfundus.photo.field import Field, brightest, find_field, without_margin
+from fastfundus.photo.header import MOST_BYTES, PhotoHeader, read_header
+from fastfundus.photo.kind import judge_kind
+from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.photo.quality import LEAST_QUALITY, measure_quality
-from fastfundus.records import FieldCircle, Status
+from fastfundus.photo.resample import WORK_PX, resize_square, shrink
+from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["PreparedPhoto", "prepare_photo"]
+__all__ = ["PreparedPhoto", "decode_at", "prepare_bytes", "prepare_photo", "read_photo"]
 
-_BLACK = 12
-"""A picture whose brightest parts stay below this grey level shows nothing."""
+
+_NO_FACTS = PhotoFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,38 @@ class PreparedPhoto:
     height_px: int = 0
     field: FieldCircle | None = None
     """In pixels of the upright photo at full size; None when the whole frame was taken."""
+    field_shape: str | None = None
+    """"round", "oval" or "irregular"; None when the whole frame was taken."""
     quality: float | None = None
     """0 to 1; None when the photo was not preprocessed."""
+    facts: PhotoFacts = _NO_FACTS
+    """What a DICOM file says about its photo."""
+
+
+def read_photo(path: Path) -> bytes:
+    """Read a file, unpacked if it is gzipped.
+
+    Raises:
+        PhotoError: it is not there, not a file, too large, or may not be read.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            # Reading a pipe or a device may never end.
+            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
+            raise PhotoError(Status.UNREADABLE, f"cannot be read: it is {kind}")
+        if about.st_size > MOST_BYTES:
+            raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise PhotoError(Status.UNREADABLE, "the file is not there; check the path") from None
+    except PermissionError:
+        raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
+    except (OSError, ValueError) as error:
+        # ValueError: a null byte in a name.
+        text = getattr(error, "strerror", None) or error
+        raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
+    return _unpacked(data) if data[:2] == b"\x1f\x8b" else data
 
 
 def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
@@ -52,112 +89,126 @@ def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
     Never raises for what is in the file, or for a file that cannot be read: the result says so.
 
     Args:
-        path: JPEG, PNG or TIFF.
+        path: a picture in one of `header.FORMATS`, or a DICOM file.
         spec: what to make of it.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            return PreparedPhoto(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return PreparedPhoto(Status.UNREADABLE, "the file is not there; check the path")
-    except PermissionError:
-        return PreparedPhoto(Status.UNREADABLE, "no permission to read the file; run chmod +r on it")
-    except OSError as error:
-        return PreparedPhoto(Status.UNREADABLE, f"the file cannot be read ({error.strerror or error})")
+        data = read_photo(path)
+    except PhotoError as error:
+        return PreparedPhoto(error.status, error.reason)
+    return prepare_bytes(data, spec)
+
+
+def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
+    """Decode, crop and resize one photo from the bytes of its file; as `prepare_photo`."""
     known = PreparedPhoto(Status.OK, "", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     try:
-        header = read_header(data)
+        photo = read_dicom(data) if is_dicom(data) else None
+        header = photo.header if photo else read_header(data)
         width, height = header.upright_size
-        known = replace(known, width_px=width, height_px=height)
-        rgb, scale = decode(data, header, spec.size)
-        small = shrink(rgb)
-        circle = _judge_field(small, spec)
-        square = None if circle is None else _square_around(circle, small, rgb, spec)
-        if square is not None and square[2] < spec.size and scale < 1:
+        known = replace(known, width_px=width, height_px=height, facts=photo.facts if photo else _NO_FACTS)
+        # Quality is judged at a fixed size, whatever the model's.
+        least = max(spec.size, WORK_PX)
+        plan = plan_decode(header, least)
+        rgb = _decode(data, photo, header, plan)
+        whole, scale = shrink(rgb)
+        small = without_margin(whole)
+        field = find_field(small) if spec.field == "circle" else None
+        judge_kind(small, field)
+        side = _side(field, scale, rgb, spec)
+        if side < least and plan.divisor > 1:
             # The field fills little of the frame: decode again, so that no detail is lost to the scaled DCT.
-            rgb, scale = decode(data, header)
-            assert circle is not None
-            square = _square_around(circle, small, rgb, spec)
+            better = plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
+            rgb, scale, plan = _decode(data, photo, header, better), scale * plan.divisor / better.divisor, better
     except PhotoError as error:
         return replace(known, status=error.status, reason=error.reason)
-    image = _cut(rgb, square, spec)
-    if circle is not None:
-        to_full = width / small.shape[1]
+    if small is not whole:
+        _blacken_margin(rgb, whole, small)
+    square = _cut(rgb, field, scale, spec)
+    image = resize_square(square, spec.size, exact=plan.divisor == 1)
+    if field is not None:
+        to_full = scale * plan.divisor
+        circle = field.circle
         circle = FieldCircle(
             circle.x_px * to_full, circle.y_px * to_full, circle.radius_px * to_full, round(circle.confidence, 4)
         )
-    quality = measure_quality(image)
-    known = replace(known, image=image, field=circle, quality=round(quality.score, 4))
+        known = replace(known, field=circle, field_shape=field.shape)
+        if spec.mask_outside:
+            image = cv2.bitwise_and(image, image, mask=_round_mask(spec.size))
+    # The finished image, unless it is too small to show fine detail: that is smaller work.
+    shown = image if spec.size >= WORK_PX else square
+    quality = measure_quality(shown, *(field.completeness() if field else ()))
+    known = replace(known, image=image, quality=round(quality.score, 4))
     if quality.score < LEAST_QUALITY:
         return replace(known, status=Status.UNGRADABLE, reason=quality.reason)
     return known
 
 
-def _judge_field(small: NDArray[np.uint8], spec: PreprocessSpec) -> FieldCircle | None:
-    """Find the circle to crop to, in pixels of `small`; None takes the frame.
+def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
+    """Decode a photo of any kind, upright, as small as `least_side` allows: uint8 [H, W, 3] RGB.
 
     Raises:
-        PhotoError: the picture is black, grey, or no retina.
+        PhotoError: it cannot be decoded.
     """
-    if np.percentile(brightest(small), 99) < _BLACK:
-        raise PhotoError(Status.UNGRADABLE, "the picture is black: no retina can be seen")
-    if looks_grey(small):
-        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
-    if spec.field == "frame":
-        return None
-    circle = find_field(small)
-    if circle is not None and circle.confidence < LEAST_CONFIDENCE:
-        circle = None
-    if not looks_like_retina(small, circle):
-        raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
-    if circle is None:
-        _judge_unframed(small)
-    return circle
+    photo = read_dicom(data) if is_dicom(data) else None
+    header = photo.header if photo else read_header(data)
+    return _decode(data, photo, header, plan_decode(header, least_side))
 
 
-def _judge_unframed(small: NDArray[np.uint8]) -> None:
-    """Judge a picture without a round rim: a retina cropped inside its field, squeezed by an export, or mostly hidden.
+def _decode(data: bytes, photo: DicomPhoto | None, header: PhotoHeader, plan: DecodePlan) -> NDArray[np.uint8]:
+    return photo.decode(plan) if photo else decode(data, header, plan)
 
-    The first two fill half the picture or more; all are reddish nearly everywhere.
+
+def _unpacked(data: bytes) -> bytes:
+    """Unpack gzip, but never to more than a photo may have.
 
     Raises:
-        PhotoError: it is no retina, or most of it is hidden.
+        PhotoError: it is damaged, or unpacks to too much.
     """
-    red, _, blue = small.reshape(-1, 3).astype(np.float32).T
-    lit = red > 20
-    if not lit.any() or np.mean(red[lit] > 1.15 * blue[lit]) <= 0.9:
-        raise PhotoError(Status.NOT_FUNDUS, "no round retinal field was found")
-    if lit.mean() <= 0.5:
-        raise PhotoError(Status.UNGRADABLE, "most of the field is dark or missing")
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        whole = unpacker.decompress(data, MOST_BYTES)
+    except zlib.error as error:
+        raise PhotoError(Status.UNREADABLE, f"the gzip file is damaged ({error}); copy it again") from None
+    if not unpacker.eof:
+        if len(whole) == MOST_BYTES:
+            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {MOST_BYTES >> 20} MiB")
+        raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
+    return whole
 
 
-def _square_around(
-    circle: FieldCircle, small: NDArray[np.uint8], rgb: NDArray[np.uint8], spec: PreprocessSpec
-) -> tuple[int, int, int]:
-    """Left, top and side, in whole pixels of `rgb`, of the square around a circle found on `small`."""
-    to_rgb = rgb.shape[1] / small.shape[1]
-    half = circle.radius_px * (1 + spec.margin) * to_rgb
-    side = max(1, round(2 * half))
-    return round(circle.x_px * to_rgb - side / 2), round(circle.y_px * to_rgb - side / 2), side
+def _blacken_margin(rgb: NDArray[np.uint8], whole: NDArray[np.uint8], small: NDArray[np.uint8]) -> None:
+    """Do to the photo, in place, what `without_margin` did to its small picture, and to the soft edge beside it."""
+    margin = cv2.compare(brightest(cv2.absdiff(whole, small)), 0, cv2.CMP_GT)
+    margin = cv2.dilate(margin, np.ones((3, 3), np.uint8))
+    margin = cv2.resize(margin, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_NEAREST)
+    cv2.copyTo(np.zeros_like(rgb), margin, rgb)
 
 
-def _cut(rgb: NDArray[np.uint8], square: tuple[int, int, int] | None, spec: PreprocessSpec) -> NDArray[np.uint8]:
-    """Cut a square (which may overhang the photo: black there), resize it, and blacken outside the field."""
+def _side(field: Field | None, scale: float, rgb: NDArray[np.uint8], spec: PreprocessSpec) -> int:
+    """Side of the square to cut, in pixels of `rgb`."""
+    if field is None:
+        return min(rgb.shape[:2])
+    return max(1, round(2 * field.circle.radius_px * (1 + spec.margin) * scale))
+
+
+def _cut(rgb: NDArray[np.uint8], field: Field | None, scale: float, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    """Cut a square around the field, or the largest centred one; black where it overhangs the photo.
+
+    Its sides lie on whole pixels of `rgb`, so that a scaled decode and a full one show the same piece of retina.
+    """
     height, width = rgb.shape[:2]
-    masked = square is not None and spec.mask_outside
-    if square is None:
-        side = min(height, width)
-        square = ((width - side) // 2, (height - side) // 2, side)
-    left, top, side = square
-    inside = rgb[max(top, 0) : top + side, max(left, 0) : left + side]
+    side = _side(field, scale, rgb, spec)
+    if field is None:
+        left, top = (width - side) // 2, (height - side) // 2
+    else:
+        left, top = round(field.circle.x_px * scale - side / 2), round(field.circle.y_px * scale - side / 2)
+    inside = rgb[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
     above, before = max(-top, 0), max(-left, 0)
     below, after = side - above - inside.shape[0], side - before - inside.shape[1]
     if above or before or below or after:
         inside = cv2.copyMakeBorder(inside, above, below, before, after, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-    method = cv2.INTER_AREA if side >= spec.size else cv2.INTER_LINEAR
-    image = cv2.resize(inside, (spec.size, spec.size), interpolation=method)
-    return cv2.bitwise_and(image, image, mask=_round_mask(spec.size)) if masked else image
+    return inside
 
 
 @functools.lru_cache(maxsize=4)

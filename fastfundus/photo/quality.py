@@ -1,7 +1,8 @@
-"""Whether a photo can be graded at all: light, sharpness, and how much of the field is there.
+"""Whether a photo can be graded at all: exposure, sharpness, contrast, colour, and how much of the field is there.
 
-Measured on the square crop brought to 256 pixels, so that a score does not depend on the camera's resolution. A first,
-deliberately lenient rule: it refuses what no reader could grade, and leaves the doubtful to the reader.
+Measured on the square crop brought to 256 pixels, so that a score does not depend on the camera's resolution. The rule
+is deliberately lenient: it refuses what no reader could grade, and leaves the doubtful to the reader. The limits were
+set by looking at the photographs nearest to them; `make quality` publishes what they refuse.
 """
 
 from __future__ import annotations
@@ -13,36 +14,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.photo.field import brightest
+from fastfundus.photo.kind import retinal_share
+from fastfundus.photo.resample import WORK_PX, resize_square
 
-__all__ = ["LEAST_QUALITY", "Quality", "measure_quality"]
+__all__ = ["LEAST_QUALITY", "MARKS", "Quality", "measure_quality"]
 
 LEAST_QUALITY = 0.25
 """Photos that score lower are `ungradable`."""
-_WORK_PX = 256
-_ROWS, _COLUMNS = np.ogrid[:_WORK_PX, :_WORK_PX]
-_FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - _WORK_PX / 2, _ROWS + 0.5 - _WORK_PX / 2) / (_WORK_PX / 2)
-_FIELD = _FROM_CENTRE < 0.95
-# The rim's own edge must not count as sharp detail.
-_INNER = _FROM_CENTRE < 0.80
+MARKS = ("exposure", "sharpness", "contrast", "completeness", "colour")
+_ROWS, _COLUMNS = np.ogrid[:WORK_PX, :WORK_PX]
+_FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - WORK_PX / 2, _ROWS + 0.5 - WORK_PX / 2) / (WORK_PX / 2)
+_FIELD = (_FROM_CENTRE < 0.95).astype(np.uint8) * 255
+# Detail is looked for in the middle: the rim's own edge must not count. The box around it is 208 pixels wide.
+_BOX = slice(24, WORK_PX - 24)
+_INNER = np.ascontiguousarray((_FROM_CENTRE < 0.80).astype(np.uint8)[_BOX, _BOX] * 255)
+_EROSION = np.ones((13, 13), np.uint8)
+_LIT = 10
+_LEAST_PIXELS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A gradability score and what lowered it."""
+    """Five marks, each 0 (cannot be graded) to 1, and the words that go with them."""
 
-    score: float
-    """0 (cannot be graded) to 1: the smallest of the three marks below."""
-    light: float
-    """0 to 1, from the median brightness of the lit part of the field."""
+    exposure: float
+    """From the median brightness of the lit part, and from the share of it that is saturated."""
     sharpness: float
-    """0 to 1, from fine contrast relative to brightness."""
+    """From fine detail (2 to 6 pixels of 256) relative to brightness."""
+    contrast: float
+    """From coarse detail (vessels, disc: 6 to 16 pixels of 256) relative to brightness; low behind haze or cataract."""
     completeness: float
-    """0 to 1, from the lit share of the field."""
+    """From the lit share of the field."""
+    colour: float
+    """From the share of the lit part whose colours a retina can have."""
+    too_bright: bool = False
+    """Whether `exposure` is low by too much light, not by too little."""
+    missing: tuple[str, ...] = ()
+    """Sides of which much is missing: "top", "bottom", "left", "right"."""
+
+    @property
+    def score(self) -> float:
+        """The smallest mark: one fault is enough to spoil a photo."""
+        return min(getattr(self, mark) for mark in MARKS)
 
     @property
     def reason(self) -> str:
         """What makes the photo poor, in words; empty when nothing does."""
-        words = {"light": "too dark", "sharpness": "out of focus", "completeness": "part of the field is missing"}
+        missing = f"field cut at {' and '.join(self.missing)}" if len(self.missing) in (1, 2) else ""
+        words = {
+            "exposure": "too bright" if self.too_bright else "too dark",
+            "sharpness": "out of focus",
+            "contrast": "no contrast: haze or a clouded lens",
+            "completeness": missing or "most of the field is dark or missing",
+            "colour": "unnatural colours",
+        }
         return ", ".join(text for mark, text in words.items() if getattr(self, mark) < LEAST_QUALITY)
 
 
@@ -50,25 +75,43 @@ def _mark(value: float, nothing: float, full: float) -> float:
     return float(np.clip((value - nothing) / (full - nothing), 0, 1))
 
 
-def measure_quality(crop: NDArray[np.uint8]) -> Quality:
-    """Measure a square crop whose inscribed circle is the retinal field.
+def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing: tuple[str, ...] = ()) -> Quality:
+    """Measure a square crop around the retinal field.
 
     Args:
-        crop: uint8 [S, S, 3] RGB.
+        crop: uint8 [S, S, 3] RGB, the field within the inscribed circle; 256 pixels or more for a fair mark.
+        completeness: from `Field.completeness`; 1 when the crop has no field.
+        missing: likewise.
     """
-    small = cv2.resize(crop, (_WORK_PX, _WORK_PX), interpolation=cv2.INTER_AREA)
+    small = resize_square(crop, WORK_PX, exact=False)
     value = brightest(small)
     # Of what is lit at all: a missing part is marked by completeness, not as darkness too.
-    shown = value[_FIELD & (value > 10)]
-    brightness = float(np.median(shown)) if len(shown) > 500 else 0.0
-    lit = float(np.mean(value[_FIELD] > max(10.0, 0.16 * float(np.percentile(value[_FIELD], 90)))))
-    # Vessels and lesions live at two to six pixels here; what remains after subtracting a wider blur is theirs. Blur
-    # of half a pixel first: sensor noise is no detail.
-    green = cv2.GaussianBlur(small[..., 1].astype(np.float32), (0, 0), 1.0)
-    detail = np.abs(green - cv2.GaussianBlur(green, (0, 0), 3.0))
-    seen = _INNER & (value > 10)
-    contrast = float(np.mean(detail[seen]) / (np.mean(green[seen]) + 4)) if seen.sum() > 500 else 0.0
-    light = _mark(brightness, 14, 54)
-    sharpness = _mark(contrast, 0.004, 0.014)
-    completeness = _mark(lit, 0.50, 0.85)
-    return Quality(min(light, sharpness, completeness), light, sharpness, completeness)
+    lit = cv2.bitwise_and(cv2.inRange(value, _LIT + 1, 255), _FIELD)
+    shown = cv2.countNonZero(lit)
+    if shown < _LEAST_PIXELS:
+        return Quality(0.0, 0.0, 0.0, 0.0, 0.0, missing=missing)
+    counts = cv2.calcHist([value], [0], lit, [256], [0, 256]).ravel().cumsum()
+    dark = _mark(float(np.searchsorted(counts, shown / 2)), 14, 54)
+    green = small[..., 1]
+    saturated = cv2.countNonZero(cv2.bitwise_and(cv2.inRange(green, 245, 255), lit)) / shown
+    bright = _mark(saturated, 0.30, 0.05)
+    inner = cv2.bitwise_and(cv2.erode(lit, _EROSION)[_BOX, _BOX], _INNER)
+    # Blur of one pixel first: sensor noise is no detail.
+    fine = cv2.GaussianBlur(green[_BOX, _BOX].astype(np.float32), (0, 0), 1.0)
+    middle = cv2.GaussianBlur(fine, (0, 0), 2.8)
+    level = cv2.mean(fine, inner)[0] + 4
+    sharp = cv2.mean(cv2.absdiff(fine, middle), inner)[0] / level
+    # What is coarse is smooth already: a quarter of the resolution shows it.
+    size = (len(middle) // 4, len(middle) // 4)
+    quarter = cv2.resize(middle, size, interpolation=cv2.INTER_AREA)
+    inner = cv2.resize(inner, size, interpolation=cv2.INTER_NEAREST)
+    contrast = cv2.mean(cv2.absdiff(quarter, cv2.GaussianBlur(quarter, (0, 0), 2.0)), inner)[0] / level
+    return Quality(
+        exposure=min(dark, bright),
+        sharpness=_mark(sharp, 0.003, 0.013),
+        contrast=_mark(contrast, 0.002, 0.010),
+        completeness=_mark(completeness, 0.50, 0.85),
+        colour=_mark(retinal_share(small, lit), 0.30, 0.80),
+        too_bright=bright < dark,
+        missing=missing,
+    )

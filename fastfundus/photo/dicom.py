@@ -1,0 +1,191 @@
+"""Fundus photographs in DICOM files: Ophthalmic Photography and what cameras export as such.
+
+A picture compressed as baseline JPEG is taken out as it is and decoded like any other JPEG, scaled too. Everything else
+goes through pydicom. Source: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (identifiers), PS3.5 A.4 (encapsulation).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.errors import PhotoError
+from fastfundus.photo.decode import decode, eight_bit_rgb
+from fastfundus.photo.header import LEAST_SIDE_PX, MOST_PIXELS, PhotoHeader, read_header
+from fastfundus.photo.plan import DecodePlan
+from fastfundus.records import PhotoFacts, Status
+
+__all__ = ["DicomPhoto", "is_dicom", "read_dicom"]
+
+_WIDE_FIELD = {"1.2.840.10008.5.1.4.1.1.77.1.5.5", "1.2.840.10008.5.1.4.1.1.77.1.5.6"}
+_OCT = {
+    "1.2.840.10008.5.1.4.1.1.77.1.5.4",
+    "1.2.840.10008.5.1.4.1.1.77.1.5.7",
+    "1.2.840.10008.5.1.4.1.1.77.1.5.8",
+    "1.2.840.10008.5.1.4.1.1.81.1",
+    "1.2.840.10008.5.1.4.1.1.82.1",
+}
+_JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
+_WIDEST_DEGREES = 75.0
+"""Standard fundus cameras show 30 to 60 degrees."""
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+"""Adobe's segment with transform 0: the components are R, G, B as they stand."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DicomPhoto:
+    """A DICOM file whose header was found to be a fundus photograph."""
+
+    facts: PhotoFacts
+    header: PhotoHeader
+    """Of the JPEG within, or with the format "DICOM"."""
+    _frame: bytes | None
+    _dataset: Any
+
+    def decode(self, plan: DecodePlan | None) -> NDArray[np.uint8]:
+        """Decode to uint8 [H, W, 3] RGB.
+
+        Raises:
+            PhotoError: the pixels are damaged, or of a kind that cannot be decoded.
+        """
+        if self._frame is not None:
+            return decode(self._frame, self.header, plan)
+        return _pixels(self._dataset)
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether bytes begin as a DICOM file does, with its preamble or, in old exports, without."""
+    return data[128:132] == b"DICM" or (data[:2] == b"\x08\x00" and data[4:6].isalpha() and data[4:6].isupper())
+
+
+def read_dicom(data: bytes) -> DicomPhoto:
+    """Read everything but the pixels.
+
+    Raises:
+        PhotoError: it is damaged (`unreadable`), a wide-field picture (`not_fundus`), or of a kind that cannot be
+            screened (`unsupported`): several frames, OCT, grey, without a picture.
+    """
+    import pydicom
+
+    try:
+        with warnings.catch_warnings():
+            # Values that break the standard are common in exports; what matters is judged below.
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            _judge_kind(dataset)
+            facts = _facts(dataset)
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                # Without a preamble nothing names the syntax; that it was read says it is one of these two.
+                implicit = dataset.original_encoding[0]
+                dataset.file_meta.TransferSyntaxUID = (
+                    pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+                )
+            syntax = str(dataset.file_meta.TransferSyntaxUID)
+            frame = _first_frame(dataset) if syntax in _JPEG_8_BIT else None
+    except PhotoError:
+        raise
+    except Exception as error:
+        # pydicom raises many kinds of errors on damaged files; whatever it is, this file ends here.
+        raise PhotoError(Status.UNREADABLE, f"the DICOM header is damaged ({error}); export it again") from None
+    if frame is not None:
+        frame = _with_colours_said(frame, str(dataset.PhotometricInterpretation))
+        # Orientation is DICOM's business here, not of EXIF data that a converter left inside.
+        return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
+    width, height = int(dataset.Columns), int(dataset.Rows)
+    if width * height > MOST_PIXELS:
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are decoded")
+    if min(width, height) < LEAST_SIDE_PX:
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side needs {LEAST_SIDE_PX} at least")
+    return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
+
+
+def hashed_patient(patient: str, salt: bytes) -> str:
+    """Replace a patient's number: 16 hex digits that only who has the salt can recompute.
+
+    Source: BLAKE2b keyed hashing, RFC 7693.
+    """
+    return hashlib.blake2b(patient.encode(), key=salt[:64], digest_size=8).hexdigest()
+
+
+def _judge_kind(dataset: Any) -> None:
+    sop = str(dataset.get("SOPClassUID", ""))
+    if sop in _WIDE_FIELD:
+        raise PhotoError(Status.NOT_FUNDUS, "a wide-field picture; a standard fundus photograph is needed")
+    if sop in _OCT or dataset.get("Modality") in ("OPT", "OPTENF", "OPTBSV"):
+        raise PhotoError(Status.UNSUPPORTED, "an OCT scan, not a photograph")
+    field = dataset.get("HorizontalFieldOfView")
+    if field is not None and float(field) > _WIDEST_DEGREES:
+        raise PhotoError(Status.NOT_FUNDUS, f"a wide-field picture ({float(field):g} degrees); 30 to 60 are usual")
+    if "PixelData" not in dataset:
+        raise PhotoError(Status.UNSUPPORTED, "a DICOM file without a picture")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise PhotoError(
+            Status.UNSUPPORTED, f"{frames} frames (angiography, or a stereo pair); export one colour photo a file"
+        )
+    if int(dataset.get("SamplesPerPixel") or 1) != 3 and dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
+        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
+
+
+def _facts(dataset: Any) -> PhotoFacts:
+    eye = str(dataset.get("ImageLaterality") or dataset.get("Laterality") or "").strip().upper()
+    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
+    names = [str(dataset.get(name) or "").strip() for name in ("Manufacturer", "ManufacturerModelName")]
+    return PhotoFacts(
+        patient=str(dataset.get("PatientID") or "").strip() or None,
+        eye=eye if eye in ("L", "R") else None,
+        camera=" ".join(name for name in names if name) or None,
+        # Rows first in the standard; fundus cameras have square pixels.
+        pixel_spacing_mm=float(spacing[0]) if spacing else None,
+    )
+
+
+def _first_frame(dataset: Any) -> bytes:
+    from pydicom.encaps import get_frame
+
+    return bytes(get_frame(dataset.PixelData, 0, number_of_frames=1))
+
+
+def _with_colours_said(frame: bytes, photometric: str) -> bytes:
+    """Make a JPEG say what its components are, where only the DICOM header does.
+
+    A JPEG without JFIF or Adobe segment is taken as YCbCr by decoders. If DICOM says RGB, an Adobe segment is put in
+    that says so. A JPEG that says itself what it is is believed: exports write RGB into the header of YCbCr pictures.
+    """
+    start = frame[: frame.find(b"\xff\xda")]
+    if photometric == "RGB" and b"JFIF\0" not in start and b"Adobe" not in start:
+        return frame[:2] + _ADOBE_RGB + frame[2:]
+    return frame
+
+
+def _pixels(dataset: Any) -> NDArray[np.uint8]:
+    from pydicom.pixels import apply_color_lut, pixel_array
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = pixel_array(dataset)
+            if dataset.PhotometricInterpretation == "PALETTE COLOR":
+                pixels = apply_color_lut(pixels, dataset)
+            bits = int(dataset.BitsStored)
+    except (NotImplementedError, RuntimeError) as error:
+        # What pydicom says when no installed decoder knows the compression, or when one gives up.
+        text = str(error).splitlines()[0]
+        if "missing" in str(error) or isinstance(error, NotImplementedError):
+            raise PhotoError(Status.UNSUPPORTED, f"a compression that cannot be decoded ({text})") from None
+        raise PhotoError(Status.UNREADABLE, f"the picture is damaged or incomplete ({text}); export it again") from None
+    except Exception as error:
+        raise PhotoError(
+            Status.UNREADABLE, f"the picture is damaged or incomplete ({error}); export it again"
+        ) from None
+    if pixels.dtype == np.uint16 and bits < 16 and dataset.PhotometricInterpretation != "PALETTE COLOR":
+        # Stored full scale to 65535, so that 12 of 16 bits are no dark picture.
+        pixels = np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)
+    return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))

@@ -1,0 +1,275 @@
+"""DICOM: colours and layouts against the pixels that went in, facts, and refusals with their reasons."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import convert_color_space
+from pydicom.uid import (
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLSLossless,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    OphthalmicPhotography8BitImageStorage,
+    OphthalmicTomographyImageStorage,
+    RLELossless,
+    WideFieldOphthalmicPhotographyStereographicProjectionImageStorage,
+)
+
+from fastfundus.errors import PhotoError
+from fastfundus.photo import prepare_photo
+from fastfundus.photo.dicom import is_dicom, read_dicom
+from fastfundus.photo.plan import plan_decode
+from fastfundus.photo.prepare import decode_at, prepare_bytes
+from fastfundus.records import PhotoFacts, Status
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import draw_photo
+
+SPEC = PreprocessSpec(size=224)
+EXPLICIT = pydicom.uid.ExplicitVRLittleEndian
+
+
+@pytest.fixture(scope="module")
+def rgb() -> np.ndarray:
+    return draw_photo(3, lesions=("exudates",), long_side=400).image[20:380]
+
+
+def dicom(pixels: bytes, syntax: str = EXPLICIT, **elements: Any) -> bytes:
+    """An Ophthalmic Photography file; elements given as None are left out."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = syntax
+    meta.MediaStorageSOPClassUID = OphthalmicPhotography8BitImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    values = {
+        "SOPClassUID": OphthalmicPhotography8BitImageStorage,
+        "SOPInstanceUID": "1.2.3",
+        "Modality": "OP",
+        "PatientID": "P-007",
+        "ImageLaterality": "L",
+        "Manufacturer": "Maker",
+        "ManufacturerModelName": "Model 1",
+        "PixelSpacing": [0.01, 0.01],
+        "Rows": 360,
+        "Columns": 400,
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": "RGB",
+        "PlanarConfiguration": 0,
+        "BitsAllocated": 8,
+        "BitsStored": 8,
+        "HighBit": 7,
+        "PixelRepresentation": 0,
+        "PixelData": encapsulate([pixels]) if pydicom.uid.UID(syntax).is_compressed else pixels,
+    }
+    for name, value in {**values, **elements}.items():
+        if value is not None:
+            setattr(dataset, name, value)
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def picture(rgb: np.ndarray, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, form, **options)
+    return file.getvalue()
+
+
+def read(data: bytes) -> np.ndarray:
+    assert is_dicom(data)
+    return decode_at(data, 0)
+
+
+def test_rgb_by_pixel_and_by_plane(rgb: np.ndarray) -> None:
+    np.testing.assert_array_equal(read(dicom(rgb.tobytes())), rgb)
+    planes = np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    np.testing.assert_array_equal(read(dicom(planes.tobytes(), PlanarConfiguration=1)), rgb)
+
+
+@pytest.mark.parametrize("syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.DeflatedExplicitVRLittleEndian])
+def test_other_uncompressed_syntaxes(rgb: np.ndarray, syntax: str) -> None:
+    np.testing.assert_array_equal(read(dicom(rgb.tobytes(), syntax)), rgb)
+
+
+def test_a_file_without_preamble(rgb: np.ndarray) -> None:
+    whole = dicom(rgb.tobytes())
+    dataset = pydicom.dcmread(io.BytesIO(whole))
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, pydicom.Dataset(dataset), implicit_vr=False, little_endian=True)
+    assert file.getvalue()[128:132] != b"DICM"
+    np.testing.assert_array_equal(read(file.getvalue()), rgb)
+
+
+def test_ybr_full_and_422(rgb: np.ndarray) -> None:
+    ybr = convert_color_space(rgb, "RGB", "YBR_FULL")
+    got = read(dicom(ybr.tobytes(), PhotometricInterpretation="YBR_FULL"))
+    # To 8-bit YCbCr and back: each step rounds.
+    assert np.abs(got.astype(int) - rgb).max() <= 2
+    halved = ybr.reshape(360, 200, 2, 3)
+    stored = np.stack([halved[:, :, 0, 0], halved[:, :, 1, 0], halved[:, :, 0, 1], halved[:, :, 0, 2]], axis=-1).astype(
+        np.uint8
+    )
+    got = read(dicom(stored.tobytes(), PhotometricInterpretation="YBR_FULL_422"))
+    assert np.abs(got.astype(int) - rgb).mean() < 1.5
+
+
+def test_run_length(rgb: np.ndarray) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(rgb.tobytes())))
+    dataset.compress(RLELossless)
+    file = io.BytesIO()
+    dataset.save_as(file)
+    np.testing.assert_array_equal(read(file.getvalue()), rgb)
+
+
+def test_jpeg_is_taken_out_and_decoded_scaled(rgb: np.ndarray) -> None:
+    jpeg = picture(rgb, "JPEG", quality=92)
+    data = dicom(jpeg, JPEGBaseline8Bit, PhotometricInterpretation="YBR_FULL_422")
+    np.testing.assert_array_equal(read(data), decode_at(jpeg, 0))
+    photo = read_dicom(data)
+    assert photo.decode(plan_decode(photo.header, 90)).shape == (90, 100, 3)
+
+
+@pytest.mark.parametrize("said", ["RGB", "YBR_FULL_422"])
+def test_a_jpeg_that_says_what_it_is_is_believed(rgb: np.ndarray, said: str) -> None:
+    """Exports write RGB into the header of YCbCr pictures: believing it turns retinas green."""
+    jpeg = picture(rgb, "JPEG", quality=92)
+    assert b"JFIF" in jpeg
+    got = read(dicom(jpeg, JPEGBaseline8Bit, PhotometricInterpretation=said))
+    np.testing.assert_array_equal(got, decode_at(jpeg, 0))
+
+
+def test_a_jpeg_of_rgb_components_that_only_dicom_names(rgb: np.ndarray) -> None:
+    # Saved as YCbCr planes that hold R, G and B, without any segment that says so.
+    file = io.BytesIO()
+    Image.fromarray(rgb, "RGB").save(file, "JPEG", quality=95, subsampling=0, keep_rgb=True)
+    data = file.getvalue()
+    at = data.index(b"\xff\xee")
+    data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    # Numbers instead of the letters R, G, B: decoders then know nothing.
+    for name, number in ((b"R", 1), (b"G", 2), (b"B", 3)):
+        frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+        data = (
+            data[:frame] + data[frame : frame + 19].replace(name, bytes([number])) + data[frame + 19 : scan]
+            + data[scan : scan + 14].replace(name, bytes([number])) + data[scan + 14 :]
+        )  # fmt: skip
+    got = read(dicom(data, JPEGBaseline8Bit, PhotometricInterpretation="RGB"))
+    assert np.abs(got.astype(int) - rgb).mean() < 2
+
+
+def test_jpeg_2000(rgb: np.ndarray) -> None:
+    code = picture(rgb, "JPEG2000", irreversible=False, no_jp2=True)
+    got = read(dicom(code, JPEG2000Lossless, PhotometricInterpretation="RGB"))
+    np.testing.assert_array_equal(got, rgb)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_deep_samples_map_full_scale_to_full_scale(rgb: np.ndarray, bits: int) -> None:
+    deep = (rgb.astype(np.uint32) * (2**bits - 1) // 255).astype("<u2")
+    got = read(dicom(deep.tobytes(), BitsAllocated=16, BitsStored=bits, HighBit=bits - 1))
+    assert np.abs(got.astype(int) - rgb).max() <= 1
+
+
+def test_palette(rgb: np.ndarray) -> None:
+    indexed = Image.fromarray(rgb).quantize(256)
+    palette = np.array(indexed.getpalette(), np.uint16).reshape(-1, 3)
+    palette = np.pad(palette, ((0, 256 - len(palette)), (0, 0))) * 257
+    tables = {}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        tables[f"{name}PaletteColorLookupTableData"] = palette[:, channel].astype("<u2").tobytes()
+    data = dicom(
+        np.array(indexed).tobytes(),
+        SamplesPerPixel=1,
+        PlanarConfiguration=None,
+        PhotometricInterpretation="PALETTE COLOR",
+        **tables,
+    )
+    np.testing.assert_array_equal(read(data), np.array(indexed.convert("RGB")))
+
+
+def test_facts(rgb: np.ndarray) -> None:
+    assert read_dicom(dicom(rgb.tobytes())).facts == PhotoFacts("P-007", "L", "Maker Model 1", 0.01)
+    plain = dicom(
+        rgb.tobytes(), PatientID="", ImageLaterality=None, Laterality="R", Manufacturer=None,
+        ManufacturerModelName=None, PixelSpacing=None,
+    )  # fmt: skip
+    assert read_dicom(plain).facts == PhotoFacts(None, "R", None, None)
+    assert read_dicom(dicom(rgb.tobytes(), ImageLaterality="B")).facts.eye is None
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Status, str]] = {
+    "wide-field": (
+        {"SOPClassUID": WideFieldOphthalmicPhotographyStereographicProjectionImageStorage},
+        Status.NOT_FUNDUS,
+        "a wide-field picture",
+    ),
+    "wide angle": ({"HorizontalFieldOfView": 200.0}, Status.NOT_FUNDUS, "wide-field picture .200 degrees"),
+    "oct": ({"SOPClassUID": OphthalmicTomographyImageStorage}, Status.UNSUPPORTED, "an OCT scan"),
+    "oct by modality": ({"Modality": "OPT"}, Status.UNSUPPORTED, "an OCT scan"),
+    "angiography": (
+        {"NumberOfFrames": 12, "SOPClassUID": MultiFrameTrueColorSecondaryCaptureImageStorage},
+        Status.UNSUPPORTED,
+        "12 frames",
+    ),
+    "grey": (
+        {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "PlanarConfiguration": None},
+        Status.UNSUPPORTED,
+        "a grey picture",
+    ),
+    "no picture": ({"PixelData": None}, Status.UNSUPPORTED, "without a picture"),
+    "huge": ({"Rows": 60000, "Columns": 60000}, Status.UNSUPPORTED, "at most 150,000,000"),
+    "tiny": ({"Rows": 20, "Columns": 20}, Status.UNSUPPORTED, "needs 64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(rgb: np.ndarray, name: str) -> None:
+    elements, status, reason = REFUSED[name]
+    with pytest.raises(PhotoError, match=reason) as caught:
+        read_dicom(dicom(rgb.tobytes(), **elements))
+    assert caught.value.status is status
+
+
+def test_an_unknown_compression_is_unsupported(rgb: np.ndarray) -> None:
+    result = prepare_bytes(dicom(b"\xff\xd8\xff\xf7" + b"\0" * 5000, JPEGLSLossless), SPEC)
+    assert result.status is Status.UNSUPPORTED
+    assert "compression that cannot be decoded" in result.reason
+    # The facts are known all the same.
+    assert result.facts.patient == "P-007"
+
+
+@pytest.mark.parametrize("share", [0.0012, 0.01, 0.5, 0.999])
+def test_a_cut_file_is_unreadable(rgb: np.ndarray, share: float) -> None:
+    for data in (
+        dicom(rgb.tobytes()),
+        dicom(picture(rgb, "JPEG", quality=92), JPEGBaseline8Bit, PhotometricInterpretation="YBR_FULL_422"),
+    ):
+        result = prepare_bytes(data[: max(200, int(len(data) * share))], SPEC)
+        assert result.status in (Status.UNREADABLE, Status.UNSUPPORTED)
+        assert result.image is None
+
+
+@pytest.mark.real_data
+def test_real_files(real_data: Path) -> None:
+    """A JPEG within is the photo that it was made from, up to its own compression."""
+    results = {path.name: prepare_photo(path, SPEC) for path in sorted((real_data / "dicom").glob("*.dcm"))}
+    statuses = {name: result.status.value for name, result in results.items()}
+    assert {name: value for name, value in statuses.items() if name.startswith("op_")} == {
+        "op_jpegbaseline_ybr422_hrf01h.dcm": "ok",
+        "op_rgb_explicitle_drive21.dcm": "ok",
+    }
+    assert set(statuses.values()) == {"ok", "not_fundus"}
+    assert results["op_jpegbaseline_ybr422_hrf01h.dcm"].facts.eye == "L"
+    photo = prepare_photo(real_data / "hrf" / "images" / "01_h.jpg", SPEC)
+    assert photo.image is not None
+    twin = results["op_jpegbaseline_ybr422_hrf01h.dcm"].image
+    assert twin is not None
+    assert np.abs(twin.astype(int) - photo.image).mean() < 2
