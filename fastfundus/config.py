@@ -52,16 +52,33 @@ class DataConfig:
 
     label: str = "auto"
     """Manifest column to learn. For abnormality, "auto" takes `abnormal` (1 = abnormal) or else `normal` (inverted)."""
+    split: Literal["folds", "holdout"] = "folds"
+    """"folds": k-fold cross-validation by `folds` and `fold`; "holdout": one split by `test_share` and `val_share`. A
+    split that the label file or `split_file` fixes goes before both."""
     folds: int = 5
     """Patients are dealt into this many folds: one is the test fold, the next validates, the rest train."""
     fold: int = 0
     """Which fold is the test fold, 0 to folds - 1. Run every one of them for cross-validation."""
+    test_share: float = 0.2
+    """Share of the photos that test, for "holdout"."""
+    val_share: float = 0.1
+    """Share of the photos that validate, for "holdout"."""
     split_seed: int = 0
     """Deals patients into folds. Keep it when comparing runs."""
+    split_file: str = ""
+    """CSV or Parquet with the columns `path` and `split`, as `fastfundus cache split` and every run write; photos that
+    it does not name are left out."""
+    duplicates: Literal["together", "ignore"] = "together"
+    """"together": photos of different patients that are or look the same stay on one side of the split. "ignore" splits
+    by patient alone."""
 
     def __post_init__(self) -> None:
         _check_range("data.folds", self.folds, 3, 100)
         _check_range("data.fold", self.fold, 0, self.folds - 1)
+        _check_range("data.test_share", self.test_share, 0.01, 0.9)
+        _check_range("data.val_share", self.val_share, 0.01, 0.9)
+        if self.test_share + self.val_share > 0.95:
+            raise ConfigError("data.test_share and data.val_share leave too little to train: lower one of them")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

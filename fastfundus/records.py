@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status"]
+__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status", "identity"]
 
 PHOTO_SUFFIXES = frozenset(
     {
@@ -92,3 +92,13 @@ class SourcePhoto:
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None
     """A fault found while listing, such as a file that the label file names but is not there."""
+
+
+def identity(source: SourcePhoto, facts: PhotoFacts) -> tuple[str, bool, str | None]:
+    """Whose photo it is: patient, whether that is known, and eye.
+
+    A label file or a telling file name goes before what DICOM says: it was written for the purpose.
+    """
+    if source.patient_known or facts.patient is None:
+        return source.patient, source.patient_known, source.eye or facts.eye
+    return facts.patient, True, source.eye or facts.eye

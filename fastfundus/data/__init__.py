@@ -1,6 +1,7 @@
 """Photographs as data: listing sources, labels, the uint8 cache and its manifest, patient-grouped splits."""
 
-from fastfundus.data.cache import PhotoCache, build_cache
+from fastfundus.data.build import build_cache
+from fastfundus.data.cache import PhotoCache
 from fastfundus.data.source import SourceList, list_photos
 
 __all__ = ["PhotoCache", "SourceList", "build_cache", "list_photos"]

@@ -88,7 +88,9 @@ def _common_root(paths: list[Path]) -> Path:
 
 
 def _name(path: Path, root: Path) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()
+    name = Path(os.path.relpath(path, root)).as_posix()
+    # A name that is not UTF-8 on disk is told with its odd bytes as \\xNN: results are UTF-8 files.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _key(path: Path) -> str:

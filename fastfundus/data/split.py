@@ -1,9 +1,11 @@
-"""Patient-grouped, stratified folds. A patient, and photos with the same bytes, never straddle two of them."""
+"""Patient-grouped, stratified splits. A patient, and photos that are or look the same, never straddle two sides."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,15 +14,32 @@ from numpy.typing import NDArray
 from fastfundus.config import DataConfig
 from fastfundus.errors import DataError
 
-__all__ = ["assign_splits", "group_photos"]
+__all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file", "write_split_file"]
+
+SIDES = ("train", "val", "test")
+_DEALS = 20
+"""A hold-out split deals patients into this many parts and takes as many as its shares come to."""
 
 
-def group_photos(patients: Sequence[str], hashes: Sequence[str]) -> NDArray[np.int64]:
+@dataclass(slots=True)
+class Split:
+    """Which side each photo is on."""
+
+    names: list[str]
+    """[N] of "train", "val", "test", "excluded"."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, a line each."""
+
+
+def group_photos(
+    patients: Sequence[str], hashes: Sequence[str], pairs: Iterable[tuple[int, int]] = ()
+) -> NDArray[np.int64]:
     """Number the groups of photos that must stay together.
 
     Args:
         patients: [N] patient of each photo.
         hashes: [N] sha256 of each photo; equal bytes under two patients tie these patients together.
+        pairs: positions of photos that look the same; they tie their patients together too.
 
     Returns:
         [N] group numbers, counted from 0 in order of appearance.
@@ -29,79 +48,156 @@ def group_photos(patients: Sequence[str], hashes: Sequence[str]) -> NDArray[np.i
 
     def root(node: str) -> str:
         while parent.setdefault(node, node) != node:
-            node = parent[node]
+            parent[node] = node = parent[parent[node]]
         return node
 
     for patient, sha in zip(patients, hashes, strict=True):
         parent[root(f"patient {patient}")] = root(f"bytes {sha}")
+    for a, b in pairs:
+        parent[root(f"patient {patients[a]}")] = root(f"patient {patients[b]}")
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(root(f"patient {patient}"), len(numbers)) for patient in patients])
 
 
-def assign_splits(manifest: pl.DataFrame, labels: NDArray[np.float64], config: DataConfig) -> list[str]:
+def assign_splits(
+    manifest: pl.DataFrame,
+    labels: NDArray[np.float64],
+    config: DataConfig,
+    pairs: Sequence[tuple[int, int]] = (),
+) -> Split:
     """Say for each photo whether it trains, validates or tests.
 
-    Splits that the label file fixed are kept. Otherwise patients are dealt into `config.folds` folds, balanced by
-    label: fold `config.fold` tests, the next one validates, the others train.
+    Splits that `config.split_file` or the label file fixed are kept; photos on their training side that are or look the
+    same as one of the other sides are left out. Otherwise patients are dealt, balanced by label: into `config.folds`
+    folds, of which fold `config.fold` tests, the next one validates, and the others train; or once, by the shares.
 
     Args:
         manifest: a cache's manifest, N rows, or a part of it.
         labels: [N] 0 or 1.
-        config: folds and seed.
-
-    Returns:
-        [N] of "train", "val", "test", "excluded".
+        config: how to split.
+        pairs: positions of photos of different patients that are or look the same; ignored if the config says so.
 
     Raises:
-        DataError: the photos or patients are too few, or fixed splits are incomplete or torn by equal photos.
+        DataError: the photos or patients are too few, a patient is on two sides, or a split file does not fit.
     """
+    if config.duplicates == "ignore":
+        pairs = ()
     fixed = manifest["split"].to_list()
-    groups = group_photos(manifest["patient"].to_list(), manifest["sha256"].to_list())
-    if any(name in ("train", "val", "test") for name in fixed):
-        names = [name or "excluded" for name in fixed]
-        _check_fixed(manifest, names, groups)
+    if config.split_file:
+        fixed = read_split_file(Path(config.split_file), manifest)
+    if any(name in SIDES for name in fixed):
+        split = Split([name or "excluded" for name in fixed])
+        _check_patients(manifest, split.names)
+        if config.duplicates == "together":
+            _drop_copies(manifest, split, pairs)
     else:
-        names = _deal(groups, labels, config)
-        names = ["excluded" if name == "excluded" else dealt for name, dealt in zip(fixed, names, strict=True)]
-    for wanted in ("train", "val", "test"):
-        seen = {int(label) for label, name in zip(labels, names, strict=True) if name == wanted}
+        hashes = manifest["sha256"].to_list()
+        if config.duplicates == "ignore":
+            hashes = [str(index) for index in range(len(hashes))]
+        groups = group_photos(manifest["patient"].to_list(), hashes, pairs)
+        dealt = _deal(groups, labels, config)
+        split = Split(["excluded" if name == "excluded" else side for name, side in zip(fixed, dealt, strict=True)])
+    for wanted in SIDES:
+        seen = {int(label) for label, name in zip(labels, split.names, strict=True) if name == wanted}
         if seen != {0, 1}:
             raise DataError(
                 f"the {wanted} split has {'only label ' + str(*seen) if seen else 'no photos'}: both classes are "
                 "needed in each split; add photos, or change data.folds or data.split_seed"
             )
-    return names
+    return split
+
+
+def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:
+    """Read which side each photo of a manifest is on; None where the file does not name it.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, names a side that there is not, names no photo of the
+            manifest, or was made for other bytes under the same name.
+    """
+    try:
+        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"cannot be read ({error}); give a CSV or Parquet file", path=path) from None
+    for column in ("path", "split"):
+        if column not in table.columns:
+            raise DataError(f"has no column {column!r}; columns: {', '.join(table.columns)}", path=path)
+    sides: dict[str, str] = {}
+    hashes = table["sha256"].to_list() if "sha256" in table.columns else [None] * len(table)
+    expected = dict(manifest.select("path", "sha256").iter_rows())
+    for row, (name, side, sha256) in enumerate(zip(table["path"], table["split"], hashes, strict=True), start=2):
+        if side not in (*SIDES, "excluded"):
+            raise DataError(f"split {side!r} is not one of {', '.join(SIDES)} and excluded", path=path, row=row)
+        if sides.setdefault(name, side) != side:
+            raise DataError(f"{name} is named twice, as {sides[name]} and {side}", path=path, row=row)
+        if sha256 and expected.get(name, sha256) != sha256:
+            raise DataError(
+                f"{name} has other bytes than when this split was made; make a new split, or get the same photos",
+                path=path,
+                row=row,
+            )
+    if not sides.keys() & expected.keys():
+        raise DataError("names no photo of this cache; paths must be those of its manifest", path=path)
+    return [sides.get(name) for name in manifest["path"]]
+
+
+def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -> None:
+    """Write a split that others can use: path, sha256, patient, split; CSV, or Parquet by the ending of `path`."""
+    table = manifest.select("path", "sha256", "patient").with_columns(pl.Series("split", names))
+    if path.suffix == ".parquet":
+        table.write_parquet(path)
+    else:
+        table.write_csv(path)
 
 
 def _deal(groups: NDArray[np.int64], labels: NDArray[np.float64], config: DataConfig) -> list[str]:
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if len(set(groups.tolist())) < config.folds:
-        raise DataError(
-            f"{len(set(groups.tolist()))} patients cannot fill {config.folds} folds; add patients or lower data.folds"
-        )
-    splitter = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.split_seed)
+    count = len(set(groups.tolist()))
+    parts = config.folds if config.split == "folds" else min(_DEALS, count)
+    if count < max(parts, 3):
+        raise DataError(f"{count} patients cannot fill {max(parts, 3)} folds; add patients or lower data.folds")
+    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=config.split_seed)
     try:
         with warnings.catch_warnings():
-            # Said below, in our words, when a split ends up with one class.
+            # Said by the caller, in our words, when a split ends up with one class.
             warnings.simplefilter("ignore", UserWarning)
             folds = [test for _, test in splitter.split(np.zeros(len(labels)), labels, groups)]
     except ValueError as error:
-        raise DataError(f"the photos cannot be dealt into {config.folds} folds: {error}; add photos") from None
+        raise DataError(f"the photos cannot be dealt into {parts} folds: {error}; add photos") from None
     names = np.full(len(labels), "train", dtype=object)
-    names[folds[(config.fold + 1) % config.folds]] = "val"
-    names[folds[config.fold]] = "test"
+    if config.split == "folds":
+        names[folds[(config.fold + 1) % parts]] = "val"
+        names[folds[config.fold]] = "test"
+    else:
+        test, val = (max(1, round(parts * share)) for share in (config.test_share, config.val_share))
+        names[np.concatenate(folds[:test])] = "test"
+        names[np.concatenate(folds[test : test + val])] = "val"
     return [str(name) for name in names]
 
 
-def _check_fixed(manifest: pl.DataFrame, names: list[str], groups: NDArray[np.int64]) -> None:
-    home: dict[int, tuple[str, str]] = {}
-    for path, name, group in zip(manifest["path"].to_list(), names, groups.tolist(), strict=True):
+def _check_patients(manifest: pl.DataFrame, names: list[str]) -> None:
+    home: dict[str, tuple[str, str]] = {}
+    for path, patient, name in zip(manifest["path"], manifest["patient"], names, strict=True):
         if name == "excluded":
             continue
-        first, where = home.setdefault(group, (path, name))
+        first, where = home.setdefault(patient, (path, name))
         if where != name:
             raise DataError(
-                f"{first} ({where}) and {path} ({name}) belong to one patient or are the same photo; "
-                "put them into one split of the label file"
+                f"{first} ({where}) and {path} ({name}) are of one patient, {patient}; put them into one split"
             )
+
+
+def _drop_copies(manifest: pl.DataFrame, split: Split, pairs: Sequence[tuple[int, int]]) -> None:
+    """Leave out what one side has of a later one: what tests stays, then what validates."""
+    rank = {"train": 0, "val": 1, "test": 2, "excluded": -1}
+    paths, hashes = manifest["path"].to_list(), manifest["sha256"].to_list()
+    first: dict[str, int] = {}
+    equal = [(first[sha], row) for row, sha in enumerate(hashes) if sha and first.setdefault(sha, row) != row]
+    dropped = []
+    for a, b in [*equal, *pairs]:
+        lower, upper = sorted((a, b), key=lambda row: rank[split.names[row]])
+        if 0 <= rank[split.names[lower]] < rank[split.names[upper]]:
+            dropped.append(f"{paths[lower]} ({split.names[lower]}) is a copy of {paths[upper]} ({split.names[upper]})")
+            split.names[lower] = "excluded"
+    if dropped:
+        split.notes.append(f"{len(dropped)} photos left out that another side has too: {'; '.join(dropped[:3])}")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
 from fastfundus.errors import BundleError
+from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.records import SourcePhoto, Status
 
@@ -81,6 +82,7 @@ def screen_photos(
         BundleError: the engine gave an answer that is no probability.
     """
     engine = bundle.load()
+    keep_memory()
     cv2.setNumThreads(1)  # one decoding thread a core already
     began, began_cpu = time.perf_counter(), time.process_time()
     window = 3 * batch_size + 2 * timing.workers

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from fastfundus.engines.bundle import Bundle
-from fastfundus.records import Status
+from fastfundus.records import Status, identity
 from fastfundus.screen.pipeline import ScreenedPhoto
 
 __all__ = ["AuditLog", "patient_table", "result_row", "results_table", "write_tables"]
@@ -36,13 +36,14 @@ def _schema(bundle: Bundle) -> dict[str, Any]:
 def result_row(photo: ScreenedPhoto, bundle: Bundle) -> dict[str, Any]:
     """One row of the results."""
     scores = photo.probabilities or (None,) * len(bundle.labels)
+    patient, _, eye = identity(photo.source, photo.prepared.facts)
     return {
         "path": photo.source.name,
         "sha256": photo.prepared.sha256 or None,
         "status": photo.prepared.status.value,
         "reason": photo.prepared.reason or None,
-        "patient": photo.source.patient,
-        "eye": photo.source.eye,
+        "patient": patient,
+        "eye": eye,
         "quality": photo.prepared.quality,
         **{f"p_{label}": score for label, score in zip(bundle.labels, scores, strict=True)},
         "decision": photo.decision,

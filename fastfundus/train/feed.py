@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 
 __all__ = ["epoch_batches", "epoch_order"]
@@ -26,7 +27,7 @@ def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[N
 
 
 def epoch_batches(
-    photos: NDArray[np.uint8],
+    photos: PhotoArray,
     rows: NDArray[np.int64],
     targets: NDArray[np.float64],
     batches: list[NDArray[np.int64]],

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
 
 from fastfundus.config import TrainConfig, to_toml
+from fastfundus.data.audit import pair_positions
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import assign_splits
 from fastfundus.errors import CheckpointError, DataError, FastFundusError
@@ -106,7 +107,7 @@ def train(
         raise DataError(
             "no photo is ok and labelled; see the status and label columns of the manifest", path=cache.path
         )
-    splits = _splits(cache, rows, targets, config)
+    splits = _splits(cache, rows, targets, config, observer)
     train_rows, val_rows = (rows[(splits["split"] == name).to_numpy()] for name in ("train", "val"))
     observer.say(
         f"learning {label!r}: {len(rows)} of {len(cache.manifest)} photos are ok and labelled; "
@@ -192,12 +193,18 @@ def train(
 
 
 def _splits(
-    cache: PhotoCache, rows: NDArray[np.int64], targets: NDArray[np.float64], config: TrainConfig
+    cache: PhotoCache,
+    rows: NDArray[np.int64],
+    targets: NDArray[np.float64],
+    config: TrainConfig,
+    observer: Observer,
 ) -> pl.DataFrame:
     part = cache.manifest[rows]
-    names = assign_splits(part, targets[rows], config.data)
+    split = assign_splits(part, targets[rows], config.data, pair_positions(cache, rows))
+    for note in split.notes:
+        observer.say(f"note: {note}")
     return part.select("path", "sha256", "patient").with_columns(
-        pl.Series("label", targets[rows]), pl.Series("split", names)
+        pl.Series("label", targets[rows]), pl.Series("split", split.names)
     )
 
 

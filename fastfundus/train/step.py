@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastfundus.config import OptimiserConfig
+from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
@@ -91,7 +92,7 @@ def _batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module,
-    photos: NDArray[np.uint8],
+    photos: PhotoArray,
     rows: NDArray[np.int64],
     spec: PreprocessSpec,
     *,

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from PIL import Image
 
 from fastfundus.data import PhotoCache, build_cache, list_photos
-from fastfundus.data import cache as cache_module
+from fastfundus.data import build as build_module
+from fastfundus.data import rows as rows_module
 from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.data.store import PhotoStore, open_photos
 from fastfundus.errors import DataError, SpecMismatch
 from fastfundus.photo import prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
+from tests.photo.test_dicom import dicom
 
 SPEC = PreprocessSpec(size=48)
 
@@ -28,13 +39,13 @@ def build(folder: Path, output: Path, **options: object) -> PhotoCache:
 def watch_preparing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are prepared from now on."""
     prepared: list[str] = []
-    original = cache_module.prepare_photo
+    original = rows_module.prepare_photo
 
     def count(path: Path, spec: PreprocessSpec):  # type: ignore[no-untyped-def]
         prepared.append(path.name)
         return original(path, spec)
 
-    monkeypatch.setattr(cache_module, "prepare_photo", count)
+    monkeypatch.setattr(rows_module, "prepare_photo", count)
     return prepared
 
 
@@ -99,21 +110,265 @@ def test_an_interrupted_build_goes_on(photo_folder: Path, tmp_path: Path, monkey
     assert not (tmp_path / "cache.partial").exists()
 
 
-def test_new_and_changed_photos_are_prepared_and_the_rest_taken_over(
+def test_new_photos_are_added_behind_the_others(
     broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build(broken_photos, tmp_path / "cache")
-    (broken_photos / "new.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
-    (broken_photos / "zero.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
+    output = tmp_path / "cache"
+    first = build(broken_photos, output)
+    place = os.stat(output / "photos.npy").st_ino
+    good = (broken_photos / "good.jpg").read_bytes()
+    (broken_photos / "a_new.jpg").write_bytes(good)
+    # It could not be used before: its pixels may be written where nobody looks.
+    (broken_photos / "zero.jpg").write_bytes(good)
     prepared = watch_preparing(monkeypatch)
-    second = build(broken_photos, tmp_path / "cache")
-    assert sorted(prepared) == ["new.jpg", "zero.jpg"]
+    second = build(broken_photos, output)
+    assert sorted(prepared) == ["a_new.jpg", "zero.jpg"]
+    names = [*first.manifest["path"].to_list(), "a_new.jpg"]
+    assert second.manifest["path"].to_list() == names
+    assert os.stat(output / "photos.npy").st_ino == place
     status = dict(second.manifest.select("path", "status").iter_rows())
-    assert (status["new.jpg"], status["zero.jpg"]) == ("ok", "ok")
-    place = second.manifest["path"].to_list().index("good.jpg")
-    np.testing.assert_array_equal(
-        second.photos[place], first.photos[first.manifest["path"].to_list().index("good.jpg")]
-    )
+    assert (status["a_new.jpg"], status["zero.jpg"], status["text.jpg"]) == ("ok", "ok", "unreadable")
+    row = names.index("good.jpg")
+    for name in ("a_new.jpg", "zero.jpg", "good.jpg"):
+        np.testing.assert_array_equal(second.photos[names.index(name)], first.photos[row])
+    assert list(second.verify(sources=True)) == []
+    assert not (tmp_path / "cache.partial").exists()
+
+
+def test_a_reader_sees_the_old_cache_until_the_new_one_is_complete(
+    broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "cache"
+    first = build(broken_photos, output)
+    before = np.array(first.photos)
+    for number in range(4):
+        (broken_photos / f"new{number}.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
+
+    def interrupt(status: Status) -> None:
+        seen.append(status)
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+
+    seen: list[Status] = []
+    with pytest.raises(KeyboardInterrupt):
+        build(broken_photos, output, on_photo=interrupt)
+    still = PhotoCache.open(output)
+    assert still.manifest.equals(first.manifest)
+    np.testing.assert_array_equal(still.photos, before)
+    # Given up, and something else is added instead: nothing of the first try may show.
+    for number in range(4):
+        (broken_photos / f"new{number}.jpg").unlink()
+    (broken_photos / "other.jpg").write_bytes(b"")
+    second = build(broken_photos, output)
+    assert second.manifest["path"].to_list()[-1] == "other.jpg"
+    assert not second.photos[len(first.manifest)].any()
+    # Resumed, it does only what is left.
+    for number in range(4):
+        (broken_photos / f"new{number}.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build(broken_photos, output, on_photo=interrupt)
+    prepared = watch_preparing(monkeypatch)
+    third = build(broken_photos, output)
+    assert len(third.manifest) == len(second.manifest) + 4
+    assert 0 < len([name for name in prepared if name.startswith("new")]) < 4
+    assert list(third.verify()) == []
+
+
+def test_changed_and_vanished_photos_make_the_cache_anew_from_what_is_unchanged(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "images", folder)
+    first = build(folder, tmp_path / "cache")
+    names = first.manifest["path"].to_list()
+    (folder / names[0]).unlink()
+    (folder / names[1]).write_bytes((folder / names[2]).read_bytes())
+    prepared = watch_preparing(monkeypatch)
+    second = build(folder, tmp_path / "cache")
+    assert prepared == [names[1]]
+    assert second.manifest["path"].to_list() == names[1:]
+    np.testing.assert_array_equal(second.photos[0], first.photos[2])
+    np.testing.assert_array_equal(second.photos[2:], np.array(first.photos)[3:])
+    assert list(second.verify(sources=True)) == []
+
+
+def test_a_killed_build_goes_on(photo_folder: Path, tmp_path: Path) -> None:
+    """The real thing: SIGKILL at three moments, then the same command; the result is that of a build without a kill."""
+    whole = build(photo_folder, tmp_path / "whole")
+    output = tmp_path / "cache"
+    command = [sys.executable, "-m", "fastfundus", "prepare", str(photo_folder), "--output", str(output)]
+    command += ["--size", "48", "--workers", "1"]
+    for least in (5, 15, 30):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        journal = tmp_path / "cache.partial" / "rows.jsonl"
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and journal.read_bytes().count(b"\n") >= least:
+                break
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (output / "spec.json").exists(), "finished before it was killed: take more photos"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    cache = PhotoCache.open(output)
+    np.testing.assert_array_equal(cache.photos, whole.photos)
+    assert cache.manifest.equals(whole.manifest)
+
+
+def test_a_full_disk_is_said_and_the_cache_stays_valid(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files stands in for the disk: the kernel refuses the write in both cases."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photos = sorted((photo_folder / "images").glob("*.jpg"))
+    for path in photos[:10]:
+        shutil.copy2(path, folder)
+    output = tmp_path / "cache"
+    first = build(folder, output)
+    for path in photos[10:]:
+        shutil.copy2(path, folder)
+    code = f"""
+import resource
+from pathlib import Path
+from fastfundus.data import build_cache, list_photos
+from fastfundus.errors import DataError
+from fastfundus.spec import PreprocessSpec
+resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 48 * 48 * 3, resource.RLIM_INFINITY))
+listing = list_photos(Path({str(folder)!r}))
+try:
+    build_cache(listing.photos, Path({str(output)!r}), PreprocessSpec(size=48), source=listing.root, workers=1)
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "make room and run the same command again: what was prepared is kept" in done.stdout, done.stderr
+    still = PhotoCache.open(output)
+    assert still.manifest.equals(first.manifest)
+    assert list(still.verify()) == []
+    prepared = watch_preparing(monkeypatch)
+    cache = build(folder, output)
+    # Nineteen photos had room, ten of them from before.
+    assert len(prepared) == len(photos) - 19
+    assert list(cache.verify()) == []
+
+
+def test_too_small_a_disk_is_said_before_the_work(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(DataError, match=r"needs up to 0.0 GB, and 0.0 GB are free; make room"):
+        build(photo_folder, tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photos_go_on_in_further_files(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(photo_folder, tmp_path / "whole")
+    monkeypatch.setattr("fastfundus.data.cache.SHARD_BYTES", 7 * 48 * 48 * 3)
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "images", folder)
+    for path in sorted(folder.iterdir())[30:]:
+        path.rename(tmp_path / path.name)
+    build(folder, tmp_path / "cache")
+    for path in tmp_path.glob("*.jpg"):
+        path.rename(folder / path.name)
+    cache = build(folder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("photos*.npy"))) == 7
+    assert cache.photos.shape == whole.photos.shape
+    np.testing.assert_array_equal(cache.photos[:], whole.photos)
+    rows = np.array([0, 47, 7, 6, 8])
+    np.testing.assert_array_equal(cache.photos[rows], whole.photos[rows])
+    np.testing.assert_array_equal(cache.photos[-1], whole.photos[-1])
+    with pytest.raises(IndexError):
+        cache.photos[48]
+
+
+def test_store_files_are_numpy_files(tmp_path: Path) -> None:
+    store = PhotoStore(tmp_path, 32, 3)
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    for row in (4, 0, 2):
+        store.write(row, images[row])
+    store.finish(5)
+    first, second = np.load(tmp_path / "photos.npy"), np.load(tmp_path / "photos-00001.npy")
+    np.testing.assert_array_equal(first, [images[0], np.zeros_like(images[1]), images[2]])
+    np.testing.assert_array_equal(second[1], images[4])
+    store.cut(2)
+    store.close()
+    assert not (tmp_path / "photos-00001.npy").exists()
+    with pytest.raises(ValueError, match="mmap length is greater"):
+        open_photos(tmp_path, 2, 32, 3)
+
+
+def test_damage_is_found(photo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "images", folder)
+    cache = build(folder, tmp_path / "cache")
+    assert list(cache.verify(sources=True)) == []
+    names = cache.manifest["path"].to_list()
+    with (tmp_path / "cache" / "photos.npy").open("r+b") as file:
+        file.seek(128 + 5 * 48 * 48 * 3 + 3000)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    (folder / names[7]).write_bytes(b"changed")
+    (folder / names[8]).unlink()
+    found = list(PhotoCache.open(tmp_path / "cache").verify(sources=True))
+    assert [line.split(":")[0] for line in found] == [names[5], names[7], names[8]]
+    assert "pixels in the cache have changed" in found[0]
+    assert "has changed since it was prepared" in found[1]
+    assert "not there" in found[2]
+
+
+def test_patients_are_hashed_with_a_salt(photo_folder: Path, tmp_path: Path) -> None:
+    listing = list_photos(photo_folder)
+    output = tmp_path / "cache"
+    options: dict[str, Any] = {"source": listing.root, "patient_salt": b"secret"}
+    cache = build_cache(listing.photos[:4], output, SPEC, **options)
+    hashed = cache.manifest["patient"].to_list()
+    assert all(re.fullmatch("[0-9a-f]{16}", patient) for patient in hashed)
+    assert hashed[0] == hashed[1] != hashed[2] == hashed[3]
+    # The same when taken over, others with another salt.
+    assert build_cache(listing.photos[:6], output, SPEC, **options).manifest["patient"].to_list()[:4] == hashed
+    with pytest.raises(DataError, match="another patient salt"):
+        build_cache(listing.photos, output, SPEC, source=listing.root)
+    other = build_cache(listing.photos[:4], tmp_path / "b", SPEC, source=listing.root, patient_salt=b"else")
+    assert set(other.manifest["patient"]) & set(hashed) == set()
+    assert b"secret" not in (output / "spec.json").read_bytes()
+
+
+def test_dicom_says_whose_photo_it_is(photo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    rgb = np.array(Image.open(sorted((photo_folder / "images").glob("*.jpg"))[0]))
+    for number in range(2):
+        elements = {"Rows": rgb.shape[0], "Columns": rgb.shape[1], "ImageLaterality": "LR"[number]}
+        (folder / f"{number}.dcm").write_bytes(dicom(rgb.tobytes(), **elements))
+    cache = build(folder, tmp_path / "cache")
+    columns = ["patient", "patient_known", "eye", "camera", "pixel_spacing_mm"]
+    assert cache.manifest.select(columns).rows() == [
+        ("P-007", True, "L", "Maker Model 1", 0.01),
+        ("P-007", True, "R", "Maker Model 1", 0.01),
+    ]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,patient\n0.dcm,p1\n1.dcm,\n")
+    listing = list_photos(folder, labels=labels)
+    again = build_cache(listing.photos, tmp_path / "cache", SPEC, source=listing.root)
+    assert again.manifest["patient"].to_list() == ["p1", "P-007"]
+
+
+def test_names_that_are_not_utf8_and_links_in_a_circle(photo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    good = sorted((photo_folder / "images").glob("*.jpg"))[0]
+    odd = os.path.join(os.fsencode(folder), b"caf\xe9.jpg")
+    with open(odd, "wb") as file:
+        file.write(good.read_bytes())
+    (folder / "round.jpg").symlink_to(folder / "round.jpg")
+    (folder / "loop").symlink_to(folder)
+    cache = build(folder, tmp_path / "cache")
+    rows = cache.manifest.select("path", "status", "reason").rows()
+    assert rows[0] == ("caf\\xe9.jpg", "ok", "")
+    assert rows[1][:2] == ("round.jpg", "unreadable")
+    assert len(rows) == 2
 
 
 def test_label_columns_keep_their_types(photo_folder: Path, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 from fastfundus.config import DataConfig
-from fastfundus.data.split import assign_splits, group_photos
+from fastfundus.data.split import assign_splits, group_photos, read_split_file, write_split_file
 from fastfundus.errors import DataError
 
 
@@ -41,7 +42,7 @@ def test_equal_bytes_tie_patients_together() -> None:
 @pytest.mark.parametrize("fold", range(5))
 def test_no_patient_on_two_sides_and_labels_balanced(fold: int) -> None:
     table, labels = many()
-    names = assign_splits(table, labels, DataConfig(fold=fold))
+    names = assign_splits(table, labels, DataConfig(fold=fold)).names
     sides = defaultdict(set)
     for patient, name in zip(table["patient"], names, strict=True):
         sides[patient].add(name)
@@ -54,24 +55,100 @@ def test_no_patient_on_two_sides_and_labels_balanced(fold: int) -> None:
 
 def test_folds_tile_the_photos_and_repeat() -> None:
     table, labels = many()
-    folds = [assign_splits(table, labels, DataConfig(fold=fold)) for fold in range(5)]
+    folds = [assign_splits(table, labels, DataConfig(fold=fold)).names for fold in range(5)]
     tested = [[fold[row] for fold in folds].count("test") for row in range(len(table))]
     assert set(tested) == {1}
-    assert assign_splits(table, labels, DataConfig(fold=2)) == folds[2]
-    assert assign_splits(table, labels, DataConfig(fold=2, split_seed=1)) != folds[2]
+    assert assign_splits(table, labels, DataConfig(fold=2)).names == folds[2]
+    assert assign_splits(table, labels, DataConfig(fold=2, split_seed=1)).names != folds[2]
 
 
 def test_fixed_splits_are_kept() -> None:
     names: list[str | None] = ["train", "train", "val", "val", "test", "test", None, "excluded"]
     table = manifest(list("abcdefgh"), names)
-    got = assign_splits(table, np.array([0, 1] * 4, float), DataConfig())
+    got = assign_splits(table, np.array([0, 1] * 4, float), DataConfig()).names
     assert got == ["train", "train", "val", "val", "test", "test", "excluded", "excluded"]
 
 
-def test_fixed_splits_torn_by_equal_photos_are_refused() -> None:
+def test_copies_on_two_fixed_sides_leave_the_training_side() -> None:
+    """An official split is kept; what trains must not be what tests."""
+    sides: list[str | None] = ["train", "train", "train", "train", "val", "val", "test", "test"]
+    table = manifest(list("abcdefgh"), sides, hashes=["1", "2", "3", "4", "5", "6", "7", "1"])
+    labels = np.array([0, 1] * 4, float)
+    # Rows 0 and 7 have equal bytes; 3 looks like 4, and 5 like 6.
+    with pytest.raises(DataError, match="the val split has only label 0"):
+        assign_splits(table, labels, DataConfig(), [(3, 4), (5, 6)])
+    with pytest.raises(DataError, match="train split has only label 1"):
+        assign_splits(table[[0, 1, 3, 4, 5, 6, 7]], labels[[0, 1, 3, 4, 5, 6, 7]], DataConfig())
+    split = assign_splits(table, labels, DataConfig(), [(3, 4)])
+    assert split.names == ["excluded", "train", "train", "excluded", "val", "val", "test", "test"]
+    assert split.notes == [
+        "2 photos left out that another side has too: 0.jpg (train) is a copy of 7.jpg (test); "
+        "3.jpg (train) is a copy of 4.jpg (val)"
+    ]
+    assert assign_splits(table, labels, DataConfig(duplicates="ignore"), [(3, 4)]).names == sides
+
+
+def test_photos_that_look_the_same_stay_together() -> None:
+    table, labels = many()
+    # A chain through ten patients, and one more pair by its bytes.
+    pairs = [(2 * patient, 2 * patient + 2) for patient in range(10)]
+    table = table.with_columns(pl.Series("sha256", [*table["sha256"][:-1], table["sha256"][30]]))
+    for fold in range(5):
+        names = assign_splits(table, labels, DataConfig(fold=fold), pairs).names
+        assert len(set(names[:22])) == 1
+        assert names[-1] == names[30]
+    ignoring = [
+        assign_splits(table, labels, DataConfig(fold=fold, duplicates="ignore"), pairs).names for fold in range(5)
+    ]
+    assert any(len(set(names[:22])) > 1 for names in ignoring)
+
+
+@pytest.mark.parametrize(("test", "val"), [(0.2, 0.1), (0.5, 0.25), (0.1, 0.1)])
+def test_a_hold_out_has_its_shares_and_keeps_patients_whole(test: float, val: float) -> None:
+    table, labels = many(200)
+    names = np.array(assign_splits(table, labels, DataConfig(split="holdout", test_share=test, val_share=val)).names)
+    for name, share in [("test", test), ("val", val), ("train", 1 - test - val)]:
+        assert (names == name).mean() == pytest.approx(share, abs=0.03)
+        assert labels[names == name].mean() == pytest.approx(labels.mean(), abs=0.08)
+    assert (names[::2] == names[1::2]).all()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_split_file_is_shared_and_read_again(tmp_path: Path, ending: str) -> None:
+    table, labels = many()
+    names = assign_splits(table, labels, DataConfig()).names
+    path = tmp_path / f"split.{ending}"
+    write_split_file(path, table, names)
+    config = DataConfig(split_file=str(path))
+    assert assign_splits(table, labels, config).names == names
+    # Another order, and photos that it does not name.
+    other = pl.concat([table[::-1], manifest(["new"]).with_columns(path=pl.lit("new.jpg"))])
+    assert assign_splits(other, np.append(labels[::-1], 0), config).names == [*names[::-1], "excluded"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,split\n0.jpg,train\n", "has no column 'path'; columns: file, split"),
+        ("path,split\n0.jpg,dev\n", "line 2: split 'dev' is not one of train, val, test"),
+        ("path,split\n0.jpg,train\n0.jpg,test\n", "line 3: 0.jpg is named twice, as train and test"),
+        ("path,split\nelsewhere.jpg,train\n", "names no photo of this cache"),
+        ("path,split,sha256\n0.jpg,train,abc\n", "line 2: 0.jpg has other bytes than when this split was made"),
+    ],
+)
+def test_a_wrong_split_file_says_where(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "split.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_split_file(path, many()[0])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_split_file(tmp_path / "none.csv", many()[0])
+
+
+def test_a_patient_on_two_fixed_sides_is_refused() -> None:
     names: list[str | None] = ["train", "train", "val", "val", "test", "test"]
-    table = manifest(list("abcdef"), names, hashes=["1", "2", "3", "4", "5", "1"])
-    with pytest.raises(DataError, match=r"0.jpg .train. and 5.jpg .test. belong to one patient or are the same photo"):
+    table = manifest(list("abcdea"), names)
+    with pytest.raises(DataError, match=r"0.jpg .train. and 5.jpg .test. are of one patient, a; put them into one"):
         assign_splits(table, np.array([0, 1] * 3, float), DataConfig())
 
 

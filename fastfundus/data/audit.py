@@ -1,0 +1,94 @@
+"""Looks for leaks: the same photo under two patients, on two sides of a split, or in two caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from fastfundus.data.cache import PhotoCache
+from fastfundus.data.duplicates import confirm, near_pairs
+from fastfundus.photo.look import mirrored_looks
+
+__all__ = ["Audit", "audit_cache", "overlap", "pair_positions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was found in one cache."""
+
+    photos: int
+    patients: int
+    unknown_patients: int
+    """Photos whose patient is not known: each counts as a patient of its own."""
+    pairs: pl.DataFrame
+    """path_a, patient_a, path_b, patient_b, kind, likeness, labels_differ and, with a split, split_a and split_b."""
+
+    @property
+    def leaks(self) -> pl.DataFrame:
+        """Pairs on two sides of the split; none without a split."""
+        if "split_a" not in self.pairs.columns:
+            return self.pairs.clear()
+        sides = pl.col("split_a").is_in(["train", "val", "test"]) & pl.col("split_b").is_in(["train", "val", "test"])
+        return self.pairs.filter(sides & (pl.col("split_a") != pl.col("split_b")))
+
+
+def audit_cache(cache: PhotoCache, names: Sequence[str | None] | None = None, labels: Sequence[str] = ()) -> Audit:
+    """List the pairs of photos of different patients that are or look the same.
+
+    Args:
+        cache: what to look at.
+        names: side of each row of a split, if there is one.
+        labels: label columns; a pair whose labels differ has a wrong one.
+    """
+    manifest, pairs = cache.manifest, cache.duplicates()
+    columns = {}
+    for side in "ab":
+        rows = pairs[f"row_{side}"]
+        columns[f"path_{side}"] = manifest["path"].gather(rows)
+        columns[f"patient_{side}"] = manifest["patient"].gather(rows)
+        if names is not None:
+            columns[f"split_{side}"] = pl.Series(list(names), dtype=pl.String).gather(rows)
+    differ = np.zeros(len(pairs), bool)
+    for label in labels:
+        a, b = manifest[label].gather(pairs["row_a"]), manifest[label].gather(pairs["row_b"])
+        differ |= (a != b).fill_null(False).to_numpy()
+    table = pl.DataFrame({**columns, "kind": pairs["kind"], "likeness": pairs["likeness"], "labels_differ": differ})
+    unknown = int((~manifest["patient_known"]).sum())
+    return Audit(len(manifest), manifest["patient"].n_unique(), unknown, table)
+
+
+def pair_positions(cache: PhotoCache, rows: np.ndarray) -> list[tuple[int, int]]:
+    """The cache's pairs as positions in `rows`, without those that are not both in it."""
+    place = {int(row): position for position, row in enumerate(rows)}
+    pairs = cache.duplicates().select("row_a", "row_b").rows()
+    return [(place[a], place[b]) for a, b in pairs if a in place and b in place]
+
+
+def overlap(cache: PhotoCache, other: PhotoCache) -> pl.DataFrame:
+    """Photos that two caches share, such as a pretraining set and a test set: path_a, path_b, kind, likeness."""
+    found: dict[tuple[int, int], tuple[str, float]] = {}
+    mine, theirs = ({sha: row for row, sha in enumerate(c.manifest["sha256"]) if sha} for c in (cache, other))
+    for sha in mine.keys() & theirs.keys():
+        found[mine[sha], theirs[sha]] = ("same bytes", 1.0)
+    (rows, looks), (other_rows, other_looks) = (_looks(c) for c in (cache, other))
+    for kind, turned in (("looks the same", other_looks), ("mirrored", mirrored_looks(other_looks))):
+        candidates = near_pairs(looks, turned)
+        candidates = np.stack([rows[candidates[:, 0]], other_rows[candidates[:, 1]]], axis=1)
+        for a, b, _, likeness in confirm(candidates, cache.photos, other.photos, kind):
+            found.setdefault((a, b), (kind, likeness))
+    lines = [
+        (cache.manifest["path"][a], other.manifest["path"][b], kind, likeness)
+        for (a, b), (kind, likeness) in sorted(found.items())
+    ]
+    schema = {"path_a": pl.String, "path_b": pl.String, "kind": pl.String, "likeness": pl.Float64}
+    return pl.DataFrame(lines, schema=schema, orient="row")
+
+
+def _looks(cache: PhotoCache) -> tuple[np.ndarray, np.ndarray]:
+    usable = cache.manifest["look"].is_not_null() & (cache.manifest["status"] == "ok")
+    rows = np.flatnonzero(usable.to_numpy())
+    looks = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in cache.manifest["look"].gather(rows)]
+    return rows, np.stack(looks) if looks else np.empty((0, 32), np.uint8)

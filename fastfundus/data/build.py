@@ -1,0 +1,313 @@
+"""Builds photo caches: in parallel, resumable after a kill at any moment, and without redoing what is done.
+
+A new cache is built beside its final place and moved there when complete. A cache that only gains photos is extended
+where it is: pixels are added behind the last photo, out of readers' sight until the new manifest replaces the old one.
+When photos changed or went away, the cache is built anew beside the old one, which gives it what is unchanged. Each
+finished photo is noted in a journal, so that a build that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.data.cache import MANIFEST_COLUMNS, SCHEMA, PhotoCache, partial_folder, photos_per_file
+from fastfundus.data.duplicates import write_duplicates
+from fastfundus.data.manifest import write_manifest
+from fastfundus.data.rows import FACTS, Row, identified, prepare_row, stamp
+from fastfundus.data.store import PhotoStore, disk_is_full
+from fastfundus.errors import DataError
+from fastfundus.photo.memory import keep_memory
+from fastfundus.records import PhotoFacts, SourcePhoto, Status
+from fastfundus.spec import PreprocessSpec
+
+__all__ = ["build_cache"]
+
+
+def build_cache(
+    photos: Sequence[SourcePhoto],
+    output: Path,
+    spec: PreprocessSpec,
+    *,
+    source: Path,
+    workers: int | None = None,
+    patient_salt: bytes | None = None,
+    on_photo: Callable[[Status], None] = lambda status: None,
+) -> PhotoCache:
+    """Prepare photos into a cache.
+
+    Args:
+        photos: the inputs; each becomes one row. A new cache has them in this order; photos added later stand behind.
+        output: the cache's folder. A cache with the same spec that is there already is brought up to date.
+        spec: what to make of each photo.
+        source: the folder that the photos' names are relative to.
+        workers: decoding threads; None takes one a core.
+        patient_salt: replaces known patients by a keyed hash; None keeps them as they are.
+        on_photo: called with the status of each photo as it is done.
+
+    Raises:
+        DataError: `output` holds something else, a label column has a name that the manifest uses, or the disk is full.
+        SpecMismatch: `output` is a cache with another spec.
+    """
+    _check_columns(photos)
+    build = _Build(photos, output, spec, patient_salt)
+    keep_memory()
+    # One decoding thread a core: OpenCV's own threads would only fight over them.
+    cv2.setNumThreads(1)
+
+    def prepare(index: int) -> Row:
+        taken = build.taken_over(index)
+        return prepare_row(build.photos[index], spec, patient_salt) if taken is None else taken
+
+    try:
+        for status in build.done():
+            on_photo(status)
+        with build.journal() as journal, ThreadPoolExecutor(workers or os.cpu_count() or 1, "prepare") as pool:
+            pending: deque[tuple[int, Future[Row]]] = deque()
+            try:
+                for index in build.todo():
+                    pending.append((index, pool.submit(prepare, index)))
+                    # A few finished photos wait for their turn, never the whole set: memory stays bounded.
+                    if len(pending) > 4 * (workers or os.cpu_count() or 1):
+                        build.keep(*_result(pending), journal, on_photo)
+                while pending:
+                    build.keep(*_result(pending), journal, on_photo)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        build.finish(source)
+    except OSError as error:
+        raise disk_is_full(output, error, build.finished) from error
+    finally:
+        build.store.close()
+    return PhotoCache.open(output)
+
+
+def _result(pending: deque[tuple[int, Future[Row]]]) -> tuple[int, Row]:
+    index, future = pending.popleft()
+    return index, future.result()
+
+
+def _check_columns(photos: Sequence[SourcePhoto]) -> None:
+    taken = {name for photo in photos for name in photo.columns if name in MANIFEST_COLUMNS}
+    if taken:
+        raise DataError(f"the label column {sorted(taken)[0]!r} has a name that the manifest uses; rename it")
+
+
+class _Build:
+    """One build: what is there already, what is to be done, and how it becomes a cache."""
+
+    def __init__(self, photos: Sequence[SourcePhoto], output: Path, spec: PreprocessSpec, salt: bytes | None) -> None:
+        self.output, self.spec, self.salt = output, spec, salt
+        self.salted = None if salt is None else hashlib.sha256(b"fastfundus" + salt).hexdigest()[:16]
+        self.previous = _previous(output, spec, self.salted)
+        self.photos, self.source_rows, self.extends = _order(photos, self.previous)
+        self.partial = partial_folder(output)
+        self.finished = 0
+        where = output if self.extends else self.partial
+        self.store = PhotoStore(where, spec.size, photos_per_file(spec.size))
+        self._begin()
+
+    def taken_over(self, index: int) -> Row | None:
+        """An unchanged photo's row and pixels, where the cache is built anew."""
+        row = int(self.source_rows[index])
+        if row < 0:
+            return None
+        assert self.previous is not None
+        known = self.previous.manifest.row(row, named=True)
+        image = None if known["pixels_crc32"] is None else np.asarray(self.previous.photos[row])
+        return {name: known[name] for name in FACTS}, image
+
+    def todo(self) -> Iterator[int]:
+        """Positions that are to be done, in order, without those of the journal."""
+        for place, index in enumerate(self._all()):
+            if place >= self.finished:
+                yield int(index)
+
+    def _all(self) -> NDArray[np.int64]:
+        # Where the cache is extended, unchanged photos stay where they are.
+        return np.flatnonzero(self.source_rows < 0) if self.extends else np.arange(len(self.photos))
+
+    def done(self) -> Iterator[Status]:
+        """The status of each photo that needs no work, counting what the journal holds."""
+        if self.extends:
+            assert self.previous is not None
+            yield from map(Status, self.previous.manifest["status"].to_numpy()[self.source_rows[self.source_rows >= 0]])
+        for row in _journal_rows(self.partial):
+            self.finished += 1
+            yield Status(row["status"])
+
+    def journal(self) -> IO[str]:
+        """Line by line to disk, so that a build killed at any moment keeps every finished photo."""
+        return (self.partial / "rows.jsonl").open("a", buffering=1, encoding="utf-8")
+
+    def keep(self, index: int, result: Row, journal: IO[str], on_photo: Callable[[Status], None]) -> None:
+        """Store one photo, then note that it is done."""
+        row, image = result
+        if image is not None:
+            self.store.write(index, image)
+        elif self.extends and self.previous and index < len(self.previous.photos) and self.previous.photos[index].any():
+            # Leavings of a build that was given up; a photo that cannot be used is all zeros.
+            self.store.write(index, np.zeros((self.spec.size, self.spec.size, 3), np.uint8))
+        journal.write(json.dumps(row) + "\n")
+        self.finished += 1
+        on_photo(Status(row["status"]))
+
+    def finish(self, source: Path) -> None:
+        """Make it a cache: manifest, duplicates, and all of it in place at once."""
+        self.store.finish(len(self.photos))
+        write_manifest(self.partial / "manifest.parquet", self.photos, self._rows())
+        about = {
+            "schema": SCHEMA,
+            "spec": self.spec.to_dict(),
+            "fingerprint": self.spec.fingerprint,
+            "source": str(source.absolute()),
+            "photos_per_file": photos_per_file(self.spec.size),
+            "salted": self.salted,
+        }
+        (self.partial / "spec.json").write_text(json.dumps(about, indent=1) + "\n")
+        where = self.output if self.extends else self.partial
+        write_duplicates(self.partial, where, self.spec.size)
+        for name in ("rows.jsonl", "build.json"):
+            (self.partial / name).unlink()
+        if self.extends:
+            # The manifest last: it is what readers count photos by.
+            for name in ("spec.json", "duplicates.parquet", "manifest.parquet"):
+                os.replace(self.partial / name, self.output / name)
+            self.partial.rmdir()
+        else:
+            _move_into_place(self.partial, self.output)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Every row's facts, in the order of the photos."""
+        journal = _journal_rows(self.partial)
+        for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
+            if self.extends and row >= 0:
+                assert self.previous is not None
+                known = self.previous.manifest.row(row, named=True)
+                facts = {name: known[name] for name in FACTS}
+            else:
+                facts = next(journal)
+            # The label file may have learned since whose photo it is.
+            yield facts | identified(photo, PhotoFacts(facts["patient"] if facts["patient_known"] else None), self.salt)
+
+    def _begin(self) -> None:
+        """Make the folder to build in, or take up one that was left by an interrupted build of the same photos."""
+        build = {"inputs": self._fingerprint()}
+        noted = self.partial / "build.json"
+        if noted.is_file() and json.loads(noted.read_text()) == build:
+            _mend_journal(self.partial)
+            return
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self._check_room()
+        self.partial.mkdir(parents=True)
+        if self.extends:
+            assert self.previous is not None
+            self.store.cut(len(self.previous.manifest))
+        noted.write_text(json.dumps(build))
+
+    def _fingerprint(self) -> str:
+        """Of everything that the build depends on. Hashed piece by piece: a list of millions is not copied."""
+        digest = hashlib.sha256(f"{SCHEMA} {self.spec.fingerprint} {self.salted} {self.extends}".encode())
+        for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
+            digest.update(f"{photo.name}\0{stamp(photo.path)}\0{row}\0{photo.issue}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _check_room(self) -> None:
+        """Refuse to start what the disk cannot hold."""
+        needed = len(self._all()) * self.spec.size**2 * 3
+        parent = next(folder for folder in self.output.absolute().parents if folder.exists())
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise DataError(
+                f"needs up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, choose another "
+                "--output, or lower --size",
+                path=self.output,
+            )
+
+
+def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:
+    """The cache that is to be brought up to date, if there is one."""
+    if not output.exists():
+        return None
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):
+        raise DataError("is there already and is no photo cache; choose another --output", path=output)
+    if not (output / "spec.json").is_file():
+        return None
+    cache = PhotoCache.open(output)
+    cache.spec.require_same(spec, mine=f"the cache {output}", theirs="this command")
+    if cache.salted != salted:
+        raise DataError("was prepared with another patient salt, or without one; give the same, or another --output")
+    return cache
+
+
+def _order(
+    photos: Sequence[SourcePhoto], previous: PhotoCache | None
+) -> tuple[list[SourcePhoto], NDArray[np.int64], bool]:
+    """Bring the photos into the order of their rows.
+
+    Returns:
+        The photos; for each the row of `previous` that still describes it, or -1; and whether `previous` can be
+        extended, which is so when it only lacks photos: pixels that readers may be looking at are never touched.
+    """
+    if previous is None:
+        return list(photos), np.full(len(photos), -1), False
+    names = previous.manifest["path"].to_list()
+    rows = {name: row for row, name in enumerate(names)}
+    stamps = previous.manifest.select("bytes", "mtime_ns").rows()
+    has_hash = previous.manifest["sha256"].str.len_chars().to_numpy() > 0
+    has_pixels = previous.manifest["pixels_crc32"].is_not_null().to_numpy()
+    known = {rows[photo.name]: photo for photo in photos if photo.name in rows}
+    fresh = {
+        row: bool(has_hash[row]) and photo.issue is None and stamp(photo.path) == stamps[row]
+        for row, photo in known.items()
+    }
+    extends = len(known) == len(names) and all(fresh[row] or not has_pixels[row] for row in known)
+    if not extends:
+        ordered = list(photos)
+        return ordered, np.array([rows[p.name] if fresh.get(rows.get(p.name, -1)) else -1 for p in ordered]), False
+    ordered = [known[row] for row in range(len(names))] + [photo for photo in photos if photo.name not in rows]
+    source_rows = np.array([row if fresh[row] else -1 for row in range(len(names))] + [-1] * (len(photos) - len(names)))
+    return ordered, source_rows.astype(np.int64), True
+
+
+def _journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
+    path = partial / "rows.jsonl"
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def _mend_journal(partial: Path) -> None:
+    """A kill may leave half a line at the end: that photo is prepared again, and the line must not glue to the next."""
+    path = partial / "rows.jsonl"
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        start = file.tell()
+        tail = file.read()
+        file.truncate(start + tail.rfind(b"\n") + 1)
+
+
+def _move_into_place(partial: Path, output: Path) -> None:
+    replaced = output.with_name(output.name + ".replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    if replaced.exists():
+        shutil.rmtree(replaced)

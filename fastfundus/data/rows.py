@@ -1,0 +1,90 @@
+"""One photo of a cache: its pixels and what is noted about it."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.photo.look import look_of
+from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
+from fastfundus.records import PhotoFacts, SourcePhoto, Status, identity
+from fastfundus.spec import PreprocessSpec
+
+__all__ = ["FACTS", "Row", "hashed_patient", "identified", "prepare_row", "stamp"]
+
+Row = tuple[dict[str, Any], NDArray[np.uint8] | None]
+"""Manifest columns of one photo, and its pixels if it could be used."""
+FACTS = tuple(name for name in MANIFEST_COLUMNS if name not in ("path", "split"))
+"""Columns that come from the file; the others come from the listing."""
+
+
+def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) -> Row:
+    """Prepare one photo.
+
+    Args:
+        photo: the input.
+        spec: what to make of it.
+        salt: hashes its patient; None keeps the patient as it is.
+    """
+    size, mtime_ns = stamp(photo.path)
+    if photo.issue is not None:
+        result = PreparedPhoto(Status.UNREADABLE, photo.issue)
+    else:
+        result = prepare_photo(photo.path, spec)
+    circle, image, facts = result.field, result.image, result.facts
+    if salt is not None and facts.patient is not None:
+        facts = replace(facts, patient=hashed_patient(facts.patient, salt))
+    row = {
+        "sha256": result.sha256,
+        "status": result.status.value,
+        "reason": result.reason,
+        **identified(photo, facts, salt),
+        "eye": photo.eye or facts.eye,
+        "width_px": result.width_px,
+        "height_px": result.height_px,
+        "field_x_px": circle and circle.x_px,
+        "field_y_px": circle and circle.y_px,
+        "field_radius_px": circle and circle.radius_px,
+        "field_confidence": circle and circle.confidence,
+        "field_shape": result.field_shape,
+        "quality": result.quality,
+        "camera": facts.camera,
+        "pixel_spacing_mm": facts.pixel_spacing_mm,
+        "look": None if image is None else look_of(image).hex(),
+        "pixels_crc32": None if image is None else zlib.crc32(image.data),
+        "bytes": size,
+        "mtime_ns": mtime_ns,
+    }
+    return row, image
+
+
+def identified(photo: SourcePhoto, facts: PhotoFacts, salt: bytes | None) -> dict[str, Any]:
+    """Name the patient, and say whether that is known; `facts` are hashed already where there is a salt."""
+    patient, known, _ = identity(photo, facts)
+    if salt is not None and photo.patient_known:
+        patient = hashed_patient(patient, salt)
+    return {"patient": patient, "patient_known": known}
+
+
+def hashed_patient(patient: str, salt: bytes) -> str:
+    """Replace a patient's number: 16 hex digits that only who has the salt can recompute.
+
+    Source: keyed BLAKE2b, RFC 7693.
+    """
+    return hashlib.blake2b(patient.encode(), key=hashlib.sha256(salt).digest(), digest_size=8).hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns of a file; zeros when it is not there."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
