@@ -88,6 +88,8 @@ class SourcePhoto:
     """"L", "R" or unknown."""
     split: str | None = None
     """"train", "val" or "test" when the label file fixes it."""
+    camera: str | None = None
+    """As the label file names it."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None

@@ -200,7 +200,9 @@ class _Build:
             else:
                 facts = next(journal)
             # The label file may have learned since whose photo it is.
-            yield facts | identified(photo, PhotoFacts(facts["patient"] if facts["patient_known"] else None), self.salt)
+            known_patient = facts["patient"] if facts["patient_known"] else None
+            said = PhotoFacts(known_patient, facts["eye"], facts["camera"])
+            yield facts | identified(photo, said, self.salt)
 
     def _begin(self) -> None:
         """Make the folder to build in, or take up one that was left by an interrupted build of the same photos."""

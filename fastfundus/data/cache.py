@@ -72,7 +72,7 @@ class PhotoCache:
     """N rows; the columns are `MANIFEST_COLUMNS` and those of the label file."""
     source: Path
     """The folder that `path` in the manifest is relative to."""
-    salted: str | None
+    salted: str | None = None
     """Identifies the salt with which patients were hashed; None when they were not."""
 
     @classmethod

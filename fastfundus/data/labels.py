@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class LabelRow:
     patient: str | None
     eye: str | None
     split: str | None
+    camera: str | None
     columns: dict[str, Any]
     """Every other column: numbers as float, text as text, unknown as None."""
 
@@ -52,7 +53,8 @@ def normal_eye(text: str | None) -> str | None:
 def read_labels(path: Path) -> LabelTable:
     """Read a label CSV.
 
-    The file column is one of `FILE_COLUMNS`; `patient`, `eye` and `split` are understood; all else is kept as columns.
+    The file column is one of `FILE_COLUMNS`; `patient`, `eye`, `split` and `camera` are understood; all else is kept as
+    columns.
     A repeated file keeps its first row; values on which the repeats disagree become unknown. Both are noted.
 
     Raises:
@@ -104,7 +106,7 @@ def _read_row(number: int, header: list[str], cells: list[str], file_column: int
     columns = {name: _value(cell) for name, cell in zip(header, cells, strict=True)}
     file = cells[file_column].strip()
     del columns[header[file_column]]
-    special: dict[str, str | None] = {"patient": None, "eye": None, "split": None}
+    special: dict[str, str | None] = {"patient": None, "eye": None, "split": None, "camera": None}
     for name in list(columns):
         if name.lower() in special:
             text = cells[header.index(name)].strip()
@@ -118,6 +120,7 @@ def _read_row(number: int, header: list[str], cells: list[str], file_column: int
         patient=special["patient"],
         eye=normal_eye(special["eye"]),
         split=_SPLITS.get((split or "").lower()),
+        camera=special["camera"],
         columns=columns,
     )
 
@@ -145,7 +148,7 @@ def _merge_repeats(table: LabelTable) -> None:
         differing = [name for name, value in row.columns.items() if kept.columns[name] != value]
         if differing:
             columns = {name: None if name in differing else value for name, value in kept.columns.items()}
-            merged[first[row.file]] = LabelRow(kept.line, kept.file, kept.patient, kept.eye, kept.split, columns)
+            merged[first[row.file]] = replace(kept, columns=columns)
             table.notes.append(f"{place} with another {', '.join(differing)}; taken as unknown: delete the wrong row")
         else:
             table.notes.append(f"{place}; one row is kept")

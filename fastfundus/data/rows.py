@@ -46,7 +46,6 @@ def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) ->
         "status": result.status.value,
         "reason": result.reason,
         **identified(photo, facts, salt),
-        "eye": photo.eye or facts.eye,
         "width_px": result.width_px,
         "height_px": result.height_px,
         "field_x_px": circle and circle.x_px,
@@ -55,7 +54,6 @@ def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) ->
         "field_confidence": circle and circle.confidence,
         "field_shape": result.field_shape,
         "quality": result.quality,
-        "camera": facts.camera,
         "pixel_spacing_mm": facts.pixel_spacing_mm,
         "look": None if image is None else look_of(image).hex(),
         "pixels_crc32": None if image is None else zlib.crc32(image.data),
@@ -66,11 +64,14 @@ def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) ->
 
 
 def identified(photo: SourcePhoto, facts: PhotoFacts, salt: bytes | None) -> dict[str, Any]:
-    """Name the patient, and say whether that is known; `facts` are hashed already where there is a salt."""
-    patient, known, _ = identity(photo, facts)
+    """Say whose photo it is, which eye, and by which camera: the listing goes before the file.
+
+    `facts` are hashed already where there is a salt.
+    """
+    patient, known, eye = identity(photo, facts)
     if salt is not None and photo.patient_known:
         patient = hashed_patient(patient, salt)
-    return {"patient": patient, "patient_known": known}
+    return {"patient": patient, "patient_known": known, "eye": eye, "camera": photo.camera or facts.camera}
 
 
 def hashed_patient(patient: str, salt: bytes) -> str:

@@ -170,6 +170,7 @@ def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
         patient_known=photo.patient_known or row.patient is not None,
         eye=row.eye or photo.eye,
         split=row.split,
+        camera=row.camera,
         columns={**photo.columns, **row.columns},
     )
 
