@@ -11,6 +11,7 @@ import click
 
 from fastfundus import __version__
 from fastfundus.cli.build_engine import build_engine
+from fastfundus.cli.cache import cache
 from fastfundus.cli.demo import demo
 from fastfundus.cli.doctor import doctor
 from fastfundus.cli.evaluate import evaluate
@@ -46,5 +47,5 @@ def main() -> None:
     """
 
 
-for command in (demo, prepare, train, evaluate, build_engine, screen, doctor, synthesize):
+for command in (demo, prepare, cache, train, evaluate, build_engine, screen, doctor, synthesize):
     main.add_command(command)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["interval_text", "progress_bar", "remark", "remarks"]
+from fastfundus.errors import ConfigError
+
+__all__ = ["interval_text", "progress_bar", "quiet_decoders", "read_salt", "remark", "remarks"]
 
 
 def remark(text: str) -> None:
@@ -45,3 +48,30 @@ def progress_bar(*extra: str) -> Iterator[Any]:
     columns += [TextColumn("{task.fields[" + name + "]}") for name in extra]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
+
+
+def quiet_decoders() -> None:
+    """Keep OpenCV from writing lines of its own about damaged files: each has a row that says what is wrong."""
+    import cv2
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def read_salt(path: Path | None) -> bytes | None:
+    """Read the salt that hashes patients.
+
+    Raises:
+        ConfigError: the file cannot be read, or is too short to keep a secret.
+    """
+    if path is None:
+        return None
+    try:
+        salt = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"--patient-salt {path}: cannot be read ({error.strerror})") from None
+    if len(salt) < 16:
+        raise ConfigError(
+            f"--patient-salt {path}: {len(salt)} bytes are easily guessed; 16 are needed at least, such as those of: "
+            "openssl rand -hex 32"
+        )
+    return salt

@@ -88,7 +88,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     with _timed("build-engine", times):
         bundle, parity = build_from_run(run, output / "bundle")
     with _timed("screen", times):
-        clinic_listing = list_photos(clinic)
+        clinic_listing = list_photos(clinic, adapter="folder")
         screened = screen_to_folder(clinic_listing, bundle, output / "screening", sources=[clinic])
 
     auroc = point["test"]["auroc"]

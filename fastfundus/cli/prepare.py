@@ -8,41 +8,76 @@ from pathlib import Path
 import click
 
 
+def _list_adapters(context: click.Context) -> None:
+    from fastfundus.data.adapters import ADAPTERS
+
+    for name, adapter in ADAPTERS.items():
+        click.echo(f"{name:16} {adapter.title}")
+    context.exit()
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The cache, a folder to be made.")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="CSV with a column 'file', and labels; 'patient', 'eye' and 'split' are understood.",
+    help="CSV with a column 'file', and labels; 'patient', 'eye', 'camera' and 'split' are understood.",
 )
 @click.option(
     "--adapter",
-    type=click.Choice(["auto", "folder", "classes", "csv"]),
     default="auto",
     show_default=True,
-    help="How SOURCE is read; auto finds out.",
+    metavar="NAME",
+    help="How SOURCE is read: folder, classes, csv, a public data set (see --list-adapters); auto finds out.",
+)
+@click.option(
+    "--list-adapters",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, parameter, value: _list_adapters(context) if value else None,
+    help="List the public data sets that are known, and stop.",
 )
 @click.option("--size", type=int, default=512, show_default=True, help="Side of the prepared photos in pixels.")
 @click.option("--workers", type=click.IntRange(1, 1024), help="Decoding threads  [default: one a core]")
+@click.option(
+    "--patient-salt",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Replace patients by a hash that only who has this file's content can recompute.",
+)
+@click.option(
+    "--preview", is_flag=True, help="Write preview.html into the cache: photos, circles and crops to look at."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def prepare(
-    source: Path, output: Path, labels: Path | None, adapter: str, size: int, workers: int | None, as_json: bool
+    source: Path,
+    output: Path,
+    labels: Path | None,
+    adapter: str,
+    size: int,
+    workers: int | None,
+    patient_salt: Path | None,
+    preview: bool,
+    as_json: bool,
 ) -> None:
     r"""Decode every photo of SOURCE once into a cache to train from.
 
-    SOURCE is a folder (searched through), a folder with one sub-folder a class, or a CSV that names photos. Every photo
-    gets a row with a status in the cache's manifest, the unusable ones too. Run it again to add new photos.
+    SOURCE is a folder (searched through), a folder with one sub-folder a class, a public data set as it was unpacked,
+    or a CSV that names photos. Every photo gets a row with a status in the cache's manifest, the unusable ones too. Run
+    it again to add new photos.
 
     \b
     Example:
-      fastfundus prepare photos/ --labels labels.csv --output cache/
+      fastfundus prepare photos/ --labels labels.csv --output cache/ --preview
     """
-    from fastfundus.cli.console import progress_bar, remark, remarks
+    from fastfundus.cli.console import progress_bar, quiet_decoders, read_salt, remark, remarks
     from fastfundus.data import build_cache, list_photos
+    from fastfundus.data.preview import write_preview
     from fastfundus.records import Status
     from fastfundus.spec import PreprocessSpec
 
+    quiet_decoders()
     listing = list_photos(source, labels=labels, adapter=adapter)
     remarks(listing.notes)
     with progress_bar() as progress:
@@ -54,6 +89,7 @@ def prepare(
                 PreprocessSpec(size=size),
                 source=listing.root,
                 workers=workers,
+                patient_salt=read_salt(patient_salt),
                 on_photo=lambda status: progress.advance(task),
             )
         except KeyboardInterrupt:
@@ -65,10 +101,18 @@ def prepare(
     unknown = int((~cache.manifest["patient_known"]).sum())
     if unknown:
         remark(f"note: the patient of {unknown} photos is unknown; each counts as a patient of its own when splitting")
-    if as_json:
-        click.echo(
-            json.dumps({"cache": str(output), "photos": len(listing.photos), "status": counts, "lost": listing.lost})
+    pairs = len(cache.duplicates())
+    if pairs:
+        remark(
+            f"note: {pairs} pairs of photos of different patients are or look the same: kept on one side when "
+            f"splitting; fastfundus cache audit {output} lists them"
         )
+    if preview:
+        shown = write_preview(cache, output / "preview.html")
+        remark(f"{output / 'preview.html'}: {shown} photos to look at")
+    if as_json:
+        summary = {"cache": str(output), "photos": len(listing.photos), "status": counts, "duplicate_pairs": pairs}
+        click.echo(json.dumps({**summary, "lost": listing.lost}))
     else:
         told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         click.echo(f"{output}: {len(listing.photos)} photos at {size} px: {told}")

@@ -24,14 +24,16 @@ def screen(bundle: Path, sources: tuple[Path, ...], output: Path, overwrite: boo
     Example:
       fastfundus screen bundle/ photos/ --output results/
     """
-    from fastfundus.cli.console import progress_bar, remarks
+    from fastfundus.cli.console import progress_bar, quiet_decoders, remarks
     from fastfundus.data.source import list_photos
     from fastfundus.engines.bundle import Bundle
     from fastfundus.screen.pipeline import ScreenedPhoto, Timing
     from fastfundus.screen.run import screen_to_folder
 
+    quiet_decoders()
     opened = Bundle.open(bundle)
-    listing = list_photos(sources)
+    # Every picture is an input here, also the masks and spare pictures of a public data set.
+    listing = list_photos(sources, adapter="folder")
     remarks(listing.notes)
     with progress_bar("rate") as progress:
         task = progress.add_task("screening", total=len(listing.photos), rate="")

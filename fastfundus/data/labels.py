@@ -11,11 +11,12 @@ from typing import Any
 
 from fastfundus.errors import DataError
 
-__all__ = ["FILE_COLUMNS", "LabelRow", "LabelTable", "normal_eye", "read_labels"]
+__all__ = ["FILE_COLUMNS", "UNKNOWN", "LabelRow", "LabelTable", "normal_eye", "read_labels", "value_of"]
 
 FILE_COLUMNS = ("file", "path", "image", "filename", "file_name", "image_path", "image_id", "id")
 """Column names, in any case, that may name the photo; the first one present is used."""
-_UNKNOWN = frozenset({"", "nan", "na", "n/a", "none", "null", "?"})
+UNKNOWN = frozenset({"", "nan", "na", "n/a", "none", "null", "?"})
+"""Texts, lower case, that say that a value is not known."""
 _EYES = {"l": "L", "left": "L", "os": "L", "oi": "L", "og": "L", "r": "R", "right": "R", "od": "R"}
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -103,7 +104,7 @@ def read_labels(path: Path) -> LabelTable:
 
 
 def _read_row(number: int, header: list[str], cells: list[str], file_column: int, table: LabelTable) -> LabelRow:
-    columns = {name: _value(cell) for name, cell in zip(header, cells, strict=True)}
+    columns = {name: value_of(cell) for name, cell in zip(header, cells, strict=True)}
     file = cells[file_column].strip()
     del columns[header[file_column]]
     special: dict[str, str | None] = {"patient": None, "eye": None, "split": None, "camera": None}
@@ -125,9 +126,10 @@ def _read_row(number: int, header: list[str], cells: list[str], file_column: int
     )
 
 
-def _value(cell: str) -> float | str | None:
+def value_of(cell: str) -> float | str | None:
+    """Read a cell: a finite number, a text, or None when it is unknown; "true" and "false" are 1 and 0."""
     text = cell.strip()
-    if text.lower() in _UNKNOWN:
+    if text.lower() in UNKNOWN:
         return None
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
         number = float(text)

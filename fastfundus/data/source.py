@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastfundus.data.labels import LabelRow, normal_eye, read_labels
+from fastfundus.data.adapters import ADAPTERS, adapter_named, detect_adapter, list_with_adapter
+from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.data.labels import LabelRow, LabelTable, normal_eye, read_labels
 from fastfundus.errors import DataError
 from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto
 
-__all__ = ["ADAPTERS", "SourceList", "list_photos"]
+__all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
-ADAPTERS = ("auto", "folder", "classes", "csv")
-"""How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like."""
+LAYOUTS = ("auto", "folder", "classes", "csv")
+"""How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like. Names
+of public data sets (`data.adapters.ADAPTERS`) may stand in their place."""
 _NORMAL_CLASSES = frozenset(
     {"normal", "healthy", "no_disease", "no disease", "nodr", "no_dr", "no dr", "negative", "0"}
 )
@@ -43,11 +46,14 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
         sources: folders (searched through), photos, or CSV files that name photos. Files named here are inputs whatever
             their ending; in folders, endings of `PHOTO_SUFFIXES` are.
         labels: a label CSV whose file column is relative to the source, to the CSV, or a file name found once.
-        adapter: one of `ADAPTERS`.
+        adapter: one of `LAYOUTS`, or the name of a public data set, which takes one folder.
 
     Raises:
         DataError: a source is not there, nothing was found, or a label file is wrong.
+        ConfigError: there is no such adapter.
     """
+    if adapter not in LAYOUTS:
+        adapter_named(adapter)
     paths = [sources] if isinstance(sources, Path) else list(sources)
     for path in paths:
         if not path.exists():
@@ -56,6 +62,11 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     tables = [] if labels is None else [labels]
     found: dict[str, Path] = {}
     ignored: Counter[str] = Counter()
+    if len(paths) == 1 and paths[0].is_dir() and labels is None and adapter not in ("folder", "classes", "csv"):
+        if _list_data_set(listing, adapter):
+            return listing
+    elif adapter not in LAYOUTS:
+        raise DataError(f"the adapter {adapter!r} reads one folder, with the set's own label files", path=paths[0])
     for path in paths:
         if path.is_dir():
             _walk(path, listing, found, ignored, own={_key(table) for table in tables})
@@ -82,6 +93,24 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     return listing
 
 
+def _list_data_set(listing: SourceList, adapter: str) -> bool:
+    """List a folder as the public data set that it is named or looks like; False if it looks like none."""
+    files = [os.path.relpath(path, listing.root) for path in _files(listing.root, listing)]
+    chosen = [adapter_named(adapter)] if adapter != "auto" else detect_adapter(files, ADAPTERS.values())
+    if len(chosen) > 1:
+        names = " and ".join(f"{entry.title} (--adapter {entry.name})" for entry in chosen)
+        listing.notes.append(f"looks like {names}: read as plain files; name one of them to have its labels")
+    if len(chosen) != 1:
+        listing.lost.clear()
+        return False
+    if adapter == "auto":
+        listing.notes.append(f"looks like {chosen[0].title}: read as such; --adapter folder reads it as plain files")
+    photos, notes = list_with_adapter(listing.root, files, chosen[0])
+    listing.notes += notes
+    listing.photos = sorted(_mark_split_patients(photos, listing), key=lambda photo: photo.name)
+    return True
+
+
 def _common_root(paths: list[Path]) -> Path:
     folders = [str((path if path.is_dir() else path.parent).absolute()) for path in paths]
     return Path(os.path.commonpath(folders)) if folders else Path.cwd()
@@ -104,18 +133,26 @@ def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
 
 
 def _walk(folder: Path, listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]) -> None:
+    for path in _files(folder, listing):
+        # A photo may be gzipped, as STARE's are.
+        ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+        if ending.lower() in PHOTO_SUFFIXES and not path.name.startswith("."):
+            _add(path, listing, found)
+        elif _key(path) not in own:
+            ignored[path.suffix.lower()] += 1
+
+
+def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
+    """Every file below a folder, sorted; folders that cannot be searched are noted as lost."""
+
     def complain(error: OSError) -> None:
         listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
 
     for parent, folders, files in os.walk(folder, onerror=complain):
-        # Hidden folders hold thumbnails and trash; sorting makes runs repeat.
+        # Hidden folders hold thumbnails and trash; sorting makes runs repeat. Links to folders are not followed: they
+        # may lead in a circle.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(parent) / name
-            if path.suffix.lower() in PHOTO_SUFFIXES and not name.startswith("."):
-                _add(path, listing, found)
-            elif _key(path) not in own:
-                ignored[path.suffix.lower()] += 1
+        yield from (Path(parent) / name for name in sorted(files))
 
 
 def _from_name(path: Path, root: Path, base: Path) -> SourcePhoto:
@@ -132,7 +169,7 @@ def _from_name(path: Path, root: Path, base: Path) -> SourcePhoto:
 
 def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, SourcePhoto]) -> None:
     """Join a label file to the photos; rows without a photo become inputs that are not there."""
-    table = read_labels(table_path)
+    table = _without_clashes(read_labels(table_path))
     listing.notes += table.notes
     by_name: dict[str, list[str]] = defaultdict(list)
     for place in photos:
@@ -161,6 +198,19 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
         listing.notes.append(
             f"{table_path}: does not name {len(unnamed)} of the photos found, such as {unnamed[0]}; no label known"
         )
+
+
+def _without_clashes(table: LabelTable) -> LabelTable:
+    """Rename label columns whose names the manifest uses, such as `path`."""
+    clashes = [name for name in (table.rows[0].columns if table.rows else {}) if name in MANIFEST_COLUMNS]
+    for name in clashes:
+        table.notes.append(f"{table.path}: the column {name!r} is kept as 'label_{name}': the manifest uses its name")
+    renamed = {name: f"label_{name}" for name in clashes}
+    for row in table.rows:
+        columns = {renamed.get(name, name): value for name, value in row.columns.items()}
+        row.columns.clear()
+        row.columns.update(columns)
+    return table
 
 
 def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,12 +381,17 @@ def test_label_columns_keep_their_types(photo_folder: Path, tmp_path: Path) -> N
     assert cache.manifest.schema["abnormal"] == pl.Float64
 
 
-def test_a_label_column_may_not_take_a_manifest_name(photo_folder: Path, tmp_path: Path) -> None:
+def test_a_label_column_with_a_name_of_the_manifest_is_kept_under_another(photo_folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
-    labels.write_text("file,status\np00000_left.jpg,1\n")
+    labels.write_text("file,status,path\np00000_left.jpg,1,elsewhere\n")
     listing = list_photos(photo_folder, labels=labels)
+    assert sum("is kept as 'label_" in note for note in listing.notes) == 2
+    cache = build_cache(listing.photos[:1], tmp_path / "cache", SPEC, source=listing.root)
+    assert cache.manifest.select("status", "label_status", "label_path").rows() == [("ok", 1.0, "elsewhere")]
+    # Who builds a listing of their own is told.
+    own = [replace(listing.photos[0], columns={"status": 1.0})]
     with pytest.raises(DataError, match="'status' has a name that the manifest uses"):
-        build_cache(listing.photos, tmp_path / "cache", SPEC, source=listing.root)
+        build_cache(own, tmp_path / "own", SPEC, source=listing.root)
 
 
 def test_what_does_not_fit_is_refused(broken_photos: Path, tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""``fastfundus cache``: look at a cache, check it, look for leaks, and make splits to share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def cache() -> None:
+    """Look at a photo cache, check it, look for leaks, and split it."""
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def info(folder: Path, as_json: bool) -> None:
+    r"""Say what is in a cache.
+
+    \b
+    Example:
+      fastfundus cache info cache/
+    """
+    import polars as pl
+
+    from fastfundus.data import PhotoCache
+    from fastfundus.data.cache import MANIFEST_COLUMNS
+
+    opened = PhotoCache.open(folder)
+    table = opened.manifest
+    on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+    labels: dict[str, dict[str, Any]] = {}
+    for name in table.columns[len(MANIFEST_COLUMNS) :]:
+        known = table[name].drop_nulls()
+        counts = known.value_counts(sort=True).rows()
+        labels[name] = {
+            "known": len(known),
+            "values": {f"{value:g}" if isinstance(value, float) else value: n for value, n in counts[:8]},
+            "distinct": len(counts),
+        }
+    about: dict[str, Any] = {
+        "cache": str(folder),
+        "photos": len(table),
+        "status": dict(table["status"].value_counts(sort=True).rows()),
+        "patients": table["patient"].n_unique(),
+        "patients_unknown": int((~table["patient_known"]).sum()),
+        "patients_hashed": opened.salted is not None,
+        "eyes": dict(table.filter(pl.col("eye").is_not_null())["eye"].value_counts(sort=True).rows()),
+        "cameras": dict(table.filter(pl.col("camera").is_not_null())["camera"].value_counts(sort=True).rows()),
+        "field_shapes": dict(table["field_shape"].fill_null("whole frame").value_counts(sort=True).rows()),
+        "duplicate_pairs": len(opened.duplicates()),
+        "labels": labels,
+        "spec": opened.spec.to_dict(),
+        "fingerprint": opened.spec.fingerprint,
+        "source": str(opened.source),
+        "bytes_on_disk": on_disk,
+    }
+    if as_json:
+        click.echo(json.dumps(about))
+        return
+    click.echo(f"{folder}: {about['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
+    for name in ("status", "eyes", "cameras", "field_shapes"):
+        if about[name]:
+            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in about[name].items()))
+    hashed = ", hashed" if about["patients_hashed"] else ""
+    click.echo(f"patients: {about['patients']}{hashed}; {about['patients_unknown']} photos of unknown patients")
+    click.echo(f"pairs of photos of different patients that are or look the same: {about['duplicate_pairs']}")
+    for name, entry in labels.items():
+        values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
+        more = f", ... ({entry['distinct']} values)" if entry["distinct"] > 8 else ""
+        click.echo(f"label {name}: known for {entry['known']}; {values}{more}")
+    click.echo(f"from {opened.source}; preprocessing {opened.spec.fingerprint[:12]}")
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--sources", is_flag=True, help="Compare the source files with their hashes too.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def verify(folder: Path, sources: bool, as_json: bool) -> None:
+    r"""Compare every photo of a cache with its checksum. Exit 1 if anything is wrong.
+
+    \b
+    Example:
+      fastfundus cache verify cache/ --sources
+    """
+    from fastfundus.cli.console import progress_bar
+    from fastfundus.data import PhotoCache
+
+    opened = PhotoCache.open(folder)
+    with progress_bar() as progress:
+        task = progress.add_task("checking", total=len(opened.manifest))
+        faults = list(opened.verify(sources=sources, on_photo=lambda: progress.advance(task)))
+    if as_json:
+        click.echo(json.dumps({"cache": str(folder), "photos": len(opened.manifest), "faults": faults}))
+    elif not faults:
+        click.echo(f"{folder}: {len(opened.manifest)} photos are as they were prepared")
+    if faults:
+        raise click.ClickException("\n".join([f"{len(faults)} faults:", *faults[:50]]))
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--splits", type=click.Path(path_type=Path), help="A split to check: a CSV or Parquet file, or a run folder."
+)
+@click.option(
+    "--against", multiple=True, type=click.Path(path_type=Path), help="Another cache that must share no photo."
+)
+@click.option("--label", "labels", multiple=True, help="Say which pairs differ in this label.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write all pairs to this CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def audit(
+    folder: Path,
+    splits: Path | None,
+    against: tuple[Path, ...],
+    labels: tuple[str, ...],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    r"""Look for leaks: the same photo under two patients, on two sides of a split, or in two caches.
+
+    Exit 1 if a photo is on two sides of --splits, or in one of --against.
+
+    \b
+    Example:
+      fastfundus cache audit cache/ --splits run/ --against pretraining_cache/
+    """
+    from fastfundus.cli.console import remark
+    from fastfundus.data import PhotoCache
+    from fastfundus.data.audit import audit_cache, overlap
+    from fastfundus.data.split import read_split_file
+    from fastfundus.errors import DataError, close_matches
+
+    opened = PhotoCache.open(folder)
+    for label in labels:
+        if label not in opened.manifest.columns:
+            raise DataError(f"has no label {label!r}{close_matches(label, opened.manifest.columns)}", path=folder)
+    names = None
+    if splits is not None:
+        splits = splits / "splits.parquet" if splits.is_dir() else splits
+        names = read_split_file(splits, opened.manifest)
+    found = audit_cache(opened, names, labels)
+    leaks = found.leaks
+    shared = {str(path): overlap(opened, PhotoCache.open(path)) for path in against}
+    if output is not None:
+        found.pairs.write_csv(output)
+    if as_json:
+        document = {
+            "cache": str(folder),
+            "photos": found.photos,
+            "patients": found.patients,
+            "photos_of_unknown_patients": found.unknown_patients,
+            "pairs": found.pairs.to_dicts(),
+            "leaks": leaks.to_dicts(),
+            "shared": {path: table.to_dicts() for path, table in shared.items()},
+        }
+        click.echo(json.dumps(document))
+    else:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in found.pairs["kind"].value_counts(sort=True).rows()) or "none"
+        click.echo(f"{folder}: {found.photos} photos of {found.patients} patients; pairs across patients: {kinds}")
+        for row in found.pairs.head(20).iter_rows(named=True):
+            differ = ", labels differ" if row["labels_differ"] else ""
+            sides = f" ({row['split_a']} / {row['split_b']})" if names is not None else ""
+            click.echo(f"  {row['kind']} ({row['likeness']:.2f}{differ}): {row['path_a']} / {row['path_b']}{sides}")
+        if len(found.pairs) > 20:
+            click.echo(f"  and {len(found.pairs) - 20} more; --output writes them all")
+        if names is not None:
+            click.echo(f"pairs on two sides of the split: {len(leaks)}")
+        for path, table in shared.items():
+            click.echo(f"photos shared with {path}: {len(table)}")
+            for row in table.head(20).iter_rows(named=True):
+                click.echo(f"  {row['kind']} ({row['likeness']:.2f}): {row['path_a']} / {row['path_b']}")
+    if found.unknown_patients:
+        remark(
+            f"note: the patient of {found.unknown_patients} photos is unknown: eyes of one patient may be on two sides"
+        )
+    if len(leaks) or any(len(table) for table in shared.values()):
+        raise click.ClickException("photos leak: see above; data.duplicates=together keeps copies on one side")
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="CSV, or Parquet by its ending.")
+@click.option("--label", default="auto", show_default=True, help="Label that the sides are balanced by.")
+@click.option("--folds", type=click.IntRange(3, 100), help="Deal patients into folds  [default: 5]")
+@click.option("--fold", type=int, default=0, show_default=True, help="Which fold tests; the next one validates.")
+@click.option(
+    "--holdout", nargs=2, type=float, help="Instead of folds: shares that test and validate, such as 0.2 0.1."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Deals patients.")
+@click.option("--ignore-duplicates", is_flag=True, help="Split by patient alone.")
+def split(
+    folder: Path,
+    output: Path,
+    label: str,
+    folds: int | None,
+    fold: int,
+    holdout: tuple[float, float] | None,
+    seed: int,
+    ignore_duplicates: bool,
+) -> None:
+    r"""Write a split by patient that others can use: data.split_file reads it.
+
+    \b
+    Example:
+      fastfundus cache split cache/ --holdout 0.2 0.1 --output split.csv
+    """
+    from fastfundus.cli.console import remark
+    from fastfundus.config import DataConfig
+    from fastfundus.data import PhotoCache
+    from fastfundus.data.audit import pair_positions
+    from fastfundus.data.split import SIDES, assign_splits, write_split_file
+    from fastfundus.errors import require
+    from fastfundus.train.targets import abnormality_targets, usable_rows
+
+    require("sklearn", extra="train")
+    if folds and holdout:
+        raise click.UsageError("give --folds or --holdout, not both")
+    opened = PhotoCache.open(folder)
+    values, told = abnormality_targets(opened.manifest, label)
+    rows = usable_rows(opened.manifest, values)
+    shares = {"split": "holdout", "test_share": holdout[0], "val_share": holdout[1]} if holdout else {}
+    config = DataConfig(
+        folds=folds or 5,
+        fold=fold,
+        split_seed=seed,
+        duplicates="ignore" if ignore_duplicates else "together",
+        **shares,  # type: ignore[arg-type]
+    )
+    part = opened.manifest[rows]
+    dealt = assign_splits(part, values[rows], config, pair_positions(opened, rows))
+    for note in dealt.notes:
+        remark(f"note: {note}")
+    write_split_file(output, part, dealt.names)
+    counts = ", ".join(f"{dealt.names.count(side)} {side}" for side in SIDES)
+    click.echo(f"{output}: {len(rows)} photos with a label ({told}) of {part['patient'].n_unique()} patients: {counts}")

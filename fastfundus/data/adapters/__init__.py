@@ -1,0 +1,7 @@
+"""Public data sets: one declarative entry each, and what all of them share."""
+
+from fastfundus.data.adapters.entry import Adapter, Column, Table
+from fastfundus.data.adapters.read import detect_adapter, list_with_adapter
+from fastfundus.data.adapters.table import ADAPTERS, adapter_named
+
+__all__ = ["ADAPTERS", "Adapter", "Column", "Table", "adapter_named", "detect_adapter", "list_with_adapter"]

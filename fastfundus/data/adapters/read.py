@@ -1,0 +1,289 @@
+"""Reads a folder as an adapter describes it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
+from fastfundus.data.labels import UNKNOWN, normal_eye, value_of
+from fastfundus.errors import DataError, require
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto
+
+__all__ = ["detect_adapter", "list_with_adapter"]
+
+
+def detect_adapter(paths: Sequence[str], adapters: Iterable[Adapter]) -> list[Adapter]:
+    """Name the adapters whose marks are all among some paths.
+
+    Args:
+        paths: every file of the source, relative, with forward slashes.
+        adapters: what to look for.
+    """
+    plain = [unquote(path) for path in paths]
+    return [
+        adapter
+        for adapter in adapters
+        if all(any(_match(mark, path) for path in plain) for mark in adapter.marks)
+        and any(_first_match(adapter.photos, path) for path in plain)
+    ]
+
+
+def list_with_adapter(root: Path, paths: Sequence[str], adapter: Adapter) -> tuple[list[SourcePhoto], list[str]]:
+    """List the photos of a data set with its labels.
+
+    Args:
+        root: the folder.
+        paths: every file in it, relative to it, with forward slashes.
+        adapter: which set it is.
+
+    Returns:
+        The photos, and notes for the user, a line each.
+
+    Raises:
+        DataError: no photo is where the adapter looks, or a table cannot be read.
+    """
+    found = {path: match for path in paths if (match := _first_match(adapter.photos, unquote(path))) is not None}
+    found = {path: match for path, match in found.items() if Path(path).suffix.lower() in (*PHOTO_SUFFIXES, ".gz")}
+    if not found:
+        raise DataError(
+            f"holds no photo where {adapter.title} has them ({'; '.join(adapter.photos)}); see --adapter", path=root
+        )
+    notes = [f"{adapter.title}: {len(found)} photos"]
+    rows = _read_tables(root, paths, adapter, notes)
+    present = {unquote(path).lower() for path in paths}
+    photos, used = [], set()
+    for path, (groups, prefix) in found.items():
+        key = adapter.key(groups).lower()
+        used.add(key)
+        columns: dict[str, Any] = {}
+        if adapter.classes is not None:
+            columns |= _class_columns(adapter, groups, path, notes)
+        columns |= rows.get(key, {})
+        columns |= _masks(adapter, groups, prefix, present)
+        side = (adapter.sides or {}).get(groups.get("side", "").lower())
+        if side is not None:
+            columns.setdefault("official_split", side)
+        photos.append(_photo(root, path, groups, adapter.finish(columns)))
+    _note_leftovers(adapter, rows, used, paths, found, notes)
+    notes += [f"{adapter.title}: {trap}" for trap in adapter.traps]
+    return _with_official_split(_with_all_columns(photos)), notes
+
+
+def _photo(root: Path, path: str, groups: Groups, columns: dict[str, Any]) -> SourcePhoto:
+    patient = columns.pop("patient", None)
+    if isinstance(patient, float) and patient.is_integer():
+        patient = int(patient)
+    patient = groups.get("patient") if patient is None else str(patient)
+    eye = normal_eye(columns.pop("eye", None) or groups.get("eye"))
+    camera = columns.pop("camera", None)
+    name = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return SourcePhoto(
+        path=root / path,
+        name=name,
+        patient=patient or name,
+        patient_known=patient is not None,
+        eye=eye,
+        camera=camera,
+        columns=columns,
+    )
+
+
+def _match(pattern: str, path: str) -> re.Match[str] | None:
+    # As few folders before the pattern as possible: an optional side must not be taken for one of them.
+    return re.fullmatch(rf"(?P<_prefix>(?:.*?/)??)(?:{pattern})", path, re.IGNORECASE)
+
+
+def _first_match(patterns: Iterable[str], path: str) -> tuple[dict[str, str], str] | None:
+    for pattern in patterns:
+        match = _match(pattern, path)
+        if match is not None:
+            groups = {name: text for name, text in match.groupdict().items() if text is not None}
+            return groups, groups.pop("_prefix")
+    return None
+
+
+def _class_columns(adapter: Adapter, groups: Groups, path: str, notes: list[str]) -> dict[str, Any]:
+    assert adapter.classes is not None
+    name = groups.get("class", "").lower()
+    if not name:
+        return {}
+    if name not in adapter.classes:
+        notes.append(f"{path}: class {name!r} is not known of {adapter.title}; its labels are taken as unknown")
+        return {}
+    return dict(adapter.classes[name])
+
+
+def _masks(adapter: Adapter, groups: Groups, prefix: str, present: set[str]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name, template in (adapter.masks or {}).items():
+        # Archives differ in folders and endings: the first that is there counts.
+        choices = [
+            prefix + choice.format(**groups)
+            for choice in template.split("|")
+            if all(field in groups for field in re.findall(r"\{(\w+)\}", choice))
+        ]
+        if not choices:
+            continue
+        place = next((choice for choice in choices if choice.lower() in present), None)
+        columns[f"mask_{name}"] = place
+        if adapter.absent_masks:
+            columns[f"has_{name}"] = float(place is not None)
+    return columns
+
+
+def _read_tables(root: Path, paths: Sequence[str], adapter: Adapter, notes: list[str]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for table in adapter.tables:
+        files = [(path, match) for path in paths if (match := _first_match((table.file,), unquote(path)))]
+        for path, (groups, _) in files:
+            for line, cells in _read_cells(root / path, table):
+                for key, columns in _rows_of(table, cells, groups, f"{path}, line {line}", notes):
+                    known = rows.setdefault(key.lower(), {})
+                    for name, value in columns.items():
+                        if value is not None and known.get(name) not in (None, value):
+                            notes.append(f"{path}, line {line}: another {name} for {key} than before; taken as unknown")
+                            known[name] = None
+                        elif known.get(name) is None:
+                            known[name] = value
+    return rows
+
+
+def _rows_of(
+    table: Table, cells: Mapping[str, str], groups: Groups, place: str, notes: list[str]
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    if table.rows_of is not None:
+        yield from table.rows_of(cells, groups)
+        return
+    plain = {_plain(header): text.strip() for header, text in cells.items()}
+    cell = next((plain[_plain(header)] for header in table.key if _plain(header) in plain), None)
+    if cell is None:
+        raise DataError(f"{place}: has no column {' or '.join(table.key)}; columns: {', '.join(cells)}")
+    key = table.key_of(cell, groups) if cell else ""
+    if not key:
+        return
+    columns = {}
+    taken = {_plain(header) for header in table.key}
+    for column in table.columns:
+        header = next((_plain(header) for header in column.headers if _plain(header) in plain), None)
+        if header is not None:
+            taken.add(header)
+            columns[column.name] = _value(column, plain[header], place, notes)
+    if table.rest:
+        columns |= {name.strip(): value_of(text) for name, text in cells.items() if name and _plain(name) not in taken}
+    yield key, columns
+
+
+def _value(column: Column, text: str, place: str, notes: list[str]) -> float | str | None:
+    if column.values is None:
+        return value_of(text)
+    plain = text.lower().removesuffix(".0")
+    if plain in UNKNOWN:
+        return None
+    if plain not in column.values:
+        allowed = ", ".join(column.values)
+        notes.append(f"{place}: {column.name} {text!r} is not one of {allowed}; taken as unknown")
+        return None
+    return column.values[plain]
+
+
+def _plain(header: str | None) -> str:
+    return re.sub(r"[\s_\-]+", "", header or "").lower()
+
+
+def _read_cells(path: Path, table: Table) -> Iterable[tuple[int, dict[str, str]]]:
+    """Rows of a CSV, text or Excel file as dicts of text, with their line numbers."""
+    if path.suffix.lower() in (".xlsx", ".xls"):
+        lines = _read_excel(path)
+    else:
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                delimiter = table.delimiter
+                if delimiter == " ":
+                    lines = [line.split() for line in file]
+                else:
+                    lines = list(csv.reader(file, delimiter=delimiter))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"cannot be read ({error}); get it again", path=path) from None
+    start = 0
+    header = list(table.header)
+    if not header:
+        # Excel files put titles above the header: it is the first line that names the key, or a column.
+        wanted = {_plain(name) for name in (*table.key, *(h for c in table.columns for h in c.headers))} - {""}
+        start = next((n for n, line in enumerate(lines[:6]) if wanted & {_plain(cell) for cell in line}), 0)
+        header, start = (lines[start], start + 1) if lines else ([], 0)
+    for number, line in enumerate(lines[start:], start=start + 1):
+        if any(cell.strip() for cell in line):
+            yield number, dict(zip(header, [*line, *[""] * (len(header) - len(line))], strict=False))
+
+
+def _read_excel(path: Path) -> list[list[str]]:
+    openpyxl = require("openpyxl", extra="train")
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        lines = [["" if cell is None else str(cell) for cell in row] for row in book.active.iter_rows(values_only=True)]
+        book.close()
+    except Exception as error:
+        # openpyxl lets errors of zip and XML readers through.
+        raise DataError(f"cannot be read ({error}); get it again", path=path) from None
+    return lines
+
+
+def _note_leftovers(
+    adapter: Adapter,
+    rows: Mapping[str, Any],
+    used: set[str],
+    paths: Sequence[str],
+    found: Mapping[str, Any],
+    notes: list[str],
+) -> None:
+    missing = sorted(rows.keys() - used)
+    if missing:
+        notes.append(f"{adapter.title}: the tables name {len(missing)} photos that are not here, such as {missing[0]}")
+    unlabelled = sorted(used - rows.keys()) if rows else []
+    if unlabelled:
+        notes.append(f"{adapter.title}: {len(unlabelled)} photos are in no table, such as {unlabelled[0]}: no labels")
+    folders = [unquote(text.format_map(_Anything())) for text in (adapter.masks or {}).values()]
+    others = Counter(
+        os.path.dirname(path)
+        for path in paths
+        if path not in found and Path(path).suffix.lower() in PHOTO_SUFFIXES and not _is_mask(path, folders)
+    )
+    for folder, count in others.most_common(5):
+        notes.append(f"{adapter.title}: {count} pictures in {folder or '.'} are no photos of the set: left out")
+
+
+class _Anything(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return "*"
+
+
+def _is_mask(path: str, templates: Iterable[str]) -> bool:
+    parts = [re.escape(choice).replace(r"\*", "[^/]*") for text in templates for choice in text.split("|")]
+    return any(_match(part, unquote(path)) for part in parts)
+
+
+def _with_all_columns(photos: list[SourcePhoto]) -> list[SourcePhoto]:
+    """Give every photo every column: what nothing is known of is unknown, never negative."""
+    names = list(dict.fromkeys(name for photo in photos for name in photo.columns))
+    for photo in photos:
+        columns = {name: photo.columns.get(name) for name in names}
+        photo.columns.clear()
+        photo.columns.update(columns)
+    return photos
+
+
+def _with_official_split(photos: list[SourcePhoto]) -> list[SourcePhoto]:
+    """Use the official split if it has all three sides; with two, folds are dealt and the column stays."""
+    from dataclasses import replace
+
+    sides = {photo.columns.get("official_split") for photo in photos} - {None}
+    if sides != {"train", "val", "test"}:
+        return photos
+    return [replace(photo, split=photo.columns["official_split"]) for photo in photos]

@@ -1,0 +1,110 @@
+"""A page to check a cache by eye: each photo small, with the circle that was found, and its crop beside it."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from fastfundus.data.cache import PhotoCache
+from fastfundus.errors import PhotoError
+from fastfundus.photo.prepare import decode_at, read_photo
+
+__all__ = ["MOST_TILES", "write_preview"]
+
+MOST_TILES = 400
+_TILE_PX = 200
+
+
+def write_preview(cache: PhotoCache, path: Path, *, most: int = MOST_TILES) -> int:
+    """Write one HTML file, without anything from outside, with the photos that most need a look first.
+
+    Those are what could not be used, then the least certain circles and the poorest quality; the rest is filled up with
+    photos drawn at random, so that the page also shows what is usual.
+
+    Args:
+        cache: what to show.
+        path: the file.
+        most: photos on the page.
+
+    Returns:
+        How many photos it shows.
+    """
+    rows = _chosen(cache.manifest, most)
+    tiles = [_tile(cache, int(row)) for row in rows]
+    statuses = cache.manifest["status"].value_counts(sort=True).rows()
+    environment = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent))
+    page = environment.get_template("preview.html").render(
+        cache=cache.path.name, tiles=tiles, total=len(cache.manifest), statuses=statuses, size=cache.spec.size
+    )
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return len(tiles)
+
+
+def _chosen(manifest: pl.DataFrame, most: int) -> NDArray[np.int64]:
+    table = manifest.select("status", "field_confidence", "field_shape", "quality").with_row_index("row")
+    doubt = pl.min_horizontal(pl.col("field_confidence").fill_null(0.0), pl.col("quality").fill_null(0.0))
+    odd = (pl.col("status") != "ok") | (pl.col("field_shape").fill_null("none") != "round")
+    sure = pl.col("field_confidence").fill_null(0.0) >= 0.9
+    table = table.with_columns(doubt=doubt, odd=odd | ~sure).sort(
+        "odd", "doubt", "row", descending=[True, False, False]
+    )
+    rows = table["row"].to_numpy().astype(np.int64)
+    if len(rows) <= most:
+        return rows
+    # At least a quarter of the page shows the usual.
+    first = min(int(table["odd"].sum()), most - most // 4)
+    rest = np.random.default_rng(0).choice(rows[first:], most - first, replace=False)
+    return np.concatenate([rows[:first], np.sort(rest)])
+
+
+def _tile(cache: PhotoCache, row: int) -> dict[str, Any]:
+    about = cache.manifest.row(row, named=True)
+    shown = {"name": about["path"], "status": about["status"], "reason": about["reason"]}
+    shown["facts"] = ", ".join(
+        f"{word} {about[column]:.2f}"
+        for word, column in (("field", "field_confidence"), ("quality", "quality"))
+        if about[column] is not None
+    )
+    if about["field_shape"] not in (None, "round"):
+        shown["facts"] += f", {about['field_shape']}"
+    if about["status"] == "ok" and about["field_shape"] is None:
+        shown["facts"] += ", whole frame"
+    try:
+        shown["photo"] = _encoded(_with_circle(decode_at(read_photo(cache.source / about["path"]), _TILE_PX), about))
+    except PhotoError:
+        # Its reason stands below the empty tile.
+        shown["photo"] = None
+    shown["crop"] = _encoded(_shrunk(np.asarray(cache.photos[row]))) if about["pixels_crc32"] is not None else None
+    return shown
+
+
+def _with_circle(rgb: NDArray[np.uint8], about: dict[str, Any]) -> NDArray[np.uint8]:
+    full_width = about["width_px"] or rgb.shape[1]
+    small = _shrunk(rgb)
+    if about["field_x_px"] is not None:
+        scale = small.shape[1] / full_width
+        x, y, radius = (about[name] * scale for name in ("field_x_px", "field_y_px", "field_radius_px"))
+        # The centre of pixel 0 lies at 0.5; sixteenths of a pixel keep the line where the circle is.
+        centre = (round((x - 0.5) * 16), round((y - 0.5) * 16))
+        cv2.circle(small, centre, round(radius * 16), (0, 255, 90), 1, cv2.LINE_AA, shift=4)
+    return small
+
+
+def _shrunk(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = min(1.0, _TILE_PX / max(rgb.shape[:2]))
+    size = (max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale)))
+    return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+
+
+def _encoded(rgb: NDArray[np.uint8]) -> str:
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
