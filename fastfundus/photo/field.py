@@ -1,6 +1,6 @@
 """Finds the retinal field: a bright disc on a dark frame, often cut at top and bottom, sometimes notched or squeezed.
 
-The photo is looked at 256 pixels wide. A white or grey margin around it is painted black; what is brighter than the
+The photo is looked at 192 pixels wide. A white or grey margin around it is painted black; what is brighter than the
 frame is outlined row by row and column by column, and a circle is fitted to the outline. Where no circle agrees, an
 upright oval is tried (exports squeeze photos); where that fails too, the lit part is taken as it is.
 """
@@ -110,14 +110,16 @@ def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     picture without a margin is returned as it is.
     """
     height, width = small.shape[:2]
-    corners = [(1, 1), (width - 2, 1), (1, height - 2), (width - 2, height - 2)]
-    tones = np.array([small[y, x] for x, y in corners], np.int16)
-    plain = (tones.min(axis=1) > 60) & (np.ptp(tones, axis=1) <= 16)
-    if plain.sum() < 3 or np.ptp(tones[plain].mean(axis=1)) > 24:
+    tones = {}
+    for corner in ((1, 1), (width - 2, 1), (1, height - 2), (width - 2, height - 2)):
+        tone = small[corner[1], corner[0]].tolist()
+        if min(tone) > 60 and max(tone) - min(tone) <= 16:
+            tones[corner] = sum(tone)
+    if len(tones) < 3 or max(tones.values()) - min(tones.values()) > 3 * 24:
         return small
     filled = small.copy()
-    for corner, is_plain in zip(corners, plain, strict=True):
-        if is_plain and filled[corner[1], corner[0]].any():
+    for corner in tones:
+        if filled[corner[1], corner[0]].any():
             # Against the corner's own tone, not the neighbour's: a soft edge must not let the fill leak into the photo.
             flags = 4 | cv2.FLOODFILL_FIXED_RANGE
             cv2.floodFill(filled, None, corner, (0, 0, 0), (24,) * 3, (24,) * 3, flags)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.field import Field, brightest
+from fastfundus.photo.field import Field
 from fastfundus.records import Status
 
 __all__ = ["judge_kind", "retinal_share"]
@@ -29,17 +31,19 @@ def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
     Raises:
         PhotoError: it is black (`ungradable`), grey (`unsupported`), or no retina (`not_fundus`).
     """
-    value = brightest(small)
+    red, green, blue = planes = cv2.split(small)
+    value = cv2.max(cv2.max(red, green), blue)
     if np.count_nonzero(value >= _BLACK) < 0.01 * value.size:
         raise PhotoError(Status.UNGRADABLE, "the picture is black: no retina can be seen")
-    red, green, blue = cv2.split(small)
     spread = cv2.subtract(value, cv2.min(cv2.min(red, green), blue))
     if np.count_nonzero(spread <= 4) >= 0.98 * spread.size:
         # Red-free and angiography frames are often stored in three equal channels.
         raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
     if field is not None and _looks_wide(small, field):
         raise PhotoError(Status.NOT_FUNDUS, "looks like a wide-field picture; a standard fundus photograph is needed")
-    share = retinal_share(small, None if field is None else field.mask)
+    # Dark pixels have no colour to speak of.
+    lit = cv2.inRange(value, 16, 255)
+    share = retinal_share(planes, lit if field is None else cv2.bitwise_and(lit, field.mask))
     rim = field is not None and field.shape != "irregular" and field.circle.confidence >= 0.7
     if share < (0.3 if rim else 0.6):
         raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
@@ -47,23 +51,19 @@ def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
         _judge_without_rim(small, field)
 
 
-def retinal_share(rgb: NDArray[np.uint8], mask: NDArray[np.uint8] | None = None) -> float:
+def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -> float:
     """Share of the lit part whose colours a retina can have: not bluer than red, and not mostly green.
 
     Haemoglobin and melanin absorb blue light most and red least, whatever the camera or the pigmentation.
 
     Args:
-        rgb: uint8 [h, w, 3].
-        mask: uint8 [h, w], what to look at; None looks at everything.
+        planes: red, green and blue, uint8 [h, w] each.
+        lit: uint8 [h, w], 255 where to look; little to look at gives 0.
     """
-    red, green, blue = cv2.split(rgb)
-    # Dark pixels have no colour to speak of.
-    lit = cv2.inRange(cv2.max(cv2.max(red, green), blue), 16, 255)
-    if mask is not None:
-        lit = cv2.bitwise_and(lit, mask)
     count = cv2.countNonZero(lit)
     if count < 0.02 * lit.size:
         return 0.0
+    red, green, blue = planes
     # 0.95 x blue and 0.87 x green, in whole grey levels.
     bluish = cv2.compare(cv2.convertScaleAbs(blue, alpha=0.95), red, cv2.CMP_GE)
     greenish = cv2.compare(cv2.convertScaleAbs(green, alpha=0.87), red, cv2.CMP_GE)

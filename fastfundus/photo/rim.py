@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Oval", "agreement", "explained", "fit_circle", "fit_oval", "outline"]
 
+_MOST_POINTS = 200
 _TRIALS = 120
 _VOTERS = 240
 _LEAST_SEEN = 0.65
@@ -39,7 +40,9 @@ def outline(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     top, bottom = lit[:, columns].argmax(axis=0), height - lit[::-1][:, columns].argmax(axis=0)
     x = np.concatenate([left, right, columns + 0.5, columns + 0.5]).astype(np.float64)
     y = np.concatenate([rows + 0.5, rows + 0.5, top, bottom]).astype(np.float64)
-    inside = (x > 2) & (x < width - 2) & (y > 2) & (y < height - 2)
+    inside = np.flatnonzero((x > 2) & (x < width - 2) & (y > 2) & (y < height - 2))
+    # Every second or third point does: neighbours say the same.
+    inside = inside[:: max(1, len(inside) // _MOST_POINTS)]
     return np.stack([x[inside], y[inside]], axis=1)
 
 
@@ -172,11 +175,13 @@ def _least_squares(points: NDArray[np.float64]) -> NDArray[np.float64]:
     Source: Kåsa, IEEE Trans. Instrum. Meas. 25 (1976).
     """
     centre = points.mean(axis=0)
-    x, y = (points - centre).T
-    system = np.column_stack([2 * x, 2 * y, np.ones(len(x))])
+    near = points - centre
+    squares = (near * near).sum(axis=1)
+    # Normal equations about the centre of the points, where they fall apart: a tenth of the time of a general solver.
+    moments = 2 * near.T @ near
     try:
-        # Normal equations of three unknowns: a tenth of the time of a general solver, and well conditioned here.
-        x0, y0, rest = np.linalg.solve(system.T @ system, system.T @ (x * x + y * y))
+        x0, y0 = np.linalg.solve(moments, near.T @ squares)
     except np.linalg.LinAlgError:
         return np.full(3, np.nan)
-    return np.array([x0 + centre[0], y0 + centre[1], np.sqrt(max(rest + x0 * x0 + y0 * y0, 0.0))])
+    radius = np.sqrt(squares.mean() + x0 * x0 + y0 * y0)
+    return np.array([x0 + centre[0], y0 + centre[1], radius])

@@ -133,10 +133,10 @@ def test_a_margin_is_black_in_the_crop(tmp_path: Path) -> None:
 
 def test_unreadable_permission(broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The superuser may read every file, so the operating system's refusal is played.
-    def refuse(self: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     result = prepare_photo(broken_photos / "good.jpg", SPEC)
     assert result.status is Status.UNREADABLE
     assert "chmod" in result.reason

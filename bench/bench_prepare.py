@@ -1,0 +1,221 @@
+"""`prepare` on camera JPEGs against its peers and against its own decoder: one core and two, all in turns in one run.
+
+    python -m bench.bench_prepare       timed, on the real camera JPEGs of FASTFUNDUS_DATA; writes bench/results
+    make test                           once, tiny, on drawn photos, to see that it still works
+
+Every variant ends with uint8 at 512 px. Only FastFundus also finds the field, cuts it out, judges kind and quality, and
+hashes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from bench.paired import environment, pinned_to, run_in_turns
+from fastfundus.photo.decode import decode
+from fastfundus.photo.header import read_header
+from fastfundus.photo.memory import keep_memory
+from fastfundus.photo.plan import plan_decode
+from fastfundus.photo.prepare import prepare_photo
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import CAMERAS, draw_photo
+
+DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+PACKAGES = (
+    "torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "nvidia-dali-cuda130", "numpy"
+)  # fmt: skip
+RESIZE = v2.Resize((512, 512), antialias=True)
+
+
+def camera_jpegs() -> list[Path]:
+    """The real camera files of 5 to 12 megapixels."""
+    folders = ("fullres_dr", "hrf/images", "idrid/images", "eyepacs")
+    paths = [path for folder in folders for path in sorted((DATA / folder).glob("*.jp*g"))]
+    if len(paths) < 15:
+        raise SystemExit(f"no camera photographs at {DATA}: set FASTFUNDUS_DATA to their folder")
+    return paths
+
+
+def pillow_torchvision(path: Path) -> np.ndarray:
+    """The peers' habit: everything decoded, then an antialiased resize."""
+    with Image.open(path) as image:
+        return v2.functional.pil_to_tensor(RESIZE(image.convert("RGB"))).numpy()
+
+
+def opencv_area(path: Path) -> np.ndarray:
+    """Everything decoded, then an area average."""
+    return cv2.resize(cv2.imread(str(path)), (512, 512), interpolation=cv2.INTER_AREA)
+
+
+def decode_alone(path: Path) -> np.ndarray:
+    """The limit: read and decode by the very plan of `prepare`."""
+    data = path.read_bytes()
+    header = read_header(data)
+    return decode(data, header, plan_decode(header, 512))
+
+
+def fastfundus(path: Path) -> np.ndarray:
+    """The whole of `prepare` for one file."""
+    result = prepare_photo(path, PreprocessSpec(size=512))
+    assert result.image is not None, f"{path}: {result.reason}"
+    return result.image
+
+
+def dali(paths: Sequence[Path], threads: int) -> Callable[[], object]:
+    """DALI's CPU operators: decode, then an antialiased resize."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    # Not ahead of the call: in turns with others it would work while they are timed.
+    @pipeline_def(  # type: ignore[misc]
+        batch_size=len(paths),
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
+    def pipeline() -> Any:
+        files, _ = fn.readers.file(files=[str(path) for path in paths])
+        return fn.resize(fn.decoders.image(files, device="cpu", output_type=types.RGB), size=[512, 512], antialias=True)
+
+    built = pipeline()
+    built.build()
+
+    def run() -> object:
+        (images,) = built.run()
+        assert images.as_cpu().as_array().shape == (len(paths), 512, 512, 3)
+        return images
+
+    return run
+
+
+def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int) -> Callable[[], object]:
+    """Run a job on every file, in so many threads."""
+    if threads == 1:
+        return lambda: [job(path).shape for path in paths]
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(lambda path: job(path).shape, paths))
+
+
+def parity(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
+    """Mean absolute difference in grey levels between a crop by the plan and one from a full decode, by file.
+
+    The reference cuts the same piece of retina from a full decode and averages areas exactly, by integrating.
+    """
+    found = {}
+    for path in paths:
+        data = path.read_bytes()
+        header = read_header(data)
+        result = prepare_photo(path, PreprocessSpec(size=512, mask_outside=False))
+        assert result.image is not None
+        assert result.field is not None
+        divisor = plan_decode(header, 512).divisor
+        full = decode(data, header)
+        # The square lies on whole pixels of the scaled decode.
+        side = max(1, round(2 * result.field.radius_px * 1.02 / divisor)) * divisor
+        left = round(result.field.x_px / divisor - side / divisor / 2) * divisor
+        top = round(result.field.y_px / divisor - side / divisor / 2) * divisor
+        padded = cv2.copyMakeBorder(full, side, side, side, side, cv2.BORDER_CONSTANT)
+        square = padded[top + side : top + 2 * side, left + side : left + 2 * side]
+        exact = exact_area(square, 512)
+        found[path.name] = {"divisor": divisor, "grey_levels": float(np.abs(result.image - exact).mean())}
+    return found
+
+
+def exact_area(square: np.ndarray, size: int) -> np.ndarray:
+    """Area average by integration: the mean of a picture that is constant on each pixel over each target pixel."""
+    edges = np.linspace(0, len(square), size + 1)
+
+    def integrate(values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0, dtype=np.float64)])
+        whole = np.minimum(edges.astype(int), len(values) - 1)
+        share = (edges - whole).reshape(-1, *[1] * (values.ndim - 1))
+        at_edges = total[whole] + share * (total[whole + 1] - total[whole])
+        return np.diff(at_edges, axis=0) / np.diff(edges).reshape(-1, *[1] * (values.ndim - 1))
+
+    rows = integrate(square.astype(np.float64))
+    return integrate(rows.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+
+def measure(paths: Sequence[Path], rounds: int, *, with_dali: bool = True) -> dict[str, Any]:
+    """Everything, as plain data."""
+    keep_memory()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"photos": len(paths), "rounds": rounds}
+    result["megapixels"] = float(
+        np.mean([np.prod(read_header(path.read_bytes()).upright_size) for path in paths]) / 1e6
+    )
+    result["megabytes"] = float(np.mean([path.stat().st_size for path in paths]) / 1e6)
+    for cores in (1, 2):
+        with pinned_to(cores):
+            variants = {
+                "fastfundus": each(fastfundus, paths, cores),
+                "decoder alone": each(decode_alone, paths, cores),
+                "Pillow + torchvision": each(pillow_torchvision, paths, cores),
+                "OpenCV, full decode + area": each(opencv_area, paths, cores),
+            }
+            if with_dali:
+                variants["DALI CPU, decode + resize"] = dali(paths, cores)
+            result[f"cores_{cores}"] = run_in_turns(variants, len(paths), rounds)
+    result["parity"] = parity(paths)
+    return result
+
+
+def test_prepare_bench_runs(tmp_path: Path) -> None:
+    """Once, on small drawn photos; the sums that the report makes of it hold."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
+    paths = []
+    for seed in range(2):
+        path = tmp_path / f"{seed}.jpg"
+        photo = draw_photo(seed, camera=CAMERAS[1], long_side=2600)
+        cv2.imwrite(str(path), photo.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        paths.append(path)
+    threads = cv2.getNumThreads(), torch.get_num_threads()
+    result = measure(paths, 1)
+    cv2.setNumThreads(threads[0])
+    torch.set_num_threads(threads[1])
+    assert set(result["cores_1"]) == set(result["cores_2"])
+    assert len(result["cores_1"]) == 5
+    for entry in result["parity"].values():
+        assert entry["divisor"] == 2
+        assert entry["grey_levels"] < 1.5
+
+
+def test_exact_area_by_hand() -> None:
+    square = np.arange(9, dtype=np.uint8).reshape(3, 3, 1)
+    # 3 pixels to 2: each covers one and a half.
+    np.testing.assert_allclose(exact_area(square, 2)[..., 0], [[4 / 3, 8 / 3], [16 / 3, 20 / 3]])
+    np.testing.assert_allclose(exact_area(square, 3), square)
+
+
+def main() -> None:
+    """Measure on the real files and write the JSON."""
+    result = {"what": "prepare to 512 px", **environment(PACKAGES), **measure(camera_jpegs(), rounds=9)}
+    name = f"prepare_cpu_{time.strftime('%Y%m')}.json"
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / name
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    for cores in (1, 2):
+        ours = result[f"cores_{cores}"]["fastfundus"]["ms"]
+        for name, entry in result[f"cores_{cores}"].items():
+            print(f"{cores} core(s)  {name:28} {entry['ms']:7.2f} ms  {entry['ms'] / ours:5.2f} x")
+    worst = max(entry["grey_levels"] for entry in result["parity"].values())
+    print(f"parity: {worst:.2f} grey levels at most; {target}")
+
+
+if __name__ == "__main__":
+    main()
