@@ -53,8 +53,9 @@ def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | No
     circles through three points compete, and the winner is refined by least squares on the points that agree with it.
     """
     tolerance = 0.01 * max(shape)
-    circle = _refine(_least_squares(points)[None], points, 0.04 * max(shape), tolerance)
-    if circle is None or _agree(circle, points, tolerance)[0].mean() < 0.9 or not _plausible(circle, shape)[0]:
+    circle = _refine(_least_squares(points)[None], points, 0.03 * max(shape))
+    agree = 0.0 if circle is None else float(_agree(circle, points, tolerance).mean())
+    if circle is None or agree < 0.9 or not _plausible(circle, shape)[0]:
         # Seeded: the same photo must always give the same crop.
         rng = np.random.default_rng(0)
         voters = points if len(points) <= _VOTERS else points[rng.choice(len(points), _VOTERS, replace=False)]
