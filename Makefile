@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench wheel odir clean
+.PHONY: demo test check bench wheel fuzz photos odir clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -24,6 +24,9 @@ bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results go to bench/res
 
 wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist .
+
+fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 a test
+	@FASTFUNDUS_FUZZ_EXAMPLES=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest tests/photo/test_fuzz.py $(ARGS)
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.odir_evidence && $(BIN)/python -m bench.report

@@ -25,7 +25,7 @@ from fastfundus.photo.header import PhotoHeader
 from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.records import Status
 
-__all__ = ["decode"]
+__all__ = ["decode", "decode_with_room", "eight_bit_rgb"]
 
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 
@@ -44,28 +44,48 @@ def decode(data: bytes, header: PhotoHeader, plan: DecodePlan | None = None) -> 
     Raises:
         PhotoError: the pixels are damaged or incomplete (`unreadable`), or of a kind that cannot be screened.
     """
-    plan = plan or plan_decode(header)
+    return decode_with_room(data, header, plan or plan_decode(header), 0)[0]
+
+
+def decode_with_room(
+    data: bytes, header: PhotoHeader, plan: DecodePlan, rows: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Decode as `decode` does, with black rows above and below the photo where that costs nothing.
+
+    Fields are often cut at top and bottom: a square around them overhangs the photo there, and is then cut out of
+    memory that is there already, not copied into a larger picture.
+
+    Returns:
+        The photo, and the picture that it is the middle of: at most `rows` taller at each end, or the photo itself.
+    """
     rgb: NDArray[np.uint8] | None = None
     if plan.decoder == "libjpeg-turbo":
-        rgb = _turbo(data, plan)
+        rows = rows if header.orientation == 1 else 0
+        roomy = np.empty((plan.height + 2 * rows, plan.width, 3), np.uint8)
+        rgb = _turbo(data, plan, roomy[rows : rows + plan.height])
+        if rgb is not None and rows:
+            roomy[:rows] = roomy[rows + plan.height :] = 0
+            return rgb, roomy
     elif plan.decoder == "opencv":
         if header.format == "PNG":
             _check_png(data)
         rgb = _opencv(data)
     if rgb is None:
         rgb = _pillow(data)
-    return _upright(rgb, header.orientation)
+    rgb = _upright(rgb, header.orientation)
+    return rgb, rgb
 
 
-def _turbo(data: bytes, plan: DecodePlan) -> NDArray[np.uint8] | None:
-    """Decode with libjpeg-turbo; None when it does not know this kind of JPEG.
+def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """Decode with libjpeg-turbo into `room`; None when it does not know this kind of JPEG.
 
     libjpeg warns of damage and goes on with made-up pixels, which Pillow and OpenCV then pass on in silence. Here every
     warning counts, but for bytes that stray between segments: these touch no pixel.
     """
     size = {"min_width": plan.width, "min_height": plan.height, "min_factor": 1} if plan.divisor > 1 else {}
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **size)
+        simplejpeg.decode_jpeg(data, "RGB", buffer=room, **size)
+        return room
     except ValueError as error:
         message = str(error)
     stray = _STRAY.search(message)

@@ -80,12 +80,15 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
     Returns:
         The field; None when there is no dark frame around anything, as in a picture cropped inside the field.
     """
-    value = cv2.medianBlur(brightest(small), 3)
-    mask = _largest_part(value)
-    lit = cv2.countNonZero(mask)
-    if lit == 0 or lit > (1 - _FRAME_SHARE) * mask.size:
+    part = _largest_part(cv2.medianBlur(brightest(small), 3))
+    mask = np.zeros(small.shape[:2], np.uint8)
+    if part is None:
         return None
-    points = outline(mask)
+    # Filled: a dark fovea or lesion is no hole in the field.
+    cv2.drawContours(mask, [part], -1, 255, cv2.FILLED)
+    if cv2.countNonZero(mask) > (1 - _FRAME_SHARE) * mask.size:
+        return None
+    points = outline(part, mask.shape)
     if len(points) < 24:
         return None
     circle = fit_circle(points, mask.shape)
@@ -126,23 +129,18 @@ def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return filled
 
 
-def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """255 where the largest connected part is brighter than the frame.
+def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.int32] | None:
+    """Outline of the largest connected part that is brighter than the frame, as OpenCV gives it; None without any.
 
     Frame and field are separated a tenth of the way from the darkest parts to the bright ones.
     """
     counts = cv2.calcHist([value], [0], None, [256], [0, 256]).ravel().cumsum()
-    low, high = (int(np.searchsorted(counts, share * counts[-1])) for share in (0.02, 0.90))
-    threshold = low + max(5.0, 0.11 * (high - low))
-    _, lit = cv2.threshold(value, threshold, 255, cv2.THRESH_BINARY)
+    low, high = np.searchsorted(counts, (0.02 * value.size, 0.90 * value.size)).tolist()
+    _, lit = cv2.threshold(value, low + max(5.0, 0.11 * (high - low)), 255, cv2.THRESH_BINARY)
     # Opening cuts off burned-in text and specks that touch the field.
     opened = cv2.morphologyEx(lit, cv2.MORPH_OPEN, _OPENING)
     parts, _ = cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    mask = np.zeros_like(value)
-    if parts:
-        # Filled: a dark fovea or lesion is no hole in the field.
-        cv2.drawContours(mask, [max(parts, key=cv2.contourArea)], -1, 255, cv2.FILLED)
-    return mask
+    return max(parts, key=cv2.contourArea) if parts else None
 
 
 def _around(mask: NDArray[np.uint8], oval: Oval | None, confidence: float) -> FieldCircle:

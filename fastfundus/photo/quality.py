@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.photo.kind import retinal_share
-from fastfundus.photo.resample import resize_square
+from fastfundus.photo.resample import halve_to, resize_square
 
 __all__ = ["LEAST_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
 
@@ -25,13 +25,13 @@ LEAST_QUALITY = 0.25
 MARKS = ("exposure", "sharpness", "contrast", "completeness", "colour")
 _ROWS, _COLUMNS = np.ogrid[:QUALITY_PX, :QUALITY_PX]
 _FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - QUALITY_PX / 2, _ROWS + 0.5 - QUALITY_PX / 2) / (QUALITY_PX / 2)
-_FIELD = (_FROM_CENTRE < 0.95).astype(np.uint8) * 255
+_FIELD = np.ascontiguousarray((_FROM_CENTRE < 0.95).astype(np.uint8)[::2, ::2] * 255)
 # Detail is looked for in the middle: the rim's own edge must not count. The box around it is 208 pixels wide.
 _BOX = slice(24, QUALITY_PX - 24)
 _INNER = np.ascontiguousarray((_FROM_CENTRE < 0.80).astype(np.uint8)[_BOX, _BOX] * 255)
-_EROSION = np.ones((13, 13), np.uint8)
+_EROSION = np.ones((7, 7), np.uint8)
 _LIT = 10
-_LEAST_PIXELS = 500
+_LEAST_PIXELS = 125
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,9 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
         missing: likewise.
     """
     small = resize_square(crop, QUALITY_PX, exact=False)
-    red, green, blue = planes = cv2.split(small)
+    # Light and colour are judged at half the resolution.
+    half = halve_to(small, QUALITY_PX // 2)
+    red, green, blue = planes = cv2.split(half)
     value = cv2.max(cv2.max(red, green), blue)
     # Of what is lit at all: a missing part is marked by completeness, not as darkness too.
     lit = cv2.bitwise_and(cv2.inRange(value, _LIT + 1, 255), _FIELD)
@@ -96,9 +98,10 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
     dark = _mark(float(np.searchsorted(counts, shown / 2)), 14, 54)
     saturated = cv2.countNonZero(cv2.bitwise_and(cv2.inRange(green, 245, 255), lit)) / shown
     bright = _mark(saturated, 0.30, 0.05)
-    inner = cv2.bitwise_and(cv2.erode(lit, _EROSION)[_BOX, _BOX], _INNER)
+    inner = cv2.resize(cv2.erode(lit, _EROSION), (QUALITY_PX, QUALITY_PX), interpolation=cv2.INTER_NEAREST)
+    inner = cv2.bitwise_and(inner[_BOX, _BOX], _INNER)
     # Blur of one pixel first: sensor noise is no detail.
-    fine = cv2.GaussianBlur(green[_BOX, _BOX].astype(np.float32), (0, 0), 1.0)
+    fine = cv2.GaussianBlur(small[_BOX, _BOX, 1].astype(np.float32), (0, 0), 1.0)
     middle = cv2.GaussianBlur(fine, (0, 0), 2.8)
     level = cv2.mean(fine, inner)[0] + 4
     sharp = cv2.norm(fine, middle, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)

@@ -28,22 +28,23 @@ class Oval:
     half_height: float
 
 
-def outline(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """First and last lit pixel of each row and column, [P, 2] as x, y.
+def outline(contour: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Points on the outline of a lit part, [P, 2] as x, y.
 
     Points on the edge of the picture say where it was cut, not where the field ends, and are left out.
+
+    Args:
+        contour: int32 [N, 1, 2], the outermost lit pixels in order, from `cv2.findContours`.
+        shape: of the picture, height and width.
     """
-    height, width = mask.shape
-    lit = mask > 0
-    rows, columns = np.flatnonzero(lit.any(axis=1)), np.flatnonzero(lit.any(axis=0))
-    left, right = lit[rows].argmax(axis=1), width - lit[rows, ::-1].argmax(axis=1)
-    top, bottom = lit[:, columns].argmax(axis=0), height - lit[::-1][:, columns].argmax(axis=0)
-    x = np.concatenate([left, right, columns + 0.5, columns + 0.5]).astype(np.float64)
-    y = np.concatenate([rows + 0.5, rows + 0.5, top, bottom]).astype(np.float64)
-    inside = np.flatnonzero((x > 2) & (x < width - 2) & (y > 2) & (y < height - 2))
+    height, width = shape
+    x, y = contour[:, 0].T
+    inside = np.flatnonzero((x > 1) & (x < width - 2) & (y > 1) & (y < height - 2))
     # Every second or third point does: neighbours say the same.
-    inside = inside[:: max(1, len(inside) // _MOST_POINTS)]
-    return np.stack([x[inside], y[inside]], axis=1)
+    chosen = contour[inside[:: max(1, len(inside) // _MOST_POINTS)], 0].astype(np.float64) + 0.5
+    # Half a pixel outwards, from the middle of the outermost lit pixels to their far side.
+    away = chosen - (chosen.mean(axis=0) if len(chosen) else 0.0)
+    return chosen + 0.5 * away / np.maximum(np.hypot(*away.T), 1e-9)[:, None]
 
 
 def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:

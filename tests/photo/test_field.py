@@ -182,8 +182,11 @@ def test_agreement_by_hand() -> None:
     assert agreement(mask, Oval(100.5, 80.5, 60.5, 60.5)) > 0.98
     assert agreement(mask, Oval(100.5, 80.5, 80, 80)) < 0.1
     assert agreement(mask, Oval(120.5, 80.5, 60.5, 60.5)) < 0.4
-    # Every second of the 4 x 121 first and last lit pixels.
-    assert len(outline(mask)) == 2 * 121
+    (contour,), _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    points = outline(contour, mask.shape)
+    assert 150 < len(points) < 400
+    # On the far side of the outermost pixels: a drawn circle of radius 60 covers 59.5 to 60.5.
+    assert np.hypot(*(points - [100.5, 80.5]).T).mean() == pytest.approx(60.0, abs=0.3)
 
 
 def real_photos(folder: Path) -> list[Path]:
