@@ -51,9 +51,12 @@ def progress_bar(*extra: str) -> Iterator[Any]:
 
 
 def quiet_decoders() -> None:
-    """Keep OpenCV from writing lines of its own about damaged files: each has a row that says what is wrong."""
+    """Keep OpenCV and pydicom from writing lines of their own about odd files: each has a row that says its fault."""
+    import logging
+
     import cv2
 
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 

@@ -89,16 +89,17 @@ def read_dicom(data: bytes) -> DicomPhoto:
                 )
             syntax = str(dataset.file_meta.TransferSyntaxUID)
             frame = _first_frame(dataset) if syntax in _JPEG_8_BIT else None
+            photometric = str(dataset.PhotometricInterpretation)
+            width, height = int(dataset.Columns), int(dataset.Rows)
     except PhotoError:
         raise
     except Exception as error:
         # pydicom raises many kinds of errors on damaged files; whatever it is, this file ends here.
         raise PhotoError(Status.UNREADABLE, f"the DICOM header is damaged ({error}); export it again") from None
     if frame is not None:
-        frame = _with_colours_said(frame, str(dataset.PhotometricInterpretation))
+        frame = _with_colours_said(frame, photometric)
         # Orientation is DICOM's business here, not of EXIF data that a converter left inside.
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
-    width, height = int(dataset.Columns), int(dataset.Rows)
     if width * height > MOST_PIXELS:
         raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are decoded")
     if min(width, height) < LEAST_SIDE_PX:

@@ -30,6 +30,8 @@ __all__ = ["PreparedPhoto", "decode_at", "prepare_bytes", "prepare_photo", "read
 
 
 _NO_FACTS = PhotoFacts()
+_LONGEST_ASPECT = 5
+"""Frames of fundus cameras are at most 1.6 times as wide as high."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,9 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         least = max(spec.size, QUALITY_PX)
         plan = plan_decode(header, least)
         rgb, roomy = _decode(data, photo, header, plan)
+        # Of the decoded picture: a damaged header may have promised another.
+        if max(rgb.shape[:2]) > _LONGEST_ASPECT * min(rgb.shape[:2]):
+            raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is no fundus photograph")
         whole, scale = shrink(rgb)
         small = without_margin(whole)
         field = find_field(small) if spec.field == "circle" else None

@@ -117,7 +117,9 @@ def agreement(mask: NDArray[np.uint8], oval: Oval) -> float:
     centre, half = np.array([oval.x, oval.y]), np.array([oval.half_width, oval.half_height])
     inner = np.floor(centre + 0.96 * half * _DIRECTIONS).astype(np.intp)
     outer = np.floor(centre + 1.04 * half * _DIRECTIONS).astype(np.intp)
-    visible = (outer >= 0).all(axis=1) & (outer[:, 0] < width) & (outer[:, 1] < height)
+    # Both sides: where the centre is out of the picture, the inner side may be too.
+    both = np.stack([inner, outer])
+    visible = ((both >= 0) & (both < [width, height])).all(axis=(0, 2))
     if visible.sum() < 24:
         return 0.0
     inner, outer = inner[visible], outer[visible]

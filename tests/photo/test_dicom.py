@@ -246,6 +246,14 @@ def test_an_unknown_compression_is_unsupported(rgb: np.ndarray) -> None:
     assert result.facts.patient == "P-007"
 
 
+@pytest.mark.parametrize("element", ["Rows", "Columns", "PhotometricInterpretation", "SamplesPerPixel"])
+def test_a_missing_element_is_told(rgb: np.ndarray, element: str) -> None:
+    """Found by fuzzing."""
+    result = prepare_bytes(dicom(rgb.tobytes(), **{element: None}), SPEC)
+    assert result.status in (Status.UNREADABLE, Status.UNSUPPORTED)
+    assert result.reason
+
+
 @pytest.mark.parametrize("share", [0.0012, 0.01, 0.5, 0.999])
 def test_a_cut_file_is_unreadable(rgb: np.ndarray, share: float) -> None:
     for data in (

@@ -189,6 +189,14 @@ def test_agreement_by_hand() -> None:
     assert np.hypot(*(points - [100.5, 80.5]).T).mean() == pytest.approx(60.0, abs=0.3)
 
 
+def test_agreement_with_the_centre_out_of_the_picture() -> None:
+    """Found by fuzzing: the outer side of the rim is seen, the inner one is not."""
+    mask = np.zeros((128, 192), np.uint8)
+    cv2.circle(mask, (185, 64), 40, 255, -1)
+    for x in (185.0, 195.0, 230.0, 260.0):
+        assert 0 <= agreement(mask, Oval(x, 64, 60, 60)) <= 1
+
+
 def real_photos(folder: Path) -> list[Path]:
     kinds = {".jpg", ".jpeg", ".png", ".tif"}
     names = ("dme", "drishti/images", "drive/images", "eyepacs", "fullres_dr", "hard", "hrf/images", "idrid/images")

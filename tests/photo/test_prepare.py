@@ -154,6 +154,15 @@ def test_a_wide_field_picture_is_no_standard_photograph(tmp_path: Path) -> None:
     assert "wide-field" in result.reason
 
 
+@pytest.mark.parametrize("shape", [(64, 6400), (6400, 64), (300, 1600)])
+def test_a_strip_is_no_fundus(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Found by fuzzing: shrunk to 192 pixels, nothing is left of its short side."""
+    strip = np.full((*shape, 3), (180, 90, 40), np.uint8)
+    result = prepare_photo(write_rgb(tmp_path / "a.png", strip), SPEC)
+    assert result.status is Status.NOT_FUNDUS
+    assert "strip" in result.reason
+
+
 def test_a_round_thing_of_other_colours_is_no_fundus(tmp_path: Path) -> None:
     plate = np.zeros((600, 800, 3), np.uint8)
     cv2.circle(plate, (400, 300), 250, (60, 120, 210), -1)
