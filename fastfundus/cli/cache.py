@@ -11,7 +11,12 @@ import click
 
 @click.group()
 def cache() -> None:
-    """Look at a photo cache, check it, look for leaks, and split it."""
+    r"""Look at a photo cache, check it, look for leaks, and split it.
+
+    \b
+    Example:
+      fastfundus cache info cache/
+    """
 
 
 @cache.command()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastfundus.data import rows as rows_module
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.store import PhotoStore, open_photos
 from fastfundus.errors import DataError, SpecMismatch
+from fastfundus.photo import prepare as prepare_module
 from fastfundus.photo import prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -354,6 +356,23 @@ def test_dicom_says_whose_photo_it_is(photo_folder: Path, tmp_path: Path) -> Non
     listing = list_photos(folder, labels=labels)
     again = build_cache(listing.photos, tmp_path / "cache", SPEC, source=listing.root)
     assert again.manifest["patient"].to_list() == ["p1", "P-007"]
+
+
+def test_a_slow_disk_holds_up_one_photo_not_all(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network drive: while one read waits, the other threads read on. Otherwise the barrier breaks."""
+    barrier = threading.Barrier(3, timeout=30)
+    original = prepare_module.read_photo
+
+    def slow(path: Path) -> bytes:
+        if path.name in ("p00000_left.jpg", "p00000_right.jpg", "p00001_left.jpg"):
+            barrier.wait()
+        return original(path)
+
+    monkeypatch.setattr(prepare_module, "read_photo", slow)
+    cache = build(photo_folder, tmp_path / "cache", workers=3)
+    assert (cache.manifest["status"] == "ok").all()
 
 
 def test_names_that_are_not_utf8_and_links_in_a_circle(photo_folder: Path, tmp_path: Path) -> None:
