@@ -219,6 +219,58 @@ def test_a_killed_build_goes_on(photo_folder: Path, tmp_path: Path) -> None:
     assert cache.manifest.equals(whole.manifest)
 
 
+def test_a_second_build_of_the_same_cache_waits_outside(photo_folder: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(status: Status) -> None:
+        if not refused:
+            # From another thread: one process may lock twice through one file, but not through two.
+            with pytest.raises(DataError, match="is being prepared by another process") as caught:
+                build(photo_folder, tmp_path / "cache")
+            refused.append(str(caught.value))
+
+    build(photo_folder, tmp_path / "cache", on_photo=second)
+    assert refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the old one is moved", "between the moves", "before the old one is deleted"]
+)
+def test_a_kill_while_a_new_cache_takes_the_place_of_the_old(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "images", folder)
+    output = tmp_path / "cache"
+    build(folder, output)
+    sorted(folder.iterdir())[0].unlink()
+    renames = {"before the old one is moved": 0, "between the moves": 1, "before the old one is deleted": 2}[moment]
+    real, seen = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if len(seen) == renames:
+            raise KeyboardInterrupt
+        seen.append(self)
+        return real(self, target)
+
+    def rmtree(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if renames == 2:
+            patch.setattr(build_module.shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, output)
+    prepared = watch_preparing(monkeypatch)
+    cache = build(folder, output)
+    assert prepared == []
+    assert len(cache.manifest) == 47
+    assert list(cache.verify(sources=True)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "photos"]
+
+
 def test_a_full_disk_is_said_and_the_cache_stays_valid(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
