@@ -32,7 +32,7 @@ def folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     labels.write_text("\n".join(rows) + "\n")
     result = run("prepare", work / "photos", "--labels", labels, "--output", work / "cache", "--size", 64, "--preview")
     assert result.exit_code == 0, result.output
-    assert "pairs of photos of different patients are or look the same" in result.stderr
+    assert "pairs of photos of different patients that are or look the same: 3" in result.stderr
     assert (work / "cache" / "preview.html").is_file()
     return work / "cache"
 
