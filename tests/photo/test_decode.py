@@ -60,23 +60,6 @@ def test_tiff_in_tiles_and_in_planes(rgb: np.ndarray) -> None:
         np.testing.assert_array_equal(decode(file.getvalue(), read_header(file.getvalue())), rgb)
 
 
-def test_a_tiff_with_transparency_is_black_where_it_is_transparent(rgb: np.ndarray) -> None:
-    tifffile = pytest.importorskip("tifffile", reason="tifffile writes what Pillow cannot")
-    alpha = np.full(rgb.shape[:2], 255, np.uint8)
-    alpha[:50] = 0
-    file = io.BytesIO()
-    options = {"photometric": "rgb", "extrasamples": ["unassalpha"], "compression": "lzw", "tile": (64, 64)}
-    try:
-        tifffile.imwrite(file, np.dstack([rgb, alpha]), **options)
-    except (ImportError, ValueError):
-        # Its LZW needs another package; tiles with deflate take the same way.
-        file = io.BytesIO()
-        tifffile.imwrite(file, np.dstack([rgb, alpha]), **{**options, "compression": "zlib"})
-    got = decode(file.getvalue(), read_header(file.getvalue()))
-    assert not got[:50].any()
-    np.testing.assert_array_equal(got[50:], rgb[50:])
-
-
 def test_a_tiff_of_several_photos_is_refused_but_not_one_with_a_thumbnail(rgb: np.ndarray) -> None:
     page = Image.fromarray(rgb)
     data = encoded(rgb, "TIFF", save_all=True, append_images=[page, page])
@@ -166,10 +149,13 @@ def test_sixteen_bits_map_full_scale_to_full_scale(rgb: np.ndarray) -> None:
     np.testing.assert_array_equal(got, rgb)
 
 
-def test_transparent_pixels_are_black(rgb: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    ("form", "options"), [("PNG", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
+)
+def test_transparent_pixels_are_black(rgb: np.ndarray, form: str, options: dict[str, object]) -> None:
     alpha = np.full(rgb.shape[:2], 255, np.uint8)
     alpha[:50] = 0
-    data = encoded(np.dstack([rgb, alpha]), "PNG")
+    data = encoded(np.dstack([rgb, alpha]), form, **options)
     got = decode(data, read_header(data))
     assert not got[:50].any()
     np.testing.assert_array_equal(got[50:], rgb[50:])
