@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench wheel fuzz photos odir clean
+.PHONY: demo test check bench bench-prepare wheel fuzz photos odir clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -22,11 +22,17 @@ bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results go to bench/res
 	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS)
 	@$(BIN)/python -m bench.report $(VENV)/bench.json
 
+bench-prepare: $(VENV)/.installed-dev  ## preparing camera JPEGs against peers, in turns; needs FASTFUNDUS_DATA
+	@$(BIN)/python -m bench.bench_prepare && $(BIN)/python -m bench.report
+
 wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist .
 
 fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 a test
 	@FASTFUNDUS_FUZZ_EXAMPLES=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest tests/photo/test_fuzz.py $(ARGS)
+
+photos: $(VENV)/.installed-dev  ## field and quality on drawn and real photographs; needs FASTFUNDUS_DATA
+	@$(BIN)/python -m bench.photo_evidence && $(BIN)/python -m bench.report
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.odir_evidence && $(BIN)/python -m bench.report

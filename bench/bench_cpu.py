@@ -1,4 +1,6 @@
-"""CPU stages, each alone: drawing, preparing, sampling, inferring. Peers stand in the same group, and in the same run.
+"""CPU stages, each alone: drawing, sampling, inferring. Peers stand in the same group, and in the same run.
+
+Preparing has a bench of its own, `bench_prepare`.
 
     make bench                      timed
     make test                       once each, tiny, to see that they still work
@@ -8,26 +10,20 @@ Every timed function's output is checked in the same test.
 
 from __future__ import annotations
 
-import io
 import os
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import v2
 
 from fastfundus.config import AugmentConfig
 from fastfundus.kernels.ops import sample
-from fastfundus.photo import prepare_photo
 from fastfundus.spec import PreprocessSpec
-from fastfundus.synthetic import CAMERAS, draw_photo
+from fastfundus.synthetic import draw_photo
 from fastfundus.train.augment import draw_epoch
-
-SPEC = PreprocessSpec(size=512)
 
 
 @pytest.fixture(autouse=True)
@@ -54,35 +50,6 @@ def test_draw_1024(benchmark: Any) -> None:
     photo = benchmark(lambda: draw_photo(next(seeds), lesions=("exudates", "haemorrhages"), long_side=1024))
     assert photo.image.shape == (1024, 1024, 3)
     assert photo.lesion_masks["exudates"].any()
-
-
-@pytest.fixture(scope="module")
-def camera_jpeg(tmp_path_factory: pytest.TempPathFactory, timed: bool) -> Path:
-    """A photo as a camera writes it: 9 megapixels when timed."""
-    photo = draw_photo(11, camera=CAMERAS[1], long_side=3696 if timed else 900)
-    path = tmp_path_factory.mktemp("camera") / "photo.jpg"
-    cv2.imwrite(str(path), photo.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-    return path
-
-
-@pytest.mark.benchmark(group="prepare one camera JPEG to 512 px, one core")
-def test_prepare_fastfundus(benchmark: Any, camera_jpeg: Path) -> None:
-    benchmark.extra_info["megabytes"] = os.path.getsize(camera_jpeg) / 1e6
-    result = benchmark(prepare_photo, camera_jpeg, SPEC)
-    assert result.status == "ok"
-    assert result.image.shape == (512, 512, 3)
-
-
-@pytest.mark.benchmark(group="prepare one camera JPEG to 512 px, one core")
-def test_prepare_pil_torchvision(benchmark: Any, camera_jpeg: Path) -> None:
-    """The peers' habit: full decode with Pillow, antialiased resize with torchvision; it finds no field."""
-    resize = v2.Resize((512, 512), antialias=True)
-
-    def peer() -> torch.Tensor:
-        with Image.open(io.BytesIO(camera_jpeg.read_bytes())) as image:
-            return v2.functional.pil_to_tensor(resize(image.convert("RGB")))
-
-    assert benchmark(peer).shape == (3, 512, 512)
 
 
 @pytest.mark.benchmark(group="augment and normalise 16 photos at 512 px, one core")

@@ -1,4 +1,4 @@
-"""Condenses pytest-benchmark's JSON into `bench/results/`, and draws README's tables from the results there.
+"""Condenses pytest-benchmark's JSON into `bench/results/`, and draws the tables of README and docs from what is there.
 
     python -m bench.report RAW.json     condense a run, then draw
     python -m bench.report              draw only
@@ -20,12 +20,10 @@ README = Path(__file__).parents[1] / "README.md"
 # Benchmark, its peer in the same run (if any), the work of one call, and how many units of it that is.
 ROWS = (
     ("test_draw_1024", None, "draw a synthetic photo, 1024 px, one core", 1),
-    ("test_prepare_fastfundus", "test_prepare_pil_torchvision", "prepare a 9-megapixel JPEG to 512 px, one core", 1),
     ("test_augment_fastfundus", "test_augment_torchvision", "augment and normalise at 512 px, one core", 16),
     ("test_infer_engine", "test_infer_torch_float32", "infer ResNet-50 at 512 px, all cores", 16),
 )
 PEERS = {
-    "test_prepare_pil_torchvision": "Pillow decode + torchvision resize",
     "test_augment_torchvision": "torchvision v2, one by one",
     "test_infer_torch_float32": "torch eager float32",
 }
@@ -64,6 +62,79 @@ def speed_table(result: dict[str, Any]) -> str:
     )
 
 
+def prepare_table(result: dict[str, Any]) -> str:
+    """Rates and ratios of preparing camera JPEGs, as Markdown."""
+    lines = ["| to 512 px | one core, photos/s | | two cores, photos/s | |", "|---|---|---|---|---|"]
+    ours = [result[f"cores_{cores}"]["fastfundus"]["ms"] for cores in (1, 2)]
+    names = {
+        "fastfundus": "**FastFundus**: decode, field, crop, quality, hash",
+        "decoder alone": "the decoder alone, same plan (the limit)",
+    }
+    for name in result["cores_1"]:
+        cells = []
+        for cores, mine in zip((1, 2), ours, strict=True):
+            ms = result[f"cores_{cores}"][name]["ms"]
+            told = "" if name == "fastfundus" else f"{ms / mine:.1f} x slower" if ms > mine else f"{ms / mine:.0%}"
+            cells += [f"{1000 / ms:.0f}", told]
+        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
+    levels = [entry["grey_levels"] for entry in result["parity"].values()]
+    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    lines += [
+        "",
+        f"{result['photos']} camera JPEGs of {result['megapixels']:.1f} megapixels and {result['megabytes']:.1f} MB on "
+        f"average, in turns in one run, medians of {result['rounds']} rounds. A percentage is the share of the time "
+        f"that the decoder takes. Two threads do {ours[0] / ours[1]:.2f} times what one does. The crops differ from a "
+        f"full decode with an exact area average by {sum(levels) / len(levels):.2f} grey levels (mean over photos; "
+        f"{max(levels):.2f} at most). {result['date']}, {machine['cpu']}, commit {result['commit']}; {versions}. "
+        "`make bench-prepare` repeats it.",
+    ]
+    return "\n".join(lines)
+
+
+def circle_table(result: dict[str, Any]) -> str:
+    """Errors of the field's circle on drawn photos, as Markdown."""
+    lines = [
+        "| drawn photos, 1400 px wide | centre off by, mean | 95 of 100 below | most | radius too wide by, mean |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in result["circle"].items():
+        cells = (entry[key] for key in ("centre_mean", "centre_95", "centre_most", "radius_mean"))
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f} %" for cell in cells) + " |")
+    drive, photos = result["drive"], next(iter(result["circle"].values()))["photos"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"In percent of the field's radius; {photos} photos a row, four cameras. On DRIVE, whose field masks were "
+            f"drawn by hand, the Dice of circle and mask is {drive['dice_mean']:.4f} on average and "
+            f"{drive['dice_least']:.4f} at least over {drive['photos']} photos. {_stamp(result)}",
+        ]
+    )
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """What is refused among drawn faults and real photos, as Markdown."""
+    lines = ["| photos | number | ok | refused | reasons |", "|---|---|---|---|---|"]
+    for name, entry in result["faults"].items():
+        reasons = "; ".join(f"{n} {reason}" for reason, n in entry["reasons"].items() if reason != "ok")
+        refused = entry["photos"] - entry["passed"]
+        lines.append(f"| drawn, {name} | {entry['photos']} | {entry['passed']} | {refused} | {reasons} |")
+    for name, entry in result["real"].items():
+        if name == "odir by flag":
+            for group, counts in entry.items():
+                total, ok = sum(counts.values()), counts.get("ok", 0)
+                lines.append(f"| ODIR, {group} | {total} | {ok} | {total - ok} ({(total - ok) / total:.1%}) | |")
+        else:
+            ok = entry["status"].get("ok", 0)
+            reasons = "; ".join(f"{n} {reason}" for reason, n in entry["reasons"].items())
+            lines.append(f"| {name} | {entry['photos']} | {ok} | {entry['photos'] - ok} | {reasons} |")
+    return "\n".join([*lines, "", _stamp(result)])
+
+
+def _stamp(result: dict[str, Any]) -> str:
+    return f"{result['date']}, commit {result['commit']}; `make photos` repeats it."
+
+
 def evidence_table(result: dict[str, Any]) -> str:
     """The run on real photographs, as Markdown."""
 
@@ -96,18 +167,20 @@ def evidence_table(result: dict[str, Any]) -> str:
 
 
 def draw() -> None:
-    """Put the newest tables between their markers in the README."""
-    text = README.read_text()
-    for marker, pattern, table in [
-        ("speed", "cpu_*.json", speed_table),
-        ("evidence", "odir_cpu_*.json", evidence_table),
+    """Put the newest tables between their markers."""
+    root = README.parent
+    for file, marker, pattern, table in [
+        (README, "speed", "cpu_*.json", speed_table),
+        (README, "prepare", "prepare_cpu_*.json", prepare_table),
+        (README, "evidence", "odir_cpu_*.json", evidence_table),
+        (root / "docs" / "photos.md", "circle", "photos_*.json", circle_table),
+        (root / "docs" / "photos.md", "quality", "photos_*.json", quality_table),
     ]:
         files = sorted(RESULTS.glob(pattern))
         if files:
             begin, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
-            before, rest = text.split(begin)
-            text = before + begin + table(json.loads(files[-1].read_text())) + end + rest.split(end)[1]
-    README.write_text(text)
+            before, rest = file.read_text().split(begin)
+            file.write_text(before + begin + table(json.loads(files[-1].read_text())) + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

@@ -47,5 +47,13 @@ def main() -> None:
     """
 
 
+def _keep_examples(command: click.Command) -> None:
+    """Give click the character it keeps paragraphs as they are by: docstrings spell it, being raw strings."""
+    command.help = (command.help or "").replace("\\b\n", "\b\n")
+    for part in getattr(command, "commands", {}).values():
+        _keep_examples(part)
+
+
 for command in (demo, prepare, cache, train, evaluate, build_engine, screen, doctor, synthesize):
     main.add_command(command)
+_keep_examples(main)

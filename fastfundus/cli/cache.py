@@ -11,7 +11,12 @@ import click
 
 @click.group()
 def cache() -> None:
-    """Look at a photo cache, check it, look for leaks, and split it."""
+    r"""Look at a photo cache, check it, look for leaks, and split it.
+
+    \b
+    Example:
+      fastfundus cache info cache/
+    """
 
 
 @cache.command()
@@ -31,6 +36,7 @@ def info(folder: Path, as_json: bool) -> None:
 
     opened = PhotoCache.open(folder)
     table = opened.manifest
+    used = table.filter(pl.col("pixels_crc32").is_not_null())
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
     labels: dict[str, dict[str, Any]] = {}
     for name in table.columns[len(MANIFEST_COLUMNS) :]:
@@ -50,7 +56,7 @@ def info(folder: Path, as_json: bool) -> None:
         "patients_hashed": opened.salted is not None,
         "eyes": dict(table.filter(pl.col("eye").is_not_null())["eye"].value_counts(sort=True).rows()),
         "cameras": dict(table.filter(pl.col("camera").is_not_null())["camera"].value_counts(sort=True).rows()),
-        "field_shapes": dict(table["field_shape"].fill_null("whole frame").value_counts(sort=True).rows()),
+        "field_shapes": dict(used["field_shape"].fill_null("whole frame").value_counts(sort=True).rows()),
         "duplicate_pairs": len(opened.duplicates()),
         "labels": labels,
         "spec": opened.spec.to_dict(),

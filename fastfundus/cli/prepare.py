@@ -104,8 +104,8 @@ def prepare(
     pairs = len(cache.duplicates())
     if pairs:
         remark(
-            f"note: {pairs} pairs of photos of different patients are or look the same: kept on one side when "
-            f"splitting; fastfundus cache audit {output} lists them"
+            f"note: pairs of photos of different patients that are or look the same: {pairs}; they stay on one side "
+            f"when splitting; fastfundus cache audit {output} lists them"
         )
     if preview:
         shown = write_preview(cache, output / "preview.html")

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from fastfundus.data.cache import PhotoCache
-from fastfundus.data.duplicates import confirm, near_pairs
+from fastfundus.data.duplicates import confirm, near_pairs, usable_looks
 from fastfundus.photo.look import mirrored_looks
 
 __all__ = ["Audit", "audit_cache", "overlap", "pair_positions"]
@@ -73,7 +73,7 @@ def overlap(cache: PhotoCache, other: PhotoCache) -> pl.DataFrame:
     mine, theirs = ({sha: row for row, sha in enumerate(c.manifest["sha256"]) if sha} for c in (cache, other))
     for sha in mine.keys() & theirs.keys():
         found[mine[sha], theirs[sha]] = ("same bytes", 1.0)
-    (rows, looks), (other_rows, other_looks) = (_looks(c) for c in (cache, other))
+    (rows, looks), (other_rows, other_looks) = (usable_looks(c.manifest) for c in (cache, other))
     for kind, turned in (("looks the same", other_looks), ("mirrored", mirrored_looks(other_looks))):
         candidates = near_pairs(looks, turned)
         candidates = np.stack([rows[candidates[:, 0]], other_rows[candidates[:, 1]]], axis=1)
@@ -85,10 +85,3 @@ def overlap(cache: PhotoCache, other: PhotoCache) -> pl.DataFrame:
     ]
     schema = {"path_a": pl.String, "path_b": pl.String, "kind": pl.String, "likeness": pl.Float64}
     return pl.DataFrame(lines, schema=schema, orient="row")
-
-
-def _looks(cache: PhotoCache) -> tuple[np.ndarray, np.ndarray]:
-    usable = cache.manifest["look"].is_not_null() & (cache.manifest["status"] == "ok")
-    rows = np.flatnonzero(usable.to_numpy())
-    looks = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in cache.manifest["look"].gather(rows)]
-    return rows, np.stack(looks) if looks else np.empty((0, 32), np.uint8)

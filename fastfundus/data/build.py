@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS, SCHEMA, PhotoCache, partial_folder, photos_per_file
 from fastfundus.data.duplicates import write_duplicates
+from fastfundus.data.journal import journal_rows, locked, mend_journal
 from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Row, identified, prepare_row, stamp
-from fastfundus.data.store import PhotoStore, disk_is_full
+from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
@@ -61,37 +62,38 @@ def build_cache(
         SpecMismatch: `output` is a cache with another spec.
     """
     _check_columns(photos)
-    build = _Build(photos, output, spec, patient_salt)
     keep_memory()
     # One decoding thread a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
-
-    def prepare(index: int) -> Row:
-        taken = build.taken_over(index)
-        return prepare_row(build.photos[index], spec, patient_salt) if taken is None else taken
-
-    try:
-        for status in build.done():
-            on_photo(status)
-        with build.journal() as journal, ThreadPoolExecutor(workers or os.cpu_count() or 1, "prepare") as pool:
-            pending: deque[tuple[int, Future[Row]]] = deque()
-            try:
-                for index in build.todo():
-                    pending.append((index, pool.submit(prepare, index)))
-                    # A few finished photos wait for their turn, never the whole set: memory stays bounded.
-                    if len(pending) > 4 * (workers or os.cpu_count() or 1):
-                        build.keep(*_result(pending), journal, on_photo)
-                while pending:
-                    build.keep(*_result(pending), journal, on_photo)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        build.finish(source)
-    except OSError as error:
-        raise disk_is_full(output, error, build.finished) from error
-    finally:
-        build.store.close()
+    with locked(output):
+        build = _Build(photos, output, spec, patient_salt)
+        try:
+            for status in build.done():
+                on_photo(status)
+            _work(build, workers or os.cpu_count() or 1, on_photo)
+            build.finish(source)
+        except OSError as error:
+            raise not_written(output, error, build.finished) from error
+        finally:
+            build.store.close()
     return PhotoCache.open(output)
+
+
+def _work(build: _Build, workers: int, on_photo: Callable[[Status], None]) -> None:
+    """Prepare what is left to do, in parallel, and keep it in order."""
+    with build.journal() as journal, ThreadPoolExecutor(workers, "prepare") as pool:
+        pending: deque[tuple[int, Future[Row]]] = deque()
+        try:
+            for index in build.todo():
+                pending.append((index, pool.submit(build.prepare, index)))
+                # A few finished photos wait for their turn, never the whole set: memory stays bounded.
+                if len(pending) > 4 * workers:
+                    build.keep(*_result(pending), journal, on_photo)
+            while pending:
+                build.keep(*_result(pending), journal, on_photo)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _result(pending: deque[tuple[int, Future[Row]]]) -> tuple[int, Row]:
@@ -119,11 +121,11 @@ class _Build:
         self.store = PhotoStore(where, spec.size, photos_per_file(spec.size))
         self._begin()
 
-    def taken_over(self, index: int) -> Row | None:
-        """An unchanged photo's row and pixels, where the cache is built anew."""
+    def prepare(self, index: int) -> Row:
+        """A photo's row and pixels: prepared, or taken over where the cache is built anew and it is unchanged."""
         row = int(self.source_rows[index])
         if row < 0:
-            return None
+            return prepare_row(self.photos[index], self.spec, self.salt)
         assert self.previous is not None
         known = self.previous.manifest.row(row, named=True)
         image = None if known["pixels_crc32"] is None else np.asarray(self.previous.photos[row])
@@ -144,7 +146,7 @@ class _Build:
         if self.extends:
             assert self.previous is not None
             yield from map(Status, self.previous.manifest["status"].to_numpy()[self.source_rows[self.source_rows >= 0]])
-        for row in _journal_rows(self.partial):
+        for row in journal_rows(self.partial):
             self.finished += 1
             yield Status(row["status"])
 
@@ -179,25 +181,25 @@ class _Build:
         (self.partial / "spec.json").write_text(json.dumps(about, indent=1) + "\n")
         where = self.output if self.extends else self.partial
         write_duplicates(self.partial, where, self.spec.size)
-        for name in ("rows.jsonl", "build.json"):
-            (self.partial / name).unlink()
         if self.extends:
             # The manifest last: it is what readers count photos by.
             for name in ("spec.json", "duplicates.parquet", "manifest.parquet"):
                 os.replace(self.partial / name, self.output / name)
-            self.partial.rmdir()
+            shutil.rmtree(self.partial)
         else:
             _move_into_place(self.partial, self.output)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Every row's facts, in the order of the photos."""
-        journal = _journal_rows(self.partial)
+        journal = journal_rows(self.partial)
+        # Where the cache is extended, its rows keep their places: one walk through the old manifest meets them all.
+        old: Iterator[dict[str, Any]] = iter(())
+        if self.extends:
+            assert self.previous is not None
+            old = self.previous.manifest.select(FACTS).iter_rows(named=True)
         for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
-            if self.extends and row >= 0:
-                assert self.previous is not None
-                known = self.previous.manifest.row(row, named=True)
-                facts = {name: known[name] for name in FACTS}
-            else:
+            facts = next(old, {})
+            if not self.extends or row < 0:
                 facts = next(journal)
             # The label file may have learned since whose photo it is.
             known_patient = facts["patient"] if facts["patient_known"] else None
@@ -209,7 +211,7 @@ class _Build:
         build = {"inputs": self._fingerprint()}
         noted = self.partial / "build.json"
         if noted.is_file() and json.loads(noted.read_text()) == build:
-            _mend_journal(self.partial)
+            mend_journal(self.partial)
             return
         if self.partial.exists():
             shutil.rmtree(self.partial)
@@ -242,6 +244,12 @@ class _Build:
 
 def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:
     """The cache that is to be brought up to date, if there is one."""
+    replaced = _replaced_folder(output)
+    if not output.exists() and replaced.exists():
+        # Killed between two renames: the old cache stands aside, the new one is complete but for its place.
+        replaced.rename(output)
+    elif replaced.exists():
+        shutil.rmtree(replaced)
     if not output.exists():
         return None
     if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):
@@ -285,31 +293,18 @@ def _order(
     return ordered, source_rows.astype(np.int64), True
 
 
-def _journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
-    path = partial / "rows.jsonl"
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-
-def _mend_journal(partial: Path) -> None:
-    """A kill may leave half a line at the end: that photo is prepared again, and the line must not glue to the next."""
-    path = partial / "rows.jsonl"
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-        start = file.tell()
-        tail = file.read()
-        file.truncate(start + tail.rfind(b"\n") + 1)
-
-
 def _move_into_place(partial: Path, output: Path) -> None:
-    replaced = output.with_name(output.name + ".replaced")
+    replaced = _replaced_folder(output)
     if replaced.exists():
         shutil.rmtree(replaced)
     if output.exists():
         output.rename(replaced)
     partial.rename(output)
+    for name in ("rows.jsonl", "build.json"):
+        (output / name).unlink()
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def _replaced_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")

@@ -106,7 +106,9 @@ class PhotoCache:
 
     def duplicates(self) -> pl.DataFrame:
         """Pairs of photos of different patients that are or look the same: the columns are `DUPLICATE_COLUMNS`."""
-        return pl.read_parquet(self.path / "duplicates.parquet", memory_map=False)
+        pairs = pl.read_parquet(self.path / "duplicates.parquet", memory_map=False)
+        # A build that is just being finished may have written its pairs before its manifest.
+        return pairs.filter(pl.col("row_b") < len(self.manifest))
 
     def verify(self, *, sources: bool = False, on_photo: Callable[[], None] = lambda: None) -> Iterator[str]:
         """Compare pixels with their checksums, and on request the source files with theirs.

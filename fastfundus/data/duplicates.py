@@ -18,7 +18,7 @@ from fastfundus.data.cache import DUPLICATE_COLUMNS, photos_per_file
 from fastfundus.data.store import PhotoArray, open_photos
 from fastfundus.photo.look import LOOK_BITS, mirrored_looks, thumbnail
 
-__all__ = ["MOST_BITS", "confirm", "find_duplicates", "near_pairs", "write_duplicates"]
+__all__ = ["MOST_BITS", "confirm", "find_duplicates", "near_pairs", "usable_looks", "write_duplicates"]
 
 MOST_BITS = 24
 """Pairs whose looks differ in more of their 256 bits are not compared further."""
@@ -49,19 +49,26 @@ def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
     """
     patients = manifest["patient"].to_list()
     pairs = [(a, b, "same bytes", 1.0) for a, b in _same_bytes(manifest["sha256"]) if patients[a] != patients[b]]
-    # A photo too poor to grade shows too little to be recognised by.
-    usable = manifest["look"].is_not_null() & (manifest["status"] == "ok")
-    rows = np.flatnonzero(usable.to_numpy())
-    # Of photos with equal bytes, the first stands for all.
-    rows = rows[np.sort(np.unique(manifest["sha256"].to_numpy()[rows], return_index=True)[1])]
+    rows, looks = usable_looks(manifest)
     if len(rows) > 1:
-        looks = np.stack([np.frombuffer(bytes.fromhex(look), np.uint8) for look in manifest["look"].gather(rows)])
         for kind, others in (("looks the same", looks), ("mirrored", mirrored_looks(looks))):
             candidates = near_pairs(looks, others)
             candidates = rows[candidates[candidates[:, 0] < candidates[:, 1]]]
             differ = [patients[a] != patients[b] for a, b in candidates.tolist()]
             pairs += confirm(candidates[np.array(differ, bool)], photos, photos, kind)
     return pl.DataFrame(sorted(pairs), schema=DUPLICATE_COLUMNS, orient="row")
+
+
+def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Rows of photos that can be recognised, and their looks, uint8 [N, 32].
+
+    A photo too poor to grade shows too little; of photos with equal bytes, the first stands for all.
+    """
+    usable = manifest["look"].is_not_null() & (manifest["status"] == "ok")
+    rows = np.flatnonzero(usable.to_numpy())
+    rows = rows[np.sort(np.unique(manifest["sha256"].to_numpy()[rows], return_index=True)[1])]
+    looks = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in manifest["look"].gather(rows)]
+    return rows, np.stack(looks) if looks else np.empty((0, 32), np.uint8)
 
 
 def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int64]:

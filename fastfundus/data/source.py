@@ -62,14 +62,15 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     tables = [] if labels is None else [labels]
     found: dict[str, Path] = {}
     ignored: Counter[str] = Counter()
-    if len(paths) == 1 and paths[0].is_dir() and labels is None and adapter not in ("folder", "classes", "csv"):
-        if _list_data_set(listing, adapter):
-            return listing
-    elif adapter not in LAYOUTS:
+    one_folder = len(paths) == 1 and paths[0].is_dir() and labels is None
+    if adapter not in LAYOUTS and not one_folder:
         raise DataError(f"the adapter {adapter!r} reads one folder, with the set's own label files", path=paths[0])
     for path in paths:
         if path.is_dir():
-            _walk(path, listing, found, ignored, own={_key(table) for table in tables})
+            files = list(_files(path, listing))
+            if one_folder and adapter not in ("folder", "classes", "csv") and _list_data_set(listing, files, adapter):
+                return listing
+            _take_photos(files, listing, found, ignored, own={_key(table) for table in tables})
         elif path.suffix.lower() == ".csv":
             tables.append(path)
         else:
@@ -93,19 +94,18 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     return listing
 
 
-def _list_data_set(listing: SourceList, adapter: str) -> bool:
+def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool:
     """List a folder as the public data set that it is named or looks like; False if it looks like none."""
-    files = [os.path.relpath(path, listing.root) for path in _files(listing.root, listing)]
-    chosen = [adapter_named(adapter)] if adapter != "auto" else detect_adapter(files, ADAPTERS.values())
+    names = [os.path.relpath(path.absolute(), listing.root) for path in files]
+    chosen = [adapter_named(adapter)] if adapter != "auto" else detect_adapter(names, ADAPTERS.values())
     if len(chosen) > 1:
-        names = " and ".join(f"{entry.title} (--adapter {entry.name})" for entry in chosen)
-        listing.notes.append(f"looks like {names}: read as plain files; name one of them to have its labels")
+        sets = " and ".join(f"{entry.title} (--adapter {entry.name})" for entry in chosen)
+        listing.notes.append(f"looks like {sets}: read as plain files; name one of them to have its labels")
     if len(chosen) != 1:
-        listing.lost.clear()
         return False
     if adapter == "auto":
         listing.notes.append(f"looks like {chosen[0].title}: read as such; --adapter folder reads it as plain files")
-    photos, notes = list_with_adapter(listing.root, files, chosen[0])
+    photos, notes = list_with_adapter(listing.root, names, chosen[0])
     listing.notes += notes
     listing.photos = sorted(_mark_split_patients(photos, listing), key=lambda photo: photo.name)
     return True
@@ -132,14 +132,27 @@ def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
     found[_key(path)] = path
 
 
-def _walk(folder: Path, listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]) -> None:
-    for path in _files(folder, listing):
-        # A photo may be gzipped, as STARE's are.
-        ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-        if ending.lower() in PHOTO_SUFFIXES and not path.name.startswith("."):
+def _take_photos(
+    files: Iterable[Path], listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]
+) -> None:
+    for path in files:
+        if not path.name.startswith(".") and _is_photo_by_name(path):
             _add(path, listing, found)
         elif _key(path) not in own:
             ignored[path.suffix.lower()] += 1
+
+
+def _is_photo_by_name(path: Path) -> bool:
+    """Whether a file counts as a photo: by its ending, or as DICOM without one, as studies on disks have them."""
+    # A photo may be gzipped, as STARE's are.
+    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    if ending or path.name == "DICOMDIR":
+        return ending.lower() in PHOTO_SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
@@ -149,9 +162,14 @@ def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
         listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
 
     for parent, folders, files in os.walk(folder, onerror=complain):
-        # Hidden folders hold thumbnails and trash; sorting makes runs repeat. Links to folders are not followed: they
-        # may lead in a circle.
+        # Hidden folders hold thumbnails and trash; sorting makes runs repeat.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        # os.walk does not go into links to folders: they may lead in a circle.
+        listing.notes += [
+            f"{Path(parent) / name}: a link to a folder is not followed; name its target to have its photos"
+            for name in folders
+            if os.path.islink(os.path.join(parent, name))
+        ]
         yield from (Path(parent) / name for name in sorted(files))
 
 

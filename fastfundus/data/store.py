@@ -6,6 +6,7 @@ kills the process.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,10 +146,12 @@ def _file(folder: Path, number: int) -> Path:
     return folder / ("photos.npy" if number == 0 else f"photos-{number:05d}.npy")
 
 
-def disk_is_full(folder: Path, error: OSError, done: int) -> DataError:
+def not_written(folder: Path, error: OSError, done: int) -> DataError:
     """What to tell the user when a write failed."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    cure = "make room" if full else "mend that"
     return DataError(
-        f"cannot be written after {done} photos ({error.strerror or error}); make room and run the same command again: "
+        f"cannot be written after {done} photos ({error.strerror or error}); {cure} and run the same command again: "
         "what was prepared is kept",
         path=folder,
     )

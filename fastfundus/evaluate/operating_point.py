@@ -63,8 +63,9 @@ def _threshold(probabilities: NDArray[np.float64], labels: NDArray[np.float64], 
     positive = np.sort(probabilities[labels == 1])[::-1]
     needed = positive[int(np.ceil(target * len(positive))) - 1]
     lower = probabilities[probabilities < needed]
-    # Halfway between two scores, so that rounding in another runtime does not flip the photo that set the threshold.
-    return float((needed + lower.max()) / 2 if len(lower) else needed)
+    # Halfway between two scores, so that rounding in another runtime does not flip the photo that set the threshold; to
+    # zero below the lowest of all.
+    return float((needed + (lower.max() if len(lower) else 0.0)) / 2)
 
 
 def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90) -> dict[str, Any]:

@@ -53,8 +53,8 @@ class Field:
         """How much of the field is there.
 
         Returns:
-            Lit share of the fitted shape, 0 to 1, counting as dark what lies outside the picture; and the sides, of
-            "top", "bottom", "left" and "right", of which more than 40 % is missing.
+            Lit share of the fitted shape, 0 to 1, counting as dark what lies outside the picture; and the one or two
+            sides, of "top", "bottom", "left" and "right", of which most is missing; none when it is missing all round.
         """
         height, width = self.mask.shape
         columns = np.floor(self.oval.x + self.oval.half_width * _SPREAD[0]).astype(np.intp)
@@ -62,7 +62,11 @@ class Field:
         inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
         lit = np.zeros(len(rows), np.bool_)
         lit[inside] = self.mask[rows[inside], columns[inside]] > 0
-        return float(lit.mean()), tuple(side for side, where in _SIDES.items() if lit[where].mean() < 0.6)
+        shares = {side: float(lit[where].mean()) for side, where in _SIDES.items()}
+        least = min(shares.values())
+        # What covers one side reaches into its neighbours: only the worst are named.
+        sides = tuple(side for side, share in shares.items() if share < 0.6 and share < least + 0.25)
+        return float(lit.mean()), sides if len(sides) <= 2 else ()
 
 
 def brightest(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -48,7 +48,7 @@ def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
     if share < (0.3 if rim else 0.6):
         raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
     if not rim:
-        _judge_without_rim(small, field)
+        _judge_without_rim(small)
 
 
 def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -> float:
@@ -70,19 +70,18 @@ def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -
     return 1 - cv2.countNonZero(cv2.bitwise_and(lit, cv2.bitwise_or(bluish, greenish))) / count
 
 
-def _judge_without_rim(small: NDArray[np.uint8], field: Field | None) -> None:
-    """Judge a picture without a round rim: a retina cropped inside its field, a montage, or mostly hidden.
+def _judge_without_rim(small: NDArray[np.uint8]) -> None:
+    """Judge a picture without a round rim: a retina cropped inside its field, a montage, or half hidden.
+
+    How much of it is hidden is for its quality to say.
 
     Raises:
-        PhotoError: it is no retina, or most of it is hidden.
+        PhotoError: it is no retina.
     """
     red, _, blue = small.reshape(-1, 3).astype(np.float32).T
     lit = red > 20
     if not lit.any() or np.mean(red[lit] > 1.15 * blue[lit]) <= 0.9:
         raise PhotoError(Status.NOT_FUNDUS, "no round retinal field was found")
-    share = lit.mean() if field is None else cv2.countNonZero(field.mask) / field.mask.size
-    if share <= 0.35:
-        raise PhotoError(Status.UNGRADABLE, "most of the field is dark or missing")
 
 
 def _looks_wide(small: NDArray[np.uint8], field: Field) -> bool:

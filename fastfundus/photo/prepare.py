@@ -44,7 +44,7 @@ class PreparedPhoto:
     image: NDArray[np.uint8] | None = None
     """[size, size, 3] RGB for `ok` and `ungradable`, else None."""
     sha256: str = ""
-    """Of the file's bytes, 64 hex digits; empty when it could not be read."""
+    """Of the file's bytes (unpacked, if it is gzipped), 64 hex digits; empty when it could not be read."""
     bytes: int = 0
     """Size of the file."""
     width_px: int = 0
@@ -121,8 +121,9 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
             raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is no fundus photograph")
         whole, scale = shrink(rgb)
         small = without_margin(whole)
-        field = find_field(small) if spec.field == "circle" else None
-        judge_kind(small, field)
+        found = find_field(small)
+        judge_kind(small, found)
+        field = found if spec.field == "circle" else None
         side = _side(field, scale, rgb, spec)
         if side < least and plan.divisor > 1:
             # The field fills little of the frame: decode again, so that no detail is lost to the scaled DCT.
@@ -146,7 +147,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
             cv2.bitwise_and(image, _round_mask(spec.size), dst=image)
     # The finished image, unless it is too small to show fine detail: that is smaller work.
     shown = image if spec.size >= QUALITY_PX else square
-    quality = measure_quality(shown, *(field.completeness() if field else ()))
+    quality = measure_quality(shown, *(found.completeness() if found else ()))
     known = replace(known, image=image, quality=round(quality.score, 4))
     if quality.score < LEAST_QUALITY:
         return replace(known, status=Status.UNGRADABLE, reason=quality.reason)

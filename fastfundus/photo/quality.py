@@ -51,7 +51,7 @@ class Quality:
     too_bright: bool = False
     """Whether `exposure` is low by too much light, not by too little."""
     missing: tuple[str, ...] = ()
-    """Sides of which much is missing: "top", "bottom", "left", "right"."""
+    """Sides of which most is missing: "top", "bottom", "left", "right"; none when it is missing all round."""
 
     @property
     def score(self) -> float:
@@ -61,7 +61,7 @@ class Quality:
     @property
     def reason(self) -> str:
         """What makes the photo poor, in words; empty when nothing does."""
-        missing = f"field cut at {' and '.join(self.missing)}" if len(self.missing) in (1, 2) else ""
+        missing = f"field cut at {' and '.join(self.missing)}" if self.missing else ""
         words = {
             "exposure": "too bright" if self.too_bright else "too dark",
             "sharpness": "out of focus",

@@ -28,8 +28,10 @@ def test_help_says_what_and_gives_an_example(command: list[str]) -> None:
     assert result.exit_code == 0
     assert "Usage: " in result.output
     if command:
-        assert "Example:" in result.output
-        assert f"fastfundus {command[0]}" in result.output
+        assert "\\b" not in result.output
+        # A paragraph of its own, with its line breaks kept.
+        example = result.output.split("Example:\n")[1].splitlines()[0]
+        assert example.strip().startswith(f"fastfundus {command[0]}")
 
 
 def test_the_commands_of_the_design_are_there() -> None:
@@ -73,7 +75,8 @@ def test_the_whole_way(photo_folder: Path, broken_photos: Path, tmp_path: Path) 
         ("prepare", photo_folder, "--labels", photo_folder / "labels.csv", "--output", cache, "--size", 64),
         ("train", cache, "--output", run_folder, "--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--amp"),
         ("evaluate", run_folder, cache, "--output", tmp_path / "evaluation"),
-        ("build-engine", run_folder, "--output", bundle),
+        # After one epoch all photos score alike: bfloat16 may flip one, and the gate refuse it.
+        ("build-engine", run_folder, "--output", bundle, "--precision", "fp32"),
         ("screen", bundle, broken_photos, photo_folder, "--output", out),
     ]
     results = []

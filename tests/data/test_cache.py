@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastfundus.data import rows as rows_module
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.store import PhotoStore, open_photos
 from fastfundus.errors import DataError, SpecMismatch
+from fastfundus.photo import prepare as prepare_module
 from fastfundus.photo import prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -217,6 +219,58 @@ def test_a_killed_build_goes_on(photo_folder: Path, tmp_path: Path) -> None:
     assert cache.manifest.equals(whole.manifest)
 
 
+def test_a_second_build_of_the_same_cache_waits_outside(photo_folder: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(status: Status) -> None:
+        if not refused:
+            # From another thread: one process may lock twice through one file, but not through two.
+            with pytest.raises(DataError, match="is being prepared by another process") as caught:
+                build(photo_folder, tmp_path / "cache")
+            refused.append(str(caught.value))
+
+    build(photo_folder, tmp_path / "cache", on_photo=second)
+    assert refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the old one is moved", "between the moves", "before the old one is deleted"]
+)
+def test_a_kill_while_a_new_cache_takes_the_place_of_the_old(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder / "images", folder)
+    output = tmp_path / "cache"
+    build(folder, output)
+    sorted(folder.iterdir())[0].unlink()
+    renames = {"before the old one is moved": 0, "between the moves": 1, "before the old one is deleted": 2}[moment]
+    real, seen = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if len(seen) == renames:
+            raise KeyboardInterrupt
+        seen.append(self)
+        return real(self, target)
+
+    def rmtree(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if renames == 2:
+            patch.setattr(build_module.shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, output)
+    prepared = watch_preparing(monkeypatch)
+    cache = build(folder, output)
+    assert prepared == []
+    assert len(cache.manifest) == 47
+    assert list(cache.verify(sources=True)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "photos"]
+
+
 def test_a_full_disk_is_said_and_the_cache_stays_valid(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +408,23 @@ def test_dicom_says_whose_photo_it_is(photo_folder: Path, tmp_path: Path) -> Non
     listing = list_photos(folder, labels=labels)
     again = build_cache(listing.photos, tmp_path / "cache", SPEC, source=listing.root)
     assert again.manifest["patient"].to_list() == ["p1", "P-007"]
+
+
+def test_a_slow_disk_holds_up_one_photo_not_all(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network drive: while one read waits, the other threads read on. Otherwise the barrier breaks."""
+    barrier = threading.Barrier(3, timeout=30)
+    original = prepare_module.read_photo
+
+    def slow(path: Path) -> bytes:
+        if path.name in ("p00000_left.jpg", "p00000_right.jpg", "p00001_left.jpg"):
+            barrier.wait()
+        return original(path)
+
+    monkeypatch.setattr(prepare_module, "read_photo", slow)
+    cache = build(photo_folder, tmp_path / "cache", workers=3)
+    assert (cache.manifest["status"] == "ok").all()
 
 
 def test_names_that_are_not_utf8_and_links_in_a_circle(photo_folder: Path, tmp_path: Path) -> None:

@@ -181,5 +181,6 @@ def test_real_photos_are_told_apart(real_data: Path, tmp_path: Path) -> None:
     found = {(a.removeprefix("copy-"), b) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in a}
     found |= {(b.removeprefix("copy-"), a) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in b}
     assert all(a == b for a, b in found)
-    assert len(found) >= 38
+    # At 128 px, with highlights that the change burns out, most but not all are recognised.
+    assert len(found) >= 36
     assert len(pairs) == len(found)

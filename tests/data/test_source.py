@@ -158,3 +158,19 @@ def test_a_folder_that_cannot_be_searched_is_lost_and_said(tmp_path: Path) -> No
     listing = list_photos(tmp_path)
     assert [photo.name for photo in listing.photos] == ["open/a.jpg"]
     assert "shut: cannot be searched" in listing.lost[0]
+
+
+def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
+    touch(tmp_path, "photos/a.jpg", "elsewhere/b.jpg")
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    listing = list_photos(tmp_path / "photos")
+    assert [photo.name for photo in listing.photos] == ["a.jpg"]
+    assert sum("photos/link: a link to a folder is not followed" in note for note in listing.notes) == 1
+
+
+def test_dicom_files_without_an_ending_are_photos(tmp_path: Path) -> None:
+    """As on disks that cameras write: IM000001 beside a DICOMDIR."""
+    touch(tmp_path, "notes", "STUDY/README")
+    for name in ("STUDY/IM000001", "DICOMDIR"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(100))
+    assert [photo.name for photo in list_photos(tmp_path).photos] == ["STUDY/IM000001"]

@@ -88,6 +88,10 @@ def test_threshold_reaches_its_target_and_no_higher_one_does(target: float) -> N
     assert (positive >= next_higher).mean() < target
 
 
+def test_a_threshold_below_all_scores_lies_on_none_of_them() -> None:
+    assert _threshold(np.array([0.2, 0.5, 0.3]), np.array([1.0, 1.0, 0.0]), 1.0) == pytest.approx(0.1)
+
+
 def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
     run = Run.open(trained.run)
     stored = read_operating_point(run)["labels"]["abnormal"]

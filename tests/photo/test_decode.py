@@ -149,10 +149,13 @@ def test_sixteen_bits_map_full_scale_to_full_scale(rgb: np.ndarray) -> None:
     np.testing.assert_array_equal(got, rgb)
 
 
-def test_transparent_pixels_are_black(rgb: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    ("form", "options"), [("PNG", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
+)
+def test_transparent_pixels_are_black(rgb: np.ndarray, form: str, options: dict[str, object]) -> None:
     alpha = np.full(rgb.shape[:2], 255, np.uint8)
     alpha[:50] = 0
-    data = encoded(np.dstack([rgb, alpha]), "PNG")
+    data = encoded(np.dstack([rgb, alpha]), form, **options)
     got = decode(data, read_header(data))
     assert not got[:50].any()
     np.testing.assert_array_equal(got[50:], rgb[50:])

@@ -154,6 +154,17 @@ def test_a_wide_field_picture_is_no_standard_photograph(tmp_path: Path) -> None:
     assert "wide-field" in result.reason
 
 
+def test_the_whole_frame_can_be_asked_for(tmp_path: Path) -> None:
+    photo = draw_photo(1, camera=CAMERAS[1], long_side=900)
+    path = write_rgb(tmp_path / "a.png", photo.image)
+    result = prepare_photo(path, PreprocessSpec(size=224, field="frame", mask_outside=False))
+    assert (result.status, result.field) == (Status.OK, None)
+    side = photo.image.shape[0]
+    left = (photo.image.shape[1] - side) // 2
+    exact = cv2.resize(photo.image[:, left : left + side], (224, 224), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(result.image, exact)
+
+
 @pytest.mark.parametrize("shape", [(64, 6400), (6400, 64), (300, 1600)])
 def test_a_strip_is_no_fundus(tmp_path: Path, shape: tuple[int, int]) -> None:
     """Found by fuzzing: shrunk to 192 pixels, nothing is left of its short side."""

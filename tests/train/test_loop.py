@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache
+from fastfundus.data.split import write_split_file
 from fastfundus.errors import CheckpointError, ConfigError, DataError
 from fastfundus.train.loop import EpochResult, Interrupted, Observer, train
 from fastfundus.train.run import Run
@@ -116,6 +117,16 @@ def test_a_run_folder_is_complete(cache: PhotoCache, tmp_path: Path) -> None:
     assert versions["torch"] == torch.__version__.split("+")[0]
     model = run.load_model()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1)
+
+
+def test_a_split_file_decides_who_trains(cache: PhotoCache, tmp_path: Path) -> None:
+    names = ["test" if row % 6 < 2 else "val" if row % 6 < 4 else "train" for row in range(len(cache.manifest))]
+    part = cache.manifest[:42]
+    write_split_file(tmp_path / "split.csv", part, names[:42])
+    plain = settings(epochs=1).to_dict()
+    train(cache, tmp_path / "run", TrainConfig.from_dict(plain | {"data": {"split_file": str(tmp_path / "split.csv")}}))
+    splits = pl.read_parquet(tmp_path / "run" / "splits.parquet")
+    assert splits["split"].to_list() == [*names[:42], *["excluded"] * 6]
 
 
 def test_starting_and_resuming_wrongly(cache: PhotoCache, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What lets a build go on after a kill, and keeps a second one out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastfundus.errors import DataError
+
+__all__ = ["journal_rows", "locked", "mend_journal"]
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keep a second build of the same cache out.
+
+    Raises:
+        DataError: one is at work.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(output.name + ".lock")
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise DataError("is being prepared by another process; wait for it, or stop it", path=output) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
+    """What a build has noted so far, a row a finished photo, in order."""
+    path = partial / "rows.jsonl"
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def mend_journal(partial: Path) -> None:
+    """Take half a line away that a kill may have left: it must not glue to the next; its photo is prepared again."""
+    path = partial / "rows.jsonl"
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        start = file.tell()
+        tail = file.read()
+        file.truncate(start + tail.rfind(b"\n") + 1)

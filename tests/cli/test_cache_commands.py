@@ -1,0 +1,114 @@
+"""`fastfundus cache` and the new sides of `prepare`, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import polars as pl
+import pytest
+
+from fastfundus.data.adapters import ADAPTERS
+from tests.cli.test_cli import run
+
+
+@pytest.fixture(scope="module")
+def folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 24 patients, and copies of three photos under other names."""
+    work = tmp_path_factory.mktemp("cache-cli")
+    shutil.copytree(photo_folder, work / "photos")
+    images = work / "photos" / "images"
+    shutil.copy(images / "p00000_left.jpg", images / "copy0.jpg")
+    for number, patient in enumerate(("p00003", "p00005"), start=1):
+        picture = cv2.imread(str(images / f"{patient}_left.jpg"))
+        cv2.imwrite(str(images / f"copy{number}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 60])
+    labels = work / "photos" / "labels.csv"
+    rows = labels.read_text().splitlines()
+    header = rows[0].split(",")
+    for number in range(3):
+        rows.append(",".join([f"images/copy{number}.jpg", *[""] * (len(header) - 1)]))
+    labels.write_text("\n".join(rows) + "\n")
+    result = run("prepare", work / "photos", "--labels", labels, "--output", work / "cache", "--size", 64, "--preview")
+    assert result.exit_code == 0, result.output
+    assert "pairs of photos of different patients that are or look the same: 3" in result.stderr
+    assert (work / "cache" / "preview.html").is_file()
+    return work / "cache"
+
+
+def test_info(folder: Path) -> None:
+    result = run("cache", "info", folder)
+    assert result.exit_code == 0
+    for text in ("51 photos at 64 px", "status: 51 ok", "label abnormal: known for 48", "look the same: 3"):
+        assert text in result.stdout
+    about = json.loads(run("cache", "info", folder, "--json").stdout)
+    assert about["duplicate_pairs"] == 3
+    assert about["labels"]["abnormal"]["distinct"] == 2
+    assert about["patients_unknown"] == 3
+    assert "no photo cache" in run("cache", "info", folder.parent).stderr
+
+
+def test_verify(folder: Path, tmp_path: Path) -> None:
+    assert "51 photos are as they were prepared" in run("cache", "verify", folder, "--sources").stdout
+    spoilt = tmp_path / "cache"
+    shutil.copytree(folder, spoilt)
+    data = bytearray((spoilt / "photos.npy").read_bytes())
+    data[128 + 64 * 64 * 3 + 6000] ^= 255
+    (spoilt / "photos.npy").write_bytes(data)
+    result = run("cache", "verify", spoilt, "--json")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["faults"]) == 1
+    assert "1 faults" in result.stderr
+
+
+def test_audit_and_split(folder: Path, tmp_path: Path) -> None:
+    result = run("cache", "audit", folder, "--label", "abnormal", "--output", tmp_path / "pairs.csv")
+    assert result.exit_code == 0, result.output
+    assert "51 photos of 27 patients; pairs across patients: 2 looks the same, 1 same bytes" in result.stdout
+    assert "the patient of 3 photos is unknown" in result.stderr
+    assert len(pl.read_csv(tmp_path / "pairs.csv")) == 3
+    assert "did you mean 'abnormal'" in run("cache", "audit", folder, "--label", "abnrmal").stderr
+
+    split = run("cache", "split", folder, "--holdout", "0.3", "0.2", "--output", tmp_path / "split.csv")
+    assert split.exit_code == 0, split.output
+    assert "48 photos with a label" in split.stdout
+    assert run("cache", "audit", folder, "--splits", tmp_path / "split.csv").exit_code == 0
+    # Copies that were put on another side by hand.
+    table = pl.read_csv(tmp_path / "split.csv")
+    original = table.filter(pl.col("path") == "images/p00000_left.jpg")
+    other = "test" if original["split"][0] == "train" else "train"
+    copy = original.with_columns(path=pl.lit("images/copy0.jpg"), split=pl.lit(other), patient=pl.lit("x"))
+    pl.concat([table, copy]).write_csv(tmp_path / "leaking.csv")
+    leaking = run("cache", "audit", folder, "--splits", tmp_path / "leaking.csv")
+    assert leaking.exit_code == 1
+    assert "pairs on two sides of the split: 1" in leaking.stdout
+    assert "photos leak" in leaking.stderr
+    against = run("cache", "audit", folder, "--against", folder, "--json")
+    assert against.exit_code == 1
+    assert len(json.loads(against.stdout)["shared"][str(folder)]) >= 51
+    assert run("cache", "split", folder, "--folds", 5, "--holdout", "0.3", "0.2", "--output", "x").exit_code == 2
+
+
+def test_adapters_are_listed_and_named(tmp_path: Path) -> None:
+    result = run("prepare", "--list-adapters")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == len(ADAPTERS)
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    wrong = run("prepare", tmp_path, "--adapter", "mesidor2", "--output", tmp_path / "cache")
+    assert wrong.exit_code == 1
+    assert "did you mean 'messidor2'" in wrong.stderr
+
+
+def test_a_salt_must_keep_a_secret(photo_folder: Path, tmp_path: Path) -> None:
+    salt = tmp_path / "salt"
+    salt.write_text("short")
+    arguments = ("prepare", photo_folder, "--output", tmp_path / "cache", "--size", 64, "--patient-salt", salt)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "5 bytes are easily guessed" in result.stderr
+    salt.write_text("0123456789abcdef0123456789abcdef\n")
+    assert run(*arguments).exit_code == 0
+    manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
+    assert not manifest["patient"].str.contains("p000").any()
+    assert "patients: 24, hashed" in run("cache", "info", tmp_path / "cache").stdout
