@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -10,11 +12,14 @@ from numpy.typing import NDArray
 
 __all__ = ["Oval", "agreement", "explained", "fit_circle", "fit_oval", "outline"]
 
+_Circle = tuple[float, ...]
+"""x, y, radius."""
 _MOST_POINTS = 200
 _TRIALS = 120
 _VOTERS = 240
 _LEAST_SEEN = 0.65
 _ANGLES = np.linspace(0, 2 * np.pi, 240, endpoint=False)
+_SIDES = np.array([0.96, 1.04]).reshape(2, 1, 1)
 _DIRECTIONS = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 
 
@@ -38,13 +43,16 @@ def outline(contour: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.fl
         shape: of the picture, height and width.
     """
     height, width = shape
-    x, y = contour[:, 0].T
-    inside = np.flatnonzero((x > 1) & (x < width - 2) & (y > 1) & (y < height - 2))
     # Every second or third point does: neighbours say the same.
-    chosen = contour[inside[:: max(1, len(inside) // _MOST_POINTS)], 0].astype(np.float64) + 0.5
+    chosen = contour[:: max(1, len(contour) // _MOST_POINTS), 0]
+    x, y = chosen.T
+    inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
+    chosen = chosen[inside] + 0.5
+    if not len(chosen):
+        return chosen
     # Half a pixel outwards, from the middle of the outermost lit pixels to their far side.
-    away = chosen - (chosen.mean(axis=0) if len(chosen) else 0.0)
-    return chosen + 0.5 * away / np.maximum(np.hypot(*away.T), 1e-9)[:, None]
+    away = chosen - chosen.mean(axis=0)
+    return chosen + away * (0.5 / np.maximum(np.hypot(away[:, 0], away[:, 1]), 1e-9))[:, None]
 
 
 def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:
@@ -54,32 +62,39 @@ def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | No
     circles through three points compete, and the winner is refined by least squares on the points that agree with it.
     """
     tolerance = 0.01 * max(shape)
-    circle = _refine(_least_squares(points)[None], points, 0.03 * max(shape))
-    agree = 0.0 if circle is None else float(_agree(circle, points, tolerance).mean())
-    if circle is None or agree < 0.9 or not _plausible(circle, shape)[0]:
+    circle = _refine(_least_squares(points), points, 0.03 * max(shape))
+    if circle is None or np.mean(_close(circle, points, tolerance)) < 0.9 or not _plausible([circle], shape)[0]:
         # Seeded: the same photo must always give the same crop.
         rng = np.random.default_rng(0)
         voters = points if len(points) <= _VOTERS else points[rng.choice(len(points), _VOTERS, replace=False)]
         circles = _through_three(voters[rng.integers(0, len(voters), (_TRIALS, 3))])
-        circles = circles[_plausible(circles, shape)]
+        circles = circles[_plausible(circles.tolist(), shape)]
         if not len(circles):
             return None
         votes = _agree(circles, voters, tolerance).sum(axis=1)
-        circle = _refine(circles[np.argmax(votes)][None], points, tolerance, tolerance)
-        if circle is None or not _plausible(circle, shape)[0]:
+        circle = _refine(tuple(circles[np.argmax(votes)].tolist()), points, tolerance, tolerance)
+        if circle is None or not _plausible([circle], shape)[0]:
             return None
-    x, y, radius = (float(value) for value in circle[0])
+    x, y, radius = circle
     return Oval(x, y, radius, radius)
 
 
-def _refine(circle: NDArray[np.float64], points: NDArray[np.float64], *tolerances: float) -> NDArray[np.float64] | None:
+def _refine(circle: _Circle | None, points: NDArray[np.float64], *tolerances: float) -> _Circle | None:
     """Fit a circle again to the points that agree with it, once for each tolerance in pixels."""
     for tolerance in tolerances:
-        inliers = _agree(circle, points, tolerance)[0]  # none, when the circle is not finite
-        if inliers.sum() < 12:
+        if circle is None:
             return None
-        circle = _least_squares(points[inliers])[None]
+        inliers = points[_close(circle, points, tolerance)]
+        if len(inliers) < 12:
+            return None
+        circle = _least_squares(inliers)
     return circle
+
+
+def _close(circle: _Circle, points: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
+    """Which points lie within `tolerance` pixels of a circle."""
+    x, y, radius = circle
+    return np.abs(np.hypot(points[:, 0] - x, points[:, 1] - y) - radius) < tolerance
 
 
 def fit_oval(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:
@@ -114,23 +129,22 @@ def agreement(mask: NDArray[np.uint8], oval: Oval) -> float:
     retina out. Zero when too little of the rim is in the picture, or the oval is mostly dark.
     """
     height, width = mask.shape
-    centre, half = np.array([oval.x, oval.y]), np.array([oval.half_width, oval.half_height])
-    inner = np.floor(centre + 0.96 * half * _DIRECTIONS).astype(np.intp)
-    outer = np.floor(centre + 1.04 * half * _DIRECTIONS).astype(np.intp)
-    # Both sides: where the centre is out of the picture, the inner side may be too.
-    both = np.stack([inner, outer])
-    visible = ((both >= 0) & (both < [width, height])).all(axis=(0, 2))
+    half = np.array([oval.half_width, oval.half_height])
+    # [2, A, 2]: inner and outer side of the rim at each angle, as x, y.
+    rim = np.floor([oval.x, oval.y] + _SIDES * (half * _DIRECTIONS)).astype(np.intp)
+    # Both sides must be seen: where the centre is out of the picture, the inner one may not be.
+    visible = ((rim >= 0) & (rim < (width, height))).all(axis=(0, 2))
     if visible.sum() < 24:
         return 0.0
-    inner, outer = inner[visible], outer[visible]
-    agree = (mask[inner[:, 1], inner[:, 0]] > 0) & (mask[outer[:, 1], outer[:, 0]] == 0)
+    lit_inside, lit_outside = mask[rim[:, visible, 1], rim[:, visible, 0]] > 0
+    agree = float(np.mean(lit_inside & ~lit_outside))
     disc = np.zeros_like(mask)
     axes = tuple(round(1.04 * value * 16) for value in half)
-    cv2.ellipse(disc, tuple(round((v - 0.5) * 16) for v in centre), axes, 0, 0, 360, 255, -1, cv2.LINE_8, 4)
+    cv2.ellipse(disc, (round((oval.x - 0.5) * 16), round((oval.y - 0.5) * 16)), axes, 0, 0, 360, 255, -1, cv2.LINE_8, 4)
     lit, held = cv2.countNonZero(mask), cv2.countNonZero(cv2.bitwise_and(mask, disc))
     if held < 0.4 * np.pi * half.prod():
         return 0.0
-    return float(agree.mean()) * held / lit
+    return agree * held / lit
 
 
 def explained(points: NDArray[np.float64], oval: Oval) -> float:
@@ -147,18 +161,21 @@ def _agree(circles: NDArray[np.float64], points: NDArray[np.float64], tolerance:
     return (squared > (radius - tolerance) ** 2) & (squared < (radius + tolerance) ** 2)
 
 
-def _plausible(circles: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def _plausible(circles: Sequence[Sequence[float]], shape: tuple[int, ...]) -> list[bool]:
     """Whether each circle is large enough and most of its diameter lies in the picture both ways.
 
     One side of a squeezed field fits a far larger circle, which hangs out of the frame.
     """
     height, width = shape
-    x, y, radius = circles.T
-    with np.errstate(invalid="ignore"):
-        seen_x = np.minimum(x + radius, width) - np.maximum(x - radius, 0)
-        seen_y = np.minimum(y + radius, height) - np.maximum(y - radius, 0)
-        sound = (radius > 0.2 * min(height, width)) & (np.minimum(seen_x, seen_y) > _LEAST_SEEN * 2 * radius)
-    return sound & np.isfinite(circles).all(axis=1)
+    found = []
+    for x, y, radius in circles:
+        sound = math.isfinite(x + y + radius) and radius > 0.2 * min(height, width)
+        if sound:
+            seen_x = min(x + radius, width) - max(x - radius, 0)
+            seen_y = min(y + radius, height) - max(y - radius, 0)
+            sound = min(seen_x, seen_y) > _LEAST_SEEN * 2 * radius
+        found.append(sound)
+    return found
 
 
 def _through_three(triples: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -173,19 +190,21 @@ def _through_three(triples: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack([a[:, 0] + x, a[:, 1] + y, np.hypot(x, y)], axis=1)
 
 
-def _least_squares(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Algebraic circle fit: x, y, radius; not finite for points on a line.
+def _least_squares(points: NDArray[np.float64]) -> _Circle | None:
+    """Algebraic circle fit: x, y, radius; None for points on a line.
 
     Source: Kåsa, IEEE Trans. Instrum. Meas. 25 (1976).
     """
-    centre = points.mean(axis=0)
-    near = points - centre
-    squares = (near * near).sum(axis=1)
-    # Normal equations about the centre of the points, where they fall apart: a tenth of the time of a general solver.
-    moments = 2 * near.T @ near
-    try:
-        x0, y0 = np.linalg.solve(moments, near.T @ squares)
-    except np.linalg.LinAlgError:
-        return np.full(3, np.nan)
-    radius = np.sqrt(squares.mean() + x0 * x0 + y0 * y0)
-    return np.array([x0 + centre[0], y0 + centre[1], radius])
+    # Normal equations about the centre of the points, where they fall apart into two unknowns: a tenth of the time of
+    # a general solver.
+    x, y = points.mean(axis=0).tolist()
+    near = points - (x, y)
+    squares = np.einsum("ij,ij->i", near, near)
+    (xx, xy), (_, yy) = (near.T @ near).tolist()
+    right_x, right_y = (squares @ near).tolist()
+    determinant = xx * yy - xy * xy
+    if determinant <= 1e-9 * (xx + yy) ** 2:
+        return None
+    x0 = (right_x * yy - right_y * xy) / (2 * determinant)
+    y0 = (right_y * xx - right_x * xy) / (2 * determinant)
+    return x + x0, y + y0, math.sqrt((xx + yy) / len(points) + x0 * x0 + y0 * y0)
