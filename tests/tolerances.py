@@ -11,10 +11,10 @@ FLOAT16_RELATIVE = 2**-11
 """One rounding to float16's 11 bits of mantissa."""
 
 CIRCLE_RADII = 0.02
-"""Field circle against the synthetic truth, in radii: it is found on a picture of 256 pixels, where a radius is about
-100 pixels, to within one pixel on each side, and the drawn rim is soft."""
+"""Field circle against the synthetic truth, in radii: it is found on a picture of 192 pixels, where a radius is about
+70 pixels, to within one pixel on each side, and the drawn rim is soft."""
 
-SCALED_DECODE_GREY_LEVELS = 2.0
+SCALED_DECODE_GREY_LEVELS = 1.5
 """Mean difference between a photo prepared from a scaled decode and from a full one: the DCT's own low-pass is not an
 area average, and the crop is rounded to whole pixels of the decoded picture."""
 
