@@ -105,7 +105,7 @@ def circle_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"In percent of the field's radius; {photos} photos a row, four cameras. On DRIVE, which has masks of the field, "
+            f"In percent of the field's radius; {photos} photos a row, four cameras. On DRIVE, which has field masks, "
             f"the Dice of circle and mask is {drive['dice_mean']:.4f} on average and "
             f"{drive['dice_least']:.4f} at least over {drive['photos']} photos. {_stamp(result)}",
         ]

@@ -100,16 +100,16 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
     bright = _mark(saturated, 0.30, 0.05)
     inner = cv2.resize(cv2.erode(lit, _EROSION), (QUALITY_PX, QUALITY_PX), interpolation=cv2.INTER_NEAREST)
     inner = cv2.bitwise_and(inner[_BOX, _BOX], _INNER)
-    # Blur of one pixel first: sensor noise is no detail.
-    fine = cv2.GaussianBlur(small[_BOX, _BOX, 1].astype(np.float32), (0, 0), 1.0)
-    middle = cv2.GaussianBlur(fine, (0, 0), 2.8)
+    # Blur of one pixel first: sensor noise is no detail. Kernels reach two and a half standard deviations or more.
+    fine = cv2.GaussianBlur(small[_BOX, _BOX, 1].astype(np.float32), (7, 7), 1.0)
+    middle = cv2.GaussianBlur(fine, (15, 15), 2.8)
     level = cv2.mean(fine, inner)[0] + 4
     sharp = cv2.norm(fine, middle, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)
     # What is coarse is smooth already: a quarter of the resolution shows it.
     size = (len(middle) // 4, len(middle) // 4)
     quarter = cv2.resize(middle, size, interpolation=cv2.INTER_AREA)
     inner = cv2.resize(inner, size, interpolation=cv2.INTER_NEAREST)
-    smooth = cv2.GaussianBlur(quarter, (0, 0), 2.0)
+    smooth = cv2.GaussianBlur(quarter, (11, 11), 2.0)
     contrast = cv2.norm(quarter, smooth, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)
     return Quality(
         exposure=min(dark, bright),
