@@ -10,7 +10,6 @@ hashes the file.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from bench.paired import environment, pinned_to, run_in_turns
+from bench.real_photos import DATA
 from fastfundus.photo.decode import decode
 from fastfundus.photo.header import read_header
 from fastfundus.photo.memory import keep_memory
@@ -34,7 +34,6 @@ from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, draw_photo
 
-DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PACKAGES = (
     "torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "nvidia-dali-cuda130", "numpy"
 )  # fmt: skip

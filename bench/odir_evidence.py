@@ -27,9 +27,8 @@ import cv2
 import numpy as np
 import polars as pl
 
+from bench.real_photos import DATA, need
 from fastfundus.evaluate.metrics import binary_metrics
-
-DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def run(times: dict[str, float], step: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
@@ -79,8 +78,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18")
     options = parser.parse_args()
     odir = DATA / "odir"
-    if not (odir / "labels.csv").is_file():
-        raise SystemExit(f"no real photographs at {odir}: set FASTFUNDUS_DATA to the folder that holds odir/")
+    need(odir / "labels.csv")
     times: dict[str, float] = {}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

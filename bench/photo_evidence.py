@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 
 from bench.paired import environment
+from bench.real_photos import DATA, need
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes, prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, LESIONS, QUALITIES, draw_photo
 
-DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SPEC = PreprocessSpec(size=512)
 FOLDERS = (
     "odir/images", "dr/images", "fullres_dr", "dme", "drive/images", "drishti/images", "hrf/images", "idrid/images",
@@ -142,12 +142,10 @@ def _by_flag(results: dict[str, PreparedPhoto]) -> dict[str, Any]:
         rows = list(csv.DictReader(file))
     table: dict[str, Counter[str]] = {}
     for row in rows:
-        group = row["quality_flags"] or "no flag"
-        table.setdefault(group, Counter())[results[Path(row["file"]).name].status.value] += 1
-        disease = "normal" if row["normal"] == "1" else "abnormal"
-        table.setdefault(disease, Counter())[results[Path(row["file"]).name].status.value] += 1
-        if row["eye_C"] == "1":
-            table.setdefault("cataract", Counter())[results[Path(row["file"]).name].status.value] += 1
+        groups = [row["quality_flags"] or "no flag", "normal" if row["normal"] == "1" else "abnormal"]
+        groups += ["cataract"] if row["eye_C"] == "1" else []
+        for group in groups:
+            table.setdefault(group, Counter())[results[Path(row["file"]).name].status.value] += 1
     return {group: dict(counts) for group, counts in table.items()}
 
 
@@ -171,8 +169,7 @@ def main() -> None:
     default = Path(__file__).parent / "results" / f"photos_{time.strftime('%Y%m')}.json"
     parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
-    if not (DATA / "odir" / "labels.csv").is_file():
-        raise SystemExit(f"no real photographs at {DATA}: set FASTFUNDUS_DATA to their folder")
+    need(DATA / "odir" / "labels.csv")
     cv2.setNumThreads(1)
     result = {
         "what": "field and quality",

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status", "identity"]
+__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status", "identity", "told_name"]
 
 PHOTO_SUFFIXES = frozenset(
     {
@@ -94,6 +94,11 @@ class SourcePhoto:
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None
     """A fault found while listing, such as a file that the label file names but is not there."""
+
+
+def told_name(name: str) -> str:
+    r"""Write a file name so that it can stand in a UTF-8 file: bytes that are not UTF-8 on disk become \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def identity(source: SourcePhoto, facts: PhotoFacts) -> tuple[str, bool, str | None]:

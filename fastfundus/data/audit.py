@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 
 from fastfundus.data.cache import PhotoCache
-from fastfundus.data.duplicates import confirm, near_pairs, usable_looks
-from fastfundus.photo.look import mirrored_looks
+from fastfundus.data.duplicates import alike, usable_looks
+from fastfundus.data.split import SIDES
 
 __all__ = ["Audit", "audit_cache", "overlap", "pair_positions"]
 
@@ -31,7 +31,7 @@ class Audit:
         """Pairs on two sides of the split; none without a split."""
         if "split_a" not in self.pairs.columns:
             return self.pairs.clear()
-        sides = pl.col("split_a").is_in(["train", "val", "test"]) & pl.col("split_b").is_in(["train", "val", "test"])
+        sides = pl.col("split_a").is_in(SIDES) & pl.col("split_b").is_in(SIDES)
         return self.pairs.filter(sides & (pl.col("split_a") != pl.col("split_b")))
 
 
@@ -73,12 +73,9 @@ def overlap(cache: PhotoCache, other: PhotoCache) -> pl.DataFrame:
     mine, theirs = ({sha: row for row, sha in enumerate(c.manifest["sha256"]) if sha} for c in (cache, other))
     for sha in mine.keys() & theirs.keys():
         found[mine[sha], theirs[sha]] = ("same bytes", 1.0)
-    (rows, looks), (other_rows, other_looks) = (usable_looks(c.manifest) for c in (cache, other))
-    for kind, turned in (("looks the same", other_looks), ("mirrored", mirrored_looks(other_looks))):
-        candidates = near_pairs(looks, turned)
-        candidates = np.stack([rows[candidates[:, 0]], other_rows[candidates[:, 1]]], axis=1)
-        for a, b, _, likeness in confirm(candidates, cache.photos, other.photos, kind):
-            found.setdefault((a, b), (kind, likeness))
+    looks, other_looks = ((*usable_looks(c.manifest), c.photos) for c in (cache, other))
+    for a, b, kind, likeness in alike(looks, other_looks):
+        found.setdefault((a, b), (kind, likeness))
     lines = [
         (cache.manifest["path"][a], other.manifest["path"][b], kind, likeness)
         for (a, b), (kind, likeness) in sorted(found.items())

@@ -226,7 +226,9 @@ class _Build:
         """Of everything that the build depends on. Hashed piece by piece: a list of millions is not copied."""
         digest = hashlib.sha256(f"{SCHEMA} {self.spec.fingerprint} {self.salted} {self.extends}".encode())
         for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
-            digest.update(f"{photo.name}\0{stamp(photo.path)}\0{row}\0{photo.issue}\n".encode(errors="surrogateescape"))
+            # A row that is taken over says that its file is as it was then: it is not looked at again.
+            seen = stamp(photo.path) if row < 0 else ()
+            digest.update(f"{photo.name}\0{seen}\0{row}\0{photo.issue}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _check_room(self) -> None:

@@ -6,6 +6,7 @@ Row i of the manifest describes photo i; a photo that could not be used has a ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -125,8 +126,6 @@ class PhotoCache:
             on_photo()
 
     def _verify_source(self, name: str, sha256: str) -> Iterator[str]:
-        import hashlib
-
         try:
             if hashlib.sha256(read_photo(self.source / name)).hexdigest() != sha256:
                 yield f"{name}: the file has changed since it was prepared; run prepare again"

@@ -7,7 +7,7 @@ sides of a split they let a model recognise what it should judge.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,17 @@ from fastfundus.data.cache import DUPLICATE_COLUMNS, photos_per_file
 from fastfundus.data.store import PhotoArray, open_photos
 from fastfundus.photo.look import LOOK_BITS, mirrored_looks, thumbnail
 
-__all__ = ["MOST_BITS", "confirm", "find_duplicates", "near_pairs", "usable_looks", "write_duplicates"]
+__all__ = ["MOST_BITS", "alike", "find_duplicates", "near_pairs", "same_bytes", "usable_looks", "write_duplicates"]
 
 MOST_BITS = 24
 """Pairs whose looks differ in more of their 256 bits are not compared further."""
 _LEAST_LIKENESS = 0.93
 """Correlation of details from which two photos look the same. Different eyes of ODIR reach 0.90 at most; re-encoded,
-resized, brightened, padded or cut copies stay above 0.95 nearly always (`make duplicates`)."""
+resized, brightened, padded or cut copies stay above 0.95 nearly always."""
 _MANY = 200_000
+
+Recognised = tuple[NDArray[np.int64], NDArray[np.uint8], PhotoArray]
+"""Rows of photos, their looks, and the photos that the rows are of."""
 
 
 def write_duplicates(folder: Path, photos_folder: Path, size: int) -> None:
@@ -48,15 +51,40 @@ def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
         The columns of `DUPLICATE_COLUMNS`; of photos with equal bytes, each is paired with the first.
     """
     patients = manifest["patient"].to_list()
-    pairs = [(a, b, "same bytes", 1.0) for a, b in _same_bytes(manifest["sha256"]) if patients[a] != patients[b]]
+    pairs = [
+        (a, b, "same bytes", 1.0) for a, b in same_bytes(manifest["sha256"].to_list()) if patients[a] != patients[b]
+    ]
+
+    def across_patients(candidates: NDArray[np.int64]) -> NDArray[np.bool_]:
+        # Each pair once, and no photo with itself.
+        return np.array([a < b and patients[a] != patients[b] for a, b in candidates.tolist()], bool)
+
     rows, looks = usable_looks(manifest)
-    if len(rows) > 1:
-        for kind, others in (("looks the same", looks), ("mirrored", mirrored_looks(looks))):
-            candidates = near_pairs(looks, others)
-            candidates = rows[candidates[candidates[:, 0] < candidates[:, 1]]]
-            differ = [patients[a] != patients[b] for a, b in candidates.tolist()]
-            pairs += confirm(candidates[np.array(differ, bool)], photos, photos, kind)
+    pairs += alike((rows, looks, photos), (rows, looks, photos), across_patients)
     return pl.DataFrame(sorted(pairs), schema=DUPLICATE_COLUMNS, orient="row")
+
+
+def alike(
+    mine: Recognised, theirs: Recognised, wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None
+) -> Iterator[tuple[int, int, str, float]]:
+    """Find photos that look the same, as they are or mirrored.
+
+    Args:
+        mine: rows and looks from `usable_looks`, and the photos that the rows are of.
+        theirs: likewise.
+        wanted: of int64 [P, 2] rows says which pairs are worth a look at the photos; None looks at all.
+
+    Yields:
+        Row of mine, row of theirs, kind and likeness of each pair.
+    """
+    rows, looks, photos = mine
+    other_rows, other_looks, others = theirs
+    for kind, turned in (("looks the same", other_looks), ("mirrored", mirrored_looks(other_looks))):
+        found = near_pairs(looks, turned)
+        candidates = np.stack([rows[found[:, 0]], other_rows[found[:, 1]]], axis=1)
+        if wanted is not None:
+            candidates = candidates[wanted(candidates)]
+        yield from _confirm(candidates, photos, others, kind)
 
 
 def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -114,14 +142,15 @@ def _bands(looks: NDArray[np.uint8], count: int) -> Iterator[NDArray[np.uint32]]
         yield bits[:, part].astype(np.uint32) @ (np.uint32(1) << np.arange(len(part), dtype=np.uint32))
 
 
-def _same_bytes(hashes: pl.Series) -> Iterable[tuple[int, int]]:
+def same_bytes(hashes: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Pair each photo with the first that has the same bytes; photos without a hash have no bytes to compare."""
     first: dict[str, int] = {}
-    for row, sha256 in enumerate(hashes.to_list()):
+    for row, sha256 in enumerate(hashes):
         if sha256 and first.setdefault(sha256, row) != row:
             yield first[sha256], row
 
 
-def confirm(
+def _confirm(
     candidates: NDArray[np.int64], photos: PhotoArray, others: PhotoArray, kind: str
 ) -> Iterator[tuple[int, int, str, float]]:
     """Compare candidates by their details, which their looks only sum up.

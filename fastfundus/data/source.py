@@ -14,7 +14,7 @@ from fastfundus.data.adapters import ADAPTERS, adapter_named, detect_adapter, li
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.labels import LabelRow, LabelTable, normal_eye, read_labels
 from fastfundus.errors import DataError
-from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, told_name
 
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
@@ -90,7 +90,11 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
         listing.notes.append(f"sub-folders taken as classes: {', '.join(classes)}")
     if not photos:
         raise DataError(f"holds no photos; endings searched for: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
-    listing.photos = sorted(_mark_split_patients(photos.values(), listing), key=lambda photo: photo.name)
+    return _finished(listing, photos.values())
+
+
+def _finished(listing: SourceList, photos: Iterable[SourcePhoto]) -> SourceList:
+    listing.photos = sorted(_mark_split_patients(photos, listing), key=lambda photo: photo.name)
     return listing
 
 
@@ -107,7 +111,7 @@ def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool
         listing.notes.append(f"looks like {chosen[0].title}: read as such; --adapter folder reads it as plain files")
     photos, notes = list_with_adapter(listing.root, names, chosen[0])
     listing.notes += notes
-    listing.photos = sorted(_mark_split_patients(photos, listing), key=lambda photo: photo.name)
+    _finished(listing, photos)
     return True
 
 
@@ -117,9 +121,7 @@ def _common_root(paths: list[Path]) -> Path:
 
 
 def _name(path: Path, root: Path) -> str:
-    name = Path(os.path.relpath(path, root)).as_posix()
-    # A name that is not UTF-8 on disk is told with its odd bytes as \\xNN: results are UTF-8 files.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return told_name(Path(os.path.relpath(path, root)).as_posix())
 
 
 def _key(path: Path) -> str:

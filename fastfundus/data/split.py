@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.config import DataConfig
+from fastfundus.data.duplicates import same_bytes
 from fastfundus.errors import DataError
 
 __all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file", "write_split_file"]
@@ -190,11 +191,8 @@ def _check_patients(manifest: pl.DataFrame, names: list[str]) -> None:
 def _drop_copies(manifest: pl.DataFrame, split: Split, pairs: Sequence[tuple[int, int]]) -> None:
     """Leave out what one side has of a later one: what tests stays, then what validates."""
     rank = {"train": 0, "val": 1, "test": 2, "excluded": -1}
-    paths, hashes = manifest["path"].to_list(), manifest["sha256"].to_list()
-    first: dict[str, int] = {}
-    equal = [(first[sha], row) for row, sha in enumerate(hashes) if sha and first.setdefault(sha, row) != row]
-    dropped = []
-    for a, b in [*equal, *pairs]:
+    paths, dropped = manifest["path"].to_list(), []
+    for a, b in [*same_bytes(manifest["sha256"].to_list()), *pairs]:
         lower, upper = sorted((a, b), key=lambda row: rank[split.names[row]])
         if 0 <= rank[split.names[lower]] < rank[split.names[upper]]:
             dropped.append(f"{paths[lower]} ({split.names[lower]}) is a copy of {paths[upper]} ({split.names[upper]})")

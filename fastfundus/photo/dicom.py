@@ -6,7 +6,6 @@ goes through pydicom. Source: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (
 
 from __future__ import annotations
 
-import hashlib
 import io
 import warnings
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode, eight_bit_rgb
-from fastfundus.photo.header import LEAST_SIDE_PX, MOST_PIXELS, PhotoHeader, read_header
+from fastfundus.photo.header import PhotoHeader, check_size, read_header
 from fastfundus.photo.plan import DecodePlan
 from fastfundus.records import PhotoFacts, Status
 
@@ -100,19 +99,8 @@ def read_dicom(data: bytes) -> DicomPhoto:
         frame = _with_colours_said(frame, photometric)
         # Orientation is DICOM's business here, not of EXIF data that a converter left inside.
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
-    if width * height > MOST_PIXELS:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are decoded")
-    if min(width, height) < LEAST_SIDE_PX:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side needs {LEAST_SIDE_PX} at least")
+    check_size(width, height)
     return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
-
-
-def hashed_patient(patient: str, salt: bytes) -> str:
-    """Replace a patient's number: 16 hex digits that only who has the salt can recompute.
-
-    Source: BLAKE2b keyed hashing, RFC 7693.
-    """
-    return hashlib.blake2b(patient.encode(), key=salt[:64], digest_size=8).hexdigest()
 
 
 def _judge_kind(dataset: Any) -> None:

@@ -1,7 +1,7 @@
 """Finds the retinal field: a bright disc on a dark frame, often cut at top and bottom, sometimes notched or squeezed.
 
 The photo is looked at 192 pixels wide. A white or grey margin around it is painted black; what is brighter than the
-frame is outlined row by row and column by column, and a circle is fitted to the outline. Where no circle agrees, an
+frame is outlined, and a circle is fitted to the outline. Where no circle agrees, an
 upright oval is tried (exports squeeze photos); where that fails too, the lit part is taken as it is.
 """
 
@@ -85,9 +85,9 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
         The field; None when there is no dark frame around anything, as in a picture cropped inside the field.
     """
     part = _largest_part(cv2.medianBlur(brightest(small), 3))
-    mask = np.zeros(small.shape[:2], np.uint8)
     if part is None:
         return None
+    mask = np.zeros(small.shape[:2], np.uint8)
     # Filled: a dark fovea or lesion is no hole in the field.
     cv2.drawContours(mask, [part], -1, 255, cv2.FILLED)
     if cv2.countNonZero(mask) > (1 - _FRAME_SHARE) * mask.size:

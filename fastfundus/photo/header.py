@@ -11,7 +11,16 @@ from PIL import Image, UnidentifiedImageError
 from fastfundus.errors import PhotoError
 from fastfundus.records import Status
 
-__all__ = ["FORMATS", "LEAST_SIDE_PX", "MOST_BYTES", "MOST_PIXELS", "JpegFrame", "PhotoHeader", "read_header"]
+__all__ = [
+    "FORMATS",
+    "LEAST_SIDE_PX",
+    "MOST_BYTES",
+    "MOST_PIXELS",
+    "JpegFrame",
+    "PhotoHeader",
+    "check_size",
+    "read_header",
+]
 
 MOST_BYTES = 512 * 2**20
 """Larger files are refused before they are read. The largest fundus photographs are TIFFs of about 100 MB."""
@@ -68,12 +77,20 @@ def read_header(data: bytes) -> PhotoHeader:
     if not data:
         raise PhotoError(Status.UNREADABLE, "the file is empty; copy it again")
     header = _read_jpeg(data) if data[:3] == b"\xff\xd8\xff" else _read_by_pillow(data)
-    width, height = header.width, header.height
+    check_size(header.width, header.height)
+    return header
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse pictures too large to decode or too small to show a retina.
+
+    Raises:
+        PhotoError: `unsupported`.
+    """
     if width * height > MOST_PIXELS:
         raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are decoded")
     if min(width, height) < LEAST_SIDE_PX:
         raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side needs {LEAST_SIDE_PX} at least")
-    return header
 
 
 def _read_by_pillow(data: bytes) -> PhotoHeader:

@@ -89,9 +89,10 @@ def _looks_wide(small: NDArray[np.uint8], field: Field) -> bool:
 
     Source: two lasers, red and green, make such pictures; the eyelids cut the field above and below.
     """
+    if field.shape == "round":
+        return False
     rows, columns = np.flatnonzero(field.mask.any(axis=1)), np.flatnonzero(field.mask.any(axis=0))
-    lying = (columns[-1] - columns[0]) > 1.15 * (rows[-1] - rows[0])
-    if field.shape == "round" or not lying:
+    if (columns[-1] - columns[0]) <= 1.15 * (rows[-1] - rows[0]):
         return False
     red, green, blue = (float(value) for value in cv2.mean(small, field.mask)[:3])
     return blue < 0.25 * red and green > 0.8 * red

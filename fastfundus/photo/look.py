@@ -47,4 +47,4 @@ def look_of(image: NDArray[np.uint8]) -> bytes:
 def mirrored_looks(looks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What looks become when their photos are mirrored left to right, [N, 32] -> [N, 32]."""
     bits = np.unpackbits(looks, axis=1).reshape(-1, _GRID, _GRID)
-    return np.packbits(bits[:, :, ::-1].reshape(len(looks), -1), axis=1)
+    return np.packbits(bits[:, :, ::-1].reshape(-1, LOOK_BITS), axis=1)

@@ -108,8 +108,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     """Decode, crop and resize one photo from the bytes of its file; as `prepare_photo`."""
     known = PreparedPhoto(Status.OK, "", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     try:
-        photo = read_dicom(data) if is_dicom(data) else None
-        header = photo.header if photo else read_header(data)
+        photo, header = _opened(data)
         width, height = header.upright_size
         known = replace(known, width_px=width, height_px=height, facts=photo.facts if photo else _NO_FACTS)
         # Quality is judged at a fixed size, whatever the model's.
@@ -160,9 +159,14 @@ def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
     Raises:
         PhotoError: it cannot be decoded.
     """
-    photo = read_dicom(data) if is_dicom(data) else None
-    header = photo.header if photo else read_header(data)
+    photo, header = _opened(data)
     return _decode(data, photo, header, plan_decode(header, least_side))[0]
+
+
+def _opened(data: bytes) -> tuple[DicomPhoto | None, PhotoHeader]:
+    """The DICOM file that bytes may be, and the header of the picture in them."""
+    photo = read_dicom(data) if is_dicom(data) else None
+    return photo, photo.header if photo else read_header(data)
 
 
 def _decode(

@@ -2,7 +2,7 @@
 
 Measured on the square crop brought to 256 pixels, so that a score does not depend on the camera's resolution. The rule
 is deliberately lenient: it refuses what no reader could grade, and leaves the doubtful to the reader. The limits were
-set by looking at the photographs nearest to them; `make quality` publishes what they refuse.
+set by looking at the photographs nearest to them; `make photos` publishes what they refuse.
 """
 
 from __future__ import annotations

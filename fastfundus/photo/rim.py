@@ -92,13 +92,13 @@ def _refine(circle: _Circle | None, points: NDArray[np.float64], *tolerances: fl
 
 
 def _close(circle: _Circle, points: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
-    """Which points lie within `tolerance` pixels of a circle."""
+    """Which points lie within `tolerance` pixels of a circle: `_agree` for one circle, in a third of the calls."""
     x, y, radius = circle
     return np.abs(np.hypot(points[:, 0] - x, points[:, 1] - y) - radius) < tolerance
 
 
 def fit_oval(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:
-    """The upright ellipse nearest to the outline points by least squares, refined once without outliers; or None."""
+    """The upright ellipse nearest to the outline points by least squares, refined twice without outliers; or None."""
     chosen = points
     for _ in range(3):
         if len(chosen) < 12:

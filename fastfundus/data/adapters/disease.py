@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
+from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table, stem
 
 __all__ = ["DISEASE", "odir_labels"]
 
@@ -95,6 +95,7 @@ def _papila_key(text: str, groups: Groups) -> str:
     return f"{int(number[1]):03d}{groups['eye']}" if number else ""
 
 
+_FOVEA = (Column(name="fovea_x_px", headers=("Fovea_X",)), Column(name="fovea_y_px", headers=("Fovea_Y",)))
 _STAGES = {"normal_control": 0, "early_glaucoma": 1, "advanced_glaucoma": 2}
 _RETINA = {"normal": 0, "cataract": 1, "glaucoma": 2, "retina_disease": 3}
 
@@ -103,10 +104,8 @@ DISEASE = (
         name="odir",
         title="ODIR-5K",
         photos=(
-            r"ODIR-5K_Training_Dataset/(?P<id>(?P<patient>\d+)_(?P<eye>left|right))\.jpg",
-            r"Training Images/(?P<id>(?P<patient>\d+)_(?P<eye>left|right))\.jpg",
-            r"preprocessed_images/(?P<id>(?P<patient>\d+)_(?P<eye>left|right))\.jpg",
-            r"ODIR-5K_Testing_(?:Images|Dataset)/(?P<id>(?P<patient>\d+)_(?P<eye>left|right))\.jpg",
+            r"(?:ODIR-5K_Training_Dataset|Training Images|preprocessed_images|ODIR-5K_Testing_(?:Images|Dataset))"
+            r"/(?P<id>(?P<patient>\d+)_(?P<eye>left|right))\.jpg",
         ),
         marks=(r"(?:ODIR-5K_Training_(?:Annotations|Dataset).*\.xlsx|full_df\.csv|data\.xlsx)",),
         tables=(
@@ -228,15 +227,14 @@ DISEASE = (
             Table(
                 file=r"(?:.*/)?(?:Glaucoma_label_and_Fovea_location|Fovea_locations?|Fovea_location)\.xlsx",
                 key=("ImgName", "Img"),
-                key_of=lambda text, groups: text.rsplit(".", 1)[0],
+                key_of=stem,
                 columns=(
                     Column(
                         name="glaucoma",
                         headers=("Label(Glaucoma=1)", "Glaucoma Label", "Label"),
                         values={"0": 0.0, "1": 1.0},
                     ),
-                    Column(name="fovea_x_px", headers=("Fovea_X",)),
-                    Column(name="fovea_y_px", headers=("Fovea_Y",)),
+                    *_FOVEA,
                 ),
             ),
         ),
@@ -280,11 +278,10 @@ DISEASE = (
             Table(
                 file=r"PALM-(?:Validation|Test(?:ing)?)-GT/PM_Label_and_Fovea_Location\.(?:csv|xlsx)",
                 key=("imgName", "ImgName"),
-                key_of=lambda text, groups: text.rsplit(".", 1)[0],
+                key_of=stem,
                 columns=(
                     Column(name="pathological_myopia", headers=("Label", "PM Label"), values={"0": 0.0, "1": 1.0}),
-                    Column(name="fovea_x_px", headers=("Fovea_X",)),
-                    Column(name="fovea_y_px", headers=("Fovea_Y",)),
+                    *_FOVEA,
                 ),
             ),
         ),

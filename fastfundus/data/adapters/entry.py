@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Adapter", "Column", "Groups", "Table"]
+__all__ = ["Adapter", "Column", "Groups", "Table", "stem"]
 
 Groups = Mapping[str, str]
 """Named groups that a pattern found in a path; those that took no part are left out."""
+
+
+def stem(text: str, groups: Groups) -> str:
+    """Make a key of a file name: without its ending, about which releases disagree."""
+    return text.rsplit(".", 1)[0] if text.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".ppm")) else text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

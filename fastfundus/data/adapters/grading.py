@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
+from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table, stem
 
 __all__ = ["GRADING"]
 
@@ -16,13 +16,8 @@ _ANATOMY: Mapping[str, float | str | None] = {"1": 0.0, "2": 1.0}
 """BRSET codes anatomy and quality 1 = normal, 2 = abnormal."""
 
 
-def _stem(text: str, groups: Groups) -> str:
-    """A file name without its ending: releases disagree about it."""
-    return text.rsplit(".", 1)[0] if text.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".ppm")) else text
-
-
 def _by_side(text: str, groups: Groups) -> str:
-    return f"{groups['side'].lower()}/{_stem(text, groups)}"
+    return f"{groups['side'].lower()}/{stem(text, groups)}"
 
 
 def _ddr(columns: dict[str, Any]) -> dict[str, Any]:
@@ -37,10 +32,10 @@ def _messidor_pair(cells: Mapping[str, str], groups: Groups) -> list[tuple[str, 
     names = [text.strip() for text in cells.values() if text.strip()]
     if len(names) != 2 or names[0].lower() in ("left", "image left"):
         return []
-    patient = f"exam {_stem(names[0], groups)}"
+    patient = f"exam {stem(names[0], groups)}"
     return [
-        (_stem(names[0], groups), {"patient": patient, "eye": "L"}),
-        (_stem(names[1], groups), {"patient": patient, "eye": "R"}),
+        (stem(names[0], groups), {"patient": patient, "eye": "L"}),
+        (stem(names[1], groups), {"patient": patient, "eye": "R"}),
     ]
 
 
@@ -74,13 +69,13 @@ GRADING = (
             Table(
                 file=r"(?:trainLabels|testLabels)\.csv",
                 key=("image",),
-                key_of=_stem,
+                key_of=stem,
                 columns=(Column(name="dr_grade", headers=("level",), values=_ICDR),),
             ),
             Table(
                 file=r"retinopathy_solution\.csv",
                 key=("image",),
-                key_of=_stem,
+                key_of=stem,
                 columns=(
                     Column(name="dr_grade", headers=("level",), values=_ICDR),
                     Column(name="official_split", headers=("usage",), values={"public": "val", "private": "test"}),
@@ -89,7 +84,7 @@ GRADING = (
             Table(
                 file=r"Label_EyeQ_(?:train|test)\.csv",
                 key=("image",),
-                key_of=_stem,
+                key_of=stem,
                 columns=(Column(name="quality_grade", headers=("quality",), values={"0": 0.0, "1": 1.0, "2": 2.0}),),
             ),
         ),
@@ -104,7 +99,7 @@ GRADING = (
             Table(
                 file=r"messidor_data\.csv",
                 key=("image_id", "image"),
-                key_of=_stem,
+                key_of=stem,
                 columns=(
                     Column(name="dr_grade", headers=("adjudicated_dr_grade", "diagnosis"), values=_ICDR),
                     Column(name="dme", headers=("adjudicated_dme",), values=_BINARY),
@@ -196,7 +191,7 @@ GRADING = (
             Table(
                 file=r"labels(?:_brset)?\.csv",
                 key=("image_id",),
-                key_of=_stem,
+                key_of=stem,
                 columns=(
                     Column(name="patient", headers=("patient_id",)),
                     Column(name="camera", headers=("camera",)),
@@ -236,7 +231,7 @@ GRADING = (
             Table(
                 file=r"labels_mbrset\.csv",
                 key=("file",),
-                key_of=_stem,
+                key_of=stem,
                 columns=(
                     Column(name="patient", headers=("patient",)),
                     Column(name="eye", headers=("laterality",), values={"left": "L", "right": "R", "l": "L", "r": "R"}),

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -14,7 +15,7 @@ from urllib.parse import unquote
 from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
 from fastfundus.data.labels import UNKNOWN, normal_eye, value_of
 from fastfundus.errors import DataError, require
-from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, told_name
 
 __all__ = ["detect_adapter", "list_with_adapter"]
 
@@ -83,7 +84,7 @@ def _photo(root: Path, path: str, groups: Groups, columns: dict[str, Any]) -> So
     patient = groups.get("patient") if patient is None else str(patient)
     eye = normal_eye(columns.pop("eye", None) or groups.get("eye"))
     camera = columns.pop("camera", None)
-    name = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    name = told_name(path)
     return SourcePhoto(
         path=root / path,
         name=name,
@@ -281,8 +282,6 @@ def _with_all_columns(photos: list[SourcePhoto]) -> list[SourcePhoto]:
 
 def _with_official_split(photos: list[SourcePhoto]) -> list[SourcePhoto]:
     """Use the official split if it has all three sides; with two, folds are dealt and the column stays."""
-    from dataclasses import replace
-
     sides = {photo.columns.get("official_split") for photo in photos} - {None}
     if sides != {"train", "val", "test"}:
         return photos

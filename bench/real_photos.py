@@ -1,0 +1,17 @@
+"""Where the real photographs are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["DATA", "need"]
+
+DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Folder of real photographs; see CONTRIBUTING for FASTFUNDUS_DATA."""
+
+
+def need(path: Path) -> None:
+    """End the program with a word of advice where a file of the real photographs is not there."""
+    if not path.exists():
+        raise SystemExit(f"no real photographs at {path.parent}: set FASTFUNDUS_DATA to the folder that holds them")
