@@ -1,20 +1,24 @@
-"""`sample` as a torch operator: schema, shape function, and an implementation in torch operators for any device.
+"""The kernels as torch operators: schema, shape function, and an implementation for each device.
 
-The operator is opaque to torch.compile and works under `fullgraph=True`. Its input is uint8 and its matrices are drawn
-on the host, so it has no gradient and needs none.
+    fastfundus::sample      Triton on CUDA; on the CPU csrc/sample_host.cpp, or the reference without a C++ compiler
+    fastfundus::cell_sums   the same
+
+Pixels are on any device. Offsets, sizes and matrices are always on the host, where they are made: their values are
+checked before anything is launched, without waiting for the device, and one copy takes them there. Operators are opaque
+to torch.compile and work under `fullgraph=True`. Their input is uint8, so they have no gradient.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fastfundus.kernels import reference
+from fastfundus.kernels import host, reference
+from fastfundus.kernels.jobs import check_photos, pack_jobs
 
-__all__ = ["sample"]
+__all__ = ["DTYPES", "field_profile", "sample", "sample_ragged"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def sample(
@@ -26,90 +30,193 @@ def sample(
     *,
     nearest: bool = False,
 ) -> Tensor:
-    """Crop, turn, scale, recolour and normalise a batch, reading each source pixel once.
+    """Crop, turn, scale, recolour and normalise a batch of photos of one size.
 
     Args:
-        images: [N, H, W, 3] uint8 RGB, contiguous; H and W at least 1.
-        geometry: [N, 2, 3] float32, output pixels to source pixels; finite.
-        colour: [N, 3, 4] float32, RGB in grey levels to output channels; finite.
-        out_size: side of the output in pixels, at least 1.
+        images: [N, H, W, 3] uint8 RGB, contiguous, on any device; H and W at least 1.
+        geometry: [N, 2, 3] float32 on the host, output pixels to source pixels; finite, invertible.
+        colour: [N, 3, 4] float32 on the host, RGB in grey levels (0 to 255) to output channels; finite.
+        out_size: side of the output in pixels, 1 to 16384.
         dtype: float32, float16 or bfloat16.
-        nearest: take the nearest pixel, for masks, instead of bilinear with area-correct minification.
+        nearest: take the nearest pixel, for masks, instead of averaging over the area of an output pixel.
 
     Returns:
-        [N, 3, out_size, out_size] of `dtype`, channels-last.
+        [N, 3, out_size, out_size] of `dtype`, channels-last, on the device of `images`.
 
     Raises:
         ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
 
-    Error: within 2e-2 grey levels of `reference.sample` in float32 before the colour matrix.
+    Error: of `reference.sample`, before the colour matrix, 4e-7 of the farthest position times 255 grey levels a pixel.
     Source: conventions in `fastfundus/kernels/reference.py`.
     """
-    _check(images, geometry, colour, out_size, dtype)
-    result: Tensor = _sample(images, geometry, colour, out_size, dtype, nearest)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+    if not images.is_contiguous():
+        raise ValueError(f"images must be contiguous, got strides {images.stride()}; call .contiguous()")
+    count, height, width = images.shape[:3]
+    if min(height, width) < 1:
+        raise ValueError(f"images must have at least one pixel, got {list(images.shape)}")
+    offsets = torch.arange(count, dtype=torch.int64) * (3 * height * width)
+    sizes = torch.tensor([[height, width]], dtype=torch.int32).repeat(count, 1)
+    return sample_ragged(images.view(-1), offsets, sizes, geometry, colour, out_size, dtype, nearest=nearest)
+
+
+def sample_ragged(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    geometry: Tensor,
+    colour: Tensor,
+    out_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    nearest: bool = False,
+) -> Tensor:
+    """Sample photos of many sizes at once; as `sample`, but for the first arguments.
+
+    Args:
+        pixels: [B] uint8, contiguous: photos [H, W, 3] RGB, anywhere in it, on any device.
+        offsets: [N] int64 on the host, the first byte of each photo.
+        sizes: [N, 2] int32 on the host, height and width of each photo; a photo has less than 2^31 bytes.
+        geometry: [N, 2, 3] float32 on the host.
+        colour: [N, 3, 4] float32 on the host.
+        out_size: side of the output in pixels.
+        dtype: float32, float16 or bfloat16.
+        nearest: take the nearest pixel.
+
+    Returns:
+        [N, 3, out_size, out_size] of `dtype`, channels-last, on the device of `pixels`.
+
+    Raises:
+        ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
+    """
+    _check_buffer(pixels, offsets, sizes)
+    count = sizes.shape[0]
+    _check_host("geometry", geometry, torch.float32, [count, 2, 3])
+    _check_host("colour", colour, torch.float32, [count, 3, 4])
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    result: Tensor = _sample(pixels, offsets, sizes, geometry, colour, out_size, dtype, nearest)
     return result
 
 
-def _check(images: Tensor, geometry: Tensor, colour: Tensor, out_size: int, dtype: torch.dtype) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
-    if min(images.shape[1:3]) < 1:
-        raise ValueError(f"images must have at least one pixel, got {list(images.shape)}")
-    if not images.is_contiguous():
-        raise ValueError(f"images must be contiguous, got strides {images.stride()}; call .contiguous()")
-    for name, value, shape in [("geometry", geometry, (2, 3)), ("colour", colour, (3, 4))]:
-        if value.dtype != torch.float32 or tuple(value.shape) != (len(images), *shape):
-            wanted = [len(images), *shape]
-            raise ValueError(f"{name} must be float32 {wanted}, got {value.dtype} {list(value.shape)}")
-        if value.device != images.device:
-            raise ValueError(f"{name} must be on {images.device} like images, got {value.device}")
-        # Under torch.compile values are not known, and reading them on a GPU would wait for it.
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
-    if out_size < 1:
-        raise ValueError(f"out_size must be at least 1 pixel, got {out_size}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+def field_profile(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int = 64) -> Tensor:
+    """Mean brightness of bands of rows and of columns, for photos of many sizes: where the field of view may lie.
+
+    Args:
+        pixels: [B] uint8, contiguous: photos [H, W, 3] RGB, on any device.
+        offsets: [N] int64 on the host, the first byte of each photo.
+        sizes: [N, 2] int32 on the host, height and width of each photo; neither below `bins`.
+        bins: bands an axis, 1 to 1024; band k of an axis covers pixels [k * size // bins, (k + 1) * size // bins).
+
+    Returns:
+        [N, 2, bins] float32 in grey levels, on the device of `pixels`: bands of rows from the top, bands of columns
+        from the left; each the mean over its pixels of the brightest channel.
+
+    Raises:
+        ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
+
+    Error: sums are exact integers; the division rounds once.
+    """
+    _check_buffer(pixels, offsets, sizes)
+    if not 1 <= bins <= 1024:
+        raise ValueError(f"bins must be 1 to 1024, got {bins}")
+    sums: Tensor = _cell_sums(pixels, offsets, sizes, bins)
+    sums = torch.stack([sums.sum(2), sums.sum(1)], dim=1)
+    edges = torch.arange(bins + 1)[None, None, :] * sizes.long()[:, :, None] // bins
+    pixels_a_band = edges.diff(dim=2) * sizes.long().flip(1)[:, :, None]
+    return (sums.double() / pixels_a_band.to(sums.device)).float()
 
 
-@torch.library.custom_op("fastfundus::sample", mutates_args=())
+def _check_buffer(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 1:
+        raise ValueError(f"pixels must be uint8 [B], got {pixels.dtype} {list(pixels.shape)}")
+    if not pixels.is_contiguous():
+        raise ValueError(f"pixels must be contiguous, got stride {pixels.stride(0)}; call .contiguous()")
+    _check_host("sizes", sizes, torch.int32, [sizes.shape[0] if sizes.ndim else 0, 2])
+    _check_host("offsets", offsets, torch.int64, [sizes.shape[0]])
+
+
+def _check_host(name: str, value: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    if value.dtype != dtype or list(value.shape) != shape:
+        raise ValueError(f"{name} must be {dtype} {shape}, got {value.dtype} {list(value.shape)}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} must be on the host, where it is checked; got {value.device}: call .cpu()")
+
+
+# Values are checked within the operators: under torch.compile the functions above only see shapes.
+
+
+@torch.library.custom_op("fastfundus::sample", mutates_args=(), device_types="cpu")
 def _sample(
-    images: Tensor, geometry: Tensor, colour: Tensor, out_size: int, dtype: torch.dtype, nearest: bool
-) -> Tensor:
-    """grid_sample does the reading, one group of equal minification at a time."""
-    out = torch.empty(len(images), out_size, out_size, 3, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
-    if nearest:
-        # grid_sample's nearest rounds halves to even; the reference takes the pixel that covers the position.
-        out.copy_(reference.sample(images, geometry, colour, out_size, dtype, nearest=True))
-        return out
-    counts = reference.taps(geometry)
-    for count in sorted(set(counts.tolist())):
-        chosen = torch.nonzero(counts == count).flatten()
-        out[chosen] = _sample_group(images[chosen], geometry[chosen], colour[chosen], out_size, count, dtype)
-    return out
+    pixels: Tensor, offsets: Tensor, sizes: Tensor, geometry: Tensor, colour: Tensor, out_size: int,
+    dtype: torch.dtype, nearest: bool,
+) -> Tensor:  # fmt: skip
+    arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
+    jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
+    library = host.load().library
+    if library is None:
+        return reference.sample(pixels, offsets, sizes, geometry, colour, out_size, dtype, nearest)
+    out = torch.empty(len(jobs), out_size, out_size, 3, dtype=dtype)
+    job = library.sample(
+        pixels.data_ptr(), jobs, out.data_ptr(), out_size, out.element_size(), DTYPES.index(dtype), mode
+    )
+    host.in_parallel(job, len(jobs), torch.get_num_threads())
+    return out.permute(0, 3, 1, 2)
 
 
-def _sample_group(
-    images: Tensor, geometry: Tensor, colour: Tensor, out_size: int, count: int, dtype: torch.dtype
-) -> Tensor:
-    height, width = images.shape[1:3]
-    # Source pixels to grid_sample's coordinates: -1 and 1 are the outer edges (align_corners=False).
-    to_grid = torch.tensor([[2.0 / width], [2.0 / height]], device=images.device)
-    theta = geometry * to_grid
-    theta[:, :, 2] -= 1
-    centres = (torch.arange(out_size * count, dtype=torch.float32, device=images.device) + 0.5) / count
-    y, x = torch.meshgrid(centres, centres, indexing="ij")
-    positions = torch.stack([x, y, torch.ones_like(x)], dim=-1).view(1, -1, 3)
-    grid = torch.matmul(positions, theta.transpose(1, 2)).view(len(images), out_size * count, out_size * count, 2)
-    planes = images.permute(0, 3, 1, 2).float()
-    rgb = functional.grid_sample(planes, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    if count > 1:
-        rgb = functional.avg_pool2d(rgb, count)
-    flat = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], rgb.flatten(2))
-    return flat.view(rgb.shape).to(dtype)
+@_sample.register_kernel("cuda")
+def _(
+    pixels: Tensor, offsets: Tensor, sizes: Tensor, geometry: Tensor, colour: Tensor, out_size: int,
+    dtype: torch.dtype, nearest: bool,
+) -> Tensor:  # fmt: skip
+    from fastfundus.kernels import sample as triton_sample
+
+    arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
+    jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
+    return triton_sample.launch(pixels, jobs, out_size, dtype, mode).permute(0, 3, 1, 2)
 
 
 @_sample.register_fake
-def _(images: Tensor, geometry: Tensor, colour: Tensor, out_size: int, dtype: torch.dtype, nearest: bool) -> Tensor:
-    size = (images.shape[0], out_size, out_size, 3)
-    return images.new_empty(size, dtype=dtype).permute(0, 3, 1, 2)
+def _(
+    pixels: Tensor, offsets: Tensor, sizes: Tensor, geometry: Tensor, colour: Tensor, out_size: int,
+    dtype: torch.dtype, nearest: bool,
+) -> Tensor:  # fmt: skip
+    return pixels.new_empty((sizes.shape[0], out_size, out_size, 3), dtype=dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("fastfundus::cell_sums", mutates_args=(), device_types="cpu")
+def _cell_sums(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    _check_cells(pixels, offsets, sizes, bins)
+    library = host.load().library
+    if library is None:
+        return reference.cell_sums(pixels, offsets, sizes, bins)
+    out = torch.empty(len(sizes), bins, bins, dtype=torch.int64)
+    begins, shapes = offsets.tolist(), sizes.tolist()
+
+    def job(n: int) -> None:
+        height, width = shapes[n]
+        library.cell_sums(pixels.data_ptr() + begins[n], height, width, bins, out[n].data_ptr())
+
+    host.in_parallel(job, len(sizes), torch.get_num_threads())
+    return out
+
+
+@_cell_sums.register_kernel("cuda")
+def _(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    from fastfundus.kernels import cell_sums as triton_cell_sums
+
+    _check_cells(pixels, offsets, sizes, bins)
+    return triton_cell_sums.launch(pixels, offsets, sizes, bins)
+
+
+@_cell_sums.register_fake
+def _(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    return pixels.new_empty((sizes.shape[0], bins, bins), dtype=torch.int64)
+
+
+def _check_cells(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> None:
+    check_photos(offsets.numpy(), sizes.numpy(), len(pixels))
+    small = (sizes.amin(dim=1) < bins).nonzero().flatten().tolist() if len(sizes) else []
+    if small:
+        raise ValueError(f"sizes[{small[0]}] is {sizes[small[0]].tolist()}, but neither side may be below bins, {bins}")

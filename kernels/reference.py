@@ -1,26 +1,40 @@
-"""What `sample` means, in plain PyTorch: the specification that every other implementation is compared with.
+"""What the kernels mean, in plain PyTorch: the specification that every other implementation is compared with.
 
-Conventions
------------
-Pixel (row i, column j) covers [j, j+1] x [i, i+1]; its centre lies at (j + 0.5, i + 0.5).
+`sample`: conventions
+---------------------
+Pixel (row i, column j) covers [j, j+1] x [i, i+1]; its centre lies at (j + 0.5, i + 0.5). Its three values are the same
+all over it. Outside the photo everything is black (0).
 `geometry[n]` maps a position of the output, in output pixels, to a position of source n, in source pixels:
 
     source_x = g00 * x + g01 * y + g02        source_y = g10 * x + g11 * y + g12
 
 The output pixel in row i and column j is taken at x = j + 0.5, y = i + 0.5. The identity copies the source.
 
-Bilinear: the four pixels whose centres surround the position, weighted by area; what lies outside the source is black
-(0), so values fade to black over the last half pixel. Nearest: the pixel that covers the position, black outside.
+Area: an output pixel is the mean of the source over a box, its sides along the source's axes, centred on that position:
 
-Minification: let s = the larger length of the columns (g00, g10) and (g01, g11), the source pixels that one output
-step spans. Where k = ceil(s) > 1, an output pixel is the mean of k x k bilinear samples spread evenly over its square.
-Nearest does not average.
+    width = max(1, hypot(g00, g01))           height = max(1, hypot(g10, g11))
+
+These are the extents of the ellipse that a disc of one output pixel's diameter becomes; an extent below 1 + 2^-12
+counts as 1. A box of one pixel is bilinear interpolation, fading to black over the last half pixel; a larger one, on an
+upright geometry, is the exact area average that OpenCV calls INTER_AREA, at any position. Turned geometries keep the
+upright box: its area is right, its corners are not turned.
+
+Nearest, for masks: the pixel that covers the position; nothing is averaged.
 
 `colour[n]` then maps RGB in grey levels (0 to 255) to the output: out = colour[:, :3] @ rgb + colour[:, 3]. Nothing is
-clamped: black outside the source becomes colour[:, 3]. Arithmetic is float32; the last step rounds to the output type.
+clamped: black outside the source becomes colour[:, 3]. Arithmetic here is float64, and the last step rounds to the
+output type, to nearest, ties to even. Other implementations compute in float32.
 
 Worked example: a 1 x 2 source of grey levels 10 and 30, identity geometry and colour, out_size 1: position (0.5, 0.5)
-is the centre of the first pixel, so the output is 10. With g02 = 0.5 the position is (1.0, 0.5), halfway: 20.
+is the centre of the first pixel, so the output is 10. With g02 = 0.5 the position is (1.0, 0.5), halfway: 20. With
+g00 = 2 the box is 2 wide around (1.0, 0.5): 20 as well.
+
+`cell_sums`
+-----------
+A photo is shared out into bins x bins cells: cell k of an axis of `size` pixels covers [k*size // bins, (k+1)*size //
+bins). Each cell's value is the sum, over its pixels, of the brightest of the three channels: integers, so that the
+order of summation does not matter. Worked example: a 2 x 4 photo of one grey level 5 and 2 bins: four cells of 1 x 2
+pixels, 10 each.
 """
 
 from __future__ import annotations
@@ -28,56 +42,87 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["sample", "taps"]
+__all__ = ["LEAST_MINIFICATION", "cell_sums", "sample"]
 
-
-def taps(geometry: Tensor) -> Tensor:
-    """Samples per output pixel and axis, from geometry [N, 2, 3]: int64 [N], at least 1."""
-    steps = torch.linalg.vector_norm(geometry[:, :, :2].float(), dim=1).amax(dim=1)
-    # A rotation's rounding must not turn one tap into four.
-    return torch.ceil(steps - 1e-4).clamp(min=1).to(torch.int64)
+LEAST_MINIFICATION = 1 + 2**-12
+"""A box less than this many pixels wide is one pixel wide: a rotation's rounding must not turn four taps into nine."""
 
 
 def sample(
-    images: Tensor, geometry: Tensor, colour: Tensor, out_size: int, dtype: torch.dtype, nearest: bool = False
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    geometry: Tensor,
+    colour: Tensor,
+    out_size: int,
+    dtype: torch.dtype,
+    nearest: bool = False,
 ) -> Tensor:
-    """Crop, turn, scale and recolour a batch; arguments and result as for `fastfundus.kernels.ops.sample`."""
-    out = torch.empty(len(images), out_size, out_size, 3, dtype=torch.float32, device=images.device)
-    for n, count in enumerate(taps(geometry).tolist()):
-        count = 1 if nearest else count
-        side = out_size * count
-        centres = (torch.arange(side, dtype=torch.float32, device=images.device) + 0.5) / count
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        g = geometry[n].float()
+    """Crop, turn, scale and recolour photos of any sizes; as `fastfundus.kernels.ops.sample_ragged`."""
+    out = torch.empty(len(sizes), out_size, out_size, 3, dtype=dtype, device=pixels.device)
+    centres = torch.arange(out_size, dtype=torch.float64, device=pixels.device) + 0.5
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    for n, image in enumerate(photos(pixels, offsets, sizes)):
+        g, matrix = geometry[n].double().to(pixels.device), colour[n].double().to(pixels.device)
         source_x = g[0, 0] * x + g[0, 1] * y + g[0, 2]
         source_y = g[1, 0] * x + g[1, 1] * y + g[1, 2]
-        take = _nearest if nearest else _bilinear
-        fine = take(images[n], source_x, source_y).view(out_size, count, out_size, count, 3)
-        rgb = fine.mean(dim=(1, 3))
-        matrix = colour[n].float()
-        # Element by element, not as a matrix product: the sum's order and precision are part of the definition.
-        out[n] = (
-            rgb[..., 0:1] * matrix[:, 0] + rgb[..., 1:2] * matrix[:, 1] + rgb[..., 2:3] * matrix[:, 2] + matrix[:, 3]
-        )
-    return out.to(dtype).permute(0, 3, 1, 2)
+        if nearest:
+            rgb = _fetch(image, torch.floor(source_y).long(), torch.floor(source_x).long())
+        else:
+            rgb = _mean_over_box(image, source_x, source_y, _extent(g[0]), _extent(g[1]))
+        out[n] = (rgb @ matrix[:, :3].T + matrix[:, 3]).to(dtype)
+    return out.permute(0, 3, 1, 2)
+
+
+def photos(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> list[Tensor]:
+    """Views uint8 [H, W, 3] of the photos in a flat buffer."""
+    return [
+        pixels[offset : offset + 3 * height * width].view(height, width, 3)
+        for offset, (height, width) in zip(offsets.tolist(), sizes.tolist(), strict=True)
+    ]
+
+
+def _extent(row: Tensor) -> float:
+    """Width or height of the box, from one row of the geometry."""
+    length = float(torch.hypot(row[0], row[1]))
+    return length if length >= LEAST_MINIFICATION else 1.0
 
 
 def _fetch(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Pixels at integer positions, float32 [..., 3], black outside."""
+    """Pixels at integer positions, float64 [..., 3], black outside."""
     height, width = image.shape[:2]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     flat = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    return image.reshape(-1, 3)[flat.reshape(-1)].float().view(*row.shape, 3) * inside[..., None]
+    return image.reshape(-1, 3)[flat.reshape(-1)].double().view(*row.shape, 3) * inside[..., None]
 
 
-def _bilinear(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    left, top = torch.floor(x - 0.5), torch.floor(y - 0.5)
-    right_share, bottom_share = (x - 0.5 - left)[..., None], (y - 0.5 - top)[..., None]
-    column, row = left.to(torch.int64), top.to(torch.int64)
-    upper = _fetch(image, row, column) * (1 - right_share) + _fetch(image, row, column + 1) * right_share
-    lower = _fetch(image, row + 1, column) * (1 - right_share) + _fetch(image, row + 1, column + 1) * right_share
-    return upper * (1 - bottom_share) + lower * bottom_share
+def _mean_over_box(image: Tensor, x: Tensor, y: Tensor, width: float, height: float) -> Tensor:
+    total = torch.zeros(*x.shape, 3, dtype=torch.float64, device=image.device)
+    left, top = x - width / 2, y - height / 2
+    first_column, first_row = torch.floor(left).long(), torch.floor(top).long()
+    # A box of `width` pixels touches ceil(width) + 1 columns at most.
+    for down in range(-int(-height // 1) + 1):
+        row = first_row + down
+        row_share = _overlap(top, height, row) / height
+        for across in range(-int(-width // 1) + 1):
+            column = first_column + across
+            share = row_share * _overlap(left, width, column) / width
+            total += share[..., None] * _fetch(image, row, column)
+    return total
 
 
-def _nearest(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return _fetch(image, torch.floor(y).to(torch.int64), torch.floor(x).to(torch.int64))
+def _overlap(start: Tensor, length: float, at: Tensor) -> Tensor:
+    """How much of pixel `at` lies in the box, on one axis."""
+    return (torch.minimum(start + length, at + 1.0) - torch.maximum(start, at.double())).clamp(min=0)
+
+
+def cell_sums(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
+    """Sum each photo's brightest channel over bins x bins cells: int64 [N, bins, bins]."""
+    out = torch.empty(len(sizes), bins, bins, dtype=torch.int64, device=pixels.device)
+    for n, image in enumerate(photos(pixels, offsets, sizes)):
+        sums = torch.zeros(image.shape[0] + 1, image.shape[1] + 1, dtype=torch.int64, device=pixels.device)
+        sums[1:, 1:] = image.amax(dim=2).long().cumsum(0).cumsum(1)
+        rows, columns = ([k * size // bins for k in range(bins + 1)] for size in image.shape[:2])
+        corners = sums[rows][:, columns]
+        out[n] = corners.diff(dim=0).diff(dim=1)
+    return out

@@ -1,11 +1,29 @@
 """Every numeric tolerance of the tests, with its reason."""
 
-GRID_GREY_LEVELS = 2e-2
-"""`sample` against its reference, float32: grid_sample keeps positions in -1 to 1, whose float32 step moves a position
-by up to 2e-5 pixels at 256 pixels; times the steepest slope (255 grey levels a pixel), twice for two axes."""
+FLOAT32_STEP = 2**-24
+"""Half a unit in the last place of float32, relative: what one operation may be off by."""
+
+
+def sample_grey_levels(farthest_px: float, largest_box_px: float = 1.0) -> float:
+    """Bound `sample` in float32 against the float64 reference, in grey levels, before the colour matrix.
+
+    A position is three rounded operations, and an edge of the box one more: four half-units of the farthest one. It
+    moves the value by 255 grey levels a pixel at most, on each of two axes. The sum over the box adds one rounding a
+    pixel of at most 255 grey levels.
+    """
+    taps = (largest_box_px + 2) ** 2
+    return 2 * 255 * 4 * FLOAT32_STEP * farthest_px + 255 * (taps + 8) * FLOAT32_STEP
+
+
+OPENCV_WARP_GREY_LEVELS = 255 / 32
+"""OpenCV 4 rounds positions of a warp to 1/32 pixel, half of that on average in each of two axes, at up to 255 grey
+levels a pixel. OpenCV 5 does not."""
 
 BFLOAT16_RELATIVE = 2**-8
 """One rounding to bfloat16's 8 bits of mantissa."""
+
+INTERPRETED_BFLOAT16_RELATIVE = 2**-7
+"""Triton's interpreter cuts the bits off where hardware rounds to nearest: twice the error."""
 
 FLOAT16_RELATIVE = 2**-11
 """One rounding to float16's 11 bits of mantissa."""

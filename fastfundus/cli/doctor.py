@@ -52,11 +52,15 @@ def examine() -> dict[str, Any]:
         from fastfundus.engines.openvino_backend import fastest_precision
 
         engine["precision"] = fastest_precision()
-    gpu = None
+    gpu = sampling = None
     if parts["training"]["ready"]:
         try:
             import torch
 
+            from fastfundus.kernels import host
+
+            loaded = host.load()
+            sampling = "compiled C++" if loaded.library else f"plain PyTorch, thirty times slower ({loaded.reason})"
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         except (ImportError, OSError, RuntimeError) as error:
             # Installed but broken, by a missing system library or driver: just what a doctor is asked about.
@@ -69,6 +73,7 @@ def examine() -> dict[str, Any]:
         "cpu_features": _cpu_features(),
         "gpu": gpu,
         "engine": engine,
+        "sampling_on_cpu": sampling,
         "parts": parts,
     }
 
@@ -91,6 +96,8 @@ def doctor(as_json: bool) -> None:
     click.echo(f"{found['cores']} cores ({features}), GPU: {found['gpu'] or 'none'}")
     if found["engine"]["precision"]:
         click.echo(f"engines run in {found['engine']['precision']} here")
+    if found["sampling_on_cpu"]:
+        click.echo(f"sampling of photos on the CPU: {found['sampling_on_cpu']}")
     for name, part in found["parts"].items():
         versions = ", ".join(f"{package} {version or 'missing'}" for package, version in part["versions"].items())
         click.echo(f"{'ok     ' if part['ready'] else 'missing'}  {name}: {versions}")

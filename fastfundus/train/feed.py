@@ -58,9 +58,7 @@ def epoch_batches(
         for position in sequence:
             pixels[position] = photos[rows[batch[position]]]
         images = torch.from_numpy(pixels).to(device, non_blocking=True)
-        warp = torch.from_numpy(geometry[batch]).to(device, non_blocking=True)
-        tint = torch.from_numpy(colour[batch]).to(device, non_blocking=True)
-        inputs = sample(images, warp, tint, size)
+        inputs = sample(images, torch.from_numpy(geometry[batch]), torch.from_numpy(colour[batch]), size)
         if not channels_last:
             inputs = inputs.contiguous()
         return inputs, torch.from_numpy(targets[batch]).float()[:, None].to(device, non_blocking=True)

@@ -117,7 +117,7 @@ def predict_logits(
     model.eval()
     parts = []
     for batch in _batches(rows, batch_size):
-        geometry, colour = (torch.from_numpy(matrix).to(device) for matrix in fixed_matrices(spec, len(batch)))
+        geometry, colour = map(torch.from_numpy, fixed_matrices(spec, len(batch)))
         images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
         inputs = sample(images, geometry, colour, spec.size, torch.float32)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):

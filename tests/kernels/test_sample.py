@@ -1,189 +1,238 @@
-"""`sample`: the reference against numbers by hand and OpenCV, the operator against the reference."""
+"""Every implementation of `sample` against the reference, over the table of cases; the operator's contract."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-from fastfundus.kernels import reference
-from fastfundus.kernels.ops import _sample, sample
-from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_RELATIVE, GRID_GREY_LEVELS
+from fastfundus.kernels import host, ops, reference
+from fastfundus.kernels import sample as triton_sample
+from fastfundus.kernels.ops import sample, sample_ragged
+from tests.kernels.cases import CASES, IDENTITY, PLAIN, Batch, affine, case, matrix, ragged
+from tests.kernels.implementations import SAMPLERS, Sampler, rounding
+from tests.tolerances import FLOAT32_STEP
 
 pytestmark = pytest.mark.kernel
 
-IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-PLAIN = torch.eye(3, 4)
+
+@pytest.fixture(params=SAMPLERS)
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    return SAMPLERS[request.param]
 
 
-def affine(scale: float, degrees: float = 0.0, shift: tuple[float, float] = (0.0, 0.0)) -> torch.Tensor:
-    c, s = scale * math.cos(math.radians(degrees)), scale * math.sin(math.radians(degrees))
-    return torch.tensor([[c, -s, shift[0]], [s, c, shift[1]]])
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that leaves a value unwritten leaves NaN."""
+    empty = torch.empty
+
+    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
+        fresh = empty(*shape, **options)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
+
+    for module in (ops, triton_sample):
+        monkeypatch.setattr(module.torch, "empty", poisoned)
 
 
-# Each row names the path it takes.
-CASES = {
-    "one-pixel": ((1, 1), IDENTITY, 1),
-    "width-one": ((5, 1), IDENTITY, 4),
-    "identity": ((16, 16), IDENTITY, 16),
-    "not-square": ((9, 17), affine(0.7, 0, (1.5, 0.25)), 12),
-    "enlarge": ((8, 8), affine(0.25), 32),
-    "overhang-left-top": ((16, 16), affine(1.0, 0, (-5.5, -3.25)), 16),
-    "overhang-right-bottom": ((16, 16), affine(1.0, 0, (7.75, 9.5)), 16),
-    "all-outside": ((16, 16), affine(1.0, 0, (100.0, 0.0)), 8),
-    "turned": ((24, 24), affine(0.9, 33.0, (8.0, -4.0)), 24),
-    "mirrored": ((12, 12), torch.tensor([[-1.0, 0.0, 12.0], [0.0, 1.0, 0.0]]), 12),
-    "minify-2": ((32, 32), affine(2.0), 16),
-    "minify-2.5-turned": ((40, 40), affine(2.5, 20.0, (3.0, -2.0)), 13),
-    "minify-7": ((64, 48), affine(7.0), 9),
-}
+def expected(batch: Batch, dtype: torch.dtype = torch.float32, nearest: bool = False) -> torch.Tensor:
+    return reference.sample(*batch.arguments, dtype, nearest)
 
 
-def batch(name: str, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    (height, width), geometry, size = CASES[name]
-    generator = torch.Generator().manual_seed(len(name))
-    images = torch.randint(0, 256, (copies, height, width, 3), dtype=torch.uint8, generator=generator)
-    return images, geometry.repeat(copies, 1, 1), PLAIN.repeat(copies, 1, 1), size
-
-
-def test_reference_by_hand() -> None:
-    image = torch.tensor([[[[10, 10, 10], [30, 30, 30]]]], dtype=torch.uint8)
-    first = reference.sample(image, IDENTITY[None], PLAIN[None], 1, torch.float32)
-    assert first.flatten().tolist() == [10.0, 10.0, 10.0]
-    between = reference.sample(image, affine(1, 0, (0.5, 0))[None], PLAIN[None], 1, torch.float32)
-    assert between.flatten().tolist() == [20.0, 20.0, 20.0]
-    # The position 0.25 lies between black outside (centre -0.5) and the first pixel (centre 0.5), at three quarters.
-    edge = reference.sample(image, affine(1, 0, (-0.25, 0))[None], PLAIN[None], 1, torch.float32)
-    assert edge.flatten().tolist() == [7.5, 7.5, 7.5]
-
-
-def test_reference_minifies_by_area() -> None:
-    image = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
-    image[0, 0, 0] = 160
-    halved = reference.sample(image, affine(2.0)[None], PLAIN[None], 2, torch.float32)
-    # Two taps an axis at source positions 0.5 and 1.5: exactly the four pixels of the block, a quarter each.
-    assert halved[0, 0].tolist() == [[40.0, 0.0], [0.0, 0.0]]
-
-
-@pytest.mark.parametrize("factor", [2, 3, 4])
-def test_reference_equals_opencv_area_resize_at_whole_factors(factor: int) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (12 * factor, 12 * factor, 3), dtype=np.uint8)
-    expected = cv2.resize(image.astype(np.float32), (12, 12), interpolation=cv2.INTER_AREA)
-    got = reference.sample(torch.from_numpy(image)[None], affine(float(factor))[None], PLAIN[None], 12, torch.float32)
-    np.testing.assert_allclose(got[0].permute(1, 2, 0).numpy(), expected, atol=1e-3)
-
-
-def test_reference_equals_opencv_warp_when_enlarging() -> None:
-    image = np.random.default_rng(1).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    matrix = affine(0.5, 25.0, (6.0, 2.0))
-    # OpenCV counts from pixel centres: shift both ends by half a pixel.
-    shift = matrix[:, 2] + matrix[:, :2] @ torch.tensor([0.5, 0.5]) - 0.5
-    warp = torch.cat([matrix[:, :2], shift[:, None]], 1).double().numpy()
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    expected = cv2.warpAffine(image.astype(np.float32), warp, (32, 32), flags=flags, borderValue=(0, 0, 0))
-    got = reference.sample(torch.from_numpy(image)[None], matrix[None], PLAIN[None], 32, torch.float32)
-    # OpenCV may round positions to 1/32 pixel, which moves a value by up to 255 / 32 grey levels an axis.
-    difference = np.abs(got[0].permute(1, 2, 0).numpy() - expected)
-    assert difference.max() < 2 * 255 / 32
-    assert difference.mean() < 1.5
-
-
-def test_reference_nearest_takes_the_covering_pixel() -> None:
-    image = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3)
-    got = reference.sample(image, affine(0.5)[None], PLAIN[None], 4, torch.float32, nearest=True)
-    assert got[0, 0].tolist() == [[0, 0, 3, 3], [0, 0, 3, 3], [6, 6, 9, 9], [6, 6, 9, 9]]
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(sampler: Sampler, name: str, dtype: torch.dtype) -> None:
+    batch = case(name)
+    got, want = sampler(batch, dtype, False), expected(batch)
+    assert got.shape == want.shape
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    allowed = batch.grey_levels + rounding(sampler, dtype) * want.abs()
+    assert ((got.float() - want).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("nearest", [False, True], ids=["bilinear", "nearest"])
-def test_operator_equals_reference(name: str, nearest: bool) -> None:
-    images, geometry, colour, size = batch(name, copies=2)
-    expected = reference.sample(images, geometry, colour, size, torch.float32, nearest)
-    got = sample(images, geometry, colour, size, nearest=nearest)
-    assert got.shape == (2, 3, size, size)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert (got - expected).abs().max() <= GRID_GREY_LEVELS
+def test_nearest_equals_the_reference(sampler: Sampler, name: str) -> None:
+    batch = case(name)
+    got, want = sampler(batch, torch.float32, True), expected(batch, nearest=True)
+    differs = (got != want).any(dim=1)
+    # A position on a boundary between two pixels may fall to either side of it.
+    x, y = positions(batch)
+    margin = batch.grey_levels / 255
+    on_boundary = ((x - x.round()).abs() < margin) | ((y - y.round()).abs() < margin)
+    assert not (differs & ~on_boundary).any()
+    assert differs.float().mean() < 0.2
 
 
-def test_operator_mixes_minifications_in_one_batch() -> None:
-    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    geometry = torch.stack([affine(3.0), IDENTITY, affine(1.4, 10.0)])
-    colour = PLAIN.repeat(3, 1, 1)
-    got = sample(images, geometry, colour, 10)
-    alone = torch.cat([sample(images[n : n + 1], geometry[n : n + 1], colour[n : n + 1], 10) for n in range(3)])
-    assert torch.equal(got, alone)
-    assert (got - reference.sample(images, geometry, colour, 10, torch.float32)).abs().max() <= GRID_GREY_LEVELS
+def positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = torch.arange(batch.out_size, dtype=torch.float64) + 0.5
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    place = batch.geometry.double() @ torch.stack([x, y, torch.ones_like(x)]).view(3, -1)
+    return tuple(place.view(-1, 2, batch.out_size, batch.out_size).unbind(1))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "relative"), [(torch.bfloat16, BFLOAT16_RELATIVE), (torch.float16, FLOAT16_RELATIVE)]
-)
-def test_output_types_round_once(dtype: torch.dtype, relative: float) -> None:
-    images, geometry, colour, size = batch("turned")
-    exact = sample(images, geometry, colour, size)
-    rounded = sample(images, geometry, colour, size, dtype)
-    assert rounded.dtype == dtype
-    assert ((rounded.float() - exact).abs() <= relative * exact.abs()).all()
+@pytest.mark.parametrize("minify", [False, True], ids=["interpolate", "integrate"])
+def test_photos_of_many_sizes_in_one_buffer(sampler: Sampler, minify: bool) -> None:
+    rows = [((9, 7), affine(0.8)), ((1, 1), IDENTITY), ((31, 40), affine(0.9, 12, (4, 1)))]
+    rows += [((40, 33), affine(3.2, 5, (-2, 0)))] if minify else []
+    batch = ragged(rows, 10, gap=5)
+    got = sampler(batch, torch.float32, False)
+    assert (got - expected(batch)).abs().max() <= batch.grey_levels
+    # Neighbours do not matter, nor does the mode that they ask for.
+    alone = ragged(rows, 10, gap=5)
+    for n in range(len(rows)):
+        single = dataclasses.replace(
+            alone, offsets=alone.offsets[n : n + 1], sizes=alone.sizes[n : n + 1],
+            geometry=alone.geometry[n : n + 1], colour=alone.colour[n : n + 1],
+        )  # fmt: skip
+        assert (sampler(single, torch.float32, False)[0] - got[n]).abs().max() <= batch.grey_levels
 
 
-def test_every_grey_level_is_normalised_exactly() -> None:
-    images = torch.arange(256, dtype=torch.uint8).repeat_interleave(3).view(1, 16, 16, 3)
+def test_colour_maps_and_nothing_is_clamped(sampler: Sampler) -> None:
+    batch = case("overhang-left", copies=3)
+    colour = torch.stack([PLAIN, 3 * PLAIN - 400, torch.randn(3, 4, generator=torch.Generator().manual_seed(0))])
+    batch = dataclasses.replace(batch, colour=colour)
+    got, want = sampler(batch, torch.float32, False), expected(batch)
+    # Rows of the matrices amplify what the grey levels are off by; products and sums round once each, below 2^11.
+    assert (got - want).abs().max() <= 9 * batch.grey_levels + 8 * 2048 * FLOAT32_STEP
+    assert got.min() < -300
+    # Black outside becomes the matrix's last column.
+    torch.testing.assert_close(got[2, :, 0, 0], colour[2, :, 3])
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_every_grey_level_of_every_channel_is_normalised(sampler: Sampler, dtype: torch.dtype) -> None:
+    images = torch.arange(256, dtype=torch.uint8).repeat_interleave(3)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     colour = torch.cat([torch.diag(1 / (255 * std)), (-mean / std)[:, None]], dim=1)[None]
-    got = sample(images, IDENTITY[None], colour, 16).double()
-    expected = (images.double() / 255 - mean.double()) / std.double()
-    # Coefficients, product and sum each round once in float32, at a magnitude below 4.
-    assert (got - expected.permute(0, 3, 1, 2)).abs().max() < 4 * 4 * 2**-24
+    sizes = torch.tensor([[16, 16]], dtype=torch.int32)
+    batch = Batch(images, torch.tensor([0]), sizes, IDENTITY[None], colour, 16)
+    got = sampler(batch, dtype, False).double()
+    want = ((images.view(1, 16, 16, 3).double() / 255 - mean.double()) / std.double()).permute(0, 3, 1, 2)
+    # Coefficients, product and sum each round once in float32, at a magnitude below 4; then once to the output.
+    assert ((got - want).abs() <= 4 * 4 * FLOAT32_STEP + rounding(sampler, dtype) * want.abs()).all()
 
 
-def test_same_input_same_bits_and_input_untouched() -> None:
-    images, geometry, colour, size = batch("minify-2.5-turned", copies=3)
-    before = images.clone(), geometry.clone(), colour.clone()
-    first, second = (sample(images, geometry, colour, size) for _ in range(2))
+def test_same_bits_again_and_inputs_untouched(sampler: Sampler) -> None:
+    batch = case("minify-2.5-turned", copies=3)
+    before = [value.clone() for value in batch.arguments[:5]]
+    first, second = (sampler(batch, torch.bfloat16, False) for _ in range(2))
     assert torch.equal(first, second)
-    assert all(torch.equal(left, right) for left, right in zip(before, (images, geometry, colour), strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(before, batch.arguments[:5], strict=True))
+
+
+def test_an_empty_batch_stays_empty(sampler: Sampler) -> None:
+    assert sampler(ragged([], 4), torch.float32, False).shape == (0, 3, 4, 4)
+
+
+def test_images_of_one_size_are_a_ragged_batch() -> None:
+    images = torch.randint(0, 256, (3, 9, 14, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    geometry, colour = torch.stack([affine(3.0), IDENTITY, affine(1.4, 10.0)]), PLAIN.repeat(3, 1, 1)
+    offsets, sizes = torch.arange(3) * 9 * 14 * 3, torch.tensor([[9, 14]] * 3, dtype=torch.int32)
+    want = sample_ragged(images.view(-1), offsets, sizes, geometry, colour, 10)
+    assert torch.equal(sample(images, geometry, colour, 10), want)
+
+
+def test_threads_change_nothing() -> None:
+    batch = case("turned", copies=7)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(sample_ragged(*batch.arguments))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_without_a_compiler_the_reference_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.host, "load", lambda: host._Loaded(None, "no C++ compiler"))
+    batch = case("minify-overhang")
+    assert torch.equal(sample_ragged(*batch.arguments, torch.bfloat16), expected(batch, torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_gigabytes() -> None:
+    side = 512
+    count = (2**31) // (3 * side * side) + 3
+    images = torch.zeros(count, side, side, 3, dtype=torch.uint8, device="cuda")
+    images[-1] = torch.randint(0, 256, (side, side, 3), dtype=torch.uint8).cuda()
+    matrices = IDENTITY.repeat(count, 1, 1), PLAIN.repeat(count, 1, 1)
+    got = sample(images, *matrices, side, torch.bfloat16)
+    assert got.numel() > 2**31 // 2
+    assert torch.equal(got[-1].float().permute(1, 2, 0), images[-1].float())
+    assert not got[:-1].any()
 
 
 def test_opcheck() -> None:
-    images, geometry, colour, size = batch("not-square", copies=2)
-    torch.library.opcheck(_sample, (images, geometry, colour, size, torch.bfloat16, False))
-    torch.library.opcheck(_sample, (images, geometry, colour, size, torch.float32, True))
+    batch = case("not-square")
+    for dtype, nearest in [(torch.bfloat16, False), (torch.float32, True)]:
+        torch.library.opcheck(ops._sample, (*batch.arguments, dtype, nearest))
+    torch.library.opcheck(ops._cell_sums, (batch.pixels, batch.offsets, batch.sizes, 3))
 
 
 def test_compiles_without_a_graph_break() -> None:
-    images, geometry, colour, size = batch("identity", copies=2)
-    doubled = torch.compile(lambda *a: 2 * sample(*a, size), fullgraph=True, backend="aot_eager")
-    assert torch.equal(doubled(images, geometry, colour), 2 * sample(images, geometry, colour, size))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    matrices = IDENTITY.repeat(2, 1, 1), PLAIN.repeat(2, 1, 1)
+    doubled = torch.compile(lambda *a: 2 * sample(*a, 16), fullgraph=True, backend="aot_eager")
+    assert torch.equal(doubled(images, *matrices), 2 * sample(images, *matrices, 16))
+    with pytest.raises(ValueError, match=r"geometry\[1\] must be finite"):
+        doubled(images, torch.stack([IDENTITY, IDENTITY * math.nan]), matrices[1])
 
 
-def test_an_empty_batch_stays_empty() -> None:
-    got = sample(torch.zeros(0, 4, 4, 3, dtype=torch.uint8), torch.zeros(0, 2, 3), torch.zeros(0, 3, 4), 4)
-    assert got.shape == (0, 3, 4, 4)
+ONE = {"pixels": torch.zeros(48, dtype=torch.uint8), "offsets": torch.tensor([0])}
+ONE |= {"sizes": torch.tensor([[4, 4]], dtype=torch.int32), "geometry": IDENTITY[None], "colour": PLAIN[None]}
+
+
+def sizes(height: int, width: int) -> torch.Tensor:
+    return torch.tensor([[height, width]], dtype=torch.int32)
 
 
 BAD = {
-    "images must be uint8": {"images": torch.zeros(1, 4, 4, 3)},
-    "images must be uint8 .N, H, W, 3.": {"images": torch.zeros(1, 4, 4, 4, dtype=torch.uint8)},
-    "at least one pixel": {"images": torch.zeros(1, 0, 4, 3, dtype=torch.uint8)},
-    "must be contiguous": {"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8).permute(0, 2, 3, 1)},
-    "geometry must be float32": {"geometry": IDENTITY[None].double()},
-    r"colour must be float32 .1, 3, 4.": {"colour": torch.zeros(2, 3, 4)},
-    "geometry must be finite": {"geometry": torch.full((1, 2, 3), math.nan)},
-    "out_size must be at least 1": {"out_size": 0},
-    "dtype must be float32": {"dtype": torch.float64},
+    r"pixels must be uint8 \[B\], got torch.float32": {"pixels": torch.zeros(48)},
+    r"pixels must be uint8 \[B\], got torch.uint8 \[4, 12\]": {"pixels": torch.zeros(4, 12, dtype=torch.uint8)},
+    "pixels must be contiguous, got stride 2": {"pixels": torch.zeros(96, dtype=torch.uint8)[::2]},
+    r"offsets must be torch.int64 \[1\], got torch.int32": {"offsets": torch.tensor([0], dtype=torch.int32)},
+    r"offsets\[0\] is -1, but its 48 bytes must lie within the 48": {"offsets": torch.tensor([-1])},
+    r"offsets\[0\] is 1, but its 48 bytes": {"offsets": torch.tensor([1])},
+    r"offsets\[0\] is 9223372036854775807": {"offsets": torch.tensor([2**63 - 1])},
+    r"sizes must be torch.int32 \[1, 2\]": {"sizes": torch.tensor([[4, 4]])},
+    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 0 x 4": {"sizes": sizes(0, 4)},
+    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 4 x -1": {"sizes": sizes(4, -1)},
+    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 2147483647 x 1": {"sizes": sizes(2**31 - 1, 1)},
+    r"sizes\[0\] is 30000 x 30000, 2700000000 bytes": {"sizes": sizes(30000, 30000)},
+    r"geometry must be torch.float32 \[1, 2, 3\], got torch.float64": {"geometry": IDENTITY[None].double()},
+    r"geometry must be torch.float32 \[1, 2, 3\], got torch.float32 \[2, 2, 3\]": {
+        "geometry": IDENTITY.repeat(2, 1, 1)
+    },
+    r"geometry\[0\] must be finite, got .*nan": {"geometry": torch.full((1, 2, 3), math.nan)},
+    r"geometry\[0\] cannot be inverted.*0.0": {"geometry": torch.zeros(1, 2, 3)},
+    r"geometry\[0\] cannot be inverted": {"geometry": matrix([1, 2, 0], [2, 4, 0])[None]},
+    r"geometry\[0\] reaches 1e\+30 pixels": {"geometry": affine(1, 0, (1e30, 0))[None]},
+    r"colour must be torch.float32 \[1, 3, 4\]": {"colour": torch.zeros(2, 3, 4)},
+    r"colour\[0\] must be finite, got .*inf": {"colour": PLAIN[None] * math.inf},
+    r"out_size must be 1 to 16384 pixels, got 0": {"out_size": 0},
+    r"out_size must be 1 to 16384 pixels, got 16385": {"out_size": 16385},
+    "dtype must be float32, float16 or bfloat16, got torch.float64": {"dtype": torch.float64},
+    "geometry must be on the host, where it is checked; got meta": {"geometry": IDENTITY[None].to("meta")},
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named(message: str) -> None:
-    good = {
-        "images": torch.zeros(1, 4, 4, 3, dtype=torch.uint8),
-        "geometry": IDENTITY[None],
-        "colour": PLAIN[None],
-        "out_size": 4,
-    }
     with pytest.raises(ValueError, match=message):
-        sample(**{**good, **BAD[message]})
+        sample_ragged(**{**ONE, "out_size": 4, **BAD[message]})
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 4, 4, 3), r"images must be uint8 \[N, H, W, 3\], got torch.float32"),
+        (torch.zeros(1, 4, 4, 4, dtype=torch.uint8), r"images must be uint8 .* \[1, 4, 4, 4\]"),
+        (torch.zeros(1, 0, 4, 3, dtype=torch.uint8), r"at least one pixel, got \[1, 0, 4, 3\]"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8).permute(0, 2, 3, 1), "images must be contiguous"),
+    ],
+)
+def test_bad_images_are_named(images: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(images, IDENTITY[None], PLAIN[None], 4)

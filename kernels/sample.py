@@ -1,0 +1,151 @@
+"""`sample` in Triton: crops, turns, minifies, recolours and narrows photos of any sizes in one pass.
+
+Meaning and conventions: `reference.py`. A photo's matrices and place come packed as a job of 88 bytes (`jobs.py`), seen
+here as eleven int64, or twenty-two int32 or float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastfundus.kernels.jobs import INTEGRATE, NEAREST
+from fastfundus.kernels.triton_env import tilings
+
+__all__ = ["TILINGS", "launch", "sample_kernel"]
+
+TILINGS = ((128, 4), (256, 4), (512, 4), (512, 8))
+"""Output pixels a program, and warps."""
+_NEAREST = tl.constexpr(NEAREST)
+_INTEGRATE = tl.constexpr(INTEGRATE)
+
+
+@triton.jit
+def _extent(along_x, along_y):
+    """Width or height of the box, from one row of the geometry."""
+    length = tl.sqrt(along_x * along_x + along_y * along_y)
+    return tl.where(length < 1.0 + 1.0 / 4096.0, 1.0, length)
+
+
+@triton.jit
+def _overlap(start, length, at):
+    """How much of pixel `at` lies in the box, on one axis."""
+    place = at.to(tl.float32)
+    return tl.maximum(tl.minimum(start + length, place + 1.0) - tl.maximum(start, place), 0.0)
+
+
+@triton.jit
+def _fetch(photo_pointer, row, column, height, width, mask):
+    """Three channels at integer positions, float32, black outside."""
+    inside = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    pixel = photo_pointer + 3 * (row * width + column)
+    red = tl.load(pixel, mask=inside, other=0).to(tl.float32)
+    green = tl.load(pixel + 1, mask=inside, other=0).to(tl.float32)
+    blue = tl.load(pixel + 2, mask=inside, other=0).to(tl.float32)
+    return red, green, blue
+
+
+@triton.jit
+def _sample_kernel(
+    pixels_pointer, longs_pointer, words_pointer, floats_pointer, output_pointer, out_size,
+    MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sample every photo of a batch.
+
+    Args:
+        pixels_pointer: uint8, all photos, each [height, width, 3] from its job's offset on.
+        longs_pointer: int64 [N, 11], the jobs; word 0 is the offset.
+        words_pointer: int32 [N, 22], the same bytes; words 2 and 3 are height and width.
+        floats_pointer: float32 [N, 22], the same bytes; 4 to 9 the geometry, 10 to 21 the colour matrix, row by row.
+        output_pointer: [N, out_size, out_size, 3], float32, float16 or bfloat16, contiguous.
+        out_size: side of the output in pixels.
+        MODE: 0 interpolates, 1 integrates a box, 2 takes the nearest pixel.
+        BLOCK: output pixels a program.
+
+    One program covers BLOCK output pixels of one photo, in reading order.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(out_size * out_size, BLOCK)
+    photo = (program // blocks).to(tl.int64)
+    index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < out_size * out_size
+
+    # int64: batches exceed 2^31 bytes. Within a photo int32 is enough, jobs.py sees to that.
+    photo_pointer = pixels_pointer + tl.load(longs_pointer + photo * 11)
+    height = tl.load(words_pointer + photo * 22 + 2)
+    width = tl.load(words_pointer + photo * 22 + 3)
+    geometry = floats_pointer + photo * 22 + 4
+    g00, g01, g02 = tl.load(geometry), tl.load(geometry + 1), tl.load(geometry + 2)
+    g10, g11, g12 = tl.load(geometry + 3), tl.load(geometry + 4), tl.load(geometry + 5)
+
+    along_x = (index % out_size).to(tl.float32) + 0.5
+    along_y = (index // out_size).to(tl.float32) + 0.5
+    x = g00 * along_x + g01 * along_y + g02
+    y = g10 * along_x + g11 * along_y + g12
+
+    if MODE == _NEAREST:
+        row, column = tl.floor(y).to(tl.int32), tl.floor(x).to(tl.int32)
+        red, green, blue = _fetch(photo_pointer, row, column, height, width, mask)
+    elif MODE == _INTEGRATE:
+        box_width, box_height = _extent(g00, g01), _extent(g10, g11)
+        left, top = x - 0.5 * box_width, y - 0.5 * box_height
+        first_column, first_row = tl.floor(left).to(tl.int32), tl.floor(top).to(tl.int32)
+        red = tl.zeros([BLOCK], tl.float32)
+        green = tl.zeros([BLOCK], tl.float32)
+        blue = tl.zeros([BLOCK], tl.float32)
+        for down in range(tl.ceil(box_height).to(tl.int32) + 1):
+            row = first_row + down
+            row_share = _overlap(top, box_height, row)
+            for across in range(tl.ceil(box_width).to(tl.int32) + 1):
+                column = first_column + across
+                share = row_share * _overlap(left, box_width, column)
+                r, g, b = _fetch(photo_pointer, row, column, height, width, mask)
+                red += share * r
+                green += share * g
+                blue += share * b
+        area = 1.0 / (box_width * box_height)
+        red, green, blue = red * area, green * area, blue * area
+    else:
+        left, top = tl.floor(x - 0.5), tl.floor(y - 0.5)
+        right_share, lower_share = x - 0.5 - left, y - 0.5 - top
+        column, row = left.to(tl.int32), top.to(tl.int32)
+        r0, g0, b0 = _fetch(photo_pointer, row, column, height, width, mask)
+        r1, g1, b1 = _fetch(photo_pointer, row, column + 1, height, width, mask)
+        r2, g2, b2 = _fetch(photo_pointer, row + 1, column, height, width, mask)
+        r3, g3, b3 = _fetch(photo_pointer, row + 1, column + 1, height, width, mask)
+        upper_left, upper_right = (1 - right_share) * (1 - lower_share), right_share * (1 - lower_share)
+        lower_left, lower_right = (1 - right_share) * lower_share, right_share * lower_share
+        red = upper_left * r0 + upper_right * r1 + lower_left * r2 + lower_right * r3
+        green = upper_left * g0 + upper_right * g1 + lower_left * g2 + lower_right * g3
+        blue = upper_left * b0 + upper_right * b1 + lower_left * b2 + lower_right * b3
+
+    colour = floats_pointer + photo * 22 + 10
+    out0 = tl.load(colour) * red + tl.load(colour + 1) * green + tl.load(colour + 2) * blue + tl.load(colour + 3)
+    out1 = tl.load(colour + 4) * red + tl.load(colour + 5) * green + tl.load(colour + 6) * blue + tl.load(colour + 7)
+    out2 = tl.load(colour + 8) * red + tl.load(colour + 9) * green + tl.load(colour + 10) * blue + tl.load(colour + 11)
+
+    # [BLOCK, 4], the fourth masked: neighbouring threads then write neighbouring channels, not every third value.
+    interleaved = tl.join(tl.join(out0, out2), tl.join(out1, out2)).reshape(BLOCK, 4)
+    channel = tl.arange(0, 4)[None, :]
+    place = output_pointer + (photo * out_size * out_size + index[:, None]) * 3 + channel
+    tl.store(place, interleaved.to(output_pointer.dtype.element_ty), mask=mask[:, None] & (channel < 3))
+
+
+sample_kernel = triton.autotune(configs=tilings("BLOCK", TILINGS), key=["out_size", "MODE"])(_sample_kernel)
+
+
+def launch(pixels: Tensor, jobs: NDArray[np.void], out_size: int, dtype: torch.dtype, mode: int) -> Tensor:
+    """Run the kernel on the device that holds `pixels`: [N, out_size, out_size, 3] of `dtype`, contiguous."""
+    out = torch.empty(len(jobs), out_size, out_size, 3, dtype=dtype, device=pixels.device)
+    if len(jobs):
+        longs = torch.from_numpy(jobs.view(np.int64).reshape(-1, 11)).to(pixels.device, non_blocking=True)
+
+        def grid(constants: dict[str, int]) -> tuple[int]:
+            return (len(jobs) * triton.cdiv(out_size * out_size, constants["BLOCK"]),)
+
+        sample_kernel[grid](pixels, longs, longs.view(torch.int32), longs.view(torch.float32), out, out_size, MODE=mode)
+    return out

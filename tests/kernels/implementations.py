@@ -1,0 +1,57 @@
+"""The implementations that a machine can run, by name: every kernel test is written once and tried on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastfundus.kernels import cell_sums as triton_cell_sums
+from fastfundus.kernels import host, ops
+from fastfundus.kernels import sample as triton_sample
+from fastfundus.kernels.jobs import pack_jobs
+from tests.kernels.cases import Batch
+from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_RELATIVE, INTERPRETED_BFLOAT16_RELATIVE
+
+Sampler = Callable[[Batch, torch.dtype, bool], Tensor]
+HAS_GPU = torch.cuda.is_available()
+
+
+def sample_on_host(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
+    assert host.load().library is not None, host.load().reason
+    return ops.sample_ragged(*batch.arguments, dtype, nearest=nearest)
+
+
+def sample_triton(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
+    """On a GPU through the operator; interpreted, its launch code on host memory."""
+    if HAS_GPU:
+        return ops.sample_ragged(batch.pixels.cuda(), *batch.arguments[1:], dtype, nearest=nearest).cpu()
+    arrays = (value.numpy() for value in (batch.offsets, batch.sizes, batch.geometry, batch.colour))
+    jobs, mode = pack_jobs(*arrays, out_size=batch.out_size, available=len(batch.pixels), nearest=nearest)
+    return triton_sample.launch(batch.pixels, jobs, batch.out_size, dtype, mode).permute(0, 3, 1, 2)
+
+
+def rounding(sampler: Sampler, dtype: torch.dtype) -> float:
+    """What the last step to the output type may be off by, relative."""
+    if dtype == torch.bfloat16:
+        interpreted = sampler is sample_triton and not HAS_GPU
+        return INTERPRETED_BFLOAT16_RELATIVE if interpreted else BFLOAT16_RELATIVE
+    return FLOAT16_RELATIVE if dtype == torch.float16 else 0.0
+
+
+SAMPLERS: dict[str, Sampler] = {"host": sample_on_host, "triton": sample_triton}
+
+
+def cells_on_host(batch: Batch, bins: int) -> Tensor:
+    assert host.load().library is not None, host.load().reason
+    return ops._cell_sums(batch.pixels, batch.offsets, batch.sizes, bins)
+
+
+def cells_triton(batch: Batch, bins: int) -> Tensor:
+    if HAS_GPU:
+        return ops._cell_sums(batch.pixels.cuda(), batch.offsets, batch.sizes, bins).cpu()
+    return triton_cell_sums.launch(batch.pixels, batch.offsets, batch.sizes, bins)
+
+
+CELL_SUMMERS: dict[str, Callable[[Batch, int], Tensor]] = {"host": cells_on_host, "triton": cells_triton}

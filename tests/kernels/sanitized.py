@@ -1,0 +1,50 @@
+"""Run the host's build of `sample` over a file of cases, within a process that watches its memory.
+
+    python -m tests.kernels.sanitized LIBRARY.so CASES.npz RESULTS.npz [BYTES]
+
+Pixels lie in memory of exactly their size, so that one byte too many is noticed; BYTES fewer are allocated than the
+photos need, to see that it is. NumPy only: torch and a sanitizer do not go together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fastfundus.kernels.host import HostLibrary
+from fastfundus.kernels.jobs import pack_jobs
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+
+
+def main(library: str, cases: str, results: str, missing: int) -> None:
+    host, arrays, out = HostLibrary(Path(library)), np.load(cases), {}
+    for name in sorted({key.split("/")[0] for key in arrays}):
+        pixels, offsets, sizes, geometry, colour, size = (arrays[f"{name}/{part}"] for part in "posgcn")
+        room = libc.malloc(len(pixels) - missing)
+        ctypes.memmove(room, pixels.ctypes.data, len(pixels) - missing)
+        for nearest in (False, True):
+            jobs, mode = pack_jobs(
+                offsets, sizes, geometry, colour, out_size=int(size), available=len(pixels), nearest=nearest
+            )
+            for out_type, dtype in enumerate((np.float32, np.float16, np.uint16)):
+                fresh = np.full((len(jobs), size, size, 3), np.nan if out_type < 2 else 0x7FC0).astype(dtype)
+                job = host.sample(room, jobs, fresh.ctypes.data, int(size), fresh.itemsize, out_type, mode)
+                for n in range(len(jobs)):
+                    job(n)
+                out[f"{name}/{nearest}/{out_type}"] = fresh
+        for n, (height, width) in enumerate(sizes.tolist()):
+            bins = min(height, width, 5)
+            sums = np.empty((bins, bins), np.int64)
+            host.cell_sums(room + int(offsets[n]), height, width, bins, sums.ctypes.data)
+            out[f"{name}/cells/{n}"] = sums
+    np.savez(results, **out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], missing=int(sys.argv[4]) if len(sys.argv) > 4 else 0)
