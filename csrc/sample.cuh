@@ -199,24 +199,4 @@ FASTFUNDUS_BOTH Rgb recolour(const float *colour, Rgb pixel) {
     return result + blue(pixel) * make_rgb(colour[2], colour[6], colour[10]);
 }
 
-// One of bins x bins cells that share out a photo: cell k of an axis covers pixels [k * size / bins, (k + 1) * size / bins).
-struct Cell {
-    int32_t top, bottom, left, right;
-};
-
-FASTFUNDUS_BOTH int32_t cell_edge(int32_t size, int32_t bins, int32_t index) {
-    return static_cast<int32_t>(static_cast<int64_t>(index) * size / bins);
-}
-
-FASTFUNDUS_BOTH Cell cell_of(int32_t height, int32_t width, int32_t bins, int32_t index) {
-    int32_t row = index / bins, column = index % bins;
-    return {cell_edge(height, bins, row), cell_edge(height, bins, row + 1), cell_edge(width, bins, column),
-            cell_edge(width, bins, column + 1)};
-}
-
-FASTFUNDUS_BOTH int32_t brightest(const uint8_t *pixel) {
-    int32_t most = pixel[0] > pixel[1] ? pixel[0] : pixel[1];
-    return most > pixel[2] ? most : pixel[2];
-}
-
 }  // namespace fastfundus

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +19,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["FLAGS", "SOURCES", "HostLibrary", "build", "load"]
+from fastfundus.kernels.building import CSRC, cached_build
 
-# Beside this package, in a checkout and in an installed wheel alike.
-_FOLDER = Path(__file__).parent.parent / "csrc"
-SOURCES = (_FOLDER / "sample_host.cpp", _FOLDER / "sample.cuh")
+__all__ = ["FLAGS", "SOURCE", "HostLibrary", "in_parallel", "load"]
+
+SOURCE = CSRC / "sample_host.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -75,44 +72,10 @@ def load() -> _Loaded:
     if compiler is None:
         return _Loaded(None, "no C++ compiler: install g++")
     try:
-        return _Loaded(HostLibrary(_cached(compiler)), "")
+        return _Loaded(HostLibrary(cached_build(compiler, FLAGS, SOURCE, ".so")), "")
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", "") or str(error)
-        return _Loaded(None, f"{compiler} cannot compile {SOURCES[0].name}: {told.strip()[:500]}")
-
-
-def build(compiler: str, target: Path, flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile to `target`, in place at once.
-
-    Raises:
-        subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        fresh = Path(scratch) / "library.so"
-        command = [compiler, *flags, str(SOURCES[0]), "-o", str(fresh)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        os.replace(fresh, target)
-    return target
-
-
-def _cached(compiler: str) -> Path:
-    """The library in the cache folder, compiled anew when sources, compiler, flags or processor changed."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-    parts = [version, *FLAGS, platform.machine(), _processor(), *(path.read_text() for path in SOURCES)]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(home) / "fastfundus" / f"sample_host_{key}.so"
-    return target if target.is_file() else build(compiler, target)
-
-
-def _processor() -> str:
-    """What `-march=native` looks at: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return _Loaded(None, f"{compiler} cannot compile {SOURCE.name}: {told.strip()[:500]}")
 
 
 def in_parallel(job: Callable[[int], None], count: int, threads: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastfundus.kernels import host, reference
+from fastfundus.kernels.building import build
 from tests.kernels.cases import CASES, Batch, affine, case, ragged
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_RELATIVE
 
@@ -32,7 +33,7 @@ def batches() -> dict[str, Batch]:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The library with sanitizers, and the file of cases."""
     folder = tmp_path_factory.mktemp("sanitized")
-    library = host.build("g++", folder / "library.so", SANITIZE)
+    library = build("g++", SANITIZE, host.SOURCE, folder / "library.so")
     arrays = {}
     for name, batch in batches().items():
         for part, value in zip("posgcn", batch.arguments, strict=True):

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": {*FOUNDATION, "photo"},
     "models": FOUNDATION,
     "train": {*FOUNDATION, "data", "kernels", "models"},
-    "engines": {*FOUNDATION, "models"},
+    # Its runtime without torch packs jobs as the kernels read them, and compiles csrc.
+    "engines": {*FOUNDATION, "models", "kernels"},
     "evaluate": {*FOUNDATION, "data", "models", "train"},
     "screen": {*FOUNDATION, "data", "photo", "engines"},
 }
@@ -32,6 +33,7 @@ STANDARD_LIBRARY_ONLY = FOUNDATION
 # These parts run where no torch is installed. Building an engine needs torch; running one does not.
 NO_TORCH = {"synthetic", "photo", "data", "screen", *FOUNDATION}
 NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
+NO_TORCH_MODULES |= {"engines.cuda_sample", "kernels", "kernels.building", "kernels.host", "kernels.jobs"}
 TORCH = {"torch", "torchvision", "timm", "triton", "onnx", "safetensors"}
 
 

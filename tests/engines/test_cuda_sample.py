@@ -1,0 +1,179 @@
+"""csrc's kernels through pycuda.
+
+Without a GPU a double of pycuda stands in: it checks what real pycuda would refuse, and runs the host's build of the
+same arithmetic on the addresses that it is given.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastfundus.engines import cuda_sample
+from fastfundus.engines.cuda_sample import CudaSampler
+from fastfundus.errors import FastFundusError, MissingDependency
+from fastfundus.kernels import host, reference
+from fastfundus.kernels.jobs import JOB, pack_jobs
+from tests.kernels.cases import CASES, case
+from tests.kernels.implementations import SAMPLERS, rounding
+
+pytestmark = pytest.mark.kernel
+
+
+class Driver(types.ModuleType):
+    """What `pycuda.driver` offers of what is used here."""
+
+    def __init__(self) -> None:
+        super().__init__("pycuda.driver")
+        self.stack: list[Any] = []
+        self.retained = 0
+        self.launches: list[tuple[str, Any]] = []
+        driver = self
+
+        class Context:
+            def push(self) -> None:
+                assert driver.retained, "the context was given back"
+                driver.stack.append(self)
+
+            @staticmethod
+            def pop() -> None:
+                driver.stack.pop()
+
+            def detach(self) -> None:
+                driver.retained -= 1
+
+        class Device:
+            def __init__(self, number: int) -> None:
+                assert driver.started
+                assert number == 0
+
+            def retain_primary_context(self) -> Context:
+                driver.retained += 1
+                return Context()
+
+        class Function:
+            def __init__(self, name: str) -> None:
+                self.name, self.format = name, ""
+
+            def prepare(self, format: str) -> None:
+                self.format = format
+
+            def prepared_async_call(self, grid: tuple[int, ...], block: tuple[int, int, int], stream: Any, *a: Any):  # type: ignore[no-untyped-def]
+                assert driver.stack, "no context is current"
+                assert self.format == "PPPi"
+                assert block == (256, 1, 1)
+                driver.launches.append((self.name, stream))
+                driver.run(self.name, grid, *a)
+
+        class Module:
+            def __init__(self, image: bytes) -> None:
+                # Kernel names are kept as text in the machine code.
+                self.names = set(re.findall(rb"fastfundus_sample_[a-z0-9]+_[a-z]+", image))
+
+            def get_function(self, name: str) -> Function:
+                assert name.encode() in self.names, f"named symbol not found: {name}"
+                return Function(name)
+
+        def module_from_buffer(image: bytes) -> Module:
+            assert driver.stack, "no context is current"
+            return Module(image)
+
+        self.started = False
+        self.Context, self.Device, self.module_from_buffer = Context, Device, module_from_buffer
+
+    def init(self) -> None:
+        self.started = True
+
+    def run(self, name: str, grid: tuple[int, ...], pixels: Any, jobs: Any, out: Any, out_size: int) -> None:
+        _, _, output, mode = name.split("_")
+        count = grid[0] // (-(-out_size * out_size // 256))
+        assert grid == (count * -(-out_size * out_size // 256), 1)
+        packed = np.frombuffer((np.ctypeslib.ctypes.c_char * (count * JOB.itemsize)).from_address(int(jobs)), JOB)
+        library = host.load().library
+        assert library is not None
+        types_of = {"f32": (4, 0), "f16": (2, 1), "bf16": (2, 2)}
+        modes = {"interpolate": 0, "integrate": 1, "nearest": 2}
+        job = library.sample(int(pixels), packed, int(out), out_size, *types_of[output], modes[mode])
+        for n in range(count):
+            job(n)
+
+
+@pytest.fixture(scope="module")
+def image() -> Path:
+    return cuda_sample.fatbin()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    double = Driver()
+    package = types.ModuleType("pycuda")
+    package.driver = double  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", double)
+    yield double
+    assert not double.stack, "a context was left current"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_what_the_reference_says(driver: Driver, image: Path, name: str) -> None:
+    batch = case(name)
+    arrays = (value.numpy() for value in (batch.offsets, batch.sizes, batch.geometry, batch.colour))
+    jobs, mode = pack_jobs(*arrays, out_size=batch.out_size, available=len(batch.pixels))
+    room = torch.full((2 * 3 * batch.out_size**2 + 4,), np.nan)
+    out = room[(-room.data_ptr() // 4) % 4 :][: 2 * 3 * batch.out_size**2]
+    stream = object()
+    with CudaSampler(image) as sampler:
+        sampler.launch(
+            batch.pixels.data_ptr(), jobs.ctypes.data, 2, out.data_ptr(), batch.out_size, "f32", mode, stream
+        )
+    got = out.view(2, batch.out_size, batch.out_size, 3).permute(0, 3, 1, 2)
+    assert (got - reference.sample(*batch.arguments, torch.float32)).abs().max() <= batch.grey_levels
+    assert driver.launches == [(f"fastfundus_sample_f32_{'integrate' if mode else 'interpolate'}", stream)]
+    assert driver.retained == 0
+
+
+def test_bad_launches_are_refused(driver: Driver, image: Path) -> None:
+    sampler = CudaSampler(image)
+    with pytest.raises(ValueError, match="output must be f32, f16 or bf16 and mode 0, 1 or 2, got 'f64' and 0"):
+        sampler.launch(0, 0, 1, 0, 4, "f64", 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="out must be aligned to 16 bytes, got address 0x8"):
+        sampler.launch(0, 0, 1, 8, 4, "f32", 0)
+    with pytest.raises(ValueError, match="3000 photos of 16384 x 16384 are too many"):
+        sampler.launch(0, 0, 3000, 0, 16384, "f32", 0)
+    sampler.launch(0, 0, 0, 0, 4, "f32", 0)
+    assert driver.launches == []
+    sampler.close()
+    sampler.close()
+    assert driver.retained == 0
+
+
+def test_missing_parts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(MissingDependency, match=r"fastfundus\[tensorrt\]"):
+        CudaSampler()
+    monkeypatch.setattr(cuda_sample.shutil, "which", lambda name: None)
+    with pytest.raises(FastFundusError, match="make -C csrc"):
+        cuda_sample.fatbin()
+
+
+@pytest.mark.gpu
+def test_the_launcher_on_a_gpu(tmp_path: Path) -> None:
+    """The same kernels through the C launcher, on torch's memory and stream."""
+    from bench.cuda_twin import CudaTwin
+
+    twin = CudaTwin.build(tmp_path)
+    for name in CASES:
+        batch = case(name)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            got = twin.sample(batch.pixels.cuda(), *batch.arguments[1:], dtype).cpu().float()
+            want = reference.sample(*batch.arguments, torch.float32)
+            allowed = batch.grey_levels + rounding(SAMPLERS["host"], dtype) * want.abs()
+            assert ((got - want).abs() <= allowed).all(), (name, dtype)

@@ -1,0 +1,108 @@
+"""Compiles for GPUs that are not here: Triton's kernels in every tiling, and csrc. No spills, and no surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.kernel, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+RECORD = Path(__file__).parent / "compiled.json"
+"""What each variant uses; `python -m tests.kernels.compile_triton tests/kernels/compiled.json` writes it anew."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("compiled") / "compiled.json"
+    surroundings = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_triton", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text())
+
+
+def test_every_variant_compiles_without_spills(compiled: dict[str, Any]) -> None:
+    assert {name for name, used in compiled["variants"].items() if used["spilled_bytes"]} == set()
+    # 64 registers let 1,024 threads live on a multiprocessor; all of its 2,048 would need 32.
+    assert max(used["registers"] for used in compiled["variants"].values()) <= 64
+
+
+def test_the_record_is_kept(compiled: dict[str, Any]) -> None:
+    record = json.loads(RECORD.read_text())
+    assert set(compiled["variants"]) == set(record["variants"])
+    if compiled["triton"] == record["triton"]:
+        assert compiled["variants"] == record["variants"]
+    for name, used in compiled["variants"].items():
+        # Another compiler may allot registers otherwise, but not by a third.
+        assert used["registers"] <= record["variants"][name]["registers"] * 4 / 3, name
+
+
+@pytest.fixture(scope="module")
+def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder with fatbin and library, and what the compiler said."""
+    assert shutil.which("nvcc"), "nvcc compiles csrc: install the CUDA toolkit"
+    folder = tmp_path_factory.mktemp("csrc")
+    command = ["make", "-C", str(ROOT / "csrc"), f"BUILD={folder}", "fatbin", "library"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout + done.stderr
+
+
+def test_csrc_compiles_without_warnings_or_spills(cuda_build: tuple[Path, str]) -> None:
+    _, said = cuda_build
+    # The command line speaks of warnings too, since it makes them errors.
+    assert not re.search(r"warning\b.*:|: warning", said.replace("warn-spills", ""), re.IGNORECASE)
+    kernels = re.findall(r"Function properties for (fastfundus_sample_\w+)\n\s+(.*)\n", said)
+    assert len(kernels) == 2 * 3 * 9
+    assert {spills for _, spills in kernels} == {"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"}
+    assert max(int(registers) for registers in re.findall(r"Used (\d+) registers", said)) <= 48
+
+
+def dumped(*arguments: str | Path) -> str:
+    """The output of cuobjdump: Triton's wheel brings it, and nvdisasm, which it calls."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    surroundings = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tools / "cuobjdump", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=surroundings).stdout
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_csrc_writes_16_bytes_at_once(cuda_build: tuple[Path, str], architecture: str) -> None:
+    folder, _ = cuda_build
+    text = dumped("--dump-sass", "--gpu-architecture", architecture, folder / "sample.fatbin")
+    functions = dict(re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", text, re.DOTALL))
+    assert len(functions) == 9
+    for name, code in functions.items():
+        # From shared memory in 16 bytes and to the output in 16 bytes; and value by value for other sizes.
+        assert re.search(r"\bLDS\.128\b", code), name
+        assert re.search(r"\bSTG\.E\.128\b", code), name
+        assert re.search(r"\bSTG\.E(\.U16)? ", code), name
+        # Registers that do not suffice are stored in local memory.
+        assert not re.search(r"\b(STL|LDL)\b", code), name
+
+
+def test_the_fatbin_holds_code_for_later_gpus(cuda_build: tuple[Path, str]) -> None:
+    folder, _ = cuda_build
+    listed = dumped("--list-elf", "--list-ptx", folder / "sample.fatbin")
+    assert {"sm_80.cubin", "sm_90.cubin", "sm_100.cubin", "sm_100.ptx"} <= set(re.findall(r"sm_\d+\.\w+", listed))
+
+
+def test_cmake_builds_the_same(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.fail("cmake builds csrc: install cmake")
+    for command in (["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path)], ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "libfastfundus_sample.so").is_file()
+    assert (tmp_path / "libfastfundus_sample_host.so").is_file()
