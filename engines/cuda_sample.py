@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 
 from fastfundus.errors import FastFundusError, require
 from fastfundus.kernels.building import CSRC, cached_build
@@ -112,7 +111,7 @@ class CudaSampler:
             return
         with self._current():
             self._functions[output, mode].prepared_async_call(
-                (blocks, 1), (_PIXELS_A_BLOCK, 1, 1), stream, np.uintp(pixels), np.uintp(jobs), np.uintp(out), out_size
+                (blocks, 1), (_PIXELS_A_BLOCK, 1, 1), stream, pixels, jobs, out, out_size
             )
 
     @contextmanager

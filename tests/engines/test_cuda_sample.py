@@ -7,6 +7,7 @@ same arithmetic on the addresses that it is given.
 from __future__ import annotations
 
 import re
+import struct
 import sys
 import types
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ class Driver(types.ModuleType):
                 assert driver.stack, "no context is current"
                 assert self.format == "PPPi"
                 assert block == (256, 1, 1)
+                # As pycuda 2026.1 packs them.
+                assert struct.unpack(self.format, struct.pack(self.format, *a)) == a
                 driver.launches.append((self.name, stream))
                 driver.run(self.name, grid, *a)
 
