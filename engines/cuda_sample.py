@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-
 from fastfundus.errors import FastFundusError, require
 from fastfundus.kernels.building import CSRC, cached_build
 from fastfundus.kernels.jobs import MODES

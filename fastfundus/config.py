@@ -86,7 +86,13 @@ class AugmentConfig:
     """Random changes to each training photo, composed into one geometry and one colour matrix."""
 
     scale: float = 0.8
-    """Smallest side of the random crop, as a share of the photo's side; 1 turns cropping off."""
+    """Smallest random crop: its longer side as a share of the photo's side; 1 turns cropping off."""
+    aspect: float = 1.0
+    """Largest ratio of the crop's sides, either way round; the crop is stretched to a square."""
+    zoom: float = 0.0
+    """Largest relative change of size about the centre, either way, after the crop; shrinking brings black rims in."""
+    shear_degrees: float = 0.0
+    """Largest lean of the columns, either way."""
     rotate_degrees: float = 15.0
     """Largest rotation either way."""
     flip_horizontal: bool = True
@@ -104,6 +110,9 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _check_range("augment.scale", self.scale, 0.1, 1)
+        _check_range("augment.aspect", self.aspect, 1, 4)
+        _check_range("augment.zoom", self.zoom, 0, 0.5)
+        _check_range("augment.shear_degrees", self.shear_degrees, 0, 45)
         _check_range("augment.rotate_degrees", self.rotate_degrees, 0, 180)
         for name in ("brightness", "contrast", "saturation"):
             _check_range(f"augment.{name}", getattr(self, name), 0, 0.9)

@@ -38,3 +38,15 @@ area average, and the crop is rounded to whole pixels of the decoded picture."""
 
 ENGINE_FP32 = 1e-4
 """Probabilities of a float32 engine against torch: other orders of summation in some sixty layers."""
+
+TORCHVISION_ONE_STEP_GREY_LEVELS = 0.05
+"""One geometric change by a matrix against torchvision's: both interpolate once, in float32; torchvision's positions
+run from -1 to 1 and its matrix is rounded before it is inverted: 1e-4 pixels of 96, times 255 grey levels."""
+
+TORCHVISION_CHAIN_GREY_LEVELS = 2.0
+"""All geometric changes by one matrix against torchvision's one by one: torchvision interpolates three times, and each
+time smooths; 1.7 grey levels at most on the test's picture, whose finest detail is 8 pixels."""
+
+TORCHVISION_COLOUR_GREY_LEVELS = 0.05
+"""Colours by a matrix against torchvision's, where nothing is clamped: its luma has weights of four digits that sum to
+0.9999, times 255 grey levels, and a saturation of 1.3 and more multiplies that."""

@@ -243,3 +243,44 @@ def split(
     write_split_file(output, part, dealt.names)
     counts = ", ".join(f"{dealt.names.count(side)} {side}" for side in SIDES)
     click.echo(f"{output}: {len(rows)} photos with a label ({told}) of {part['patient'].n_unique()} patients: {counts}")
+
+
+@cache.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PNG or JPEG file.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of a run.")
+@click.option("--photos", "count", type=click.IntRange(1, 64), default=6, show_default=True, help="Rows of the sheet.")
+@click.option("--draws", type=click.IntRange(1, 64), default=8, show_default=True, help="Draws of each photo.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses photos and draws.")
+def augment(folder: Path, output: Path, config_file: Path | None, count: int, draws: int, seed: int) -> None:
+    r"""Show what training would do to photos: a sheet, a row a photo, first as it is, then drawn changes.
+
+    \b
+    Example:
+      fastfundus cache augment cache/ --config run.toml --output sheet.png
+    """
+    import cv2
+    import numpy as np
+    import polars as pl
+
+    from fastfundus.config import TrainConfig
+    from fastfundus.data import PhotoCache
+    from fastfundus.errors import DataError, require
+
+    require("torch", extra="train")
+    # Only now: it imports torch.
+    from fastfundus.train.sheet import augmentation_sheet
+
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise click.UsageError(f"--output must end in .png, .jpg or .jpeg, got {output.name}")
+    opened = PhotoCache.open(folder)
+    config = TrainConfig.from_toml(config_file) if config_file else TrainConfig()
+    usable = opened.manifest.with_row_index("row").filter(pl.col("status") == "ok")["row"].to_numpy()
+    if not len(usable):
+        raise DataError("has no photo with status ok", path=folder)
+    rows = np.sort(np.random.default_rng(seed).permutation(usable)[:count]).astype(np.int64)
+    sheet = augmentation_sheet(opened.photos, rows, opened.spec, config.augment, draws=draws, seed=seed)
+    written, encoded = cv2.imencode(output.suffix, sheet[..., ::-1])
+    assert written
+    output.write_bytes(encoded.tobytes())
+    click.echo(f"{output}: {len(rows)} photos, {draws} draws each, {sheet.shape[1]} x {sheet.shape[0]} pixels")

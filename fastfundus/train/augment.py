@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from fastfundus.config import AugmentConfig
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["draw_epoch", "fixed_matrices", "normalisation"]
+__all__ = ["compose_colour", "compose_geometry", "draw_epoch", "fixed_matrices", "normalisation"]
 
 Matrix = NDArray[np.float64]
-# Luma of Rec. ITU-R BT.601 and the YIQ colour space built on it (hue turns I and Q).
 _LUMA = np.array([0.299, 0.587, 0.114])
-_TO_YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+"""Rec. ITU-R BT.601."""
 
 
 def normalisation(spec: PreprocessSpec) -> Matrix:
@@ -52,45 +50,111 @@ def draw_epoch(
     Returns:
         Geometry [count, 2, 3] and colour [count, 3, 4], float32, in the order of the photos (not of the batches).
     """
-    uniform = np.random.default_rng([seed, epoch, 0xA6]).uniform(-1, 1, (count, 10))
-    return (
-        _geometry(config, spec.size, uniform[:, :6]).astype(np.float32),
-        _colour(config, normalisation(spec), uniform[:, 6:]).astype(np.float32),
+    # Photo by photo, so that the first rows do not depend on how many follow.
+    drawn = np.random.default_rng([seed, epoch, 0xA6]).uniform(-1, 1, (count, 13)).T
+    side = 1 - (1 - config.scale) * (drawn[0] + 1) / 2
+    ratio = config.aspect ** drawn[1]
+    width, height = side * np.minimum(ratio, 1), side * np.minimum(1 / ratio, 1)
+    geometry = compose_geometry(
+        spec.size,
+        left=(1 - width) * (drawn[2] + 1) / 2,
+        top=(1 - height) * (drawn[3] + 1) / 2,
+        width=width,
+        height=height,
+        mirror_x=config.flip_horizontal & (drawn[4] < 0),
+        mirror_y=config.flip_vertical & (drawn[5] < 0),
+        degrees=config.rotate_degrees * drawn[6],
+        zoom=1 + config.zoom * drawn[7],
+        shear_degrees=config.shear_degrees * drawn[8],
     )
+    colour = compose_colour(
+        brightness=1 + config.brightness * drawn[9],
+        contrast=1 + config.contrast * drawn[10],
+        saturation=1 + config.saturation * drawn[11],
+        hue_degrees=config.hue_degrees * drawn[12],
+    )
+    return geometry.astype(np.float32), (normalisation(spec) @ colour)[:, :3].astype(np.float32)
 
 
-def _geometry(config: AugmentConfig, size: int, uniform: Matrix) -> Matrix:
-    """Crop, mirror and turn about the crop's centre; output positions to source positions."""
-    scale = 1 - (1 - config.scale) * (uniform[:, 0] + 1) / 2
-    centre = size / 2 * (1 + (1 - scale)[:, None] * uniform[:, 1:3])
-    angle = np.radians(config.rotate_degrees) * uniform[:, 3]
-    mirror_x = np.where(config.flip_horizontal & (uniform[:, 4] < 0), -1.0, 1.0)
-    mirror_y = np.where(config.flip_vertical & (uniform[:, 5] < 0), -1.0, 1.0)
-    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
-    turn = np.stack([np.stack([cosine, -sine], 1), np.stack([sine, cosine], 1)], 1)
-    linear = turn * np.stack([mirror_x, mirror_y], 1)[:, None, :]
+def compose_geometry(
+    size: int,
+    *,
+    left: Matrix,
+    top: Matrix,
+    width: Matrix,
+    height: Matrix,
+    mirror_x: NDArray[np.bool_],
+    mirror_y: NDArray[np.bool_],
+    degrees: Matrix,
+    zoom: Matrix,
+    shear_degrees: Matrix,
+) -> Matrix:
+    """Compose crops, mirrors and affine changes, in this order, into one matrix a photo.
+
+    Args:
+        size: side of source and output in pixels.
+        left: [N] left edge of the crop, as a share of the photo's side.
+        top: [N] its top edge.
+        width: [N] its width, stretched to the whole output.
+        height: [N] its height.
+        mirror_x: [N] whether left and right change places.
+        mirror_y: [N] whether top and bottom do.
+        degrees: [N] turn about the centre, clockwise.
+        zoom: [N] growth about the centre, above 0.
+        shear_degrees: [N] how far the columns lean, before the turn.
+
+    Returns:
+        [N, 2, 3] float64, output positions to source positions.
+
+    Source: `torchvision.transforms.v2.functional`'s resized_crop, hflip, vflip and affine, one after the other.
+    """
+    zero, one = np.zeros(len(left)), np.ones(len(left))
+    angle = np.radians(degrees)
+    turn = _stacked([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shear = _stacked([[one, -np.tan(np.radians(shear_degrees))], [zero, one]])
+    # What takes an output position back: first the affine change is undone, then the mirror, then the crop.
+    linear = np.linalg.inv(zoom[:, None, None] * turn @ shear)
+    linear = np.stack([np.where(mirror_x, -1.0, 1.0), np.where(mirror_y, -1.0, 1.0)], 1)[:, :, None] * linear
+    linear = np.stack([width, height], 1)[:, :, None] * linear
+    centre = np.stack([left + width / 2, top + height / 2], 1) * size
     shift = centre - linear @ np.full(2, size / 2)
     return np.concatenate([linear, shift[:, :, None]], axis=2)
 
 
-def _colour(config: AugmentConfig, normalise: Matrix, uniform: Matrix) -> Matrix:
-    """Brightness, contrast, saturation, hue, then normalisation, as one matrix."""
-    count = len(uniform)
-    brightness = 1 + config.brightness * uniform[:, 0]
-    contrast = 1 + config.contrast * uniform[:, 1]
-    saturation = 1 + config.saturation * uniform[:, 2]
-    angle = np.radians(config.hue_degrees) * uniform[:, 3]
-    cosine, sine = np.cos(angle), np.sin(angle)
+def compose_colour(
+    *, brightness: Matrix, contrast: Matrix, saturation: Matrix, hue_degrees: Matrix, pivot: float = 127.5
+) -> Matrix:
+    """Compose changes of colour, in the order of the arguments, into one matrix a photo.
+
+    Args:
+        brightness: [N] factor.
+        contrast: [N] factor, about `pivot`.
+        saturation: [N] factor, about each pixel's luma.
+        hue_degrees: [N] turn of HSV's colour circle, towards yellow, as it acts from red to yellow: of red >=
+            green >= blue, green alone moves, by a share of red - blue. Nearly all of a retina lies there. Other colours
+            take the same matrix; grey stays grey.
+        pivot: grey level that contrast leaves alone. torchvision takes each photo's mean, which a matrix that is drawn
+            before the photo is read cannot know.
+
+    Returns:
+        [N, 4, 4] float64 for homogeneous RGB in grey levels.
+
+    Source: `torchvision.transforms.v2.functional`'s adjust_brightness, _contrast, _saturation and _hue.
+    """
+    count = len(brightness)
     zero, one = np.zeros(count), np.ones(count)
-    turn = np.stack(
-        [np.stack([one, zero, zero], 1), np.stack([zero, cosine, -sine], 1), np.stack([zero, sine, cosine], 1)], 1
-    )
-    hue = _FROM_YIQ @ turn @ _TO_YIQ
+    # A sixth of the circle, 60 degrees, takes green all the way from blue to red.
+    turn = hue_degrees / 60
+    hue = _stacked([[one, zero, zero], [turn, one, -turn], [zero, zero, one]])
     # Saturation 0 would leave each pixel's luma in all three channels.
-    grey = np.tile(_LUMA, (3, 1))
-    saturate = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * grey
+    saturate = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * np.tile(_LUMA, (3, 1))
     matrix = np.tile(np.eye(4), (count, 1, 1))
     matrix[:, :3, :3] = hue @ saturate * (brightness * contrast)[:, None, None]
-    # Contrast turns about mid-grey; hue and saturation leave grey where it is.
-    matrix[:, :3, 3] = (127.5 * (1 - contrast))[:, None]
-    return (normalise @ matrix)[:, :3]
+    # Hue and saturation leave grey where it is.
+    matrix[:, :3, 3] = (pivot * (1 - contrast))[:, None]
+    return matrix
+
+
+def _stacked(rows: list[list[Matrix]]) -> Matrix:
+    """[N, R, C] from R rows of C vectors [N]."""
+    return np.stack([np.stack(row, 1) for row in rows], 1)

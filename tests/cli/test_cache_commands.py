@@ -112,3 +112,23 @@ def test_a_salt_must_keep_a_secret(photo_folder: Path, tmp_path: Path) -> None:
     manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
     assert not manifest["patient"].str.contains("p000").any()
     assert "patients: 24, hashed" in run("cache", "info", tmp_path / "cache").stdout
+
+
+def test_augment_draws_a_sheet(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("[augment]\nrotate_degrees = 90.0\n")
+    command = ("cache", "augment", folder, "--photos", 3, "--draws", 2)
+    result = run(*command, "--config", config, "--output", tmp_path / "sheet.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{tmp_path / 'sheet.png'}: 3 photos, 2 draws each, 592 x 592 pixels\n"
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    assert sheet.shape == (592, 592, 3)
+    cells = [sheet[4:196, 4 + 196 * n : 196 + 196 * n].astype(float) for n in range(3)]
+    # As it is, then two draws that differ from it and from each other.
+    assert min(abs(cells[a] - cells[b]).mean() for a, b in ((0, 1), (0, 2), (1, 2))) > 3
+    again = run(*command, "--config", config, "--output", tmp_path / "again.png")
+    assert again.exit_code == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
+    refused = run(*command, "--output", tmp_path / "sheet.gif")
+    assert refused.exit_code == 2
+    assert "--output must end in .png, .jpg or .jpeg, got sheet.gif" in refused.stderr
