@@ -118,7 +118,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         # A package that is there but lacks one of its own parts is a different fault, to be shown as it is.
-        if error.name != module.split(".")[0]:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise MissingDependency(error.name, f"pip install 'fastfundus[{extra}]'") from None
 

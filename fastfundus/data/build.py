@@ -15,6 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from fastfundus.data.cache import MANIFEST_COLUMNS, SCHEMA, PhotoCache, partial_
 from fastfundus.data.duplicates import write_duplicates
 from fastfundus.data.journal import journal_rows, locked, mend_journal
 from fastfundus.data.manifest import write_manifest
-from fastfundus.data.rows import FACTS, Row, identified, prepare_row, stamp
+from fastfundus.data.rows import FACTS, Preparer, Row, identified, prepare_rows, stamp
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
 from fastfundus.photo.memory import keep_memory
@@ -43,6 +44,8 @@ def build_cache(
     *,
     source: Path,
     workers: int | None = None,
+    prepare: Preparer | None = None,
+    group: int = 1,
     patient_salt: bytes | None = None,
     on_photo: Callable[[Status], None] = lambda status: None,
 ) -> PhotoCache:
@@ -54,6 +57,8 @@ def build_cache(
         spec: what to make of each photo.
         source: the folder that the photos' names are relative to.
         workers: decoding threads; None takes one a core.
+        prepare: makes results of `group` files at once, called from so many threads; None prepares them one by one.
+        group: files a call of `prepare`.
         patient_salt: replaces known patients by a keyed hash; None keeps them as they are.
         on_photo: called with the status of each photo as it is done.
 
@@ -66,11 +71,11 @@ def build_cache(
     # One decoding thread a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
     with locked(output):
-        build = _Build(photos, output, spec, patient_salt)
+        build = _Build(photos, output, spec, patient_salt, prepare)
         try:
             for status in build.done():
                 on_photo(status)
-            _work(build, workers or os.cpu_count() or 1, on_photo)
+            _work(build, workers or os.cpu_count() or 1, group, on_photo)
             build.finish(source)
         except OSError as error:
             raise not_written(output, error, build.finished) from error
@@ -79,26 +84,28 @@ def build_cache(
     return PhotoCache.open(output)
 
 
-def _work(build: _Build, workers: int, on_photo: Callable[[Status], None]) -> None:
+def _work(build: _Build, workers: int, group: int, on_photo: Callable[[Status], None]) -> None:
     """Prepare what is left to do, in parallel, and keep it in order."""
     with build.journal() as journal, ThreadPoolExecutor(workers, "prepare") as pool:
-        pending: deque[tuple[int, Future[Row]]] = deque()
+        pending: deque[tuple[list[int], Future[list[Row]]]] = deque()
+
+        def keep_first() -> None:
+            indices, future = pending.popleft()
+            for index, row in zip(indices, future.result(), strict=True):
+                build.keep(index, row, journal, on_photo)
+
         try:
-            for index in build.todo():
-                pending.append((index, pool.submit(build.prepare, index)))
+            todo = build.todo()
+            while indices := list(islice(todo, group)):
+                pending.append((indices, pool.submit(build.prepare, indices)))
                 # A few finished photos wait for their turn, never the whole set: memory stays bounded.
-                if len(pending) > 4 * workers:
-                    build.keep(*_result(pending), journal, on_photo)
+                if len(pending) > (4 if group == 1 else 1) * workers:
+                    keep_first()
             while pending:
-                build.keep(*_result(pending), journal, on_photo)
+                keep_first()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _result(pending: deque[tuple[int, Future[Row]]]) -> tuple[int, Row]:
-    index, future = pending.popleft()
-    return index, future.result()
 
 
 def _check_columns(photos: Sequence[SourcePhoto]) -> None:
@@ -110,8 +117,15 @@ def _check_columns(photos: Sequence[SourcePhoto]) -> None:
 class _Build:
     """One build: what is there already, what is to be done, and how it becomes a cache."""
 
-    def __init__(self, photos: Sequence[SourcePhoto], output: Path, spec: PreprocessSpec, salt: bytes | None) -> None:
-        self.output, self.spec, self.salt = output, spec, salt
+    def __init__(
+        self,
+        photos: Sequence[SourcePhoto],
+        output: Path,
+        spec: PreprocessSpec,
+        salt: bytes | None,
+        preparer: Preparer | None,
+    ) -> None:
+        self.output, self.spec, self.salt, self.preparer = output, spec, salt, preparer
         self.salted = None if salt is None else hashlib.sha256(b"fastfundus" + salt).hexdigest()[:16]
         self.previous = _previous(output, spec, self.salted)
         self.photos, self.source_rows, self.extends = _order(photos, self.previous)
@@ -121,12 +135,15 @@ class _Build:
         self.store = PhotoStore(where, spec.size, photos_per_file(spec.size))
         self._begin()
 
-    def prepare(self, index: int) -> Row:
-        """A photo's row and pixels: prepared, or taken over where the cache is built anew and it is unchanged."""
-        row = int(self.source_rows[index])
-        if row < 0:
-            return prepare_row(self.photos[index], self.spec, self.salt)
+    def prepare(self, indices: list[int]) -> list[Row]:
+        """Rows and pixels of photos: prepared, or taken over where the cache is built anew and they are unchanged."""
+        fresh = [self.photos[index] for index in indices if self.source_rows[index] < 0]
+        rows = iter(prepare_rows(fresh, self.spec, self.salt, self.preparer))
+        return [next(rows) if self.source_rows[index] < 0 else self._taken_over(index) for index in indices]
+
+    def _taken_over(self, index: int) -> Row:
         assert self.previous is not None
+        row = int(self.source_rows[index])
         known = self.previous.manifest.row(row, named=True)
         image = None if known["pixels_crc32"] is None else np.asarray(self.previous.photos[row])
         return {name: known[name] for name in FACTS}, image

@@ -19,7 +19,7 @@ import polars as pl
 
 from fastfundus.data.store import SHARD_BYTES, PhotoArray, open_photos
 from fastfundus.errors import DataError, PhotoError
-from fastfundus.photo.prepare import read_photo
+from fastfundus.photo.file import read_photo
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["DUPLICATE_COLUMNS", "MANIFEST_COLUMNS", "SCHEMA", "PhotoCache"]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import PhotoError
-from fastfundus.photo.prepare import decode_at, read_photo
+from fastfundus.photo.file import read_photo
+from fastfundus.photo.prepare import decode_at
 
 __all__ = ["MOST_TILES", "write_preview"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,38 @@ from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.records import PhotoFacts, SourcePhoto, Status, identity
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["FACTS", "Row", "hashed_patient", "identified", "prepare_row", "stamp"]
+__all__ = ["FACTS", "Preparer", "Row", "hashed_patient", "identified", "prepare_rows", "stamp"]
 
 Row = tuple[dict[str, Any], NDArray[np.uint8] | None]
 """Manifest columns of one photo, and its pixels if it could be used."""
+Preparer = Callable[[Sequence[Path]], list[PreparedPhoto]]
+"""Makes a result of each of several files, whatever is in them."""
 FACTS = tuple(name for name in MANIFEST_COLUMNS if name not in ("path", "split"))
 """Columns that come from the file; the others come from the listing."""
 
 
-def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) -> Row:
-    """Prepare one photo.
+def prepare_rows(
+    photos: Sequence[SourcePhoto], spec: PreprocessSpec, salt: bytes | None, prepare: Preparer | None = None
+) -> list[Row]:
+    """Prepare photos.
 
     Args:
-        photo: the input.
-        spec: what to make of it.
-        salt: hashes its patient; None keeps the patient as it is.
+        photos: the inputs.
+        spec: what to make of them.
+        salt: hashes their patients; None keeps patients as they are.
+        prepare: makes a result of each file; None prepares one after the other on the CPU.
     """
-    size, mtime_ns = stamp(photo.path)
-    if photo.issue is not None:
-        result = PreparedPhoto(Status.UNREADABLE, photo.issue)
-    else:
-        result = prepare_photo(photo.path, spec)
+    # Before the files are read: one that changes meanwhile is then taken for changed.
+    stamps = [stamp(photo.path) for photo in photos]
+    paths = [photo.path for photo in photos if photo.issue is None]
+    results = iter(prepare(paths) if prepare else [prepare_photo(path, spec) for path in paths])
+    return [
+        _row(photo, next(results) if photo.issue is None else PreparedPhoto(Status.UNREADABLE, photo.issue), when, salt)
+        for photo, when in zip(photos, stamps, strict=True)
+    ]
+
+
+def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], salt: bytes | None) -> Row:
     circle, image, facts = result.field, result.image, result.facts
     if salt is not None and facts.patient is not None:
         facts = replace(facts, patient=hashed_patient(facts.patient, salt))
@@ -57,8 +69,8 @@ def prepare_row(photo: SourcePhoto, spec: PreprocessSpec, salt: bytes | None) ->
         "pixel_spacing_mm": facts.pixel_spacing_mm,
         "look": None if image is None else look_of(image).hex(),
         "pixels_crc32": None if image is None else zlib.crc32(image.data),
-        "bytes": size,
-        "mtime_ns": mtime_ns,
+        "bytes": stamped[0],
+        "mtime_ns": stamped[1],
     }
     return row, image
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import stat
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +15,8 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode_with_room
 from fastfundus.photo.dicom import DicomPhoto, is_dicom, read_dicom
 from fastfundus.photo.field import Field, brightest, find_field, without_margin
-from fastfundus.photo.header import MOST_BYTES, PhotoHeader, read_header
+from fastfundus.photo.file import read_photo
+from fastfundus.photo.header import PhotoHeader, read_header
 from fastfundus.photo.kind import judge_kind
 from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.photo.quality import LEAST_QUALITY, QUALITY_PX, measure_quality
@@ -26,7 +24,9 @@ from fastfundus.photo.resample import resize_square, shrink
 from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["PreparedPhoto", "decode_at", "prepare_bytes", "prepare_photo", "read_photo"]
+__all__ = [
+    "PreparedPhoto", "crop_window", "decode_at", "finish", "known_of", "look_at", "prepare_bytes", "prepare_photo",
+]  # fmt: skip
 
 
 _NO_FACTS = PhotoFacts()
@@ -60,34 +60,6 @@ class PreparedPhoto:
     """What a DICOM file says about its photo."""
 
 
-def read_photo(path: Path) -> bytes:
-    """Read a file, unpacked if it is gzipped.
-
-    Raises:
-        PhotoError: it is not there, not a file, too large, or may not be read.
-    """
-    try:
-        # Without waiting: opening a pipe that nobody writes to would never end, and reading a device neither.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise PhotoError(Status.UNREADABLE, "cannot be read: it is no regular file")
-            if about.st_size > MOST_BYTES:
-                raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
-            data = file.readall()
-    except IsADirectoryError:
-        raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
-    except FileNotFoundError:
-        raise PhotoError(Status.UNREADABLE, "the file is not there; check the path") from None
-    except PermissionError:
-        raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
-    except (OSError, ValueError) as error:
-        # ValueError: a null byte in a name.
-        text = getattr(error, "strerror", None) or error
-        raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
-    return _unpacked(data) if data[:2] == b"\x1f\x8b" else data
-
-
 def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
     """Read, decode, crop and resize one photo.
 
@@ -106,7 +78,7 @@ def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
 
 def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     """Decode, crop and resize one photo from the bytes of its file; as `prepare_photo`."""
-    known = PreparedPhoto(Status.OK, "", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    known = known_of(data)
     try:
         photo, header = _opened(data)
         width, height = header.upright_size
@@ -115,15 +87,11 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         least = max(spec.size, QUALITY_PX)
         plan = plan_decode(header, least)
         rgb, roomy = _decode(data, photo, header, plan)
-        # Of the decoded picture: a damaged header may have promised another.
-        if max(rgb.shape[:2]) > _LONGEST_ASPECT * min(rgb.shape[:2]):
-            raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is no fundus photograph")
         whole, scale = shrink(rgb)
-        small = without_margin(whole)
-        found = find_field(small)
-        judge_kind(small, found)
+        # Of the decoded picture: a damaged header may have promised another.
+        small, found = look_at(whole, rgb.shape)
         field = found if spec.field == "circle" else None
-        side = _side(field, scale, rgb, spec)
+        side = crop_window(field, scale, rgb.shape, spec)[2]
         if side < least and plan.divisor > 1:
             # The field fills little of the frame: decode again, so that no detail is lost to the scaled DCT.
             better = plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
@@ -133,19 +101,67 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         return replace(known, status=error.status, reason=error.reason)
     if small is not whole:
         _blacken_margin(rgb, whole, small)
-    square = _cut(rgb, roomy, field, scale, spec)
+    square = _cut(rgb, roomy, crop_window(field, scale, rgb.shape, spec))
     image = resize_square(square, spec.size, exact=plan.divisor == 1)
-    if field is not None:
-        to_full = scale * plan.divisor
-        circle = field.circle
+    # The finished image, unless it is too small to show fine detail: that is smaller work.
+    shown = image if spec.size >= QUALITY_PX else square
+    return finish(known, image, shown, found, scale * plan.divisor, spec)
+
+
+def known_of(data: bytes) -> PreparedPhoto:
+    """What is known of a file before anything of it is understood: its hash and its size."""
+    return PreparedPhoto(Status.OK, "", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+
+def look_at(whole: NDArray[np.uint8], shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], Field | None]:
+    """Find the field of view on a small picture, and judge whether it shows a retina.
+
+    Args:
+        whole: uint8 [h, w, 3] RGB, the photo brought to at most `WORK_PX`.
+        shape: height and width of the photo in pixels, and what follows.
+
+    Returns:
+        The small picture, its white margins black: `whole` itself where it has none. And the field, in its pixels, if
+        one was found.
+
+    Raises:
+        PhotoError: it is no fundus photograph.
+    """
+    height, width = shape[:2]
+    if max(height, width) > _LONGEST_ASPECT * min(height, width):
+        raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is no fundus photograph")
+    small = without_margin(whole)
+    found = find_field(small)
+    judge_kind(small, found)
+    return small, found
+
+
+def finish(
+    known: PreparedPhoto,
+    image: NDArray[np.uint8],
+    shown: NDArray[np.uint8],
+    found: Field | None,
+    to_full: float,
+    spec: PreprocessSpec,
+) -> PreparedPhoto:
+    """Blacken what lies outside the field, and judge quality.
+
+    Args:
+        known: what is known of the photo so far.
+        image: uint8 [size, size, 3] RGB, the crop; changed in place.
+        shown: the crop in which quality is judged, at least `QUALITY_PX` a side; may be `image`.
+        found: the field, in pixels of the small picture, if one was found.
+        to_full: pixels of the photo that one of the small picture spans.
+        spec: what is made of the photo.
+    """
+    if found is not None and spec.field == "circle":
+        circle = found.circle
         circle = FieldCircle(
             circle.x_px * to_full, circle.y_px * to_full, circle.radius_px * to_full, round(circle.confidence, 4)
         )
-        known = replace(known, field=circle, field_shape=field.shape)
+        known = replace(known, field=circle, field_shape=found.shape)
         if spec.mask_outside:
             cv2.bitwise_and(image, _round_mask(spec.size), dst=image)
-    # The finished image, unless it is too small to show fine detail: that is smaller work.
-    shown = image if spec.size >= QUALITY_PX else square
     quality = measure_quality(shown, *(found.completeness() if found else ()))
     known = replace(known, image=image, quality=round(quality.score, 4))
     if quality.score < LEAST_QUALITY:
@@ -179,24 +195,6 @@ def _decode(
     return rgb, rgb
 
 
-def _unpacked(data: bytes) -> bytes:
-    """Unpack gzip, but never to more than a photo may have.
-
-    Raises:
-        PhotoError: it is damaged, or unpacks to too much.
-    """
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        whole = unpacker.decompress(data, MOST_BYTES)
-    except zlib.error as error:
-        raise PhotoError(Status.UNREADABLE, f"the gzip file is damaged ({error}); copy it again") from None
-    if not unpacker.eof:
-        if len(whole) == MOST_BYTES:
-            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {MOST_BYTES >> 20} MiB")
-        raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
-    return whole
-
-
 def _blacken_margin(rgb: NDArray[np.uint8], whole: NDArray[np.uint8], small: NDArray[np.uint8]) -> None:
     """Do to the photo, in place, what `without_margin` did to its small picture, and to the soft edge beside it."""
     margin = cv2.compare(brightest(cv2.absdiff(whole, small)), 0, cv2.CMP_GT)
@@ -205,27 +203,34 @@ def _blacken_margin(rgb: NDArray[np.uint8], whole: NDArray[np.uint8], small: NDA
     cv2.copyTo(np.zeros_like(rgb), margin, rgb)
 
 
-def _side(field: Field | None, scale: float, rgb: NDArray[np.uint8], spec: PreprocessSpec) -> int:
-    """Side of the square to cut, in pixels of `rgb`."""
-    if field is None:
-        return min(rgb.shape[:2])
-    return max(1, round(2 * field.circle.radius_px * (1 + spec.margin) * scale))
+def crop_window(
+    field: Field | None, scale: float, shape: tuple[int, ...], spec: PreprocessSpec
+) -> tuple[int, int, int]:
+    """The square around the field, or the largest centred one; it may overhang the photo.
 
+    Its sides lie on whole pixels, so that a scaled decode and a full one show the same piece of retina.
 
-def _cut(
-    rgb: NDArray[np.uint8], roomy: NDArray[np.uint8], field: Field | None, scale: float, spec: PreprocessSpec
-) -> NDArray[np.uint8]:
-    """Cut a square around the field, or the largest centred one; black where it overhangs the photo.
+    Args:
+        field: in pixels of the small picture; None takes the whole frame.
+        scale: pixels of the decoded photo that one of the small picture spans.
+        shape: height and width of the decoded photo in pixels, and what follows.
+        spec: says how wide a margin is kept.
 
-    Its sides lie on whole pixels of `rgb`, so that a scaled decode and a full one show the same piece of retina.
+    Returns:
+        Left, top and side in pixels of the decoded photo.
     """
-    height, width = rgb.shape[:2]
-    side = _side(field, scale, rgb, spec)
+    height, width = shape[:2]
     if field is None:
-        left, top = (width - side) // 2, (height - side) // 2
-    else:
-        left, top = round(field.circle.x_px * scale - side / 2), round(field.circle.y_px * scale - side / 2)
-    top += (len(roomy) - height) // 2
+        side = min(height, width)
+        return (width - side) // 2, (height - side) // 2, side
+    side = max(1, round(2 * field.circle.radius_px * (1 + spec.margin) * scale))
+    return round(field.circle.x_px * scale - side / 2), round(field.circle.y_px * scale - side / 2), side
+
+
+def _cut(rgb: NDArray[np.uint8], roomy: NDArray[np.uint8], window: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Cut a window from `crop_window`; black where it overhangs the photo."""
+    left, top, side = window
+    top += (len(roomy) - len(rgb)) // 2
     inside = roomy[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
     above, before = max(-top, 0), max(-left, 0)
     below, after = side - above - inside.shape[0], side - before - inside.shape[1]
