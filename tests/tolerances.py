@@ -32,6 +32,9 @@ CIRCLE_RADII = 0.02
 """Field circle against the synthetic truth, in radii: it is found on a picture of 192 pixels, where a radius is about
 70 pixels, to within one pixel on each side, and the drawn rim is soft."""
 
+CIRCLE_SHIFT = 0.005
+"""Field circle by two decoders, in radii: half a pixel of the small picture, in which a radius is about 90 pixels."""
+
 SCALED_DECODE_GREY_LEVELS = 1.5
 """Mean difference between a photo prepared from a scaled decode and from a full one: the DCT's own low-pass is not an
 area average, and the crop is rounded to whole pixels of the decoded picture."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from fastfundus.data.rows import Preparer
+    from fastfundus.spec import PreprocessSpec
 
 
 def _list_adapters(context: click.Context) -> None:
@@ -14,6 +19,36 @@ def _list_adapters(context: click.Context) -> None:
     for name, adapter in ADAPTERS.items():
         click.echo(f"{name:16} {adapter.title}")
     context.exit()
+
+
+def _gpu_decodes() -> bool:
+    """Whether DALI, torch and a GPU are there; torch is not loaded just to find that there is no GPU."""
+    import importlib.util
+
+    has = all(importlib.util.find_spec(name) for name in ("nvidia", "torch"))
+    if not (has and Path("/proc/driver/nvidia/version").exists() and importlib.util.find_spec("nvidia.dali")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
+    """Files a group, and what prepares a group."""
+    from fastfundus.errors import require
+
+    require("torch", extra="train")
+    require("nvidia.dali", extra="dali")
+    import torch
+
+    from fastfundus.dali.decode import DaliDecoder
+    from fastfundus.dali.prepare import DaliPreparer
+
+    on_gpu = torch.cuda.is_available()
+    # Decoded photos of a group are held at once: 30 MB each at 10 megapixels.
+    group = 64 if on_gpu else 8
+    decoder = DaliDecoder(device_id=0 if on_gpu else None, batch_size=group, threads=workers)
+    return group, DaliPreparer(spec, decoder, threads=workers)
 
 
 @click.command()
@@ -40,6 +75,13 @@ def _list_adapters(context: click.Context) -> None:
     help="List the public data sets that are known, and stop.",
 )
 @click.option("--size", type=int, default=512, show_default=True, help="Side of the prepared photos in pixels.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "dali"]),
+    default="auto",
+    show_default=True,
+    help="What decodes; dali is for GPUs, and auto takes it where there is one and nvidia-dali is installed.",
+)
 @click.option("--workers", type=click.IntRange(1, 1024), help="Decoding threads  [default: one a core]")
 @click.option(
     "--patient-salt",
@@ -56,6 +98,7 @@ def prepare(
     labels: Path | None,
     adapter: str,
     size: int,
+    backend: str,
     workers: int | None,
     patient_salt: Path | None,
     preview: bool,
@@ -78,6 +121,12 @@ def prepare(
     from fastfundus.spec import PreprocessSpec
 
     quiet_decoders()
+    spec = PreprocessSpec(size=size)
+    group, preparer = 1, None
+    if backend == "dali" or (backend == "auto" and _gpu_decodes()):
+        group, preparer = _dali(spec, workers)
+        # Two, so that one reads and finishes while the other decodes.
+        workers = 2
     listing = list_photos(source, labels=labels, adapter=adapter)
     remarks(listing.notes)
     with progress_bar() as progress:
@@ -86,9 +135,11 @@ def prepare(
             cache = build_cache(
                 listing.photos,
                 output,
-                PreprocessSpec(size=size),
+                spec,
                 source=listing.root,
                 workers=workers,
+                prepare=preparer,
+                group=group,
                 patient_salt=read_salt(patient_salt),
                 on_photo=lambda status: progress.advance(task),
             )

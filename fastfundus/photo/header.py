@@ -44,6 +44,8 @@ class JpegFrame:
     """"baseline", "extended", "progressive" or "arithmetic"."""
     subsampling: str
     """Of colour: "444", "422", "420", "440", "411", or "other"."""
+    end: int
+    """Offset of the first byte of the file behind the frame header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +159,12 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], orientation)
+            return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], orientation, at + 2 + length)
         at += 2 + length
     raise PhotoError(Status.UNREADABLE, "the header is damaged (a JPEG without a frame); copy it again")
 
 
-def _read_frame(kind: int, segment: bytes, orientation: int) -> PhotoHeader:
+def _read_frame(kind: int, segment: bytes, orientation: int, end: int) -> PhotoHeader:
     if len(segment) < 6 or len(segment) < 6 + 3 * segment[5]:
         raise PhotoError(Status.UNREADABLE, "the header is damaged (its JPEG frame is cut off); copy it again")
     bits, height, width, components = struct.unpack_from(">BHHB", segment)
@@ -178,7 +180,7 @@ def _read_frame(kind: int, segment: bytes, orientation: int) -> PhotoHeader:
     # How many luma samples there are for one of colour, across and down.
     names = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411"}
     sampling = "444" if set(others) == {first} else names.get(first, "other") if set(others) == {0x11} else "other"
-    return PhotoHeader("JPEG", width, height, orientation, JpegFrame(_CODINGS[kind], sampling))
+    return PhotoHeader("JPEG", width, height, orientation, JpegFrame(_CODINGS[kind], sampling, end))
 
 
 def _exif_orientation(tiff: bytes) -> int:

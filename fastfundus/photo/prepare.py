@@ -25,7 +25,8 @@ from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
 __all__ = [
-    "PreparedPhoto", "crop_window", "decode_at", "finish", "known_of", "look_at", "prepare_bytes", "prepare_photo",
+    "PreparedPhoto", "crop_window", "decode_at", "finish", "known_of", "least_side", "look_at", "plan_for_crop",
+    "prepare_bytes", "prepare_photo",
 ]  # fmt: skip
 
 
@@ -83,18 +84,14 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         photo, header = _opened(data)
         width, height = header.upright_size
         known = replace(known, width_px=width, height_px=height, facts=photo.facts if photo else _NO_FACTS)
-        # Quality is judged at a fixed size, whatever the model's.
-        least = max(spec.size, QUALITY_PX)
-        plan = plan_decode(header, least)
+        plan = plan_decode(header, least_side(spec))
         rgb, roomy = _decode(data, photo, header, plan)
         whole, scale = shrink(rgb)
         # Of the decoded picture: a damaged header may have promised another.
         small, found = look_at(whole, rgb.shape)
         field = found if spec.field == "circle" else None
-        side = crop_window(field, scale, rgb.shape, spec)[2]
-        if side < least and plan.divisor > 1:
-            # The field fills little of the frame: decode again, so that no detail is lost to the scaled DCT.
-            better = plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
+        better = plan_for_crop(header, plan, crop_window(field, scale, rgb.shape, spec)[2], spec)
+        if better is not plan:
             scale, plan = scale * plan.divisor / better.divisor, better
             rgb, roomy = _decode(data, photo, header, plan)
     except PhotoError as error:
@@ -106,6 +103,29 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     # The finished image, unless it is too small to show fine detail: that is smaller work.
     shown = image if spec.size >= QUALITY_PX else square
     return finish(known, image, shown, found, scale * plan.divisor, spec)
+
+
+def least_side(spec: PreprocessSpec) -> int:
+    """The least side of a crop in pixels: quality is judged at a fixed size, whatever the model's."""
+    return max(spec.size, QUALITY_PX)
+
+
+def plan_for_crop(header: PhotoHeader, plan: DecodePlan, side: int, spec: PreprocessSpec) -> DecodePlan:
+    """Plan anew where the field fills so little of the frame that the scaled DCT would lose detail.
+
+    Args:
+        header: from `read_header`.
+        plan: how the photo was decoded.
+        side: of the crop, in pixels of the decoded photo.
+        spec: what is made of the photo.
+
+    Returns:
+        A plan that decodes it larger, or `plan` itself where the crop is large enough.
+    """
+    least = least_side(spec)
+    if side >= least or plan.divisor == 1:
+        return plan
+    return plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
 
 
 def known_of(data: bytes) -> PreparedPhoto:

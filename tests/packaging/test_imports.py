@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*FOUNDATION, "data", "kernels", "models"},
     # Its runtime without torch packs jobs as the kernels read them, and compiles csrc.
     "engines": {*FOUNDATION, "models", "kernels"},
+    "dali": {*FOUNDATION, "photo", "data", "kernels", "train"},
     "evaluate": {*FOUNDATION, "data", "models", "train"},
     "screen": {*FOUNDATION, "data", "photo", "engines"},
 }

@@ -1,0 +1,119 @@
+"""DALI on the CPU, for real: the same pixels as the CPU's decoder, windows, and files that go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastfundus.dali.decode import DaliDecoder, RaggedPhotos, sound_jpeg
+from fastfundus.kernels.reference import photos as split
+from fastfundus.photo.prepare import decode_at
+from fastfundus.synthetic import draw_photo
+
+
+@pytest.fixture(scope="module")
+def decoder() -> DaliDecoder:
+    return DaliDecoder(batch_size=8, threads=2)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Photos of several sizes, one of them progressive, one with 4:4:4 chroma, one to be turned."""
+    folder = tmp_path_factory.mktemp("jpegs")
+    found = []
+    for number, (side, options) in enumerate([(320, {}), (257, {"progressive": True}), (401, {"subsampling": 0})]):
+        image = Image.fromarray(draw_photo(seed=number, long_side=side).image)
+        image.save(folder / f"{number}.jpg", quality=90, **options)
+        found.append((folder / f"{number}.jpg").read_bytes())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.jpg", quality=90, exif=exif)
+    return [*found, (folder / "turned.jpg").read_bytes()]
+
+
+def separate(photos: RaggedPhotos) -> list[np.ndarray]:
+    return [photo.numpy() for photo in split(photos.pixels, photos.offsets, photos.sizes)]
+
+
+def test_decodes_to_the_bit_as_the_cpu(decoder: DaliDecoder, jpegs: list[bytes]) -> None:
+    photos, refused = decoder.decode(jpegs)
+    assert refused == []
+    for got, data in zip(separate(photos), jpegs, strict=True):
+        np.testing.assert_array_equal(got, decode_at(data, 0))
+
+
+def test_windows_are_parts_of_the_whole(decoder: DaliDecoder, jpegs: list[bytes]) -> None:
+    windows = [(10, 20, 100, 90), (0, 0, 200, 257), (37, 5, 1, 1)]
+    photos, refused = decoder.decode(jpegs[:3], windows)
+    assert refused == []
+    for got, data, (top, left, height, width) in zip(separate(photos), jpegs, windows, strict=False):
+        whole = decode_at(data, 0)[top : top + height, left : left + width]
+        assert got.shape == whole.shape
+        np.testing.assert_array_equal(got, whole)
+
+
+def test_nothing_to_decode(decoder: DaliDecoder) -> None:
+    photos, refused = decoder.decode([])
+    assert (len(photos.pixels), len(photos.sizes), refused) == (0, 0, [])
+
+
+def test_more_than_a_batch_is_refused(decoder: DaliDecoder, jpegs: list[bytes]) -> None:
+    with pytest.raises(ValueError, match="files must be at most 8, the batch size; got 9"):
+        decoder.decode(jpegs[:1] * 9)
+
+
+@pytest.mark.parametrize("bad", [{0}, {3}, {0, 5}, set(range(6))], ids=["first", "middle", "two", "all"])
+def test_a_bad_file_costs_no_other_anything(decoder: DaliDecoder, jpegs: list[bytes], bad: set[int]) -> None:
+    files = [jpegs[0][: len(jpegs[0]) // 2] if n in bad else jpegs[n % 3] for n in range(6)]
+    photos, refused = decoder.decode(files)
+    assert set(refused) == bad
+    good = [n for n in range(6) if n not in bad]
+    for n, got in zip(good, separate(photos), strict=True):
+        np.testing.assert_array_equal(got, decode_at(files[n], 0))
+    # And the next batch neither.
+    assert decoder.decode(jpegs[:2])[1] == []
+
+
+def test_photos_follow(jpegs: list[bytes]) -> None:
+    first = RaggedPhotos.joined([torch.ones(2, 3, 3, dtype=torch.uint8)], torch.device("cpu"))
+    assert first.followed_by([]) is first
+    both = first.followed_by([torch.full((1, 2, 3), 7, dtype=torch.uint8)])
+    assert [photo.tolist() for photo in separate(both)] == [[[[1] * 3] * 3] * 2, [[[7] * 3] * 2]]
+
+
+def middle(data: bytes, put: bytes) -> bytes:
+    at = len(data) * 2 // 3
+    return data[:at] + put + data[at + len(put) :]
+
+
+def test_sound_means_plainly_sound(jpegs: list[bytes], broken_photos: Path) -> None:
+    for data in jpegs:
+        assert sound_jpeg(data) is not None
+    plain = jpegs[0]
+    damaged = {
+        "cut off": plain[:-100],
+        "no end": plain[:-2],
+        "zeros inside": middle(plain, bytes(200)),
+        "zeros at the end": plain[:-500] + bytes(500),
+        "a marker inside": middle(plain, b"\xff\xe1"),
+        "zeros inside a progressive file": middle(jpegs[1], bytes(200)),
+        "nothing": b"",
+        "text": b"this is not a photograph",
+    }
+    for name, data in damaged.items():
+        assert sound_jpeg(data) is None, name
+    for name in ("grey.png", "cmyk.jpg", "zero.jpg"):
+        assert sound_jpeg((broken_photos / name).read_bytes()) is None, name
+
+
+def test_a_thumbnail_does_not_make_a_file_unsound(jpegs: list[bytes], tmp_path: Path) -> None:
+    """Cameras put a small JPEG into the header: its scan ends long before the photo's."""
+    thumbnail = jpegs[0]
+    app1 = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"thumb\0" + thumbnail
+    with_thumbnail = jpegs[2][:2] + app1 + jpegs[2][2:]
+    assert sound_jpeg(with_thumbnail) is not None
+    np.testing.assert_array_equal(decode_at(with_thumbnail, 0), decode_at(jpegs[2], 0))
