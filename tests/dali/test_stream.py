@@ -131,7 +131,7 @@ def test_bad_files_are_named_and_cost_nothing_else(stream: CameraStream, tmp_pat
     [
         ({"rank": 2, "world_size": 2}, "rank must be 0 to world_size - 1 = 1, got 2"),
         ({"batch_size": 12, "world_size": 2}, "22 photos do not fill a batch of 12 on 2 ranks"),
-        ({"batch_size": 9}, "batch_size is 9, but the decoder takes 8"),
+        ({"batch_size": 9}, "batch_size is 9, the decoder takes 8"),
     ],
 )
 def test_bad_arguments_are_named(stream: CameraStream, changes: dict[str, int], message: str) -> None:
