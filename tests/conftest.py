@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -16,10 +17,10 @@ if not torch.cuda.is_available():
     # Triton chooses when it is imported: without a GPU its kernels run as NumPy.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fastfundus.data import PhotoCache, build_cache, list_photos
-from fastfundus.engines.bundle import Bundle
-from fastfundus.spec import PreprocessSpec
-from fastfundus.synthetic import write_dataset
+# The rest is loaded by the fixtures that need it: kernel tests run where only torch, Triton and OpenCV are installed.
+if TYPE_CHECKING:
+    from fastfundus.data import PhotoCache
+    from fastfundus.engines.bundle import Bundle
 
 _REQUIRE_GPU = os.environ.get("FASTFUNDUS_REQUIRE_GPU") == "1"
 _REQUIRE_KERNELS = _REQUIRE_GPU or os.environ.get("FASTFUNDUS_REQUIRE_KERNELS") == "1"
@@ -72,6 +73,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 synthetic patients with labels, small frames."""
+    from fastfundus.synthetic import write_dataset
+
     folder = tmp_path_factory.mktemp("photos")
     write_dataset(folder, 24, seed=5, poor_share=0.0, long_sides=(320,), workers=1)
     return folder
@@ -80,6 +83,9 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
     """The photos of `photo_folder` at 64 px."""
+    from fastfundus.data import build_cache, list_photos
+    from fastfundus.spec import PreprocessSpec
+
     listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
     output = tmp_path_factory.mktemp("cache") / "cache"
     return build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)

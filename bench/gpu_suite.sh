@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: the kernel tests, the CUDA twin, and what the kernels reach of the
+# copy bandwidth. Needs torch >= 2.11, Triton >= 3.6, nvcc, NumPy, OpenCV and pytest; no network, no installation.
+#
+#     bench/gpu_suite.sh [OUTPUT]         OUTPUT is a folder, default $OUT or bench/results
+#     bench/gpu_suite.sh --dry-run [OUTPUT]   tiny shapes, Triton interpreted, no GPU: does the suite itself work?
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dry=()
+if [[ ${1:-} == --dry-run ]]; then
+  dry=(--dry-run)
+  shift
+fi
+output=${1:-${OUT:-bench/results}}
+mkdir -p "$output"
+python=${PYTHON:-python3}
+
+rm -f "$output/kernel_tests.xml"
+tests=0
+if [[ ${#dry[@]} == 0 ]]; then
+  # A skip is a failure here: a green run that tested nothing would be worse than a red one.
+  FASTFUNDUS_REQUIRE_GPU=1 "$python" -m pytest -o addopts= -q -m "kernel and not slow" --junitxml="$output/kernel_tests.xml" \
+    tests/kernels tests/engines/test_cuda_sample.py || tests=$?
+else
+  TRITON_INTERPRET=1 "$python" -m pytest -o addopts= -q -m kernel --junitxml="$output/kernel_tests.xml" \
+    tests/kernels/test_sample.py -k "one-pixel or minify-2" || tests=$?
+fi
+TRITON_INTERPRET=$([[ ${#dry[@]} == 0 ]] && echo 0 || echo 1) \
+  "$python" -m bench.gpu_suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output"
+exit "$tests"
