@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare wheel fuzz photos odir clean
+.PHONY: demo test check bench bench-prepare bench-sample parity kernels wheel fuzz photos odir clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -24,6 +24,15 @@ bench: $(VENV)/.installed-dev  ## the benchmarks, timed; results go to bench/res
 
 bench-prepare: $(VENV)/.installed-dev  ## preparing camera JPEGs against peers, in turns; needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.bench_prepare && $(BIN)/python -m bench.report
+
+bench-sample: $(VENV)/.installed-dev  ## sampling on one core against peers, in turns
+	@$(BIN)/python -m bench.bench_sample && $(BIN)/python -m bench.report
+
+parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
+	@TRITON_INTERPRET=1 $(BIN)/python -m bench.parity && $(BIN)/python -m bench.report
+
+kernels:  ## the CUDA kernels, by nvcc, into csrc/build
+	@$(MAKE) -C csrc fatbin library
 
 wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist .

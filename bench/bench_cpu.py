@@ -1,6 +1,6 @@
-"""CPU stages, each alone: drawing, sampling, inferring. Peers stand in the same group, and in the same run.
+"""CPU stages, each alone: drawing, inferring. Peers stand in the same group, and in the same run.
 
-Preparing has a bench of its own, `bench_prepare`.
+Preparing and sampling have benches of their own, `bench_prepare` and `bench_sample`.
 
     make bench                      timed
     make test                       once each, tiny, to see that they still work
@@ -17,13 +17,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
 
-from fastfundus.config import AugmentConfig
-from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
-from fastfundus.train.augment import draw_epoch
 
 
 @pytest.fixture(autouse=True)
@@ -50,35 +46,6 @@ def test_draw_1024(benchmark: Any) -> None:
     photo = benchmark(lambda: draw_photo(next(seeds), lesions=("exudates", "haemorrhages"), long_side=1024))
     assert photo.image.shape == (1024, 1024, 3)
     assert photo.lesion_masks["exudates"].any()
-
-
-@pytest.mark.benchmark(group="augment and normalise 16 photos at 512 px, one core")
-def test_augment_fastfundus(benchmark: Any, timed: bool) -> None:
-    size, count = (512, 16) if timed else (64, 2)
-    spec = PreprocessSpec(size=size)
-    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
-    geometry, colour = (torch.from_numpy(m) for m in draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=0))
-    result = benchmark(sample, images, geometry, colour, size)
-    assert torch.isfinite(result).all()
-
-
-@pytest.mark.benchmark(group="augment and normalise 16 photos at 512 px, one core")
-def test_augment_torchvision(benchmark: Any, timed: bool) -> None:
-    """The same changes, one transform after the other, photo by photo as a data loader applies them."""
-    size, count = (512, 16) if timed else (64, 2)
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
-    chain = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.64, 1.0), ratio=(1.0, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
-            v2.ColorJitter(0.15, 0.15, 0.15, 6 / 360),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
-    )
-    result = benchmark(lambda: torch.stack([chain(image) for image in images]))
-    assert result.shape == images.shape
 
 
 @pytest.fixture(scope="module")

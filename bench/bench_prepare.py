@@ -25,7 +25,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from bench.paired import environment, pinned_to, run_in_turns
+from bench.parity import arguments
 from bench.real_photos import DATA
+from fastfundus.kernels import reference
 from fastfundus.photo.decode import decode
 from fastfundus.photo.header import read_header
 from fastfundus.photo.memory import keep_memory
@@ -120,41 +122,16 @@ def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int)
 def parity(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
     """Mean absolute difference in grey levels between a crop by the plan and one from a full decode, by file.
 
-    The reference cuts the same piece of retina from a full decode and averages areas exactly, by integrating.
+    The reference cuts the same piece of retina from a full decode and averages areas exactly.
     """
     found = {}
+    spec = PreprocessSpec(size=512, mask_outside=False)
     for path in paths:
-        data = path.read_bytes()
-        header = read_header(data)
-        result = prepare_photo(path, PreprocessSpec(size=512, mask_outside=False))
-        assert result.image is not None
-        assert result.field is not None
-        divisor = plan_decode(header, 512).divisor
-        full = decode(data, header)
-        # The square lies on whole pixels of the scaled decode.
-        side = max(1, round(2 * result.field.radius_px * 1.02 / divisor)) * divisor
-        left = round(result.field.x_px / divisor - side / divisor / 2) * divisor
-        top = round(result.field.y_px / divisor - side / divisor / 2) * divisor
-        padded = cv2.copyMakeBorder(full, side, side, side, side, cv2.BORDER_CONSTANT)
-        square = padded[top + side : top + 2 * side, left + side : left + 2 * side]
-        exact = exact_area(square, 512)
+        result = prepare_photo(path, spec)
+        exact = reference.sample(*arguments(path, spec), torch.float32)[0].permute(1, 2, 0).numpy()
+        divisor = plan_decode(read_header(path.read_bytes()), 512).divisor
         found[path.name] = {"divisor": divisor, "grey_levels": float(np.abs(result.image - exact).mean())}
     return found
-
-
-def exact_area(square: np.ndarray, size: int) -> np.ndarray:
-    """Area average by integration: the mean of a picture that is constant on each pixel over each target pixel."""
-    edges = np.linspace(0, len(square), size + 1)
-
-    def integrate(values: np.ndarray) -> np.ndarray:
-        total = np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0, dtype=np.float64)])
-        whole = np.minimum(edges.astype(int), len(values) - 1)
-        share = (edges - whole).reshape(-1, *[1] * (values.ndim - 1))
-        at_edges = total[whole] + share * (total[whole + 1] - total[whole])
-        return np.diff(at_edges, axis=0) / np.diff(edges).reshape(-1, *[1] * (values.ndim - 1))
-
-    rows = integrate(square.astype(np.float64))
-    return integrate(rows.transpose(1, 0, 2)).transpose(1, 0, 2)
 
 
 def measure(paths: Sequence[Path], rounds: int, *, with_dali: bool = True) -> dict[str, Any]:
@@ -201,13 +178,6 @@ def test_prepare_bench_runs(tmp_path: Path) -> None:
     for entry in result["parity"].values():
         assert entry["divisor"] == 2
         assert entry["grey_levels"] < 1.5
-
-
-def test_exact_area_by_hand() -> None:
-    square = np.arange(9, dtype=np.uint8).reshape(3, 3, 1)
-    # 3 pixels to 2: each covers one and a half.
-    np.testing.assert_allclose(exact_area(square, 2)[..., 0], [[4 / 3, 8 / 3], [16 / 3, 20 / 3]])
-    np.testing.assert_allclose(exact_area(square, 3), square)
 
 
 def main() -> None:

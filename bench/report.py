@@ -20,11 +20,9 @@ README = Path(__file__).parents[1] / "README.md"
 # Benchmark, its peer in the same run (if any), the work of one call, and how many units of it that is.
 ROWS = (
     ("test_draw_1024", None, "draw a synthetic photo, 1024 px, one core", 1),
-    ("test_augment_fastfundus", "test_augment_torchvision", "augment and normalise at 512 px, one core", 16),
     ("test_infer_engine", "test_infer_torch_float32", "infer ResNet-50 at 512 px, all cores", 16),
 )
 PEERS = {
-    "test_augment_torchvision": "torchvision v2, one by one",
     "test_infer_torch_float32": "torch eager float32",
 }
 
@@ -89,6 +87,64 @@ def prepare_table(result: dict[str, Any]) -> str:
         "`make bench-prepare` repeats it.",
     ]
     return "\n".join(lines)
+
+
+def sample_table(result: dict[str, Any]) -> str:
+    """Rates and ratios of sampling on one core, as Markdown."""
+    lines = ["| one core | photos/s | |", "|---|---|---|"]
+    for part, rows in result["parts"].items():
+        ours = next(iter(rows.values()))["ms"]
+        for name, row in rows.items():
+            told = f"{row['ms'] / ours:.1f} x the time" if row["ms"] != ours else ""
+            mark = "**" if row["ms"] == ours else ""
+            lines.append(f"| {part}: {mark}{name}{mark} | {1000 / row['ms']:.0f} | {told} |")
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"In turns in one run, medians of {result['rounds']} rounds of {result['photos']} photos. "
+            f"{result['date']}, {result['machine']['cpu']}, commit {result['commit']}; {versions}. `make bench-sample` "
+            "repeats it.",
+        ]
+    )
+
+
+def parity_table(result: dict[str, Any]) -> str:
+    """The parity matrix, as Markdown."""
+    lines = [
+        "| photos | executor | grey levels, mean | worst photo | worst value | probability, worst |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part, entry in result["parts"].items():
+        for name, row in entry["rows"].items():
+            cells = [row[f"grey_levels_{key}"] for key in ("mean", "worst_photo", "most")]
+            told = " | ".join(f"{cell:.2g}" for cell in [*cells, row["probability_most"]])
+            lines.append(f"| {entry['photos']} {part} | {name} | {told} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"At {result['size']} px, against the float64 reference on fully decoded photos. Probabilities: "
+            f"{result['model']}. {result['date']}, commit {result['commit']}; `make parity` repeats it.",
+        ]
+    )
+
+
+def compiled_table(record: dict[str, Any]) -> str:
+    """What Triton's kernels use on each GPU, from the record that the tests guard, as Markdown."""
+    lines = ["| kernel | GPU | registers | bytes of shared memory | bytes spilled |", "|---|---|---|---|---|"]
+    groups: dict[tuple[str, str], list[dict[str, int]]] = {}
+    for name, used in record["variants"].items():
+        groups.setdefault((name.split()[0], name.split()[1]), []).append(used)
+    for (kernel, chip), used in groups.items():
+        spans = [
+            f"{min(one[key] for one in used)} to {max(one[key] for one in used)}"
+            for key in ("registers", "shared_bytes")
+        ]
+        spilled = sum(one["spilled_bytes"] for one in used)
+        lines.append(f"| `{kernel}`, {len(used)} variants | {chip} | {' | '.join(spans)} | {spilled} |")
+    return "\n".join([*lines, "", f"Triton {record['triton']}; every variant stands in `tests/kernels/compiled.json`."])
 
 
 def circle_table(result: dict[str, Any]) -> str:
@@ -171,6 +227,9 @@ def draw() -> None:
     root = README.parent
     for file, marker, pattern, table in [
         (README, "speed", "cpu_*.json", speed_table),
+        (README, "sample", "sample_cpu_*.json", sample_table),
+        (root / "docs" / "kernels.md", "parity", "parity_*.json", parity_table),
+        (root / "docs" / "kernels.md", "compiled", "../../tests/kernels/compiled.json", compiled_table),
         (README, "prepare", "prepare_cpu_*.json", prepare_table),
         (README, "evidence", "odir_cpu_*.json", evidence_table),
         (root / "docs" / "photos.md", "circle", "photos_*.json", circle_table),

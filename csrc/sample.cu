@@ -3,9 +3,9 @@
 // The kernels are found by name in the fatbin (engines/cuda_sample.py); the launcher serves programs that link the
 // library. Everything has been checked by the caller (kernels/jobs.py).
 //
-// A block takes kPixels output pixels of one photo in reading order, gathers them into shared memory and writes them out
-// together: 16 bytes a thread wherever a photo's output is a whole number of 16 bytes (out_size a multiple of 4; of 2 for
-// float32), else value by value.
+// A block takes kPixels output pixels of one photo in reading order, gathers them into shared memory and writes them
+// out together: 16 bytes a thread wherever a photo's output is a whole number of 16 bytes (out_size a multiple of 4; of 2
+// for float32), else value by value.
 #include "sample.cuh"
 
 namespace fastfundus {

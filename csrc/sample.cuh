@@ -130,6 +130,13 @@ FASTFUNDUS_BOTH Rgb fetch_or_black(const Source &source, int32_t row, int32_t co
     return inside(source, row, column) ? load(address(source, row, column)) : make_rgb(0.0f, 0.0f, 0.0f);
 }
 
+// Four pixels around a position; `right` and `lower` are the shares of the right and the lower ones.
+FASTFUNDUS_BOTH Rgb blend(Rgb upper_left, Rgb upper_right, Rgb lower_left, Rgb lower_right, float right, float lower) {
+    Rgb above = (1.0f - right) * upper_left + right * upper_right;
+    Rgb below = (1.0f - right) * lower_left + right * lower_right;
+    return (1.0f - lower) * above + lower * below;
+}
+
 // A box of one pixel: bilinear interpolation between the four pixels that it touches.
 FASTFUNDUS_BOTH Rgb interpolate(const Source &source, float x, float y) {
     Span across = span(x, 1.0f), down = span(y, 1.0f);
@@ -149,9 +156,7 @@ FASTFUNDUS_BOTH Rgb interpolate(const Source &source, float x, float y) {
         corners[2] = fetch_or_black(source, row + 1, column);
         corners[3] = fetch_or_black(source, row + 1, column + 1);
     }
-    Rgb above = (1.0f - right) * corners[0] + right * corners[1];
-    Rgb below = (1.0f - right) * corners[2] + right * corners[3];
-    return (1.0f - lower) * above + lower * below;
+    return blend(corners[0], corners[1], corners[2], corners[3], right, lower);
 }
 
 // A larger box: every pixel that it touches, weighted by the area they share. Pixels outside are black.

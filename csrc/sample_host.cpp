@@ -3,6 +3,7 @@
 // Everything has been checked by the caller: sizes, offsets, matrices.
 #include "sample.cuh"
 
+#include <algorithm>
 #include <vector>
 
 using namespace fastfundus;
@@ -42,28 +43,140 @@ inline Half narrow<Half>(float value) {
     return {bits};
 }
 
+inline float to_float(uint8_t value) { return static_cast<float>(value); }
+
+// A row of the output before it is narrowed. Four lanes are stored a pixel, and the next pixel overwrites the fourth.
+class Line {
+  public:
+    explicit Line(int32_t out_size) : values_(3 * static_cast<size_t>(out_size) + 1) {}
+
+    void store(int32_t column, Rgb pixel) { std::memcpy(&values_[3 * column], &pixel, sizeof pixel); }
+
+    template <class T>
+    T *narrow_to(T *out) const {
+        size_t count = values_.size() - 1;
+        for (size_t index = 0; index < count; ++index) out[index] = narrow<T>(values_[index]);
+        return out + count;
+    }
+
+  private:
+    std::vector<float> values_;
+};
+
+// Pixel by pixel, as the device does it.
 template <class T, Mode mode>
-void sample_photo(const uint8_t *pixels, const Job &job, T *out, int32_t out_size) {
-    Source source{pixels + job.offset, job.height, job.width};
+void sample_each(const Source &source, const Job &job, T *out, int32_t out_size) {
     Footprint box = footprint(job.geometry);
-    // A row of floats first, then narrowed as a whole: both loops are vector code. Four lanes are stored a pixel, and
-    // the next pixel overwrites the fourth.
-    std::vector<float> line(3 * static_cast<size_t>(out_size) + 1);
-    for (int32_t row = 0; row < out_size; ++row, out += 3 * static_cast<size_t>(out_size)) {
+    Line line(out_size);
+    for (int32_t row = 0; row < out_size; ++row) {
+        for (int32_t column = 0; column < out_size; ++column)
+            line.store(column, recolour(job.colour, sample_pixel<mode>(source, job.geometry, box, row, column)));
+        out = line.narrow_to(out);
+    }
+}
+
+// Interpolation with the positions of a whole row worked out first, which is vector code; only the loads are not.
+template <class T>
+void interpolate_rows(const Source &source, const Job &job, T *out, int32_t out_size) {
+    Line line(out_size);
+    std::vector<float> xs(out_size), ys(out_size), rights(out_size), lowers(out_size);
+    std::vector<int32_t> offsets(out_size);
+    const float *geometry = job.geometry;
+    const int32_t last_row = source.height - 1, last_column = source.width - 2, width = source.width;
+    for (int32_t row = 0; row < out_size; ++row) {
+        float along_y = static_cast<float>(row) + 0.5f;
         for (int32_t column = 0; column < out_size; ++column) {
-            Rgb pixel = recolour(job.colour, sample_pixel<mode>(source, job.geometry, box, row, column));
-            std::memcpy(&line[3 * column], &pixel, sizeof pixel);
+            float along_x = static_cast<float>(column) + 0.5f;
+            float x = geometry[0] * along_x + geometry[1] * along_y + geometry[2];
+            float y = geometry[3] * along_x + geometry[4] * along_y + geometry[5];
+            float left = floorf(x - 0.5f), top = floorf(y - 0.5f);
+            int32_t at_column = static_cast<int32_t>(left), at_row = static_cast<int32_t>(top);
+            xs[column] = x;
+            ys[column] = y;
+            rights[column] = x - 0.5f - left;
+            lowers[column] = y - 0.5f - top;
+            bool whole = (at_row >= 0) & (at_row < last_row) & (at_column >= 0) & (at_column < last_column);
+            offsets[column] = whole ? 3 * (at_row * width + at_column) : -1;
         }
-        for (int32_t index = 0; index < 3 * out_size; ++index) out[index] = narrow<T>(line[index]);
+        for (int32_t column = 0; column < out_size; ++column) {
+            Rgb pixel;
+            if (offsets[column] >= 0) {
+                const uint8_t *first = source.pixels + offsets[column], *second = first + 3 * width;
+                pixel = blend(load_wide(first), load_wide(first + 3), load_wide(second), load_wide(second + 3),
+                              rights[column], lowers[column]);
+            } else {
+                pixel = interpolate(source, xs[column], ys[column]);
+            }
+            line.store(column, recolour(job.colour, pixel));
+        }
+        out = line.narrow_to(out);
+    }
+}
+
+// Integration over the boxes of an upright geometry: rows of the source are added up first, each as a whole, then
+// columns of their sum. Every source byte is touched about once, not once for each box that it lies in.
+template <class T>
+void integrate_upright(const Source &source, const Job &job, T *out, int32_t out_size) {
+    Footprint box = footprint(job.geometry);
+    Line line(out_size);
+    std::vector<int32_t> lefts(out_size), rights(out_size);
+    std::vector<float> shares(static_cast<size_t>(out_size) * box.columns);
+    int32_t least = source.width, most = 0;
+    for (int32_t column = 0; column < out_size; ++column) {
+        Span across = span(job.geometry[0] * (static_cast<float>(column) + 0.5f) + job.geometry[2], box.width);
+        int32_t left = std::max(across.first, 0), right = std::min(across.first + box.columns, source.width);
+        lefts[column] = left;
+        rights[column] = right;
+        for (int32_t at = left; at < right; ++at)
+            shares[static_cast<size_t>(column) * box.columns + (at - left)] = overlap(across, box.width, at);
+        if (left < right) {
+            least = std::min(least, left);
+            most = std::max(most, right);
+        }
+    }
+    const size_t count = most > least ? 3 * static_cast<size_t>(most - least) : 0;
+    // One more: four floats are loaded where three are meant.
+    std::vector<float> sums(count + 1);
+    const float area = 1.0f / (box.width * box.height);
+    for (int32_t row = 0; row < out_size; ++row) {
+        Span down = span(job.geometry[4] * (static_cast<float>(row) + 0.5f) + job.geometry[5], box.height);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        const int32_t top = std::max(down.first, 0), bottom = std::min(down.first + box.rows, source.height);
+        // Four rows at a time: their sum is loaded and stored once. Beyond the last row a share is zero.
+        for (int32_t at = top; at < bottom; at += 4) {
+            const uint8_t *rows[4];
+            float parts[4];
+            for (int32_t next = 0; next < 4; ++next) {
+                rows[next] = address(source, std::min(at + next, bottom - 1), least);
+                parts[next] = at + next < bottom ? area * overlap(down, box.height, at + next) : 0.0f;
+            }
+            float *into = sums.data();
+            for (size_t index = 0; index < count; ++index)
+                into[index] += parts[0] * to_float(rows[0][index]) + parts[1] * to_float(rows[1][index]) +
+                               parts[2] * to_float(rows[2][index]) + parts[3] * to_float(rows[3][index]);
+        }
+        for (int32_t column = 0; column < out_size; ++column) {
+            const float *share = &shares[static_cast<size_t>(column) * box.columns];
+            Rgb pixel = make_rgb(0.0f, 0.0f, 0.0f);
+            for (int32_t at = lefts[column]; at < rights[column]; ++at, ++share) {
+                Rgb sum;
+                std::memcpy(&sum, &sums[3 * static_cast<size_t>(at - least)], sizeof sum);
+                pixel = pixel + *share * sum;
+            }
+            line.store(column, recolour(job.colour, pixel));
+        }
+        out = line.narrow_to(out);
     }
 }
 
 template <class T>
 void sample_as(const uint8_t *pixels, const Job &job, void *out, int32_t out_size, int32_t mode) {
+    Source source{pixels + job.offset, job.height, job.width};
     T *typed = static_cast<T *>(out);
-    if (mode == kNearest) return sample_photo<T, kNearest>(pixels, job, typed, out_size);
-    if (mode == kIntegrate) return sample_photo<T, kIntegrate>(pixels, job, typed, out_size);
-    return sample_photo<T, kInterpolate>(pixels, job, typed, out_size);
+    if (mode == kNearest) return sample_each<T, kNearest>(source, job, typed, out_size);
+    if (mode == kInterpolate) return interpolate_rows<T>(source, job, typed, out_size);
+    if (job.geometry[1] == 0.0f && job.geometry[3] == 0.0f) return integrate_upright<T>(source, job, typed, out_size);
+    return sample_each<T, kIntegrate>(source, job, typed, out_size);
 }
 
 // Cell k of an axis covers pixels [k * size / bins, (k + 1) * size / bins).

@@ -53,3 +53,9 @@ time smooths; 1.7 grey levels at most on the test's picture, whose finest detail
 TORCHVISION_COLOUR_GREY_LEVELS = 0.05
 """Colours by a matrix against torchvision's, where nothing is clamped: its luma has weights of four digits that sum to
 0.9999, times 255 grey levels, and a saturation of 1.3 and more multiplies that."""
+
+KERNEL_PROBABILITY = 1e-3
+"""Of a model, by kernels that differ in float32 rounding alone: a hundredth of a grey level on sharp edges."""
+
+PREPARE_PROBABILITY = 0.02
+"""Of a model, by crops that differ by half a grey level on average."""

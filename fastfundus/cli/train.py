@@ -61,6 +61,10 @@ def train(
     from fastfundus.errors import ConfigError, require
 
     require("torch", extra="train")
+    from fastfundus.photo.memory import keep_memory
+
+    # Every batch asks for megabytes of fresh memory; page faults would cost as much as filling it.
+    keep_memory()
     from fastfundus.cli.training import TrainingBar
     from fastfundus.config import TrainConfig, override
     from fastfundus.data import PhotoCache

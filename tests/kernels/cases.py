@@ -22,16 +22,16 @@ def matrix(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-# Height and width of the source, geometry, side of the output. A Triton program covers 128 pixels when interpreted.
+# Height and width of the source, geometry, side of the output. A Triton program covers 512 pixels when interpreted.
 CASES: dict[str, tuple[tuple[int, int], torch.Tensor, int]] = {
     "one-pixel": ((1, 1), IDENTITY, 1),
     "one-pixel-enlarged": ((1, 1), affine(0.25), 5),
     "width-one": ((5, 1), IDENTITY, 4),
     "height-one": ((1, 5), affine(0.8), 4),
     "two-columns": ((4, 2), affine(0.5, 0, (-0.3, 0.2)), 6),
-    "identity-two-whole-blocks": ((16, 16), IDENTITY, 16),
-    "one-block-but-seven": ((11, 11), IDENTITY, 11),
-    "one-block-and-a-bit": ((12, 12), IDENTITY, 12),
+    "identity-two-whole-blocks": ((32, 32), IDENTITY, 32),
+    "less-than-a-block": ((22, 22), IDENTITY, 22),
+    "one-block-and-a-bit": ((23, 23), IDENTITY, 23),
     "not-square": ((9, 17), affine(0.7, 0, (1.5, 0.25)), 12),
     "enlarge": ((8, 8), affine(0.25), 32),
     "overhang-left": ((16, 16), affine(1.0, 0, (-5.5, 0.0)), 16),

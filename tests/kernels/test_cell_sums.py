@@ -13,14 +13,14 @@ from tests.kernels.implementations import CELL_SUMMERS
 
 pytestmark = pytest.mark.kernel
 
-# A Triton program reads 64 pixels of a row at once: cells of 63, 64, 65 and 129 columns among them.
+# A Triton program reads 128 pixels of a row at once when interpreted: cells of 127, 128, 129 and 257 columns.
 SHAPES = {
     "one-cell": ([(1, 1)], 1),
     "a-pixel-a-cell": ([(4, 4), (5, 7)], 4),
-    "a-block-but-one": ([(6, 126)], 2),
-    "a-block": ([(6, 128)], 2),
-    "a-block-and-one": ([(6, 130)], 2),
-    "two-blocks-and-one": ([(3, 129)], 1),
+    "a-block-but-one": ([(6, 254)], 2),
+    "a-block": ([(6, 256)], 2),
+    "a-block-and-one": ([(6, 258)], 2),
+    "two-blocks-and-one": ([(3, 257)], 1),
     "many-sizes": ([(17, 40), (64, 9), (30, 31)], 8),
 }
 
