@@ -225,17 +225,18 @@ def evidence_table(result: dict[str, Any]) -> str:
 def draw() -> None:
     """Put the newest tables between their markers."""
     root = README.parent
-    for file, marker, pattern, table in [
-        (README, "speed", "cpu_*.json", speed_table),
-        (README, "sample", "sample_cpu_*.json", sample_table),
-        (root / "docs" / "kernels.md", "parity", "parity_*.json", parity_table),
-        (root / "docs" / "kernels.md", "compiled", "../../tests/kernels/compiled.json", compiled_table),
-        (README, "prepare", "prepare_cpu_*.json", prepare_table),
-        (README, "evidence", "odir_cpu_*.json", evidence_table),
-        (root / "docs" / "photos.md", "circle", "photos_*.json", circle_table),
-        (root / "docs" / "photos.md", "quality", "photos_*.json", quality_table),
+    kernels, photos = root / "docs" / "kernels.md", root / "docs" / "photos.md"
+    for file, marker, source, table in [
+        (README, "speed", RESULTS / "cpu_*.json", speed_table),
+        (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
+        (README, "prepare", RESULTS / "prepare_cpu_*.json", prepare_table),
+        (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
+        (kernels, "parity", RESULTS / "parity_*.json", parity_table),
+        (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),
+        (photos, "circle", RESULTS / "photos_*.json", circle_table),
+        (photos, "quality", RESULTS / "photos_*.json", quality_table),
     ]:
-        files = sorted(RESULTS.glob(pattern))
+        files = sorted(source.parent.glob(source.name))
         if files:
             begin, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
             before, rest = file.read_text().split(begin)

@@ -23,7 +23,6 @@ def build(compiler: str, flags: Sequence[str], source: Path, target: Path) -> Pa
         subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
         OSError: the compiler cannot be run, or the folder not be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
         command = [compiler, *flags, str(source), "-o", str(fresh)]
@@ -43,7 +42,13 @@ def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str)
     texts = [path.read_text() for path in [*sorted(CSRC.glob("*.cu*")), source]]
     key = hashlib.sha256("\0".join([version, *flags, platform.machine(), _processor(), *texts]).encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(home) / "fastfundus" / f"{source.stem}_{key[:16]}{suffix}"
+    folder = Path(home) / "fastfundus"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        # What lies there is loaded and run.
+        raise PermissionError(f"others may write to {folder}: run chmod go-w on it, or set XDG_CACHE_HOME")
+    target = folder / f"{source.stem}_{key[:16]}{suffix}"
     return target if target.is_file() else build(compiler, flags, source, target)
 
 

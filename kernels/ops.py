@@ -174,7 +174,9 @@ def _(
 
     arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
     jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
-    return triton_sample.launch(pixels, jobs, out_size, dtype, mode).permute(0, 3, 1, 2)
+    # Triton launches on the current device, whichever that is.
+    with torch.cuda.device(pixels.device):
+        return triton_sample.launch(pixels, jobs, out_size, dtype, mode).permute(0, 3, 1, 2)
 
 
 @_sample.register_fake
@@ -207,7 +209,8 @@ def _(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
     from fastfundus.kernels import cell_sums as triton_cell_sums
 
     _check_cells(pixels, offsets, sizes, bins)
-    return triton_cell_sums.launch(pixels, offsets, sizes, bins)
+    with torch.cuda.device(pixels.device):
+        return triton_cell_sums.launch(pixels, offsets, sizes, bins)
 
 
 @_cell_sums.register_fake

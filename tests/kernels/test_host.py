@@ -106,6 +106,14 @@ def test_a_compiler_that_fails_is_quoted(fresh_cache: Path, monkeypatch: pytest.
     assert not list(fresh_cache.iterdir())
 
 
+def test_a_cache_that_others_may_write_is_not_trusted(fresh_cache: Path) -> None:
+    fresh_cache.mkdir(parents=True)
+    fresh_cache.chmod(0o777)
+    loaded = host.load()
+    assert loaded.library is None
+    assert f"others may write to {fresh_cache}: run chmod go-w on it" in loaded.reason
+
+
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
