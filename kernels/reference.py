@@ -42,7 +42,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_MINIFICATION", "cell_sums", "sample"]
+__all__ = ["LEAST_MINIFICATION", "cell_sums", "photos", "sample"]
 
 LEAST_MINIFICATION = 1 + 2**-12
 """A box less than this many pixels wide is one pixel wide: a rotation's rounding must not turn four taps into nine."""

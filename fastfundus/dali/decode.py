@@ -25,7 +25,8 @@ Window = tuple[int, int, int, int]
 """Top, left, height and width in pixels of the upright photo."""
 
 _STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd9\xff]")
-_LONGEST_ZEROS = b"\0" * 64
+_LONGEST_ZEROS = bytes(2048)
+"""Black frames have runs of some hundred zeros in real cameras' files; holes in a file are pages of 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)

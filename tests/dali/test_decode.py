@@ -93,14 +93,16 @@ def middle(data: bytes, put: bytes) -> bytes:
 def test_sound_means_plainly_sound(jpegs: list[bytes], broken_photos: Path) -> None:
     for data in jpegs:
         assert sound_jpeg(data) is not None
+        # A black frame may well look like this.
+        assert sound_jpeg(middle(data, bytes(500))) is not None
     plain = jpegs[0]
     damaged = {
         "cut off": plain[:-100],
         "no end": plain[:-2],
-        "zeros inside": middle(plain, bytes(200)),
+        "zeros inside": middle(plain, bytes(3000)),
         "zeros at the end": plain[:-500] + bytes(500),
         "a marker inside": middle(plain, b"\xff\xe1"),
-        "zeros inside a progressive file": middle(jpegs[1], bytes(200)),
+        "zeros inside a progressive file": middle(jpegs[1], bytes(3000)),
         "nothing": b"",
         "text": b"this is not a photograph",
     }
