@@ -32,9 +32,7 @@ from fastfundus.kernels import reference
 from fastfundus.kernels import sample as triton_sample
 from fastfundus.kernels.jobs import pack_jobs
 from fastfundus.kernels.ops import sample_ragged
-from fastfundus.photo.header import read_header
-from fastfundus.photo.plan import plan_decode
-from fastfundus.photo.prepare import decode_at, least_side, prepare_photo
+from fastfundus.photo.prepare import decode_at, prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import normalisation
 
@@ -45,29 +43,12 @@ KERNELS = ("csrc, host", TRITON, *(["csrc, GPU"] if HAS_GPU else []))
 """Executors of `sample` alone."""
 
 
-def window_of(path: Path, spec: PreprocessSpec) -> tuple[int, int, int]:
-    """Left, top and side of what `prepare` cuts out, in pixels of the whole photo."""
-    found = prepare_photo(path, spec)
-    assert found.image is not None, f"{path}: {found.reason}"
-    assert found.field is not None
-    # The square lies on whole pixels of the scaled decode; small fields are decoded larger.
-    header = read_header(path.read_bytes())
-    divisor = plan_decode(header, least_side(spec)).divisor
-    side = 2 * found.field.radius_px * (1 + spec.margin)
-    if side / divisor < least_side(spec) and divisor > 1:
-        short = min(header.width, header.height)
-        divisor = plan_decode(header, int(least_side(spec) * short // max(1, side)) + 1).divisor
-    whole = round(side / divisor)
-    left, top = (
-        round(centre / divisor - whole / 2) * divisor for centre in (found.field.x_px, found.field.y_px)
-    )  # fmt: skip
-    return left, top, whole * divisor
-
-
 def arguments(path: Path, spec: PreprocessSpec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """The whole photo, and the matrices that cut its window out: arguments of `sample_ragged`."""
+    """The whole photo, and the matrices that cut out what `prepare` does: arguments of `sample_ragged`."""
     full = torch.from_numpy(decode_at(path.read_bytes(), 0))
-    left, top, side = window_of(path, spec)
+    found = prepare_photo(path, spec)
+    assert found.window is not None, f"{path}: {found.reason}"
+    left, top, side = found.window
     scale = side / spec.size
     geometry = torch.tensor([[[scale, 0, left], [0, scale, top]]], dtype=torch.float32)
     sizes = torch.tensor([full.shape[:2]], dtype=torch.int32)

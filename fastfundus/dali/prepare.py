@@ -41,11 +41,9 @@ class _Crop:
     """What is to be cut out of a photo."""
 
     known: PreparedPhoto
+    """Its window is what is cut out."""
     found: Field | None
     to_full: float
-    left: int
-    top: int
-    side: int
 
 
 class DaliPreparer:
@@ -106,7 +104,7 @@ class DaliPreparer:
                 field, scale * plan.divisor / better.divisor, _divided(shape, better.divisor), self.spec
             )
             left, top, side = (better.divisor * value for value in window)
-            crops[place] = _Crop(known, found, scale * plan.divisor, left, top, side)
+            crops[place] = _Crop(replace(known, window=(left, top, side)), found, scale * plan.divisor)
         images = _cut(photos, crops, self.spec.size)
         shown = images if self.spec.size >= QUALITY_PX else _cut(photos, crops, QUALITY_PX)
         for (place, crop), image, large in zip(crops.items(), images, shown, strict=True):
@@ -139,7 +137,7 @@ def _shrunk(photos: RaggedPhotos, divisors: list[int]) -> Iterator[NDArray[np.ui
 
 def _cut(photos: RaggedPhotos, crops: dict[int, _Crop], size: int) -> NDArray[np.uint8]:
     """Windows by place, brought to `size`: uint8 [N, size, size, 3]."""
-    windows = [(crop.left, crop.top, crop.side) for crop in crops.values()]
+    windows = [crop.known.window for crop in crops.values()]
     left, top, side = np.array(windows, np.float64).reshape(-1, 3).T
     return _sampled(photos, list(crops), left, top, side / size, size)
 

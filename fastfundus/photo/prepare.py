@@ -55,6 +55,8 @@ class PreparedPhoto:
     """In pixels of the upright photo at full size; None when the whole frame was taken."""
     field_shape: str | None = None
     """"round", "oval" or "irregular"; None when the whole frame was taken."""
+    window: tuple[int, int, int] | None = None
+    """Left, top and side of the square that became `image`, in pixels of the upright photo; it may overhang it."""
     quality: float | None = None
     """0 to 1; None when the photo was not preprocessed."""
     facts: PhotoFacts = _NO_FACTS
@@ -98,7 +100,9 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         return replace(known, status=error.status, reason=error.reason)
     if small is not whole:
         _blacken_margin(rgb, whole, small)
-    square = _cut(rgb, roomy, crop_window(field, scale, rgb.shape, spec))
+    left, top, side = crop_window(field, scale, rgb.shape, spec)
+    square = _cut(rgb, roomy, (left, top, side))
+    known = replace(known, window=(left * plan.divisor, top * plan.divisor, side * plan.divisor))
     image = resize_square(square, spec.size, exact=plan.divisor == 1)
     # The finished image, unless it is too small to show fine detail: that is smaller work.
     shown = image if spec.size >= QUALITY_PX else square
