@@ -28,7 +28,7 @@ from fastfundus.photo.prepare import (
     look_at,
     plan_for_crop,
     prepare_bytes,
-)  # fmt: skip
+)
 from fastfundus.photo.quality import QUALITY_PX
 from fastfundus.photo.resample import shrink
 from fastfundus.spec import PreprocessSpec

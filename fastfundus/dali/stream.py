@@ -109,9 +109,7 @@ class CameraStream:
             Crops [B, 3, S, S] of `dtype`, channels-last, on the decoder's device, and [B] positions in `photos`.
         """
         order = epoch_order(len(self.photos), self.batch_size * self.world_size, seed=self.seed, epoch=self.epoch)
-        geometry, colour = draw_epoch(
-            self.augment, self.spec, len(self.photos), seed=self.seed, epoch=self.epoch
-        )  # fmt: skip
+        geometry, colour = draw_epoch(self.augment, self.spec, len(self.photos), seed=self.seed, epoch=self.epoch)
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         left = [batch[own] for batch in order[self.step :]]
         with ThreadPoolExecutor(1, "stream") as pool, ThreadPoolExecutor(4, "read") as readers:
@@ -187,7 +185,7 @@ class CameraStream:
         tints = torch.from_numpy(colour[ready])
         crops = sample_ragged(
             photos.pixels, photos.offsets[places], photos.sizes[places], matrices, tints, self.spec.size, self.dtype
-        )  # fmt: skip
+        )
         if self.spec.mask_outside:
             crops = _masked(crops, torch.from_numpy(geometry[ready]), tints, self.spec.size)
         return crops, batch[ready]

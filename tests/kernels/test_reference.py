@@ -19,9 +19,7 @@ pytestmark = pytest.mark.kernel
 def sampled(image: Tensor, geometry: Tensor, size: int, nearest: bool = False) -> Tensor:
     """One photo uint8 [H, W, 3] to float32 [size, size, 3]."""
     place = torch.tensor([0]), torch.tensor([list(image.shape[:2])], dtype=torch.int32)
-    got = reference.sample(
-        image.reshape(-1), *place, geometry[None], PLAIN[None], size, torch.float32, nearest
-    )  # fmt: skip
+    got = reference.sample(image.reshape(-1), *place, geometry[None], PLAIN[None], size, torch.float32, nearest)
     return got[0].permute(1, 2, 0)
 
 
