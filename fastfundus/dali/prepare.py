@@ -64,7 +64,7 @@ class DaliPreparer:
         with ThreadPoolExecutor(self._threads) as pool:
             results = list(pool.map(_read, paths))
             headers = pool.map(lambda result: sound_jpeg(result) if isinstance(result, bytes) else None, results)
-            sound = {n: header for n, header in enumerate(headers) if header is not None}
+            sound = {n: header for n, header in enumerate(headers) if header is not None and self._takes(header)}
             files = [result for n, result in enumerate(results) if n in sound and isinstance(result, bytes)]
             prepared = self._prepare_sound(files, list(sound.values()))
             done = {n: prepared[place] for place, n in enumerate(sound) if place in prepared}
@@ -76,6 +76,11 @@ class DaliPreparer:
                 return done[n] if n in done else prepare_bytes(result, self.spec)
 
             return list(pool.map(finished, range(len(paths))))
+
+    def _takes(self, header: PhotoHeader) -> bool:
+        """Whether a photo goes to DALI: strips would make the squares of a whole group too large."""
+        plan = plan_decode(header, least_side(self.spec))
+        return max(plan.width, plan.height) <= 4 * least_side(self.spec)
 
     def _prepare_sound(self, files: list[bytes], headers: list[PhotoHeader]) -> dict[int, PreparedPhoto]:
         """Results by position; files that are missing in it are left to the CPU's decoder."""

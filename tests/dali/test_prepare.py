@@ -15,6 +15,7 @@ from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 from tests.cli.test_cli import run
+from tests.conftest import write_rgb
 from tests.tolerances import CIRCLE_SHIFT, SCALED_DECODE_GREY_LEVELS
 
 
@@ -75,6 +76,13 @@ def test_a_file_that_only_dali_refuses_goes_to_the_cpu(
     got = DaliPreparer(spec, decoder)(paths)
     np.testing.assert_array_equal(got[1].image, prepare_photo(paths[1], spec).image)
     assert [result.status for result in got] == [Status.OK] * 4
+
+
+def test_a_strip_is_no_burden_to_its_group(photo_folder: Path, decoder: DaliDecoder, tmp_path: Path) -> None:
+    """Its square would have 17,000 x 17,000 pixels, for every photo of the group."""
+    strip = write_rgb(tmp_path / "strip.jpg", np.full((300, 17000, 3), 90, np.uint8))
+    results = compare([strip, *sorted((photo_folder / "images").glob("*.jpg"))[:2]], PreprocessSpec(size=64), decoder)
+    assert [result.status for result in results] == [Status.NOT_FUNDUS, Status.OK, Status.OK]
 
 
 @pytest.mark.real_data
