@@ -21,7 +21,16 @@ from typing import Any, Literal, TypeVar
 
 from fastfundus.errors import ConfigError, close_matches
 
-__all__ = ["AugmentConfig", "DataConfig", "LoopConfig", "ModelConfig", "OptimiserConfig", "TrainConfig", "to_toml"]
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "LoopConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimiserConfig",
+    "TrainConfig",
+    "to_toml",
+]
 
 _Config = TypeVar("_Config")
 
@@ -143,15 +152,40 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What is minimised: binary cross-entropy, and three changes to it that are off by default."""
+
+    label_smoothing: float = 0.0
+    """Share of doubt put into every label, 0 to 0.5. 0.1 helps where labels are noisy; probabilities grow timid."""
+    focal_gamma: float = 0.0
+    """Turns attention to photos that are still wrong, 0 (off) to 5. Calibrate afterwards: probabilities move."""
+    positive_weight: float = 1.0
+    """What an abnormal photo counts against a normal one, 0.01 to 100; 0 takes their ratio in the training photos, so
+    that both classes weigh the same."""
+
+    def __post_init__(self) -> None:
+        _check_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
+        _check_range("loss.focal_gamma", self.focal_gamma, 0, 5)
+        if self.positive_weight != 0:
+            _check_range("loss.positive_weight", self.positive_weight, 0.01, 100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
     """How the training loop runs."""
 
     epochs: int = 30
     """Passes over the training photos."""
     batch_size: int = 32
-    """Photos a step."""
+    """Photos that go through the model at once."""
+    accumulate: int = 1
+    """Batches a step: their gradients are averaged before the weights change, as if they had been one large batch."""
+    patience: int = 0
+    """Epochs without a better validation AUROC after which the run ends; 0 runs to the last epoch."""
     amp: bool = True
-    """bfloat16 autocast for the model's forward pass; weights, loss and optimiser stay float32."""
+    """Autocast for the model's forward pass; weights, loss and optimiser stay float32."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """What autocast computes in. float16 is for GPUs older than A100: its gradients are scaled to stay in range."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile: "auto" compiles on CUDA and not on CPU, where it costs a minute and gains nothing measured."""
     channels_last: Literal["auto", "on", "off"] = "auto"
@@ -162,6 +196,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         _check_range("loop.epochs", self.epochs, 1, 100_000)
         _check_range("loop.batch_size", self.batch_size, 2, 65_536)
+        _check_range("loop.accumulate", self.accumulate, 1, 1024)
+        _check_range("loop.patience", self.patience, 0, 100_000)
         _check_range("loop.seed", self.seed, 0, 2**31 - 1)
 
 
@@ -174,6 +210,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 

@@ -29,6 +29,8 @@ class TrainState:
     loss_sum: float = 0.0
     best_auroc: float = -1.0
     best_epoch: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of float16's gradient scaling; empty without it."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 

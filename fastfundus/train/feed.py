@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 
-__all__ = ["epoch_batches", "epoch_order"]
+__all__ = ["epoch_batches", "epoch_order", "parts_of"]
 
 
 def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -24,6 +24,11 @@ def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[N
     order = np.random.default_rng([seed, epoch, 0x0D]).permutation(count)
     batch_size = min(batch_size, count)
     return [order[start : start + batch_size] for start in range(0, count - batch_size + 1, batch_size)]
+
+
+def parts_of(batch: NDArray[np.int64], accumulate: int) -> list[NDArray[np.int64]]:
+    """Share out a batch into at most `accumulate` parts of nearly equal size, none of them empty."""
+    return [part for part in np.array_split(batch, accumulate) if len(part)]
 
 
 def epoch_batches(

@@ -6,9 +6,11 @@ import csv
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor
 
 from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data.audit import pair_positions
@@ -26,12 +29,14 @@ from fastfundus.errors import CheckpointError, DataError, FastFundusError
 from fastfundus.models.classifier import create_model, uses_channels_last
 from fastfundus.train.augment import draw_epoch
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
-from fastfundus.train.feed import epoch_batches, epoch_order
+from fastfundus.train.feed import epoch_batches, epoch_order, parts_of
 from fastfundus.train.interrupt import Interrupted, stop_requested
+from fastfundus.train.loss import binary_loss
 from fastfundus.train.run import describe_environment, save_best
 from fastfundus.train.schedule import learning_rate
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser, predict_logits
 from fastfundus.train.targets import OUTPUT_LABELS, abnormality_targets, usable_rows
+from fastfundus.train.watch import LossWatch
 
 __all__ = ["EpochResult", "Interrupted", "Observer", "train"]
 
@@ -131,56 +136,71 @@ def train(
     forward: Any = model
     if _compiles(config, device, observer):
         forward = torch.compile(model, fullgraph=True)
-    step = TrainStep(model, forward, optimiser, amp=config.loop.amp, clip_norm=config.optimiser.clip_norm)
-    steps = len(epoch_order(len(train_rows), config.loop.batch_size, seed=0, epoch=0))
+    loss_of = _loss(config, targets[train_rows])
+    step = TrainStep(
+        model, forward, optimiser, config.loop, loss_of, clip_norm=config.optimiser.clip_norm, device=device
+    )
+    if resume:
+        step.scaler.load_state_dict(state.scaler)
+    together = config.loop.batch_size * config.loop.accumulate
+    steps = len(epoch_order(len(train_rows), together, seed=0, epoch=0))
     total, warmup = steps * config.loop.epochs, round(steps * config.optimiser.warmup_epochs)
 
     def rate_at(number: int) -> float:
         return learning_rate(number, peak=config.optimiser.learning_rate, warmup=warmup, total=total)
 
-    def save() -> None:
-        save_atomically(checkpoint(cache, config, state, model, averaged, optimiser), output / "last.ckpt")
+    def save(name: str = "last.ckpt") -> None:
+        state.loss_sum, state.scaler = watch.total(), step.scaler.state_dict()
+        save_atomically(checkpoint(cache, config, state, model, averaged, optimiser), output / name)
 
     with stop_requested() as stop, _events(output) as events:
-        while state.epoch < config.loop.epochs:
+        while state.epoch < config.loop.epochs and not _patience_is_over(config, state):
+            watch = LossWatch(device, state.loss_sum)
             began = time.perf_counter()
             model.train()
             seed, epoch = config.loop.seed, state.epoch
-            order = epoch_order(len(train_rows), config.loop.batch_size, seed=seed, epoch=epoch)
+            order = epoch_order(len(train_rows), together, seed=seed, epoch=epoch)[state.step :]
             matrices = draw_epoch(config.augment, cache.spec, len(train_rows), seed=seed, epoch=epoch)
             batches = epoch_batches(
                 cache.photos,
                 train_rows,
                 targets[train_rows],
-                order[state.step :],
+                [part for batch in order for part in parts_of(batch, config.loop.accumulate)],
                 *matrices,
                 device=device,
                 channels_last=channels_last,
             )
             taken = 0
-            for inputs, labels in batches:
-                loss = step(inputs, labels, rate_at(epoch * steps + state.step))
+            for batch in order:
+                parts = islice(batches, len(parts_of(batch, config.loop.accumulate)))
+                watch.add(step(parts, len(batch), rate_at(epoch * steps + state.step)))
                 averaged.update(model)
-                state.loss_sum += float(loss)
                 state.step += 1
-                taken += len(inputs)
+                taken += len(batch)
+                if watch.failed():
+                    break
                 observer.step(epoch + 1, state.step, steps)
                 if stop.is_set():
                     save()
                     raise Interrupted(f"stopped in epoch {epoch + 1} after step {state.step} of {steps}")
+            if not np.isfinite(watch.total()):
+                save("failed.ckpt")
+                kept = f"last.ckpt is of the end of epoch {epoch}, " if epoch else ""
+                raise FastFundusError(
+                    f"{output}: the loss of epoch {epoch + 1} is {watch.total()}, seen after step {state.step} of "
+                    f"{steps}; lower optimiser.learning_rate and start again ({kept}failed.ckpt is of now)"
+                )
+            state.loss_sum = watch.total()
             train_s = time.perf_counter() - began
             rate = rate_at(epoch * steps + state.step - 1)
             result = _validate(cache, val_rows, targets, averaged, config, device, state, rate, taken / train_s, began)
-            if not np.isfinite(result.train_loss):
-                raise FastFundusError(
-                    f"the loss of epoch {epoch + 1} is {result.train_loss}; lower optimiser.learning_rate"
-                )
             if result.best:
                 about = {"config": config, "spec": cache.spec, "labels": OUTPUT_LABELS[config.task]}
                 best = {"epoch": result.epoch, "auroc": result.val_auroc, "cache": cache.path}
                 save_best(output, averaged.module, **about, **best)  # type: ignore[arg-type]
                 state.best_auroc, state.best_epoch = result.val_auroc, result.epoch
             state.epoch, state.step, state.loss_sum = epoch + 1, 0, 0.0
+            watch = LossWatch(device)
             state.history.append({name: getattr(result, name) for name in _METRICS})
             _write_metrics(output, state.history)
             for name in _METRICS[1:-1]:
@@ -189,7 +209,27 @@ def train(
             observer.epoch(result)
             if stop.is_set() and state.epoch < config.loop.epochs:
                 raise Interrupted(f"stopped after epoch {state.epoch} of {config.loop.epochs}")
+        if state.epoch < config.loop.epochs:
+            observer.say(
+                f"stopped after epoch {state.epoch}: no better validation AUROC since epoch {state.best_epoch} "
+                f"(loop.patience is {config.loop.patience})"
+            )
     return state.best_auroc
+
+
+def _loss(config: TrainConfig, targets: NDArray[np.float64]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of the config; a weight of 0 is worked out from the training photos."""
+    weight = config.loss.positive_weight or float((targets == 0).sum() / (targets == 1).sum())
+    return partial(
+        binary_loss,
+        smoothing=config.loss.label_smoothing,
+        gamma=config.loss.focal_gamma,
+        positive_weight=weight,
+    )
+
+
+def _patience_is_over(config: TrainConfig, state: TrainState) -> bool:
+    return 0 < config.loop.patience <= state.epoch - state.best_epoch
 
 
 def _splits(
@@ -209,9 +249,8 @@ def _splits(
 
 
 def _layout(config: TrainConfig, channels_last: bool) -> str:
-    return (
-        f"{'bfloat16 AMP' if config.loop.amp else 'float32'}, {'channels-last' if channels_last else 'channels-first'}"
-    )
+    numbers = f"{config.loop.amp_dtype} AMP" if config.loop.amp else "float32"
+    return f"{numbers}, {'channels-last' if channels_last else 'channels-first'}"
 
 
 def _compiles(config: TrainConfig, device: torch.device, observer: Observer) -> bool:

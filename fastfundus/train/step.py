@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastfundus.config import OptimiserConfig
+from fastfundus.config import LoopConfig, OptimiserConfig
 from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
@@ -53,20 +52,40 @@ class AveragedModel:
 
 
 class TrainStep:
-    """Forward, loss, backward, clip, update: one batch."""
+    """Forward, loss, backward, clip, update: one step, from one batch or several.
+
+    Args:
+        model: what is trained.
+        forward: the model, or what torch.compile made of it.
+        optimiser: of its weights.
+        config: autocast.
+        loss: a scalar from logits and targets, both float32 [N, L].
+        clip_norm: largest gradient norm.
+        device: where the model is.
+    """
 
     def __init__(
-        self, model: nn.Module, forward: Any, optimiser: torch.optim.Optimizer, *, amp: bool, clip_norm: float
+        self,
+        model: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        optimiser: torch.optim.Optimizer,
+        config: LoopConfig,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        clip_norm: float,
+        device: torch.device,
     ) -> None:
-        self.model, self.forward, self.optimiser = model, forward, optimiser
-        self.amp, self.clip_norm = amp, clip_norm
+        self.model, self.forward, self.optimiser, self.loss = model, forward, optimiser, loss
+        self.amp, self.dtype, self.clip_norm = config.amp, getattr(torch, config.amp_dtype), clip_norm
+        # float16 underflows below 6e-8: the loss is scaled up before backward, and gradients down after it.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
 
-    def __call__(self, inputs: Tensor, targets: Tensor, rate: float) -> Tensor:
-        """Learn from one batch.
+    def __call__(self, parts: Iterable[tuple[Tensor, Tensor]], count: int, rate: float) -> Tensor:
+        """Learn from a batch that comes in parts.
 
         Args:
-            inputs: [N, 3, S, S] float or bfloat16, channels-last where that pays.
-            targets: [N, 1] float, 0 or 1.
+            parts: inputs [N, 3, S, S] float32, channels-last where that pays, and targets [N, L] float32.
+            count: photos of all parts together; the loss is their mean.
             rate: learning rate.
 
         Returns:
@@ -74,14 +93,20 @@ class TrainStep:
         """
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
-            logits = self.forward(inputs)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total: Tensor | None = None
+        for inputs, targets in parts:
+            with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
+                logits = self.forward(inputs)
+            share = self.loss(logits.float(), targets) * (len(inputs) / count)
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            total = share.detach() if total is None else total + share.detach()
+        assert total is not None
+        self.scaler.unscale_(self.optimiser)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimiser.step()
-        return loss.detach()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return total
 
 
 def _batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

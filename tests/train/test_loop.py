@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache
 from fastfundus.data.split import write_split_file
-from fastfundus.errors import CheckpointError, ConfigError, DataError
+from fastfundus.errors import CheckpointError, ConfigError, DataError, FastFundusError
+from fastfundus.train import loop
 from fastfundus.train.loop import EpochResult, Interrupted, Observer, train
 from fastfundus.train.run import Run
 from fastfundus.train.schedule import learning_rate
@@ -64,6 +65,65 @@ def test_resume_is_bit_for_bit(cache: PhotoCache, tmp_path: Path, stop: tuple[in
         pl.read_csv(tmp_path / run / "metrics.csv").drop("seconds", "images_per_s") for run in ("whole", "parts")
     ]
     assert metrics[0].equals(metrics[1])
+
+
+def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: Path) -> None:
+    """Parts of batches, float16 with its scaler, a weighted loss: all of their state is kept."""
+    plain = settings(epochs=2, accumulate=2, amp_dtype="float16").to_dict()
+    config = TrainConfig.from_dict(
+        {**plain, "loss": {"label_smoothing": 0.1, "focal_gamma": 1.0, "positive_weight": 0}}
+    )
+    train(cache, tmp_path / "whole", config)
+    with pytest.raises(Interrupted):
+        train(cache, tmp_path / "parts", config, observer=StopAt(2, 1))
+    train(cache, tmp_path / "parts", config, resume=True)
+    whole, parts = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "parts"))
+    assert whole["state"]["scaler"] == parts["state"]["scaler"] != {}
+    assert whole["state"]["history"][1]["train_loss"] == parts["state"]["history"][1]["train_loss"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, parts["model"][name]), name
+
+
+def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path: Path) -> None:
+    class Lines(Observer):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+
+    plain = settings(epochs=50, patience=2).to_dict()
+    # So slow that nothing changes: the first epoch stays the best.
+    config = TrainConfig.from_dict({**plain, "optimiser": {"learning_rate": 1e-8, "ema_decay": 0.0}})
+    heard = Lines()
+    train(cache, tmp_path / "run", config, observer=heard)
+    history = pl.read_csv(tmp_path / "run" / "metrics.csv")
+    best = int(history["epoch"][int(history["val_auroc"].arg_max())])
+    assert len(history) == best + 2 < 50
+    assert f"no better validation AUROC since epoch {best} (loop.patience is 2)" in heard.lines[-1]
+    # Resuming a run that has ended changes nothing.
+    train(cache, tmp_path / "run", config, resume=True)
+    assert pl.read_csv(tmp_path / "run" / "metrics.csv").equals(history)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def spoilt(logits: torch.Tensor, targets: torch.Tensor, **options: float) -> torch.Tensor:
+        taken.append(len(logits))
+        return logits.mean() * (math.nan if len(taken) == 3 else 0.0)
+
+    monkeypatch.setattr(loop, "binary_loss", spoilt)
+    with pytest.raises(FastFundusError, match=r"loss of epoch 2 is nan, seen after step 1 of 2.*last.ckpt is of"):
+        train(cache, tmp_path / "run", settings(batch_size=6))
+    # Not one step more was taken; the last good checkpoint is still there.
+    assert len(taken) == 3
+    good, failed = (torch.load(tmp_path / "run" / f"{name}.ckpt", weights_only=True) for name in ("last", "failed"))
+    assert good["state"]["epoch"] == failed["state"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in good["model"].values())
+    assert math.isnan(failed["state"]["loss_sum"])
 
 
 def test_same_seed_same_weights_other_seed_others(cache: PhotoCache, tmp_path: Path) -> None:
