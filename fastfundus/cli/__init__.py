@@ -12,6 +12,7 @@ import click
 from fastfundus import __version__
 from fastfundus.cli.build_engine import build_engine
 from fastfundus.cli.cache import cache
+from fastfundus.cli.convert import convert
 from fastfundus.cli.demo import demo
 from fastfundus.cli.doctor import doctor
 from fastfundus.cli.evaluate import evaluate
@@ -54,6 +55,6 @@ def _keep_examples(command: click.Command) -> None:
         _keep_examples(part)
 
 
-for command in (demo, prepare, cache, train, evaluate, build_engine, screen, doctor, synthesize):
+for command in (demo, prepare, cache, train, convert, evaluate, build_engine, screen, doctor, synthesize):
     main.add_command(command)
 _keep_examples(main)

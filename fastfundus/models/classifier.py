@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
 
-__all__ = ["InitReport", "create_model", "load_state", "uses_channels_last"]
+__all__ = ["InitReport", "check_backbone", "create_model", "load_state", "uses_channels_last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,17 @@ class InitReport:
         return f"from {self.source} ({self.loaded} tensors{fresh})"
 
 
+def check_backbone(name: str) -> None:
+    """Check that timm knows a backbone.
+
+    Raises:
+        ConfigError: it does not; the message has close names.
+    """
+    if not timm.is_model(name.split("/")[-1]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise ConfigError(f"model.backbone {name!r} is not a timm model; close names: {', '.join(close)}")
+
+
 def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]:
     """Build the network and give it its first weights.
 
@@ -49,9 +60,7 @@ def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitRepo
         ConfigError: timm knows no such backbone.
         CheckpointError: the init's file is missing or does not fit, or the hub cannot be reached.
     """
-    if not timm.is_model(config.backbone.split("/")[-1]):
-        close = difflib.get_close_matches(config.backbone, timm.list_models(), n=3, cutoff=0.5)
-        raise ConfigError(f"model.backbone {config.backbone!r} is not a timm model; close names: {', '.join(close)}")
+    check_backbone(config.backbone)
     if config.init == "imagenet":
         return _from_hub(config, outputs)
     model = timm.create_model(config.backbone, pretrained=False, num_classes=outputs, drop_rate=config.drop_rate)

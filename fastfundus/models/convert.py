@@ -1,0 +1,161 @@
+"""Foreign weights to a file that `--init` takes, with every tensor accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.models.classifier import check_backbone
+from fastfundus.models.foreign import read_foreign
+
+__all__ = ["ConvertReport", "convert_weights", "guess_backbone"]
+
+_PREFIXES = ("", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "net.", "features.")
+_RESNETS: dict[tuple[int, ...], tuple[str, str]] = {
+    (2, 2, 2, 2): ("resnet18", ""), (3, 4, 6, 3): ("resnet34", "resnet50"), (3, 4, 23, 3): ("", "resnet101"),
+    (3, 8, 36, 3): ("", "resnet152"),
+}  # fmt: skip
+"""By blocks a stage: with blocks of two convolutions, and of three."""
+_VITS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What became of every tensor."""
+
+    source: str
+    """Name of the file."""
+    sha256: str
+    """Of the file."""
+    what: str
+    """What the file was, in words."""
+    backbone: str
+    """The timm model whose names the weights have now."""
+    prefix: str
+    """What stood in front of the names."""
+    used: tuple[str, ...]
+    """Names in the file that were taken over as they are."""
+    reshaped: tuple[str, ...]
+    """Names that were resampled to another size: position embeddings."""
+    unused: tuple[str, ...]
+    """Names that have no place in the backbone: heads, decoders, optimiser's leftovers."""
+
+
+def guess_backbone(names: dict[str, Tensor]) -> str:
+    """Tell a backbone by its tensors; "" when it is none of the known ones.
+
+    Known are ResNet-18 to -152, as timm and torchvision name them, and ViTs from tiny to large: with patches of 16 as
+    RETFound's, with patches of 14 as DINOv2's.
+    """
+    blocks = [
+        len({match[1] for name in names if (match := re.search(rf"(?:^|\.)layer{stage}\.(\d+)\.", name))})
+        for stage in (1, 2, 3, 4)
+    ]
+    if all(blocks):
+        deep = any(re.search(r"(?:^|\.)layer1\.0\.conv3\.weight$", name) for name in names)
+        return _RESNETS.get(tuple(blocks), ("", ""))[deep]
+    patches = next((value for name, value in names.items() if name.endswith("patch_embed.proj.weight")), None)
+    if patches is not None and patches.ndim == 4 and patches.shape[0] in _VITS:
+        size = _VITS[patches.shape[0]]
+        name = f"vit_{size}_patch14_dinov2" if patches.shape[-1] == 14 else f"vit_{size}_patch{patches.shape[-1]}_224"
+        return name if timm.is_model(name) else ""
+    return ""
+
+
+def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> ConvertReport:
+    """Bring foreign weights into the names of a timm backbone, and write them as safetensors with their provenance.
+
+    Args:
+        path: as for `read_foreign`.
+        output: ends in .safetensors.
+        backbone: a timm model; "auto" tells it by the tensors.
+
+    Raises:
+        ConfigError: timm knows no such backbone.
+        CheckpointError: the file cannot be read, the backbone cannot be told, or lacks tensors in the file.
+    """
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"the output must end in .safetensors, got {output.name}")
+    tensors, what = read_foreign(path)
+    if backbone == "auto":
+        backbone = guess_backbone(tensors)
+        if not backbone:
+            raise CheckpointError(
+                f"{path}: its backbone cannot be told from its tensors ({', '.join(list(tensors)[:3])}, ...); name it "
+                "with --backbone, as timm does"
+            )
+    check_backbone(backbone)
+    # Without a head: every task brings its own.
+    wanted = timm.create_model(backbone, pretrained=False, num_classes=0).state_dict()
+    prefix = max(_PREFIXES, key=lambda start: sum(start + name in tensors for name in wanted))
+    taken: dict[str, Tensor] = {}
+    used, reshaped = [], []
+    for name, place in wanted.items():
+        found = _found(tensors, prefix, name)
+        if found is None:
+            continue
+        value = tensors[found]
+        if value.shape == place.shape:
+            used.append(found)
+        elif name == "pos_embed" and value.ndim == 3 and value.shape[-1] == place.shape[-1]:
+            value = _resampled(value, place.shape[1], path)
+            reshaped.append(found)
+        else:
+            raise CheckpointError(
+                f"{path}: {found} has shape {list(value.shape)}, {backbone} needs {list(place.shape)}; is it another "
+                "backbone? Name it with --backbone"
+            )
+        taken[name] = value.to(place.dtype).contiguous()
+    missing = [name for name in wanted if name not in taken]
+    if missing:
+        raise CheckpointError(
+            f"{path}: lacks {len(missing)} of the {len(wanted)} tensors of {backbone}, such as {missing[0]}; it has "
+            f"{', '.join(list(tensors)[:3])}, ... Name another --backbone if it is one"
+        )
+    known = {*used, *reshaped}
+    report = ConvertReport(
+        path.name, hashlib.sha256(path.read_bytes()).hexdigest(), what, backbone, prefix, tuple(used), tuple(reshaped),
+        tuple(name for name in tensors if name not in known),
+    )  # fmt: skip
+    partial = output.with_name(output.name + ".partial")
+    save_file(taken, partial, {"fastfundus_convert": json.dumps(asdict(report))})
+    os.replace(partial, output)
+    return report
+
+
+def _found(tensors: dict[str, Tensor], prefix: str, name: str) -> str | None:
+    """The name under which a file has a tensor of the backbone.
+
+    RETFound's encoder ends in `fc_norm` where pooling is global, and in `norm` elsewhere, as timm's do.
+    """
+    others = {"norm.": "fc_norm.", "fc_norm.": "norm."}
+    for ours, theirs in ((name, name), *((a, b) for a, b in others.items() if name.startswith(a))):
+        candidate = prefix + (theirs if ours == name else theirs + name.removeprefix(ours))
+        if candidate in tensors:
+            return candidate
+    return None
+
+
+def _resampled(value: Tensor, length: int, path: Path) -> Tensor:
+    """Position embeddings of a square grid, and those before it, brought to another grid."""
+    old, new = (int(count**0.5) for count in (value.shape[1], length))
+    extra = value.shape[1] - old * old
+    if length - new * new != extra:
+        raise CheckpointError(
+            f"{path}: its position embeddings are {value.shape[1]}, which cannot be brought to {length}: the tokens "
+            "before the grid differ"
+        )
+    grid = value[:, extra:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([value[:, :extra].float(), grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)

@@ -1,0 +1,97 @@
+"""Reads weights that others made: safetensors, state dicts, and whole pickled networks; never runs code from them."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastfundus.errors import CheckpointError
+
+__all__ = ["read_foreign"]
+
+_NESTED = ("state_dict", "model_state_dict", "model", "model_ema", "teacher", "net")
+"""Keys under which training programs put the weights, in the order in which they are tried."""
+_DEEPEST = 16
+_INERT_MODULES = (
+    nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Sequential,
+    nn.Dropout, nn.Identity, nn.Flatten, nn.parallel.DataParallel,
+)  # fmt: skip
+
+
+def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Read every tensor of a file of weights.
+
+    Pickles are read by torch's restricted reader: plain data and tensors. A whole pickled network is taken apart too,
+    if it is made of torchvision's ResNet, DataParallel and layers of torch.nn alone; anything else in it is refused.
+
+    Args:
+        path: .safetensors, or what `torch.save` wrote.
+
+    Returns:
+        Tensors by name, without "module." in front; and in words what the file was.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds other things, or no tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not there; give a .safetensors file, or what torch.save wrote")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), "safetensors"
+        except Exception as error:
+            # Rust's error type; whatever it says, the file is not sound.
+            raise CheckpointError(f"{path}: is not a sound safetensors file ({error}); copy it again") from None
+    from torchvision.models import resnet
+
+    allowed = [*_INERT_MODULES, resnet.ResNet, resnet.Bottleneck, resnet.BasicBlock, collections.OrderedDict]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The reader raises many kinds of errors on files that are not its own; none of them has run any code.
+        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+        told = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
+        raise CheckpointError(
+            f"{path}: cannot be read as weights ({told[:200]}). Only tensors, plain data and networks of torchvision's "
+            "ResNet are accepted: what else a pickle holds could run code"
+        ) from None
+    return _tensors_of(loaded, path)
+
+
+def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
+    what = "a state dict"
+    if isinstance(loaded, nn.Module):
+        what = f"a pickled {type(loaded).__name__}"
+        loaded = _taken_apart(loaded)
+    while isinstance(loaded, dict):
+        inner = next((key for key in _NESTED if isinstance(loaded.get(key), dict | nn.Module)), None)
+        if inner is None:
+            break
+        what = f"a checkpoint with {inner!r}"
+        loaded = _taken_apart(loaded[inner]) if isinstance(loaded[inner], nn.Module) else loaded[inner]
+    tensors = {}
+    if isinstance(loaded, dict):
+        tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors; is it a checkpoint of weights?")
+    return {key.removeprefix("module."): value for key, value in tensors.items()}, what
+
+
+def _taken_apart(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """The tensors of a pickled network by name. None of its methods is called: the file may have replaced them."""
+    if depth > _DEEPEST:
+        raise CheckpointError(f"a pickled network is nested more than {_DEEPEST} deep: the file is not sound")
+    found = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, value in vars(module).get(kind, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value.detach()
+    for name, inner in vars(module).get("_modules", {}).items():
+        if isinstance(inner, nn.Module):
+            found |= _taken_apart(inner, f"{prefix}{name}.", depth + 1)
+    return found
