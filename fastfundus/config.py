@@ -178,6 +178,12 @@ class LoopConfig:
     """Passes over the training photos."""
     batch_size: int = 32
     """Photos that go through the model at once."""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """"shuffle" shows every photo once an epoch; "balanced" as many photos, but as many abnormal as normal ones: the
+    rarer are shown again, the more frequent wait for another epoch."""
+    first_size: float = 1.0
+    """Side of the photos in the first epoch as a share of the cache's, 0.25 to 1. It grows to the full side over the
+    first two thirds of the run, in four steps: early epochs cost less. For convolutional backbones."""
     accumulate: int = 1
     """Batches a step: their gradients are averaged before the weights change, as if they had been one large batch."""
     patience: int = 0
@@ -196,6 +202,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         _check_range("loop.epochs", self.epochs, 1, 100_000)
         _check_range("loop.batch_size", self.batch_size, 2, 65_536)
+        _check_range("loop.first_size", self.first_size, 0.25, 1)
         _check_range("loop.accumulate", self.accumulate, 1, 1024)
         _check_range("loop.patience", self.patience, 0, 100_000)
         _check_range("loop.seed", self.seed, 0, 2**31 - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 
-__all__ = ["epoch_batches", "epoch_order", "parts_of"]
+__all__ = ["balanced_order", "epoch_batches", "epoch_order", "parts_of"]
 
 
 def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -24,6 +24,30 @@ def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[N
     order = np.random.default_rng([seed, epoch, 0x0D]).permutation(count)
     batch_size = min(batch_size, count)
     return [order[start : start + batch_size] for start in range(0, count - batch_size + 1, batch_size)]
+
+
+def balanced_order(labels: NDArray[np.float64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Shuffle an epoch into whole batches in which, over the epoch, both classes come equally often.
+
+    Each class is gone through in a shuffled order, again and again if it is the rarer one: no photo is shown twice more
+    often than another of its class. Like `epoch_order` it depends on seed and epoch alone, so that ranks can share it.
+
+    Args:
+        labels: [N] 0 or 1, both of them present.
+        batch_size: photos a batch.
+        seed: of the run.
+        epoch: counted from 0.
+    """
+    generator = np.random.default_rng([seed, epoch, 0xBA])
+    half = len(labels) // 2
+    drawn = []
+    for value, count in ((0, len(labels) - half), (1, half)):
+        own = np.flatnonzero(labels == value)
+        rounds = [generator.permutation(own) for _ in range(-(-count // len(own)))]
+        drawn.append(np.concatenate(rounds)[:count])
+    order = generator.permutation(np.concatenate(drawn))
+    batch_size = min(batch_size, len(order))
+    return [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
 
 
 def parts_of(batch: NDArray[np.int64], accumulate: int) -> list[NDArray[np.int64]]:
@@ -39,10 +63,11 @@ def epoch_batches(
     geometry: NDArray[np.float32],
     colour: NDArray[np.float32],
     *,
+    size: int,
     device: torch.device,
     channels_last: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs [B, 3, S, S] float32 and targets [B, 1], while a thread makes the next batch.
+    """Yield inputs [B, 3, size, size] float32 and targets [B, 1], while a thread makes the next batch.
 
     Args:
         photos: uint8 [*, S, S, 3], the cache.
@@ -51,15 +76,18 @@ def epoch_batches(
         batches: positions into `rows`, from `epoch_order`.
         geometry: [N, 2, 3], from `draw_epoch`.
         colour: [N, 3, 4], from `draw_epoch`.
+        size: side of the inputs in pixels; the geometry is of the cache's side.
         device: where the model is.
         channels_last: memory layout of the inputs.
     """
-    size = photos.shape[1]
+    side = photos.shape[1]
+    # Output positions are stretched to those of the cache's side first.
+    geometry = geometry * np.array([side / size, side / size, 1], np.float32)
 
     def make(batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         # Reading a memory map in ascending order is kinder to disks than in shuffled order.
         sequence = np.argsort(rows[batch])
-        pixels = np.empty((len(batch), size, size, 3), np.uint8)
+        pixels = np.empty((len(batch), side, side, 3), np.uint8)
         for position in sequence:
             pixels[position] = photos[rows[batch[position]]]
         images = torch.from_numpy(pixels).to(device, non_blocking=True)

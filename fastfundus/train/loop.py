@@ -25,15 +25,15 @@ from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data.audit import pair_positions
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import assign_splits
-from fastfundus.errors import CheckpointError, DataError, FastFundusError
+from fastfundus.errors import CheckpointError, ConfigError, DataError, FastFundusError
 from fastfundus.models.classifier import create_model, uses_channels_last
 from fastfundus.train.augment import draw_epoch
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
-from fastfundus.train.feed import epoch_batches, epoch_order, parts_of
+from fastfundus.train.feed import balanced_order, epoch_batches, epoch_order, parts_of
 from fastfundus.train.interrupt import Interrupted, stop_requested
 from fastfundus.train.loss import binary_loss
 from fastfundus.train.run import describe_environment, save_best
-from fastfundus.train.schedule import learning_rate
+from fastfundus.train.schedule import learning_rate, training_size
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser, predict_logits
 from fastfundus.train.targets import OUTPUT_LABELS, abnormality_targets, usable_rows
 from fastfundus.train.watch import LossWatch
@@ -122,6 +122,11 @@ def train(
 
     torch.manual_seed(config.loop.seed)
     model, init = create_model(config.model, len(OUTPUT_LABELS[config.task]))
+    if config.loop.first_size < 1 and hasattr(model, "patch_embed"):
+        raise ConfigError(
+            f"loop.first_size is {config.loop.first_size}, but {config.model.backbone} takes photos of one size; "
+            "set it to 1"
+        )
     channels_last = uses_channels_last(config.loop.channels_last, model)
     model = model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     optimiser = build_optimiser(model, config.optimiser)
@@ -135,7 +140,8 @@ def train(
         observer.say(f"{config.model.backbone} {init}; {_layout(config, channels_last)}")
     forward: Any = model
     if _compiles(config, device, observer):
-        forward = torch.compile(model, fullgraph=True)
+        # One graph for each size of the photos, rather than one for any size.
+        forward = torch.compile(model, fullgraph=True, dynamic=False)
     loss_of = _loss(config, targets[train_rows])
     step = TrainStep(
         model, forward, optimiser, config.loop, loss_of, clip_norm=config.optimiser.clip_norm, device=device
@@ -143,7 +149,13 @@ def train(
     if resume:
         step.scaler.load_state_dict(state.scaler)
     together = config.loop.batch_size * config.loop.accumulate
-    steps = len(epoch_order(len(train_rows), together, seed=0, epoch=0))
+
+    def order_of(epoch: int) -> list[NDArray[np.int64]]:
+        if config.loop.sampler == "balanced":
+            return balanced_order(targets[train_rows], together, seed=config.loop.seed, epoch=epoch)
+        return epoch_order(len(train_rows), together, seed=config.loop.seed, epoch=epoch)
+
+    steps = len(order_of(0))
     total, warmup = steps * config.loop.epochs, round(steps * config.optimiser.warmup_epochs)
 
     def rate_at(number: int) -> float:
@@ -159,7 +171,7 @@ def train(
             began = time.perf_counter()
             model.train()
             seed, epoch = config.loop.seed, state.epoch
-            order = epoch_order(len(train_rows), together, seed=seed, epoch=epoch)[state.step :]
+            order = order_of(epoch)[state.step :]
             matrices = draw_epoch(config.augment, cache.spec, len(train_rows), seed=seed, epoch=epoch)
             batches = epoch_batches(
                 cache.photos,
@@ -167,6 +179,9 @@ def train(
                 targets[train_rows],
                 [part for batch in order for part in parts_of(batch, config.loop.accumulate)],
                 *matrices,
+                size=training_size(
+                    epoch, epochs=config.loop.epochs, size=cache.spec.size, first=config.loop.first_size
+                ),
                 device=device,
                 channels_last=channels_last,
             )

@@ -84,6 +84,23 @@ def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: P
         assert torch.equal(value, parts["model"][name]), name
 
 
+def test_smaller_first_epochs_and_balanced_classes_resume_too(cache: PhotoCache, tmp_path: Path) -> None:
+    config = settings(first_size=0.5, sampler="balanced")
+    train(cache, tmp_path / "whole", config)
+    with pytest.raises(Interrupted):
+        train(cache, tmp_path / "parts", config, observer=StopAt(2, 1))
+    train(cache, tmp_path / "parts", config, resume=True)
+    whole, parts = (torch.load(tmp_path / run / "last.ckpt", weights_only=True)["model"] for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_backbones_of_one_size_refuse_smaller_ones(cache: PhotoCache, tmp_path: Path) -> None:
+    plain = settings(first_size=0.5).to_dict()
+    config = TrainConfig.from_dict({**plain, "model": {"backbone": "vit_tiny_patch16_224"}})
+    with pytest.raises(ConfigError, match=r"loop.first_size is 0.5, but vit_tiny_patch16_224 takes photos of one size"):
+        train(cache, tmp_path / "run", config)
+
+
 def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path: Path) -> None:
     class Lines(Observer):
         def __init__(self) -> None:

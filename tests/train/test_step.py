@@ -6,13 +6,18 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
 from fastfundus.config import LoopConfig, OptimiserConfig
-from fastfundus.train.feed import parts_of
+from fastfundus.data import PhotoCache
+from fastfundus.spec import PreprocessSpec
+from fastfundus.train.augment import fixed_matrices
+from fastfundus.train.feed import balanced_order, epoch_batches, parts_of
 from fastfundus.train.loss import binary_loss
+from fastfundus.train.schedule import training_size
 from fastfundus.train.step import TrainStep, build_optimiser
 from fastfundus.train.watch import LossWatch
 
@@ -127,3 +132,64 @@ def test_watch_does_not_wait_for_a_gpu() -> None:
         if watch.failed():
             return
     pytest.fail("a loss that is no number went unnoticed for 100 steps")
+
+
+def test_balanced_epochs_show_both_classes_equally_often() -> None:
+    labels = np.array([1.0] * 5 + [0.0] * 26)
+    seen = np.zeros(31, int)
+    for epoch in range(40):
+        order = balanced_order(labels, 4, seed=1, epoch=epoch)
+        assert [len(batch) for batch in order] == [4] * 7
+        flat = np.concatenate(order)
+        # Of 31 drawn, 15 are positive; three do not fill a last batch.
+        assert 12 <= labels[flat].sum() <= 15
+        # Within an epoch nobody of a class is shown twice more often than another.
+        counts = np.bincount(flat, minlength=31)
+        assert counts[:5].max() <= 3
+        assert counts[5:].max() <= 1
+        seen += counts
+    assert seen.min() > 0
+    again = balanced_order(labels, 4, seed=1, epoch=3)
+    assert all(np.array_equal(left, right) for left, right in zip(again, balanced_order(labels, 4, seed=1, epoch=3)))  # noqa: B905
+    assert not np.array_equal(np.concatenate(again), np.concatenate(balanced_order(labels, 4, seed=1, epoch=4)))
+
+
+def test_sizes_grow_in_four_steps() -> None:
+    sizes = [training_size(epoch, epochs=9, size=224, first=0.5) for epoch in range(9)]
+    assert sizes == [128, 128, 128, 160, 160, 192, 224, 224, 224]
+    assert [training_size(epoch, epochs=3, size=64, first=1.0) for epoch in range(3)] == [64] * 3
+    assert training_size(0, epochs=1, size=48, first=0.25) == 32
+
+
+def test_smaller_inputs_are_area_averages(cache: PhotoCache) -> None:
+    rows = np.arange(4)
+    geometry, colour = fixed_matrices(PreprocessSpec(size=64, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), 4)
+    ((inputs, targets),) = epoch_batches(
+        cache.photos, rows, np.array([0.0, 1, 1, 0]), [np.array([2, 0, 1])], geometry, colour,
+        size=32, device=torch.device("cpu"), channels_last=True,
+    )  # fmt: skip
+    assert targets.flatten().tolist() == [1.0, 0.0, 1.0]
+    want = cache.photos[[2, 0, 1]].astype(np.float32).reshape(3, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(inputs.numpy(), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_a_step_is_one_graph_that_is_compiled_once(backbone: str) -> None:
+    """What torch.compile sees of every kind of backbone: no break, and nothing new after the first step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    size = 224 if backbone.startswith("vit") else 64
+    model = timm.create_model(backbone, num_classes=1)
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step = TrainStep(
+        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), binary_loss,
+        clip_norm=1.0, device=torch.device("cpu"),
+    )  # fmt: skip
+    graphs = []
+    for number in range(3):
+        inputs = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
+        step([(inputs, torch.tensor([[0.0], [1.0]]))], 2, 1e-3 / (number + 1))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
