@@ -77,6 +77,9 @@ class DataConfig:
     split_file: str = ""
     """CSV or Parquet with the columns `path` and `split`, as `fastfundus cache split` and every run write; photos that
     it does not name are left out."""
+    label_fraction: float = 1.0
+    """Share of the training patients whose labels are used, 0.01 to 1: for curves of few labels. Of either class the
+    same share; a smaller share is a part of any larger one."""
     duplicates: Literal["together", "ignore"] = "together"
     """"together": photos of different patients that are or look the same stay on one side of the split. "ignore" splits
     by patient alone."""
@@ -84,6 +87,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_range("data.folds", self.folds, 3, 100)
         _check_range("data.fold", self.fold, 0, self.folds - 1)
+        _check_range("data.label_fraction", self.label_fraction, 0.01, 1)
         _check_range("data.test_share", self.test_share, 0.01, 0.9)
         _check_range("data.val_share", self.val_share, 0.01, 0.9)
         if self.test_share + self.val_share > 0.95:

@@ -20,6 +20,7 @@ import click
 @click.option("--batch-size", type=int, help="Photos a step  [default: 32]")
 @click.option("--learning-rate", type=float, help="Peak learning rate  [default: 0.001]")
 @click.option("--fold", type=int, help="Which of the folds tests  [default: 0]")
+@click.option("--label-fraction", type=float, help="Share of the training patients to learn from  [default: 1]")
 @click.option("--amp/--no-amp", default=None, help="bfloat16 autocast  [default: on]")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; flags win over it.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped; its settings are taken from it.")
@@ -42,6 +43,7 @@ def train(
     batch_size: int | None,
     learning_rate: float | None,
     fold: int | None,
+    label_fraction: float | None,
     amp: bool | None,
     config: Path | None,
     resume: bool,
@@ -77,6 +79,7 @@ def train(
         "task": task,
         "data.label": label,
         "data.fold": fold,
+        "data.label_fraction": label_fraction,
         "model.backbone": backbone,
         "model.init": init,
         "loop.epochs": epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ def assign_splits(
         groups = group_photos(manifest["patient"].to_list(), hashes, pairs)
         dealt = _deal(groups, labels, config)
         split = Split(["excluded" if name == "excluded" else side for name, side in zip(fixed, dealt, strict=True)])
+    if config.label_fraction < 1:
+        split.notes.append(_forget_labels(manifest, labels, split, config, pairs))
     for wanted in SIDES:
         seen = {int(label) for label, name in zip(labels, split.names, strict=True) if name == wanted}
         if seen != {0, 1}:
@@ -106,6 +109,42 @@ def assign_splits(
                 "needed in each split; add photos, or change data.folds or data.split_seed"
             )
     return split
+
+
+def _forget_labels(
+    manifest: pl.DataFrame,
+    labels: NDArray[np.float64],
+    split: Split,
+    config: DataConfig,
+    pairs: Sequence[tuple[int, int]],
+) -> str:
+    """Exclude training photos until a share of the training patients is left, of either class the same share.
+
+    A patient's place in line is a hash: a smaller share is a part of any larger one, whatever the fold, and photos that
+    are added to the cache later change nobody's place.
+    """
+    hashes = manifest["sha256"].to_list()
+    groups = group_photos(manifest["patient"].to_list(), hashes, pairs)
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups.tolist()):
+        if split.names[index] == "train":
+            members.setdefault(group, []).append(index)
+    kept = 0
+    for positive in (False, True):
+        stratum = [rows for rows in members.values() if bool(labels[rows].any()) == positive]
+        places = [
+            hashlib.sha256(f"{config.split_seed} {min(hashes[row] for row in rows)}".encode()).digest()
+            for rows in stratum
+        ]
+        count = -(-len(stratum) * config.label_fraction // 1)
+        kept += int(count)
+        for place in sorted(range(len(stratum)), key=places.__getitem__)[int(count) :]:
+            for row in stratum[place]:
+                split.names[row] = "excluded"
+    return (
+        f"data.label_fraction is {config.label_fraction:g}: {kept} of {len(members)} training patients are learned "
+        f"from, {split.names.count('train')} photos"
+    )
 
 
 def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:

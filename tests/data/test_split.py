@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -158,3 +160,41 @@ def test_too_little_is_said() -> None:
     table, _ = many()
     with pytest.raises(DataError, match="split has only label 0"):
         assign_splits(table, np.zeros(len(table)), DataConfig())
+
+
+def learned(fraction: float, table: pl.DataFrame, labels: np.ndarray, **settings: int) -> set[str]:
+    split = assign_splits(table, labels, DataConfig(label_fraction=fraction, **settings))
+    rows = [row for row, name in enumerate(split.names) if name == "train"]
+    kept = {table["patient"][row] for row in rows}
+    # Whole patients or nothing.
+    assert len(rows) == 2 * len(kept)
+    if fraction < 1:
+        assert f"label_fraction is {fraction:g}: {len(kept)} of " in split.notes[-1]
+    return kept
+
+
+@pytest.mark.parametrize("fold", [0, 3])
+def test_few_labels_are_nested_stratified_and_leave_the_other_sides_alone(fold: int) -> None:
+    table, labels = many(400)
+    positive = {patient for patient, label in zip(table["patient"], labels, strict=True) if label}
+    whole = learned(1.0, table, labels, fold=fold)
+    chosen = [learned(fraction, table, labels, fold=fold) for fraction in (0.05, 0.1, 0.25, 0.5)]
+    for smaller, larger in itertools.pairwise([*chosen, whole]):
+        assert smaller < larger
+    for fraction, kept in zip((0.05, 0.1, 0.25, 0.5), chosen, strict=True):
+        for stratum in (positive, set(table["patient"]) - positive):
+            assert len(kept & stratum) == math.ceil(fraction * len(whole & stratum))
+    few, all_of_it = (
+        assign_splits(table, labels, DataConfig(fold=fold, label_fraction=fraction)).names for fraction in (0.1, 1.0)
+    )
+    for left, right in zip(few, all_of_it, strict=True):
+        assert left == right or (left, right) == ("excluded", "train")
+    # Another seed deals other patients; photos that are added do not change who is chosen among the old ones.
+    assert learned(0.1, table, labels, fold=fold, split_seed=1) != chosen[1]
+
+
+def test_few_labels_do_not_depend_on_the_order_of_photos() -> None:
+    table, labels = many(100)
+    fixed = table.with_columns(split=pl.Series(assign_splits(table, labels, DataConfig()).names))
+    order = np.random.default_rng(0).permutation(len(table))
+    assert learned(0.2, fixed, labels) == learned(0.2, fixed[order], labels[order])
