@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import click
 @click.option("--batch-size", type=int, help="Photos a step  [default: 32]")
 @click.option("--learning-rate", type=float, help="Peak learning rate  [default: 0.001]")
 @click.option("--fold", type=int, help="Which of the folds tests  [default: 0]")
+@click.option("--folds", type=click.IntRange(3, 100), help="Train so many folds, one after the other, and pool them.")
 @click.option("--label-fraction", type=float, help="Share of the training patients to learn from  [default: 1]")
 @click.option("--amp/--no-amp", default=None, help="bfloat16 autocast  [default: on]")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; flags win over it.")
@@ -43,6 +45,7 @@ def train(
     batch_size: int | None,
     learning_rate: float | None,
     fold: int | None,
+    folds: int | None,
     label_fraction: float | None,
     amp: bool | None,
     config: Path | None,
@@ -56,9 +59,13 @@ def train(
     and threshold are fitted on validation, and the test patients are measured once, at the end. Ctrl-C stops after the
     step and leaves a run that --resume continues.
 
+    With --folds, OUTPUT holds a run a fold (fold0, fold1, ...), and the predictions of every photo by the model that
+    has not seen its patient.
+
     \b
-    Example:
+    Examples:
       fastfundus train cache/ --output run/ --task abnormality --amp
+      fastfundus train cache/ --output runs/ --folds 5
     """
     from fastfundus.errors import ConfigError, require
 
@@ -67,9 +74,12 @@ def train(
 
     # Every batch asks for megabytes of fresh memory; page faults would cost as much as filling it.
     keep_memory()
+    from fastfundus.cli.console import remark
     from fastfundus.cli.training import TrainingBar
     from fastfundus.config import TrainConfig, override
     from fastfundus.data import PhotoCache
+    from fastfundus.data.split import SIDES
+    from fastfundus.evaluate.folds import pool_folds
     from fastfundus.evaluate.operating_point import fit_operating_point
     from fastfundus.train.loop import Interrupted
     from fastfundus.train.loop import train as run_training
@@ -87,32 +97,61 @@ def train(
         "loop.amp": amp,
         "optimiser.learning_rate": learning_rate,
     }
+    if folds is not None and fold is not None:
+        raise click.UsageError("give --fold or --folds, not both")
     if resume:
         given = [name for name, value in {**flags, "--config": config}.items() if value is not None]
         if given:
             raise ConfigError(f"{given[0]} cannot change when resuming; leave it away, or start a new --output")
-        settings = TrainConfig.from_toml(output / "config.toml")
+        started = output / "fold0" if folds else output
+        settings = TrainConfig.from_toml(started / "config.toml")
     elif config is not None:
         settings = TrainConfig.from_toml(config, flags)
     else:
         settings = TrainConfig.from_dict(override({}, flags))
+    if resume and folds and settings.data.folds != folds:
+        raise ConfigError(f"{output} was started with --folds {settings.data.folds}; give the same")
     photos = PhotoCache.open(cache)
-    with TrainingBar(settings.loop.epochs) as bar:
-        try:
-            run_training(photos, output, settings, resume=resume, observer=bar)
-        except Interrupted as stopped:
-            again = f"fastfundus train {cache} --output {output} --resume"
-            raise click.ClickException(f"{stopped}; go on with: {again}") from None
-    run = Run.open(output)
-    document = fit_operating_point(run, photos, target_sensitivity=target_sensitivity)
-    if as_json:
-        click.echo(json.dumps({"run": str(output), "best_epoch": run.epoch, **document["labels"]}))
+    if folds and (settings.data.split_file or set(SIDES) & set(photos.manifest["split"].to_list())):
+        raise ConfigError("--folds deals patients, but the label file or data.split_file fixes a split; leave one away")
+    again = f"fastfundus train {cache} --output {output}{f' --folds {folds}' if folds else ''} --resume"
+
+    def one(folder: Path, settings: TrainConfig, resume: bool) -> dict[str, Any]:
+        with TrainingBar(settings.loop.epochs) as bar:
+            try:
+                run_training(photos, folder, settings, resume=resume, observer=bar)
+            except Interrupted as stopped:
+                raise click.ClickException(f"{stopped}; go on with: {again}") from None
+        return fit_operating_point(Run.open(folder), photos, target_sensitivity=target_sensitivity)
+
+    if folds is None:
+        document = one(output, settings, resume)
+        run = Run.open(output)
+        if as_json:
+            click.echo(json.dumps({"run": str(output), "best_epoch": run.epoch, **document["labels"]}))
+            return
+        click.echo(f"{output}: best epoch {run.epoch} of {settings.loop.epochs}")
+        for name, point in document["labels"].items():
+            click.echo(f"{name}: threshold {point['threshold']:.4f}, temperature {point['temperature']:.3f}")
+            for split in ("validation", "test"):
+                click.echo(f"  {split}: {metrics_line(point[split])}")
         return
-    click.echo(f"{output}: best epoch {run.epoch} of {settings.loop.epochs}")
-    for name, point in document["labels"].items():
-        click.echo(f"{name}: threshold {point['threshold']:.4f}, temperature {point['temperature']:.3f}")
-        for split in ("validation", "test"):
-            click.echo(f"  {split}: {metrics_line(point[split])}")
+    for number in range(folds):
+        folder = output / f"fold{number}"
+        if resume and (folder / "operating_point.json").is_file():
+            continue
+        remark(f"fold {number} of {folds}")
+        part = replace(settings, data=replace(settings.data, split="folds", folds=folds, fold=number))
+        one(folder, part, resume and (folder / "last.ckpt").is_file())
+    pooled = pool_folds(output, [Run.open(output / f"fold{number}") for number in range(folds)], photos)
+    if as_json:
+        click.echo(json.dumps({"run": str(output), **pooled}))
+        return
+    for number, metrics in enumerate(pooled["folds"]):
+        click.echo(f"fold {number}, test: {metrics_line(metrics)}")
+    spread = pooled["mean_and_sd"]["auroc"]
+    click.echo(f"AUROC over the folds: {spread['mean']:.3f}, standard deviation {spread['sd']:.3f}")
+    click.echo(f"all together: {metrics_line(pooled['out_of_fold'])}")
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

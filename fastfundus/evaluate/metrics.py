@@ -37,7 +37,8 @@ class BinaryMetrics:
     sensitivity: Interval
     """At the threshold."""
     specificity: Interval
-    threshold: float
+    threshold: float | None
+    """None where each photo has its own."""
     brier: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def binary_metrics(
     probabilities: Floats,
     labels: Floats,
     patients: Sequence[str],
-    threshold: float,
+    threshold: float | Floats,
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -99,7 +100,8 @@ def binary_metrics(
         probabilities: [N], 0 to 1.
         labels: [N] 0 or 1.
         patients: [N] who each photo is of.
-        threshold: a photo is positive when its probability is at least this; chosen elsewhere, never on these photos.
+        threshold: a photo is positive when its probability is at least this, one for all or [N]; chosen elsewhere,
+            never on these photos.
         resamples: bootstrap sets.
         seed: of the resampling.
     """
@@ -120,6 +122,6 @@ def binary_metrics(
         auroc=_interval(float(auroc(probabilities, labels)[0]), auroc(probabilities, labels, weights)),
         sensitivity=rates[0],
         specificity=rates[1],
-        threshold=threshold,
+        threshold=None if isinstance(threshold, np.ndarray) else threshold,
         brier=float(np.mean((probabilities - labels) ** 2)),
     )

@@ -1,0 +1,97 @@
+"""`train --folds`: every photo tested once, by a model that has not seen its patient; goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from fastfundus.data import PhotoCache
+from fastfundus.evaluate.metrics import auroc
+from fastfundus.train.loop import Interrupted
+from tests.cli.test_cli import run
+
+OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds", 3)
+
+
+def test_folds_are_trained_pooled_and_resumed(
+    cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastfundus.train.loop as loop
+
+    real, trained = loop.train, []
+
+    def stopping(photos, folder, settings, **options):  # type: ignore[no-untyped-def]
+        trained.append((folder.name, settings.data.fold, options["resume"]))
+        if len(trained) == 2:
+            raise Interrupted("stopped in epoch 1")
+        return real(photos, folder, settings, **options)
+
+    monkeypatch.setattr(loop, "train", stopping)
+    command = ("train", cache.path, "--output", tmp_path / "runs")
+    stopped = run(*command, *OPTIONS)
+    assert stopped.exit_code == 1
+    assert (
+        f"go on with: fastfundus train {cache.path} --output {tmp_path / 'runs'} --folds 3 --resume" in stopped.stderr
+    )
+    done = run(*command, "--folds", 3, "--resume", "--json")
+    assert done.exit_code == 0, done.output
+    assert trained == [("fold0", 0, False), ("fold1", 1, False), ("fold1", 1, False), ("fold2", 2, False)]
+
+    document = json.loads((tmp_path / "runs" / "folds.json").read_text())
+    assert json.loads(done.stdout) == {"run": str(tmp_path / "runs"), **document}
+    table = pl.read_parquet(tmp_path / "runs" / "out_of_fold.parquet")
+    usable = cache.manifest.filter((pl.col("status") == "ok") & pl.col("abnormal").is_not_null())
+    assert sorted(table["path"]) == sorted(usable["path"])
+    for fold in range(3):
+        part = table.filter(pl.col("fold") == fold)
+        splits = pl.read_parquet(tmp_path / "runs" / f"fold{fold}" / "splits.parquet")
+        assert set(part["path"]) == set(splits.filter(pl.col("split") == "test")["path"])
+        assert not set(part["patient"]) & set(splits.filter(pl.col("split") != "test")["patient"])
+        point = json.loads((tmp_path / "runs" / f"fold{fold}" / "operating_point.json").read_text())
+        assert part["threshold"].unique().to_list() == [point["labels"]["abnormal"]["threshold"]]
+        assert document["folds"][fold]["auroc"]["value"] == pytest.approx(
+            point["labels"]["abnormal"]["test"]["auroc"]["value"]
+        )
+    labels, scores = table["label"].to_numpy(), table["p_abnormal"].to_numpy()
+    pooled = document["out_of_fold"]
+    assert pooled["auroc"]["value"] == pytest.approx(float(auroc(scores, labels)[0]))
+    called = scores >= table["threshold"].to_numpy()
+    assert pooled["sensitivity"]["value"] == pytest.approx(called[labels == 1].mean())
+    assert pooled["threshold"] is None
+    values = [entry["auroc"]["value"] for entry in document["folds"]]
+    assert document["mean_and_sd"]["auroc"] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
+
+    text = run(*command, "--folds", 3, "--resume")
+    assert text.stdout.splitlines()[0].startswith("fold 0, test: AUROC ")
+    assert "all together: AUROC " in text.stdout
+
+
+def test_a_fixed_split_cannot_be_dealt_again(cache: PhotoCache, tmp_path: Path) -> None:
+    split = tmp_path / "split.csv"
+    assert run("cache", "split", cache.path, "--folds", 3, "--output", split).exit_code == 0
+    config = tmp_path / "run.toml"
+    config.write_text(f'[data]\nsplit_file = "{split}"\n')
+    result = run("train", cache.path, "--output", tmp_path / "runs", *OPTIONS, "--config", config)
+    assert result.exit_code == 1
+    assert "--folds deals patients, but the label file or data.split_file fixes a split" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--folds", 3, "--fold", 1), 2, "give --fold or --folds, not both"),
+        (("--folds", 2), 2, "2 is not in the range 3<=x<=100"),
+        (("--folds", 4, "--resume"), 1, "config.toml: cannot be read"),
+    ],
+)
+def test_wrong_use_is_said(
+    cache: PhotoCache, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    result = run("train", cache.path, "--output", tmp_path / "runs", *options)
+    assert result.exit_code == code
+    assert message in result.stderr
