@@ -63,7 +63,7 @@ def train(
     has not seen its patient.
 
     \b
-    Examples:
+    Example:
       fastfundus train cache/ --output run/ --task abnormality --amp
       fastfundus train cache/ --output runs/ --folds 5
     """
