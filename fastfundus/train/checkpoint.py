@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,21 @@ def restore(
 
 
 def save_atomically(value: dict[str, Any], file: Path) -> None:
-    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one."""
+    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one.
+
+    Raises:
+        CheckpointError: it cannot be written, such as on a full disk; the old checkpoint stays.
+    """
     partial = file.with_name(file.name + ".partial")
-    torch.save(value, partial)
-    partial.replace(file)
+    try:
+        torch.save(value, partial)
+        partial.replace(file)
+    except (OSError, RuntimeError) as error:
+        # torch's writer raises RuntimeError where the system refuses, and hides the system's reason.
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(file.parent).free // 2**20
+        kept = "the one before it is kept" if file.exists() else "there is none before it"
+        raise CheckpointError(
+            f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free): {kept}; make room and go "
+            "on with --resume"
+        ) from None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -99,7 +99,11 @@ def save_best(
     epoch: int,
     auroc: float,
 ) -> None:
-    """Write `best.safetensors` with the description that `Run.open` reads."""
+    """Write `best.safetensors` with the description that `Run.open` reads.
+
+    Raises:
+        CheckpointError: it cannot be written, such as on a full disk; an older one stays.
+    """
     about = {
         "schema": SCHEMA,
         "config": config.to_dict(),
@@ -113,8 +117,14 @@ def save_best(
     # The file format has one memory layout: channels-last weights are written in the ordinary order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     partial = path / "best.safetensors.partial"
-    save_file(state, partial, {"fastfundus": json.dumps(about)})
-    partial.replace(path / "best.safetensors")
+    try:
+        save_file(state, partial, {"fastfundus": json.dumps(about)})
+        partial.replace(path / "best.safetensors")
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path / 'best.safetensors'}: cannot be written ({error}); make room and go on with --resume"
+        ) from None
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfundus.config import TrainConfig
+from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data import PhotoCache
 from fastfundus.data.split import write_split_file
 from fastfundus.errors import CheckpointError, ConfigError, DataError, FastFundusError
 from fastfundus.train import loop
+from fastfundus.train.checkpoint import save_atomically
 from fastfundus.train.loop import EpochResult, Interrupted, Observer, train
-from fastfundus.train.run import Run
+from fastfundus.train.run import Run, save_best
 from fastfundus.train.schedule import learning_rate
 from fastfundus.train.step import AveragedModel
 from fastfundus.train.targets import abnormality_targets
+from tests.conftest import Trained
 
 
 def settings(**loop: object) -> TrainConfig:
@@ -82,6 +88,57 @@ def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: P
     assert whole["state"]["history"][1]["train_loss"] == parts["state"]["history"][1]["train_loss"]
     for name, value in whole["model"].items():
         assert torch.equal(value, parts["model"][name]), name
+
+
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(cache: PhotoCache, tmp_path: Path) -> None:
+    """SIGKILL leaves no time to save: the run goes on from the end of the last epoch."""
+    config = tmp_path / "run.toml"
+    config.write_text(to_toml(settings().to_dict()))
+    command = [sys.executable, "-m", "fastfundus", "train", str(cache.path), "--output"]
+    begun = [*command, str(tmp_path / "parts"), "--config", str(config)]
+    with subprocess.Popen(begun, stderr=subprocess.PIPE, text=True) as killed:
+        assert killed.stderr is not None
+        # After the first epoch's line, within the second.
+        next(line for line in killed.stderr if line.startswith("epoch 1/3"))
+        killed.kill()
+    assert not (tmp_path / "parts" / "operating_point.json").exists()
+    subprocess.run([*command, str(tmp_path / "parts"), "--resume"], check=True, capture_output=True, timeout=120)
+    whole = [*command, str(tmp_path / "whole"), "--config", str(config)]
+    subprocess.run(whole, check=True, capture_output=True, timeout=120)
+    states = [torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "parts")]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    assert states[0]["state"]["history"][2]["train_loss"] == states[1]["state"]["history"][2]["train_loss"]
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """Files may not grow beyond a megabyte: what a write onto a full disk meets."""
+    file = tmp_path / "last.ckpt"
+    save_atomically({"weights": torch.ones(10)}, file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"last.ckpt: cannot be written .*MiB are free.*before it is kept"):
+            save_atomically({"weights": torch.ones(1 << 20)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(torch.load(file, weights_only=True)["weights"], torch.ones(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_keeps_the_best_weights(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.run, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    before = (run.path / "best.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    about = {"config": run.config, "spec": run.spec, "labels": run.labels, "cache": run.cache}
+    try:
+        with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be written .*make room"):
+            save_best(run.path, run.load_model(), **about, epoch=9, auroc=0.9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (run.path / "best.safetensors").read_bytes() == before
 
 
 def test_smaller_first_epochs_and_balanced_classes_resume_too(cache: PhotoCache, tmp_path: Path) -> None:
