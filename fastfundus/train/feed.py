@@ -21,9 +21,12 @@ def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[N
 
     Photos that do not fill a last batch wait for another epoch; a set smaller than a batch is one batch.
     """
-    order = np.random.default_rng([seed, epoch, 0x0D]).permutation(count)
-    batch_size = min(batch_size, count)
-    return [order[start : start + batch_size] for start in range(0, count - batch_size + 1, batch_size)]
+    return _whole_batches(np.random.default_rng([seed, epoch, 0x0D]).permutation(count), batch_size)
+
+
+def _whole_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    batch_size = min(batch_size, len(order))
+    return [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
 
 
 def balanced_order(labels: NDArray[np.float64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -45,9 +48,7 @@ def balanced_order(labels: NDArray[np.float64], batch_size: int, *, seed: int, e
         own = np.flatnonzero(labels == value)
         rounds = [generator.permutation(own) for _ in range(-(-count // len(own)))]
         drawn.append(np.concatenate(rounds)[:count])
-    order = generator.permutation(np.concatenate(drawn))
-    batch_size = min(batch_size, len(order))
-    return [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
+    return _whole_batches(generator.permutation(np.concatenate(drawn)), batch_size)
 
 
 def parts_of(batch: NDArray[np.int64], accumulate: int) -> list[NDArray[np.int64]]:
