@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfundus.kernels.jobs import pack_jobs
-from fastfundus.kernels.ops import DTYPES
+from fastfundus.kernels.ops import DTYPES, packed
 
 CSRC = Path(__file__).parents[1] / "csrc"
 
@@ -36,12 +35,11 @@ class CudaTwin:
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         """As `kernels.ops.sample_ragged`, on a GPU."""
-        arrays = (value.numpy() for value in (offsets, sizes, geometry, colour))
-        jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels))
-        packed = torch.from_numpy(jobs.view(np.uint8)).to(pixels.device)
+        jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size)
+        there = torch.from_numpy(jobs.view(np.uint8)).to(pixels.device)
         out = torch.empty(len(jobs), out_size, out_size, 3, dtype=dtype, device=pixels.device)
         error = self._launch(
-            pixels.data_ptr(), packed.data_ptr(), len(jobs), out.data_ptr(), out_size, DTYPES.index(dtype), mode,
+            pixels.data_ptr(), there.data_ptr(), len(jobs), out.data_ptr(), out_size, DTYPES.index(dtype), mode,
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if error:

@@ -24,13 +24,11 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
+from bench.paired import environment
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
 from fastfundus.kernels import sample as triton_sample
-from fastfundus.kernels.jobs import pack_jobs
-from fastfundus.kernels.ops import DTYPES
-
-ROOT = Path(__file__).parents[1]
+from fastfundus.kernels.ops import DTYPES, packed
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,7 @@ def copy_bandwidth(device: torch.device, dry_run: bool) -> float:
 def launcher(case: Case, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Tensor], float]]:
     """What samples the case by Triton on the device, and what compares a result with the reference."""
     pixels = case.pixels.to(device)
-    arrays = (value.numpy() for value in (case.offsets, case.sizes, case.geometry, case.colour))
-    jobs, mode = pack_jobs(*arrays, out_size=case.out_size, available=len(pixels))
+    jobs, mode = packed(pixels, case.offsets, case.sizes, case.geometry, case.colour, case.out_size)
 
     def run() -> Tensor:
         return triton_sample.launch(pixels, jobs, case.out_size, case.dtype, mode).permute(0, 3, 1, 2)
@@ -233,20 +230,18 @@ def tests_of(path: Path) -> dict[str, int]:
     return {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
 
 
-def environment() -> dict[str, Any]:
-    """What a result must say about where it comes from; a copy of the tree without git has no commit."""
+def gpu_environment() -> dict[str, Any]:
+    """What a result must say about the GPU and the compilers; versions as the modules tell them."""
     import triton
 
     def said(*command: str) -> str:
         try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
         except OSError:
             return ""
 
     query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total"
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": said("git", "rev-parse", "--short=12", "HEAD") + ("-dirty" if said("git", "status", "-s") else ""),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "nvidia_smi": said("nvidia-smi", query, "--format=csv,noheader"),
         "nvcc": said("nvcc", "--version").splitlines()[-1:],
@@ -266,7 +261,12 @@ def main() -> int:
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
     device, rounds = torch.device("cpu" if dry_run else "cuda"), 3 if dry_run else 30
     copy = copy_bandwidth(device, dry_run)
-    result: dict[str, Any] = {"dry_run": dry_run, **environment(), "tests": tests_of(options.tests)}
+    result: dict[str, Any] = {
+        "dry_run": dry_run,
+        **environment(()),
+        **gpu_environment(),
+        "tests": tests_of(options.tests),
+    }
     result |= {"copy_gb_per_s": copy, "triton": {}, "cuda": {}}
     with tempfile.TemporaryDirectory() as folder:
         # Without a GPU the twin is only built: that it compiles is known then, and its maths are the host's.

@@ -54,11 +54,14 @@ def pinned_to(cores: int) -> Iterator[None]:
 
 
 def environment(packages: tuple[str, ...]) -> dict[str, Any]:
-    """What a result must say about where it comes from."""
+    """What a result must say about where it comes from; a copy of the tree without git has no commit."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
 
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),

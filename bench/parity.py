@@ -30,8 +30,7 @@ from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.prepare import DaliPreparer
 from fastfundus.kernels import reference
 from fastfundus.kernels import sample as triton_sample
-from fastfundus.kernels.jobs import pack_jobs
-from fastfundus.kernels.ops import sample_ragged
+from fastfundus.kernels.ops import packed, sample_ragged
 from fastfundus.photo.prepare import decode_at, prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import normalisation
@@ -57,10 +56,9 @@ def arguments(path: Path, spec: PreprocessSpec) -> tuple[Tensor, Tensor, Tensor,
 
 def by_triton(pixels: Tensor, *rest: Any) -> Tensor:
     """Triton's launch code, on the GPU or interpreted."""
-    *matrices, out_size = rest
-    jobs, mode = pack_jobs(*(value.numpy() for value in matrices), out_size=out_size, available=len(pixels))
+    jobs, mode = packed(pixels, *rest)
     pixels = pixels.cuda() if HAS_GPU else pixels
-    return triton_sample.launch(pixels, jobs, out_size, torch.float32, mode).permute(0, 3, 1, 2).cpu()
+    return triton_sample.launch(pixels, jobs, rest[-1], torch.float32, mode).permute(0, 3, 1, 2).cpu()
 
 
 def by_cuda(pixels: Tensor, *rest: Any) -> Tensor:

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["INTEGRATE", "INTERPOLATE", "JOB", "LARGEST_SIDE_PX", "MODES", "NEAREST", "check_photos", "pack_jobs"]
+__all__ = [
+    "INTEGRATE",
+    "INTERPOLATE",
+    "JOB",
+    "LARGEST_SIDE_PX",
+    "LEAST_MINIFICATION",
+    "MODES",
+    "NEAREST",
+    "check_photos",
+    "pack_jobs",
+]
 
 JOB = np.dtype(
     [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("geometry", "<f4", (2, 3)), ("colour", "<f4", (3, 4))]
@@ -27,7 +37,8 @@ _FARTHEST_PX = 2.0**22
 """Positions are float32: beyond this, halves of a pixel are lost, and then integers overflow."""
 _LEAST_DETERMINANT = 1e-6
 """Of the rows scaled to length one: below, the photo is squeezed into a line."""
-_LEAST_MINIFICATION = np.float32(1 + 2**-12)
+LEAST_MINIFICATION = 1 + 2**-12
+"""A box less than this many pixels wide is one pixel wide: a rotation's rounding must not turn four taps into nine."""
 
 
 def check_photos(offsets: NDArray[np.int64], sizes: NDArray[np.int32], available: int) -> None:
@@ -119,5 +130,5 @@ def pack_jobs(
     jobs["offset"], jobs["height"], jobs["width"] = offsets, sizes[:, 0], sizes[:, 1]
     jobs["geometry"], jobs["colour"] = geometry, colour
     # In float32, as the kernels decide.
-    minifies = bool((extents.astype(np.float32) >= _LEAST_MINIFICATION).any())
+    minifies = bool((extents.astype(np.float32) >= np.float32(LEAST_MINIFICATION)).any())
     return jobs, NEAREST if nearest else INTEGRATE if minifies else INTERPOLATE

@@ -10,13 +10,15 @@ to torch.compile and work under `fullgraph=True`. Their input is uint8, so they 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastfundus.kernels import host, reference
 from fastfundus.kernels.jobs import check_photos, pack_jobs
 
-__all__ = ["DTYPES", "field_profile", "sample", "sample_ragged"]
+__all__ = ["DTYPES", "field_profile", "packed", "sample", "sample_ragged"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -144,6 +146,20 @@ def _check_host(name: str, value: Tensor, dtype: torch.dtype, shape: list[int]) 
         raise ValueError(f"{name} must be on the host, where it is checked; got {value.device}: call .cpu()")
 
 
+def packed(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    geometry: Tensor,
+    colour: Tensor,
+    out_size: int,
+    nearest: bool = False,
+) -> tuple[NDArray[np.void], int]:
+    """Check the values of a batch and pack it for a launch: `jobs.pack_jobs` of the arguments of `sample_ragged`."""
+    arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
+    return pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
+
+
 # Values are checked within the operators: under torch.compile the functions above only see shapes.
 
 
@@ -152,8 +168,7 @@ def _sample(
     pixels: Tensor, offsets: Tensor, sizes: Tensor, geometry: Tensor, colour: Tensor, out_size: int,
     dtype: torch.dtype, nearest: bool,
 ) -> Tensor:  # fmt: skip
-    arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
-    jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
+    jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size, nearest)
     library = host.load().library
     if library is None:
         return reference.sample(pixels, offsets, sizes, geometry, colour, out_size, dtype, nearest)
@@ -172,8 +187,7 @@ def _(
 ) -> Tensor:  # fmt: skip
     from fastfundus.kernels import sample as triton_sample
 
-    arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
-    jobs, mode = pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
+    jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size, nearest)
     # Triton launches on the current device, whichever that is.
     with torch.cuda.device(pixels.device):
         return triton_sample.launch(pixels, jobs, out_size, dtype, mode).permute(0, 3, 1, 2)

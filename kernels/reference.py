@@ -42,10 +42,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_MINIFICATION", "cell_sums", "photos", "sample"]
+from fastfundus.kernels.jobs import LEAST_MINIFICATION
 
-LEAST_MINIFICATION = 1 + 2**-12
-"""A box less than this many pixels wide is one pixel wide: a rotation's rounding must not turn four taps into nine."""
+__all__ = ["cell_sums", "photos", "sample"]
 
 
 def sample(

@@ -13,7 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastfundus.kernels.jobs import INTEGRATE, NEAREST
+from fastfundus.kernels.jobs import INTEGRATE, LEAST_MINIFICATION, NEAREST
 from fastfundus.kernels.triton_env import tilings
 
 __all__ = ["TILINGS", "launch", "sample_kernel"]
@@ -22,13 +22,14 @@ TILINGS = ((128, 4), (256, 4), (512, 8))
 """Output pixels a program, and warps. Four warps for 512 pixels would spill registers."""
 _NEAREST = tl.constexpr(NEAREST)
 _INTEGRATE = tl.constexpr(INTEGRATE)
+_LEAST_MINIFICATION = tl.constexpr(LEAST_MINIFICATION)
 
 
 @triton.jit
 def _extent(along_x, along_y):
     """Width or height of the box, from one row of the geometry."""
     length = tl.sqrt(along_x * along_x + along_y * along_y)
-    return tl.where(length < 1.0 + 1.0 / 4096.0, 1.0, length)
+    return tl.where(length < _LEAST_MINIFICATION, 1.0, length)
 
 
 @triton.jit

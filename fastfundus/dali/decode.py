@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastfundus.errors import PhotoError
+from fastfundus.photo.file import read_photo
 from fastfundus.photo.header import PhotoHeader, read_header
 
-__all__ = ["DaliDecoder", "RaggedPhotos", "Window", "decoding", "sound_jpeg"]
+__all__ = ["DaliDecoder", "RaggedPhotos", "Window", "decoding", "opened", "sound_jpeg"]
 
 Window = tuple[int, int, int, int]
 """Top, left, height and width in pixels of the upright photo."""
@@ -80,6 +82,15 @@ def sound_jpeg(data: bytes) -> PhotoHeader | None:
     if header.jpeg.coding == "baseline" and _STRAY_MARKER.search(data, scan + 2, len(data) - 2):
         return None
     return header
+
+
+def opened(path: Path) -> tuple[bytes | PhotoError, PhotoHeader | None]:
+    """Read a file, or say why not; and its header, if it is one for DALI (`sound_jpeg`)."""
+    try:
+        data = read_photo(path)
+    except PhotoError as error:
+        return error, None
+    return data, sound_jpeg(data)
 
 
 @pipeline_def(exec_dynamic=True)

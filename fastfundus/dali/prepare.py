@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastfundus.dali.decode import DaliDecoder, RaggedPhotos, sound_jpeg
+from fastfundus.dali.decode import DaliDecoder, RaggedPhotos, opened
 from fastfundus.errors import PhotoError
 from fastfundus.kernels.ops import sample_ragged
 from fastfundus.photo.field import Field
-from fastfundus.photo.file import read_photo
 from fastfundus.photo.header import PhotoHeader
-from fastfundus.photo.plan import plan_decode
+from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.photo.prepare import (
     PreparedPhoto,
     crop_window,
@@ -34,6 +33,14 @@ from fastfundus.photo.resample import shrink
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["DaliPreparer"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sound:
+    """A file for DALI."""
+
+    data: bytes
+    header: PhotoHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +69,19 @@ class DaliPreparer:
     def __call__(self, paths: Sequence[Path]) -> list[PreparedPhoto]:
         """Read and prepare files; never raises for what is in one, or for one that cannot be read."""
         with ThreadPoolExecutor(self._threads) as pool:
-            results = list(pool.map(_read, paths))
-            headers = pool.map(lambda result: sound_jpeg(result) if isinstance(result, bytes) else None, results)
-            sound = {n: header for n, header in enumerate(headers) if header is not None and self._takes(header)}
-            files = [result for n, result in enumerate(results) if n in sound and isinstance(result, bytes)]
-            prepared = self._prepare_sound(files, list(sound.values()))
-            done = {n: prepared[place] for place, n in enumerate(sound) if place in prepared}
+            files = list(pool.map(opened, paths))
+            sound = {
+                n: _Sound(data, header)
+                for n, (data, header) in enumerate(files)
+                if isinstance(data, bytes) and header is not None and self._takes(header)
+            }
+            done = dict(zip(sound, self._prepare_sound(list(sound.values()), pool), strict=True))
 
             def finished(n: int) -> PreparedPhoto:
-                result = results[n]
-                if isinstance(result, PreparedPhoto):
-                    return result
-                return done[n] if n in done else prepare_bytes(result, self.spec)
+                data, _ = files[n]
+                if isinstance(data, PhotoError):
+                    return PreparedPhoto(data.status, data.reason)
+                return done.get(n) or prepare_bytes(data, self.spec)
 
             return list(pool.map(finished, range(len(paths))))
 
@@ -82,46 +90,49 @@ class DaliPreparer:
         plan = plan_decode(header, least_side(self.spec))
         return max(plan.width, plan.height) <= 4 * least_side(self.spec)
 
-    def _prepare_sound(self, files: list[bytes], headers: list[PhotoHeader]) -> dict[int, PreparedPhoto]:
-        """Results by position; files that are missing in it are left to the CPU's decoder."""
-        photos, refused = self.decoder.decode(files)
+    def _prepare_sound(self, files: list[_Sound], pool: Executor) -> list[PreparedPhoto | None]:
+        """A result for each file; None leaves it to the CPU's decoder."""
+        photos, refused = self.decoder.decode([file.data for file in files])
         positions = [n for n in range(len(files)) if n not in refused]
         # The field is looked for in what a scaled decode would have given, so that both executors find the same.
-        plans = [plan_decode(headers[n], least_side(self.spec)) for n in positions]
-        results: dict[int, PreparedPhoto] = {}
-        crops: dict[int, _Crop] = {}
-        for place, picture in enumerate(_shrunk(photos, [plan.divisor for plan in plans])):
-            n, plan, shape = positions[place], plans[place], tuple(photos.sizes[place].tolist())
-            known = replace(known_of(files[n]), height_px=shape[0], width_px=shape[1])
-            whole, scale = shrink(picture)
-            try:
-                small, found = look_at(whole, picture.shape)
-            except PhotoError as error:
-                results[n] = replace(known, status=error.status, reason=error.reason)
-                continue
-            if small is not whole:
-                # A white margin is blackened at full size, too: the CPU's decoder does that.
-                continue
-            field = found if self.spec.field == "circle" else None
-            side = crop_window(field, scale, picture.shape, self.spec)[2]
-            better = plan_for_crop(headers[n], plan, side, self.spec)
-            window = crop_window(
-                field, scale * plan.divisor / better.divisor, _divided(shape, better.divisor), self.spec
-            )
-            left, top, side = (better.divisor * value for value in window)
-            crops[place] = _Crop(replace(known, window=(left, top, side)), found, scale * plan.divisor)
+        plans = [plan_decode(files[n].header, least_side(self.spec)) for n in positions]
+        pictures = _shrunk(photos, [plan.divisor for plan in plans])
+        shapes = [tuple(shape) for shape in photos.sizes.tolist()]
+        seen = list(pool.map(self._look, (files[n] for n in positions), plans, shapes, pictures))
+        crops = {place: crop for place, crop in enumerate(seen) if isinstance(crop, _Crop)}
         images = _cut(photos, crops, self.spec.size)
         shown = images if self.spec.size >= QUALITY_PX else _cut(photos, crops, QUALITY_PX)
-        for (place, crop), image, large in zip(crops.items(), images, shown, strict=True):
-            results[positions[place]] = finish(crop.known, image, large, crop.found, crop.to_full, self.spec)
+
+        def finished(crop: _Crop, image: NDArray[np.uint8], large: NDArray[np.uint8]) -> PreparedPhoto:
+            return finish(crop.known, image, large, crop.found, crop.to_full, self.spec)
+
+        results: list[PreparedPhoto | None] = [None] * len(files)
+        for place, result in enumerate(seen):
+            if isinstance(result, PreparedPhoto):
+                results[positions[place]] = result
+        for place, result in zip(crops, pool.map(finished, crops.values(), images, shown), strict=True):
+            results[positions[place]] = result
         return results
 
-
-def _read(path: Path) -> bytes | PreparedPhoto:
-    try:
-        return read_photo(path)
-    except PhotoError as error:
-        return PreparedPhoto(error.status, error.reason)
+    def _look(
+        self, file: _Sound, plan: DecodePlan, shape: tuple[int, ...], picture: NDArray[np.uint8]
+    ) -> _Crop | PreparedPhoto | None:
+        """What to cut out of a photo, or why nothing; None leaves it to the CPU's decoder."""
+        known = replace(known_of(file.data), height_px=shape[0], width_px=shape[1])
+        whole, scale = shrink(picture)
+        try:
+            small, found = look_at(whole, picture.shape)
+        except PhotoError as error:
+            return replace(known, status=error.status, reason=error.reason)
+        if small is not whole:
+            # A white margin is blackened at full size, too: the CPU's decoder does that.
+            return None
+        field = found if self.spec.field == "circle" else None
+        side = crop_window(field, scale, picture.shape, self.spec)[2]
+        better = plan_for_crop(file.header, plan, side, self.spec)
+        window = crop_window(field, scale * plan.divisor / better.divisor, _divided(shape, better.divisor), self.spec)
+        left, top, side = (better.divisor * value for value in window)
+        return _Crop(replace(known, window=(left, top, side)), found, scale * plan.divisor)
 
 
 def _divided(shape: tuple[int, ...], divisor: int) -> tuple[int, ...]:

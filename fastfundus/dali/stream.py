@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastfundus.config import AugmentConfig
-from fastfundus.dali.decode import DaliDecoder, Window, sound_jpeg
+from fastfundus.dali.decode import DaliDecoder, Window, opened
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, PhotoError
 from fastfundus.kernels.ops import sample_ragged
-from fastfundus.photo.file import read_photo
 from fastfundus.photo.prepare import decode_at
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch
-from fastfundus.train.feed import epoch_order
+from fastfundus.train.feed import epoch_order, one_ahead
 
 __all__ = ["CameraPhoto", "CameraStream", "window_of"]
 
@@ -112,20 +112,17 @@ class CameraStream:
         geometry, colour = draw_epoch(self.augment, self.spec, len(self.photos), seed=self.seed, epoch=self.epoch)
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         left = [batch[own] for batch in order[self.step :]]
-        with ThreadPoolExecutor(1, "stream") as pool, ThreadPoolExecutor(4, "read") as readers:
+        with ThreadPoolExecutor(4, "read") as readers:
 
             def make(batch: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
                 return self._batch(batch, geometry[batch], colour[batch], readers)
 
-            following = pool.submit(make, left[0]) if left else None
-            for number in range(len(left)):
-                assert following is not None
-                ready = following.result()
-                if number + 1 < len(left):
-                    following = pool.submit(make, left[number + 1])
-                # Before it is handed out: who saves the state while working on this batch has had it.
-                self.step += 1
-                yield ready
+            # Closed before the readers are, which the batch under way may still need.
+            with closing(one_ahead(make, left)) as batches:
+                for ready in batches:
+                    # Before it is handed out: who saves the state while working on this batch has had it.
+                    self.step += 1
+                    yield ready
         self.epoch, self.step = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,11 +155,10 @@ class CameraStream:
         self, batch: NDArray[np.int64], geometry: NDArray[np.float32], colour: NDArray[np.float32], readers: Executor
     ) -> tuple[Tensor, NDArray[np.int64]]:
         chosen = [self.photos[n] for n in batch]
-        files = list(readers.map(_read, (photo.path for photo in chosen)))
+        files, headers = zip(*readers.map(opened, (photo.path for photo in chosen)), strict=True)
         warps = [_to_camera(photo, warp, self.spec.size) for photo, warp in zip(chosen, geometry, strict=True)]
         windows: dict[int, Window] = {}
-        for n, data in enumerate(files):
-            header = sound_jpeg(data) if isinstance(data, bytes) else None
+        for n, header in enumerate(headers):
             # DALI's windows lie in the stored picture: a photo that is to be turned is decoded whole.
             if header is not None and header.orientation == 1:
                 windows[n] = window_of(warps[n], self.spec.size, header.height, header.width)
@@ -205,13 +201,6 @@ def _sure(data: bytes | PhotoError) -> bytes:
     if isinstance(data, PhotoError):
         raise data
     return data
-
-
-def _read(path: Path) -> bytes | PhotoError:
-    try:
-        return read_photo(path)
-    except PhotoError as error:
-        return error
 
 
 def _to_camera(photo: CameraPhoto, geometry: NDArray[np.float32], size: int) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.train.run import SCHEMA
+from fastfundus.train.run import SCHEMA, replaced
 from fastfundus.train.step import AveragedModel
 
 __all__ = ["TrainState", "checkpoint", "restore", "save_atomically"]
@@ -96,16 +95,5 @@ def save_atomically(value: dict[str, Any], file: Path) -> None:
     Raises:
         CheckpointError: it cannot be written, such as on a full disk; the old checkpoint stays.
     """
-    partial = file.with_name(file.name + ".partial")
-    try:
+    with replaced(file) as partial:
         torch.save(value, partial)
-        partial.replace(file)
-    except (OSError, RuntimeError) as error:
-        # torch's writer raises RuntimeError where the system refuses, and hides the system's reason.
-        partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(file.parent).free // 2**20
-        kept = "the one before it is kept" if file.exists() else "there is none before it"
-        raise CheckpointError(
-            f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free): {kept}; make room and go "
-            "on with --resume"
-        ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 
-__all__ = ["balanced_order", "epoch_batches", "epoch_order", "parts_of"]
+__all__ = ["balanced_order", "epoch_batches", "epoch_order", "one_ahead", "parts_of"]
+
+_Batch = TypeVar("_Batch")
 
 
 def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -97,6 +100,13 @@ def epoch_batches(
             inputs = inputs.contiguous()
         return inputs, torch.from_numpy(targets[batch]).float()[:, None].to(device, non_blocking=True)
 
+    yield from one_ahead(make, batches)
+
+
+def one_ahead(
+    make: Callable[[NDArray[np.int64]], _Batch], batches: Sequence[NDArray[np.int64]]
+) -> Generator[_Batch, None, None]:
+    """Yield what `make` makes of each batch, while a thread makes the next one."""
     with ThreadPoolExecutor(1, "feed") as pool:
         following = pool.submit(make, batches[0]) if batches else None
         for index in range(len(batches)):

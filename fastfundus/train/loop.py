@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +172,13 @@ def train(
             model.train()
             seed, epoch = config.loop.seed, state.epoch
             order = order_of(epoch)[state.step :]
+            parts = [parts_of(batch, config.loop.accumulate) for batch in order]
             matrices = draw_epoch(config.augment, cache.spec, len(train_rows), seed=seed, epoch=epoch)
             batches = epoch_batches(
                 cache.photos,
                 train_rows,
                 targets[train_rows],
-                [part for batch in order for part in parts_of(batch, config.loop.accumulate)],
+                list(chain.from_iterable(parts)),
                 *matrices,
                 size=training_size(
                     epoch, epochs=config.loop.epochs, size=cache.spec.size, first=config.loop.first_size
@@ -186,9 +187,8 @@ def train(
                 channels_last=channels_last,
             )
             taken = 0
-            for batch in order:
-                parts = islice(batches, len(parts_of(batch, config.loop.accumulate)))
-                watch.add(step(parts, len(batch), rate_at(epoch * steps + state.step)))
+            for batch, shares in zip(order, parts, strict=True):
+                watch.add(step(islice(batches, len(shares)), len(batch), rate_at(epoch * steps + state.step)))
                 averaged.update(model)
                 state.step += 1
                 taken += len(batch)

@@ -15,6 +15,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +33,7 @@ from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.models.classifier import create_model
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["SCHEMA", "Run", "describe_environment", "save_best"]
+__all__ = ["SCHEMA", "Run", "describe_environment", "replaced", "save_best"]
 
 SCHEMA = 1
 """Version of the run folder's files."""
@@ -116,14 +119,29 @@ def save_best(
     }
     # The file format has one memory layout: channels-last weights are written in the ordinary order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    partial = path / "best.safetensors.partial"
-    try:
+    with replaced(path / "best.safetensors") as partial:
         save_file(state, partial, {"fastfundus": json.dumps(about)})
-        partial.replace(path / "best.safetensors")
-    except (OSError, SafetensorError) as error:
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Yield a path beside `file` to write to, then move it there: a kill leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: it could not be written, such as on a full disk; the old file stays.
+    """
+    partial = file.with_name(file.name + ".partial")
+    try:
+        yield partial
+        partial.replace(file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's writer raises RuntimeError where the system refuses, and hides the system's reason.
         partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(file.parent).free // 2**20
+        kept = "the one before it is kept" if file.exists() else "there is none before it"
         raise CheckpointError(
-            f"{path / 'best.safetensors'}: cannot be written ({error}); make room and go on with --resume"
+            f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free): {kept}; make room and go "
+            "on with --resume"
         ) from None
 
 

@@ -22,7 +22,8 @@ from fastfundus.engines import cuda_sample
 from fastfundus.engines.cuda_sample import CudaSampler
 from fastfundus.errors import FastFundusError, MissingDependency
 from fastfundus.kernels import host, reference
-from fastfundus.kernels.jobs import JOB, pack_jobs
+from fastfundus.kernels.jobs import JOB
+from fastfundus.kernels.ops import packed
 from tests.kernels.cases import CASES, case
 from tests.kernels.implementations import SAMPLERS, rounding
 
@@ -99,12 +100,12 @@ class Driver(types.ModuleType):
         _, _, output, mode = name.split("_")
         count = grid[0] // (-(-out_size * out_size // 256))
         assert grid == (count * -(-out_size * out_size // 256), 1)
-        packed = np.frombuffer((np.ctypeslib.ctypes.c_char * (count * JOB.itemsize)).from_address(int(jobs)), JOB)
+        there = np.frombuffer((np.ctypeslib.ctypes.c_char * (count * JOB.itemsize)).from_address(int(jobs)), JOB)
         library = host.load().library
         assert library is not None
         types_of = {"f32": (4, 0), "f16": (2, 1), "bf16": (2, 2)}
         modes = {"interpolate": 0, "integrate": 1, "nearest": 2}
-        job = library.sample(int(pixels), packed, int(out), out_size, *types_of[output], modes[mode])
+        job = library.sample(int(pixels), there, int(out), out_size, *types_of[output], modes[mode])
         for n in range(count):
             job(n)
 
@@ -128,8 +129,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 @pytest.mark.parametrize("name", CASES)
 def test_launches_what_the_reference_says(driver: Driver, image: Path, name: str) -> None:
     batch = case(name)
-    arrays = (value.numpy() for value in (batch.offsets, batch.sizes, batch.geometry, batch.colour))
-    jobs, mode = pack_jobs(*arrays, out_size=batch.out_size, available=len(batch.pixels))
+    jobs, mode = packed(*batch.arguments)
     room = torch.full((2 * 3 * batch.out_size**2 + 4,), np.nan)
     out = room[(-room.data_ptr() // 4) % 4 :][: 2 * 3 * batch.out_size**2]
     stream = object()

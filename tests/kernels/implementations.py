@@ -10,7 +10,6 @@ from torch import Tensor
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, ops
 from fastfundus.kernels import sample as triton_sample
-from fastfundus.kernels.jobs import pack_jobs
 from tests.kernels.cases import Batch
 from tests.tolerances import BFLOAT16_RELATIVE, FLOAT16_RELATIVE, INTERPRETED_BFLOAT16_RELATIVE
 
@@ -27,8 +26,7 @@ def sample_triton(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
     """On a GPU through the operator; interpreted, its launch code on host memory."""
     if HAS_GPU:
         return ops.sample_ragged(batch.pixels.cuda(), *batch.arguments[1:], dtype, nearest=nearest).cpu()
-    arrays = (value.numpy() for value in (batch.offsets, batch.sizes, batch.geometry, batch.colour))
-    jobs, mode = pack_jobs(*arrays, out_size=batch.out_size, available=len(batch.pixels), nearest=nearest)
+    jobs, mode = ops.packed(*batch.arguments, nearest)
     return triton_sample.launch(batch.pixels, jobs, batch.out_size, dtype, mode).permute(0, 3, 1, 2)
 
 
