@@ -59,7 +59,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory, timed: bool) -> Any:
     torch.manual_seed(0)
     classifier = timm.create_model("resnet50" if timed else "resnet18", num_classes=1).eval()
     photos = np.random.default_rng(0).integers(0, 256, (16 if timed else 2, size, size, 3), dtype=np.uint8)
-    labels = {"abnormal": {"temperature": 1.0, "threshold": 0.9}}
+    labels = {"abnormal": {"temperature": 1.0, "threshold": 0.9, "finding": True}}
     spec = PreprocessSpec(size=size)
     bundle, report = build_bundle(
         classifier, spec, labels, photos, tmp_path_factory.mktemp("engine") / "bundle", provenance={}

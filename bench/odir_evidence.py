@@ -93,7 +93,7 @@ def main() -> None:
         run(times, "prepare synthetic", "prepare", *synthetic, "--size", 224)
         upstream = ("train", work / "synthetic", "--output", work / "upstream", "--epochs", 10, *backbone)
         text = run(times, "train upstream", *upstream, "--learning-rate", 0.002, "--json")
-        results["upstream, synthetic test patients"] = json.loads(text)["abnormal"]["test"]
+        results["upstream, synthetic test patients"] = json.loads(text)["labels"]["abnormal"]["test"]
 
         # Every photo is tested once, by a model that has not seen its patient.
         parts = []
@@ -102,13 +102,13 @@ def main() -> None:
             folder = work / f"fold{fold}"
             arguments = ("train", cache, "--output", folder, "--fold", fold, *tuning, *backbone)
             text = run(times, f"fine-tune, fold {fold}", *arguments, "--json")
-            results[f"fold {fold}, test patients"] = json.loads(text)["abnormal"]["test"]
+            results[f"fold {fold}, test patients"] = json.loads(text)["labels"]["abnormal"]["test"]
             run(times, f"evaluate, fold {fold}", "evaluate", folder, cache, "--output", work / f"evaluation{fold}")
             parts.append(pl.read_csv(work / f"evaluation{fold}" / "predictions.csv", schema_overrides={"patient": str}))
         pooled = pl.concat(parts)
         if not len(pooled) == pooled["sha256"].n_unique() == results["prepare"]["ok"]:
             print(f"note: {len(pooled)} predictions of {pooled['sha256'].n_unique()} different photos")
-        scores, labels = pooled["p_abnormal"].to_numpy(), pooled["label"].to_numpy()
+        scores, labels = pooled["p_abnormal"].to_numpy(), pooled["label_abnormal"].to_numpy()
         results["five folds pooled, held-out patients"] = binary_metrics(
             scores, labels, pooled["patient"].to_list(), 0.5
         ).to_dict()

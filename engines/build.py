@@ -21,6 +21,7 @@ from fastfundus.engines.openvino_backend import PRECISIONS, convert, fastest_pre
 from fastfundus.engines.parity import ParityReport, compare
 from fastfundus.engines.runtime import BACKENDS, load_backend
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
+from fastfundus.models.activation import Activation
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["MOST_PARITY_PHOTOS", "build_bundle"]
@@ -37,6 +38,7 @@ def build_bundle(
     output: Path,
     *,
     provenance: dict[str, Any],
+    activation: Activation = "sigmoid",
     backend: str = "openvino",
     precision: str = "auto",
 ) -> tuple[Bundle, ParityReport]:
@@ -45,10 +47,12 @@ def build_bundle(
     Args:
         classifier: from normalised float [N, 3, S, S] to logits [N, L]; on the CPU.
         spec: what its photos were prepared with.
-        labels: by name of each output, in order: `temperature`, `threshold`, and whatever else should be stored.
+        labels: by name of each output, in order: `temperature`, `threshold`, `finding` (whether it makes a photo
+            positive), and whatever else should be stored.
         photos: uint8 [N, S, S, 3] held-out photos to prove the engine on; at least one.
         output: the bundle's folder; must not exist, or be a bundle, which is replaced when the new one passes.
         provenance: stored as it is: which run, which configuration.
+        activation: what makes probabilities of logits.
         backend: one of `BACKENDS`.
         precision: "fp32", "bf16", or "auto" for the fastest this machine computes in.
 
@@ -72,7 +76,8 @@ def build_bundle(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        model = ScreeningModel(classifier, spec, [float(entry["temperature"]) for entry in labels.values()]).eval()
+        temperatures = [float(entry["temperature"]) for entry in labels.values()]
+        model = ScreeningModel(classifier, spec, temperatures, activation).eval()
         export_onnx(model, spec.size, partial / "model.onnx")
         engine_file = convert(partial / "model.onnx", partial)
         expected, torch_rate = _run_torch(model, photos)

@@ -20,7 +20,7 @@ from fastfundus.spec import PreprocessSpec, fingerprint_of
 
 __all__ = ["SCHEMA", "Bundle", "hash_file", "write_bundle_json"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the bundle's files."""
 
 
@@ -33,7 +33,9 @@ class Bundle:
     labels: tuple[str, ...]
     """Names of the engine's outputs."""
     thresholds: tuple[float, ...]
-    """By label: positive at or above."""
+    """By label: reached at or above."""
+    findings: tuple[str, ...]
+    """Labels that make a photo positive when they reach their threshold."""
     about: dict[str, Any]
     """All of `bundle.json`."""
 
@@ -71,7 +73,13 @@ class Bundle:
         except FastFundusError as error:
             raise BundleError(f"{path}: {error}") from None
         labels = about["labels"]
-        return cls(path, spec, tuple(labels), tuple(float(entry["threshold"]) for entry in labels.values()), about)
+        thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
+        findings = tuple(name for name, entry in labels.items() if entry["finding"])
+        return cls(path, spec, tuple(labels), thresholds, findings, about)
+
+    def threshold_of(self, label: str) -> float:
+        """Probability at or above which a label is reached."""
+        return self.thresholds[self.labels.index(label)]
 
     @property
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from fastfundus.models.activation import Activation, activate
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["INPUT", "OUTPUT", "ScreeningModel", "export_onnx"]
@@ -27,8 +28,15 @@ class ScreeningModel(nn.Module):
     offset: Tensor
     temperature: Tensor
 
-    def __init__(self, classifier: nn.Module, spec: PreprocessSpec, temperatures: list[float]) -> None:
+    def __init__(
+        self,
+        classifier: nn.Module,
+        spec: PreprocessSpec,
+        temperatures: list[float],
+        activation: Activation = "sigmoid",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.classifier = classifier
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         # (x / 255 - mean) / std as one multiplication and one addition.
@@ -40,7 +48,7 @@ class ScreeningModel(nn.Module):
         """Normalise, classify, calibrate."""
         inputs = (photos.float() * self.scale + self.offset).permute(0, 3, 1, 2)
         logits = self.classifier(inputs)
-        return torch.sigmoid(logits / self.temperature)
+        return activate(logits / self.temperature, self.activation)
 
 
 def export_onnx(model: ScreeningModel, size: int, path: Path) -> None:

@@ -50,6 +50,8 @@ class ModelConfig:
     """"scratch", "imagenet" (timm's weights, from its hub), or a path: a FastFundus run, .safetensors or state dict."""
     drop_rate: float = 0.0
     """Dropout before the head, 0 to 0.9. Raise it when validation loss rises while training loss falls."""
+    freeze: bool = False
+    """Train the head alone (a linear probe): the backbone stays as `init` gave it, its normalisation layers too."""
 
     def __post_init__(self) -> None:
         _check_range("model.drop_rate", self.drop_rate, 0, 0.9)
@@ -59,8 +61,13 @@ class ModelConfig:
 class DataConfig:
     """Labels and the patient-grouped split."""
 
-    label: str = "auto"
-    """Manifest column to learn. For abnormality, "auto" takes `abnormal` (1 = abnormal) or else `normal` (inverted)."""
+    labels: tuple[str, ...] = ()
+    """Manifest columns to learn. Multilabel: columns of 0 and 1, as many as there are findings. The other tasks: one
+    column; abnormality takes `abnormal` (1 = abnormal) or else `normal` (inverted) if none is named, multiclass
+    `class`, ordinal `dr_grade`, and vessels the masks `mask_vessels`."""
+    findings: tuple[str, ...] = ()
+    """Outputs that make a photo positive when it is screened. None named takes every output, but for a class or label
+    that is called normal or the like."""
     split: Literal["folds", "holdout"] = "folds"
     """"folds": k-fold cross-validation by `folds` and `fold`; "holdout": one split by `test_share` and `val_share`. A
     split that the label file or `split_file` fixes goes before both."""
@@ -146,6 +153,9 @@ class OptimiserConfig:
     """Largest gradient norm; longer gradients are scaled down."""
     ema_decay: float = 0.995
     """Decay per step of the averaged weights that are validated and saved as best; 0 turns averaging off."""
+    layer_decay: float = 1.0
+    """What each layer's learning rate is multiplied by for every layer above it, 0.3 to 1 (off): early layers of a
+    pretrained backbone then change less. RETFound fine-tunes its ViT with 0.65."""
 
     def __post_init__(self) -> None:
         _check_range("optimiser.learning_rate", self.learning_rate, 1e-8, 10)
@@ -153,23 +163,30 @@ class OptimiserConfig:
         _check_range("optimiser.warmup_epochs", self.warmup_epochs, 0, 1000)
         _check_range("optimiser.clip_norm", self.clip_norm, 1e-6, 1e6)
         _check_range("optimiser.ema_decay", self.ema_decay, 0, 0.99999)
+        _check_range("optimiser.layer_decay", self.layer_decay, 0.3, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What is minimised: binary cross-entropy, and three changes to it that are off by default."""
+    """What is minimised: cross-entropy, and changes to it that are off by default."""
 
     label_smoothing: float = 0.0
     """Share of doubt put into every label, 0 to 0.5. 0.1 helps where labels are noisy; probabilities grow timid."""
     focal_gamma: float = 0.0
     """Turns attention to photos that are still wrong, 0 (off) to 5. Calibrate afterwards: probabilities move."""
     positive_weight: float = 1.0
-    """What an abnormal photo counts against a normal one, 0.01 to 100; 0 takes their ratio in the training photos, so
-    that both classes weigh the same."""
+    """What a positive label counts against a negative one, 0.01 to 100; 0 takes their ratio in the training photos for
+    each output, so that both weigh the same. Multiclass: 0 weighs classes by how rare they are; else 1."""
+    mixup: float = 0.0
+    """Photos are blended pairwise, and their labels alike, by shares drawn from Beta(mixup, mixup); 0 (off) to 1."""
+    dice: float = 0.5
+    """Vessels: share of the soft Dice loss, 0 to 1; cross-entropy has the rest."""
 
     def __post_init__(self) -> None:
         _check_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
         _check_range("loss.focal_gamma", self.focal_gamma, 0, 5)
+        _check_range("loss.mixup", self.mixup, 0, 1)
+        _check_range("loss.dice", self.dice, 0, 1)
         if self.positive_weight != 0:
             _check_range("loss.positive_weight", self.positive_weight, 0.01, 100)
 
@@ -181,23 +198,28 @@ class LoopConfig:
     epochs: int = 30
     """Passes over the training photos."""
     batch_size: int = 32
-    """Photos that go through the model at once."""
+    """Photos that go through the model at once, over all processes together."""
+    tile: int = 512
+    """Vessels: side of the tiles in pixels that are cut out of the photos, a multiple of 32; photos are not shrunk."""
+    tiles: int = 8
+    """Vessels: tiles of each photo an epoch."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """"shuffle" shows every photo once an epoch; "balanced" as many photos, but as many abnormal as normal ones: the
-    rarer are shown again, the more frequent wait for another epoch."""
+    """"shuffle" shows every photo once an epoch; "balanced" as many photos, but of every class equally many: the rarer
+    are shown again, the more frequent wait for another epoch. Multilabel counts each photo to its rarest finding."""
     first_size: float = 1.0
     """Side of the photos in the first epoch as a share of the cache's, 0.25 to 1. It grows to the full side over the
     first two thirds of the run, in four steps: early epochs cost less. For convolutional backbones."""
     accumulate: int = 1
     """Batches a step: their gradients are averaged before the weights change, as if they had been one large batch."""
     patience: int = 0
-    """Epochs without a better validation AUROC after which the run ends; 0 runs to the last epoch."""
+    """Epochs without a better score on validation after which the run ends; 0 runs to the last epoch."""
     amp: bool = True
     """Autocast for the model's forward pass; weights, loss and optimiser stay float32."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """What autocast computes in. float16 is for GPUs older than A100: its gradients are scaled to stay in range."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: "auto" compiles on CUDA and not on CPU, where it costs a minute and gains nothing measured."""
+    compile: Literal["auto", "on", "graphs", "off"] = "auto"
+    """torch.compile; "graphs" with CUDA graphs too ("reduce-overhead"). "auto" takes "graphs" on one GPU, "on" on
+    several, and "off" on a CPU, where it costs a minute and gains nothing measured."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout: "auto" means on for convolutional backbones."""
     seed: int = 0
@@ -207,6 +229,10 @@ class LoopConfig:
         _check_range("loop.epochs", self.epochs, 1, 100_000)
         _check_range("loop.batch_size", self.batch_size, 2, 65_536)
         _check_range("loop.first_size", self.first_size, 0.25, 1)
+        _check_range("loop.tile", self.tile, 32, 4096)
+        _check_range("loop.tiles", self.tiles, 1, 10_000)
+        if self.tile % 32:
+            raise ConfigError(f"loop.tile must be a multiple of 32, got {self.tile}")
         _check_range("loop.accumulate", self.accumulate, 1, 1024)
         _check_range("loop.patience", self.patience, 0, 100_000)
         _check_range("loop.seed", self.seed, 0, 2**31 - 1)
@@ -216,8 +242,9 @@ class LoopConfig:
 class TrainConfig:
     """One training run."""
 
-    task: Literal["abnormality"] = "abnormality"
-    """What is learned: "abnormality" is one output, the probability that the eye is abnormal."""
+    task: Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"] = "abnormality"
+    """What is learned: "abnormality", one probability that the eye is abnormal; "multiclass", one of several classes;
+    "multilabel", any of several findings, each known or not; "ordinal", a grade from 0; "vessels", a map."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -297,13 +324,17 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(value)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+            raise ConfigError(f"{name} must be a list of names, got {value!r}")
+        return tuple(value)
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
     return value
 
 
 def to_toml(plain: dict[str, Any]) -> str:
-    """Write plain data (one level of tables of strings, numbers and truth values) as TOML."""
+    """Write plain data (one level of tables of strings, numbers, truth values and lists of names) as TOML."""
     lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items() if not isinstance(value, dict)]
     for section, table in plain.items():
         if isinstance(table, dict):
@@ -311,6 +342,6 @@ def to_toml(plain: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: str | float | bool) -> str:
-    # TOML's strings, truth values and finite numbers are written as JSON's are.
+def _toml_value(value: str | float | bool | tuple[str, ...]) -> str:
+    # TOML's strings, truth values, finite numbers and lists are written as JSON's are.
     return json.dumps(value, ensure_ascii=False)

@@ -54,7 +54,9 @@ def test_a_mismatch_lists_what_differs() -> None:
 
 
 def test_config_round_trip(tmp_path: Path) -> None:
-    config = TrainConfig.from_dict({"model": {"init": 'a "b" \\ c'}, "loop": {"amp": False, "epochs": 3}})
+    config = TrainConfig.from_dict(
+        {"model": {"init": 'a "b" \\ c'}, "data": {"labels": ["é", "b"]}, "loop": {"amp": False, "epochs": 3}}
+    )
     path = tmp_path / "run.toml"
     path.write_text(to_toml(config.to_dict()))
     assert TrainConfig.from_toml(path) == config
@@ -69,10 +71,11 @@ def test_config_round_trip(tmp_path: Path) -> None:
         ({"loop": {"epochs": "3"}}, "loop.epochs must be int, got '3'"),
         ({"loop": {"epochs": 0}}, "loop.epochs must be 1 to 100000, got 0"),
         ({"loop": {"amp": 1}}, "loop.amp must be bool, got 1"),
-        ({"loop": {"compile": "maybe"}}, "loop.compile must be 'auto' or 'on' or 'off', got 'maybe'"),
+        ({"loop": {"compile": "maybe"}}, "loop.compile must be 'auto' or 'on' or 'graphs' or 'off', got 'maybe'"),
         ({"loop": 3}, "loop must be a table of settings, got 3"),
         ({"data": {"folds": 3, "fold": 3}}, "data.fold must be 0 to 2, got 3"),
-        ({"task": "grading"}, "task must be 'abnormality', got 'grading'"),
+        ({"task": "grading"}, "task must be 'abnormality' or .* or 'ordinal' or 'vessels', got 'grading'"),
+        ({"data": {"labels": "a"}}, "data.labels must be a list of names, got 'a'"),
         ({"optimiser": {"learning_rate": -1}}, "optimiser.learning_rate must be"),
     ],
 )

@@ -11,8 +11,9 @@ from fastfundus.data import PhotoCache
 from fastfundus.engines.build import MOST_PARITY_PHOTOS, build_bundle
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.parity import ParityReport
-from fastfundus.errors import CheckpointError
+from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.train.run import Run
 
 __all__ = ["build_from_run"]
@@ -32,8 +33,13 @@ def build_from_run(
 
     Raises:
         CheckpointError: the cache holds no photo that was kept out of training.
+        ConfigError: the run maps vessels.
     """
-    photos = PhotoCache.open(cache or run.cache)
+    if run.config.task == "vessels":
+        raise ConfigError(
+            f"{run.path} maps vessels; engines give photos probabilities so far: build one of another task"
+        )
+    photos = PhotoCache.open(*([cache] if cache else run.caches))
     photos.spec.require_same(run.spec, mine=f"the cache {photos.path}", theirs=f"the run {run.path}")
     splits = pl.read_parquet(run.path / "splits.parquet")
     learned = splits.filter(pl.col("split") == "train")["sha256"]
@@ -51,7 +57,7 @@ def build_from_run(
         "backbone": run.config.model.backbone,
         "config": run.config.to_dict(),
         "epoch": run.epoch,
-        "parity_photos": str(photos.path.absolute()),
+        "parity_photos": [str(path.absolute()) for path in photos.paths],
     }
     return build_bundle(
         run.load_model(),
@@ -60,6 +66,7 @@ def build_from_run(
         np.ascontiguousarray(photos.photos[chosen]),
         output,
         provenance=provenance,
+        activation=ACTIVATIONS[run.config.task],
         backend=backend,
         precision=precision,
     )

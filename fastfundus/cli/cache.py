@@ -190,7 +190,10 @@ def audit(
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="CSV, or Parquet by its ending.")
-@click.option("--label", default="auto", show_default=True, help="Label that the sides are balanced by.")
+@click.option(
+    "--task", type=click.Choice(["abnormality", "multiclass", "multilabel", "ordinal"]), default="abnormality"
+)
+@click.option("--label", "labels", multiple=True, help="Label that the sides are balanced by, as for train.")
 @click.option("--folds", type=click.IntRange(3, 100), help="Deal patients into folds  [default: 5]")
 @click.option("--fold", type=int, default=0, show_default=True, help="Which fold tests; the next one validates.")
 @click.option(
@@ -201,7 +204,8 @@ def audit(
 def split(
     folder: Path,
     output: Path,
-    label: str,
+    task: str,
+    labels: tuple[str, ...],
     folds: int | None,
     fold: int,
     holdout: tuple[float, float] | None,
@@ -220,14 +224,14 @@ def split(
     from fastfundus.data.audit import pair_positions
     from fastfundus.data.split import SIDES, assign_splits, write_split_file
     from fastfundus.errors import require
-    from fastfundus.train.targets import abnormality_targets, usable_rows
+    from fastfundus.train.targets import read_targets, usable_rows
 
     require("sklearn", extra="train")
     if folds and holdout:
         raise click.UsageError("give --folds or --holdout, not both")
     opened = PhotoCache.open(folder)
-    values, told = abnormality_targets(opened.manifest, label)
-    rows = usable_rows(opened.manifest, values)
+    targets = read_targets(opened.manifest, task, labels)
+    rows = usable_rows(opened.manifest, targets)
     shares = {"split": "holdout", "test_share": holdout[0], "val_share": holdout[1]} if holdout else {}
     config = DataConfig(
         folds=folds or 5,
@@ -237,12 +241,14 @@ def split(
         **shares,  # type: ignore[arg-type]
     )
     part = opened.manifest[rows]
-    dealt = assign_splits(part, values[rows], config, pair_positions(opened, rows))
+    dealt = assign_splits(part, targets.strata[rows], config, pair_positions(opened, rows))
     for note in dealt.notes:
         remark(f"note: {note}")
     write_split_file(output, part, dealt.names)
     counts = ", ".join(f"{dealt.names.count(side)} {side}" for side in SIDES)
-    click.echo(f"{output}: {len(rows)} photos with a label ({told}) of {part['patient'].n_unique()} patients: {counts}")
+    click.echo(
+        f"{output}: {len(rows)} photos with a label ({targets.told}) of {part['patient'].n_unique()} patients: {counts}"
+    )
 
 
 @cache.command()

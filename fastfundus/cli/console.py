@@ -19,8 +19,12 @@ def remark(text: str) -> None:
     click.echo(text, err=True)
 
 
-def interval_text(entry: dict[str, float]) -> str:
+def interval_text(entry: dict[str, float | None]) -> str:
     """Write a value with its interval, from the plain data of an `Interval`."""
+    if entry["value"] is None:
+        return "not estimable"
+    if entry["low"] is None:
+        return f"{entry['value']:.3f}"
     return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 

@@ -1,13 +1,17 @@
-"""The progress bar of training."""
+"""The progress bar of training, and metrics in words."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
-from fastfundus.cli.console import progress_bar, remark
-from fastfundus.train.loop import EpochResult, Observer
+from fastfundus.cli.console import interval_text, progress_bar, remark
+from fastfundus.train.observer import EpochResult, Observer
 
-__all__ = ["TrainingBar"]
+__all__ = ["TrainingBar", "metrics_lines"]
+
+_NAMES = {"auroc": "AUROC", "qwk": "quadratic kappa", "dice": "Dice", "pixels_auroc": "AUROC of all pixels"}
 
 
 class TrainingBar(Observer):
@@ -36,8 +40,24 @@ class TrainingBar(Observer):
 
     def epoch(self, result: EpochResult) -> None:
         """Write the epoch's line."""
+        scores = "  ".join(f"val {_NAMES.get(name, name)} {value:.4f}" for name, value in result.scores.items())
         remark(
             f"epoch {result.epoch}/{self._epochs}  loss {result.train_loss:.4f}  val loss {result.val_loss:.4f}  "
-            f"val AUROC {result.val_auroc:.4f}{' *' if result.best else '  '}  {result.images_per_s:.0f} images/s  "
-            f"{result.seconds:.1f} s"
+            f"{scores}{' *' if result.best else '  '}  {result.images_per_s:.0f} images/s  {result.seconds:.1f} s"
         )
+
+
+def metrics_lines(labels: Mapping[str, Mapping[str, Any]], overall: Mapping[str, Any]) -> Iterator[str]:
+    """Metrics of one set of photos: a line an output, and one of all together where there are several."""
+    for name, metrics in labels.items():
+        values = [f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in metrics.items() if _is(entry)]
+        start = f"{name}: " if len(labels) > 1 else ""
+        yield f"{start}{', '.join(values)}; {metrics['photos']} photos of {metrics['patients']} patients"
+    if len(labels) > 1 or "pixels_auroc" in overall:
+        yield "all together: " + ", ".join(
+            f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in overall.items()
+        )
+
+
+def _is(entry: object) -> bool:
+    return isinstance(entry, dict) and "low" in entry

@@ -24,7 +24,7 @@ from fastfundus.spec import PreprocessSpec
 
 __all__ = ["DUPLICATE_COLUMNS", "MANIFEST_COLUMNS", "SCHEMA", "PhotoCache"]
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the cache's files."""
 MANIFEST_COLUMNS: dict[str, Any] = {
     "path": pl.String,
@@ -42,6 +42,9 @@ MANIFEST_COLUMNS: dict[str, Any] = {
     "field_radius_px": pl.Float64,
     "field_confidence": pl.Float64,
     "field_shape": pl.String,
+    "window_x_px": pl.Int32,
+    "window_y_px": pl.Int32,
+    "window_side_px": pl.Int32,
     "quality": pl.Float64,
     "camera": pl.String,
     "pixel_spacing_mm": pl.Float64,
@@ -77,12 +80,17 @@ class PhotoCache:
     """Identifies the salt with which patients were hashed; None when they were not."""
 
     @classmethod
-    def open(cls, path: Path) -> PhotoCache:
-        """Open a cache.
+    def open(cls, path: Path, *more: Path) -> PhotoCache:
+        """Open a cache, or several as one.
 
         Raises:
             DataError: it is no cache, incomplete, damaged, or of another version of FastFundus.
+            SpecMismatch: one was prepared in another way than the first.
         """
+        if more:
+            from fastfundus.data.union import join_caches
+
+            return join_caches([cls.open(each) for each in (path, *more)])
         if not (path / "spec.json").is_file():
             unfinished = partial_folder(path).is_dir()
             hint = (
@@ -104,6 +112,11 @@ class PhotoCache:
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
         return cls(path, spec, photos, manifest, Path(about["source"]), about["salted"])
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Folders of the cache: one, but for several that are opened as one."""
+        return (self.path,)
 
     def duplicates(self) -> pl.DataFrame:
         """Pairs of photos of different patients that are or look the same: the columns are `DUPLICATE_COLUMNS`."""

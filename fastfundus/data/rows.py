@@ -65,6 +65,7 @@ def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], sa
         "field_radius_px": circle and circle.radius_px,
         "field_confidence": circle and circle.confidence,
         "field_shape": result.field_shape,
+        **dict(zip(("window_x_px", "window_y_px", "window_side_px"), result.window or (None,) * 3, strict=True)),
         "quality": result.quality,
         "pixel_spacing_mm": facts.pixel_spacing_mm,
         "look": None if image is None else look_of(image).hex(),

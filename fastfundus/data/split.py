@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,19 +63,21 @@ def group_photos(
 
 def assign_splits(
     manifest: pl.DataFrame,
-    labels: NDArray[np.float64],
+    classes: NDArray[np.int64] | None,
     config: DataConfig,
     pairs: Sequence[tuple[int, int]] = (),
 ) -> Split:
     """Say for each photo whether it trains, validates or tests.
 
     Splits that `config.split_file` or the label file fixed are kept; photos on their training side that are or look the
-    same as one of the other sides are left out. Otherwise patients are dealt, balanced by label: into `config.folds`
-    folds, of which fold `config.fold` tests, the next one validates, and the others train; or once, by the shares.
+    same as one of the other sides are left out; a side that they leave empty, as official splits often do with
+    validation, is dealt from the training patients by the shares. Otherwise patients are dealt, balanced by label: into
+    `config.folds` folds, of which fold `config.fold` tests, the next one validates, and the others train; or once, by
+    the shares.
 
     Args:
         manifest: a cache's manifest, N rows, or a part of it.
-        labels: [N] 0 or 1.
+        classes: [N] class of each photo, to be spread evenly; None where there are none.
         config: how to split.
         pairs: positions of photos of different patients that are or look the same; ignored if the config says so.
 
@@ -84,6 +86,7 @@ def assign_splits(
     """
     if config.duplicates == "ignore":
         pairs = ()
+    strata = np.zeros(len(manifest), np.int64) if classes is None else classes
     fixed = manifest["split"].to_list()
     if config.split_file:
         fixed = read_split_file(Path(config.split_file), manifest)
@@ -92,46 +95,75 @@ def assign_splits(
         _check_patients(manifest, split.names)
         if config.duplicates == "together":
             _drop_copies(manifest, split, pairs)
+        _deal_missing(manifest, strata, split, config, pairs)
     else:
-        hashes = manifest["sha256"].to_list()
-        if config.duplicates == "ignore":
-            hashes = [str(index) for index in range(len(hashes))]
-        groups = group_photos(manifest["patient"].to_list(), hashes, pairs)
-        dealt = _deal(groups, labels, config)
+        dealt = _deal(_groups(manifest, config, pairs), strata, config)
         split = Split(["excluded" if name == "excluded" else side for name, side in zip(fixed, dealt, strict=True)])
     if config.label_fraction < 1:
-        split.notes.append(_forget_labels(manifest, labels, split, config, pairs))
+        split.notes.append(_forget_labels(manifest, strata, split, config, pairs))
     for wanted in SIDES:
-        seen = {int(label) for label, name in zip(labels, split.names, strict=True) if name == wanted}
-        if seen != {0, 1}:
+        seen = {int(value) for value, name in zip(strata, split.names, strict=True) if name == wanted}
+        if not seen or (classes is not None and len(seen) < 2):
             raise DataError(
-                f"the {wanted} split has {'only label ' + str(*seen) if seen else 'no photos'}: both classes are "
-                "needed in each split; add photos, or change data.folds or data.split_seed"
+                f"the {wanted} split has {'photos of one class only' if seen else 'no photos'}: two classes at least "
+                "are needed in each split; add photos, or change data.folds or data.split_seed"
             )
     return split
 
 
+def _deal_missing(
+    manifest: pl.DataFrame,
+    strata: NDArray[np.int64],
+    split: Split,
+    config: DataConfig,
+    pairs: Sequence[tuple[int, int]],
+) -> None:
+    missing = [name for name in ("val", "test") if name not in split.names]
+    rows = np.array([row for row, name in enumerate(split.names) if name == "train"], np.int64)
+    if not missing or not len(rows):
+        return
+    place = {int(row): position for position, row in enumerate(rows)}
+    inside = [(place[a], place[b]) for a, b in pairs if a in place and b in place]
+    dealt = _deal(_groups(manifest[rows], config, inside), strata[rows], replace(config, split="holdout"))
+    for row, name in zip(rows.tolist(), dealt, strict=True):
+        if name in missing:
+            split.names[row] = name
+    counts = " and ".join(f"{split.names.count(name)} photos {name}" for name in missing)
+    split.notes.append(
+        f"the split that is given has no {' and no '.join(missing)}: of its training patients, {counts} "
+        "(data.val_share, data.test_share)"
+    )
+
+
+def _groups(manifest: pl.DataFrame, config: DataConfig, pairs: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    hashes = manifest["sha256"].to_list()
+    if config.duplicates == "ignore":
+        hashes = [str(index) for index in range(len(hashes))]
+    return group_photos(manifest["patient"].to_list(), hashes, pairs)
+
+
 def _forget_labels(
     manifest: pl.DataFrame,
-    labels: NDArray[np.float64],
+    strata: NDArray[np.int64],
     split: Split,
     config: DataConfig,
     pairs: Sequence[tuple[int, int]],
 ) -> str:
-    """Exclude training photos until a share of the training patients is left, of either class the same share.
+    """Exclude training photos until a share of the training patients is left, of every class the same share.
 
     A patient's place in line is a hash: a smaller share is a part of any larger one, whatever the fold, and photos that
     are added to the cache later change nobody's place.
     """
     hashes = manifest["sha256"].to_list()
-    groups = group_photos(manifest["patient"].to_list(), hashes, pairs)
+    groups = _groups(manifest, config, pairs)
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups.tolist()):
         if split.names[index] == "train":
             members.setdefault(group, []).append(index)
     kept = 0
-    for positive in (False, True):
-        stratum = [rows for rows in members.values() if bool(labels[rows].any()) == positive]
+    for value in np.unique(strata):
+        # A patient counts to the class of the highest number: disease before none.
+        stratum = [rows for rows in members.values() if strata[rows].max() == value]
         places = [
             hashlib.sha256(f"{config.split_seed} {min(hashes[row] for row in rows)}".encode()).digest()
             for rows in stratum
@@ -189,7 +221,7 @@ def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -
         table.write_csv(path)
 
 
-def _deal(groups: NDArray[np.int64], labels: NDArray[np.float64], config: DataConfig) -> list[str]:
+def _deal(groups: NDArray[np.int64], strata: NDArray[np.int64], config: DataConfig) -> list[str]:
     from sklearn.model_selection import StratifiedGroupKFold
 
     count = len(set(groups.tolist()))
@@ -201,10 +233,10 @@ def _deal(groups: NDArray[np.int64], labels: NDArray[np.float64], config: DataCo
         with warnings.catch_warnings():
             # Said by the caller, in our words, when a split ends up with one class.
             warnings.simplefilter("ignore", UserWarning)
-            folds = [test for _, test in splitter.split(np.zeros(len(labels)), labels, groups)]
+            folds = [test for _, test in splitter.split(np.zeros(len(strata)), strata, groups)]
     except ValueError as error:
         raise DataError(f"the photos cannot be dealt into {parts} folds: {error}; add photos") from None
-    names = np.full(len(labels), "train", dtype=object)
+    names = np.full(len(strata), "train", dtype=object)
     if config.split == "folds":
         names[folds[(config.fold + 1) % parts]] = "val"
         names[folds[config.fold]] = "test"

@@ -1,6 +1,6 @@
 """Pools the folds of a cross-validation: every photo is tested once, by the model that has not seen its patient.
 
-out_of_fold.parquet  path, sha256, patient, label, p_<label>, fold, threshold
+out_of_fold.parquet  path, sha256, patient, label_<output>, p_<output>, fold, threshold_<output>; vessels: dice, auroc
 folds.json           metrics by fold on its test patients, their mean and standard deviation, and of all together
 """
 
@@ -16,13 +16,14 @@ import polars as pl
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
-from fastfundus.evaluate.metrics import binary_metrics
+from fastfundus.evaluate.metrics import binary_metrics, mean_with_interval, overall_metrics
 from fastfundus.evaluate.operating_point import measure, read_operating_point
+from fastfundus.evaluate.vessels import measure_vessels
 from fastfundus.train.run import Run
 
 __all__ = ["pool_folds"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str, Any]:
@@ -40,37 +41,64 @@ def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str
         The content of folds.json.
 
     Raises:
-        CheckpointError: a photo is in the test part of two folds.
+        CheckpointError: a photo is in the test part of two folds, or folds learned different outputs.
     """
-    label = runs[0].labels[0]
+    task, outputs = runs[0].config.task, runs[0].labels
     parts, by_fold = [], []
     for fold, run in enumerate(runs):
-        metrics, predictions, _ = measure(run, cache)
-        by_fold.append(metrics.to_dict())
-        threshold = read_operating_point(run)["labels"][label]["threshold"]
-        parts.append(predictions.with_columns(fold=pl.lit(fold), threshold=pl.lit(threshold)))
+        if run.labels != outputs:
+            raise CheckpointError(f"{run.path}: learned {run.labels}, {runs[0].path} {outputs}; train both anew")
+        measured = (measure_vessels if task == "vessels" else measure)(run, cache)
+        by_fold.append(measured.to_dict())
+        points = read_operating_point(run)["labels"]
+        thresholds = {f"threshold_{name}": pl.lit(points[name]["threshold"]) for name in outputs}
+        parts.append(measured.predictions.with_columns(fold=pl.lit(fold), **thresholds))
     pooled = pl.concat(parts)
     twice = pooled.filter(pl.col("path").is_duplicated())["path"]
     if len(twice):
         raise CheckpointError(f"{output}: {twice[0]} is tested by two folds; train all of them with one --folds")
-    together = binary_metrics(
-        pooled[f"p_{label}"].to_numpy(),
-        pooled["label"].to_numpy(),
-        pooled["patient"].to_list(),
-        pooled["threshold"].to_numpy(),
-    )
-    spread = {
-        name: {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
-        for name in ("auroc", "sensitivity", "specificity")
-        for values in [[entry[name]["value"] for entry in by_fold]]
-    }
     document = {
         "schema": SCHEMA,
-        "label": label,
+        "task": task,
         "folds": by_fold,
-        "mean_and_sd": spread,
-        "out_of_fold": together.to_dict(),
+        "mean_and_sd": {
+            **{name: _spread([entry["labels"][name] for entry in by_fold]) for name in outputs},
+            "overall": _spread([entry["overall"] for entry in by_fold]),
+        },
+        "out_of_fold": _vessels_together(pooled) if task == "vessels" else _together(task, outputs, pooled),
     }
     pooled.write_parquet(output / "out_of_fold.parquet")
-    (output / "folds.json").write_text(json.dumps(document, indent=1) + "\n")
+    (output / "folds.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
+
+
+def _spread(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over the folds of every interval's value, of the folds in which it is known."""
+    result = {}
+    for name in (key for key, value in entries[0].items() if isinstance(value, dict)):
+        values = [entry[name]["value"] for entry in entries if entry[name]["value"] is not None]
+        if len(values) > 1:
+            result[name] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+    return result
+
+
+def _together(task: str, outputs: Sequence[str], pooled: pl.DataFrame) -> dict[str, Any]:
+    labels = {}
+    for name in outputs:
+        known = pooled.filter(pl.col(f"label_{name}").is_not_null())
+        labels[name] = binary_metrics(
+            known[f"p_{name}"].to_numpy(),
+            known[f"label_{name}"].to_numpy(),
+            known["patient"].to_list(),
+            known[f"threshold_{name}"].to_numpy(),
+        ).to_dict()
+    chances = pooled.select(f"p_{name}" for name in outputs).to_numpy()
+    truth = pooled.select(pl.col(f"label_{name}").fill_null(float("nan")) for name in outputs).to_numpy()
+    overall = overall_metrics(task, chances, truth, pooled["patient"].to_list())
+    return {"labels": labels, "overall": {name: value.to_dict() for name, value in overall.items()}}
+
+
+def _vessels_together(pooled: pl.DataFrame) -> dict[str, Any]:
+    patients = pooled["patient"].to_list()
+    means = {name: mean_with_interval(pooled[name].to_numpy(), patients).to_dict() for name in ("dice", "auroc")}
+    return {"labels": {"vessel": {"photos": len(pooled), "patients": len(set(patients)), **means}}, "overall": {}}

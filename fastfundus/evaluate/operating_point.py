@@ -1,7 +1,8 @@
 """Temperature and threshold, fitted on validation and locked; then measured on test.
 
-operating_point.json   schema, and by label: temperature, threshold, the target it was chosen for, metrics of
-                       validation and test
+operating_point.json   schema, task, and by output: temperature, threshold, the target it was chosen for, metrics of
+                       validation and test; `overall`, metrics of all outputs together
+predictions.parquet    what every photo of validation and test was given
 """
 
 from __future__ import annotations
@@ -17,100 +18,167 @@ from scipy.optimize import minimize_scalar
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, DataError
-from fastfundus.evaluate.metrics import BinaryMetrics, binary_metrics
+from fastfundus.evaluate.metrics import binary_metrics, overall_metrics
+from fastfundus.models.activation import ACTIVATIONS, Activation, probabilities
+from fastfundus.train.loss import LOSSES
 from fastfundus.train.run import Run
 from fastfundus.train.step import predict_logits
-from fastfundus.train.targets import abnormality_targets, usable_rows
+from fastfundus.train.targets import Targets, finding_outputs, read_targets, usable_rows
 
-__all__ = ["OperatingPoint", "fit_operating_point", "fit_temperature", "measure", "read_operating_point"]
+__all__ = [
+    "Measured", "fit_operating_point", "fit_temperature", "measure", "predictions_of", "read_operating_point",
+    "rows_by_split", "rows_to_measure", "write_operating_point",
+]  # fmt: skip
 
-SCHEMA = 1
+SCHEMA = 2
 _FILE = "operating_point.json"
+_WITHOUT_POSITIVES = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class OperatingPoint:
-    """How a logit becomes a probability and a decision."""
+class Measured:
+    """A run, as locked, on photos it has not learned from."""
 
-    temperature: float
-    """probability = sigmoid(logit / temperature)"""
-    threshold: float
-    """Positive at or above this probability."""
-    target_sensitivity: float
-    """The threshold is the largest that reaches this sensitivity on validation."""
+    labels: dict[str, dict[str, Any]]
+    """Metrics by output, plain data."""
+    overall: dict[str, dict[str, Any]]
+    """Of all outputs together."""
+    predictions: pl.DataFrame
+    """path, sha256, patient, label_<output>, p_<output>."""
+    which: str
+    """In words, which photos."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"photos": self.which, "labels": self.labels, "overall": self.overall}
 
 
-def fit_temperature(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
-    """Find the temperature, 0.05 to 20, with the smallest log loss.
+def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.float64], kind: Activation = "sigmoid") -> float:
+    """Find the temperature, 0.05 to 20, by which logits [N, L] are divided for the smallest log loss.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
+    import torch
+
+    scores, wanted = torch.from_numpy(logits), torch.from_numpy(truth)
 
     def loss(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return float(np.mean(np.logaddexp(0, scaled) - labels * scaled))
+        return float(LOSSES[kind](scores / float(np.exp(log_temperature)), wanted))
 
     best = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded")
     return float(np.exp(best.x))
 
 
-def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.exp(-np.logaddexp(0, -values))
+def _temperatures(logits: NDArray[np.float64], truth: NDArray[np.float64], kind: Activation) -> list[float]:
+    """One an output where outputs are apart, one for all where they share a probability."""
+    if kind != "sigmoid":
+        return [fit_temperature(logits, truth, kind)] * logits.shape[1]
+    return [
+        fit_temperature(logits[:, [output]], truth[:, [output]])
+        if len(set(truth[:, output][np.isfinite(truth[:, output])].tolist())) == 2
+        else 1.0
+        for output in range(logits.shape[1])
+    ]
 
 
-def _threshold(probabilities: NDArray[np.float64], labels: NDArray[np.float64], target: float) -> float:
+def _threshold(chances: NDArray[np.float64], labels: NDArray[np.float64], target: float) -> float:
     """Largest threshold that calls at least `target` of the positives; halfway to the next lower score."""
-    positive = np.sort(probabilities[labels == 1])[::-1]
+    positive = np.sort(chances[labels == 1])[::-1]
     needed = positive[int(np.ceil(target * len(positive))) - 1]
-    lower = probabilities[probabilities < needed]
+    lower = chances[chances < needed]
     # Halfway between two scores, so that rounding in another runtime does not flip the photo that set the threshold; to
     # zero below the lowest of all.
     return float((needed + (lower.max() if len(lower) else 0.0)) / 2)
 
 
 def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90) -> dict[str, Any]:
-    """Fit on the validation patients, measure on the test patients, write `operating_point.json` into the run.
+    """Fit on the validation patients, measure on the test patients, write both files into the run.
 
     Returns:
-        The written document.
+        The content of operating_point.json.
 
     Raises:
         SpecMismatch, CheckpointError: the cache is not the run's.
     """
-    splits = _rows_by_split(run, cache)
-    targets, _ = abnormality_targets(cache.manifest, run.config.data.label)
+    sides = rows_by_split(run, cache)
+    kind = ACTIVATIONS[run.config.task]
+    targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
     model = run.load_model()
     logits = {
-        name: predict_logits(model, cache.photos, rows, cache.spec)[:, 0].astype(np.float64)
-        for name, rows in splits.items()
+        name: predict_logits(model, cache.photos, rows, cache.spec).astype(np.float64) for name, rows in sides.items()
     }
-    temperature = fit_temperature(logits["val"], targets[splits["val"]])
-    probabilities = {name: _sigmoid(values / temperature) for name, values in logits.items()}
-    point = OperatingPoint(
-        temperature, _threshold(probabilities["val"], targets[splits["val"]], target_sensitivity), target_sensitivity
-    )
-    patients = cache.manifest["patient"].to_numpy()
-    results = {
-        name: binary_metrics(probabilities[name], targets[rows], patients[rows].tolist(), point.threshold).to_dict()
-        for name, rows in splits.items()
+    val = targets.truth[sides["val"]]
+    temperatures = _temperatures(logits["val"], val, kind)
+    chances = {name: probabilities(values / np.array(temperatures), kind) for name, values in logits.items()}
+    findings = finding_outputs(run.labels, run.config.data.findings)
+    labels: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(run.labels):
+        known = np.isfinite(val[:, number])
+        scores, truth = chances["val"][known, number], val[known, number]
+        point: dict[str, Any] = {
+            "temperature": temperatures[number],
+            "finding": name in findings,
+            "threshold": _WITHOUT_POSITIVES,
+            "target_sensitivity": None,
+            "note": "no validation photo is known to be positive: the threshold is not fitted",
+        }
+        if (truth == 1).any():
+            threshold = _threshold(scores, truth, target_sensitivity)
+            point |= {"threshold": threshold, "target_sensitivity": target_sensitivity, "note": None}
+        labels[name] = point
+    thresholds = [entry["threshold"] for entry in labels.values()]
+    measured = {
+        name: _measured(run, cache, rows, chances[name], targets, thresholds, name) for name, rows in sides.items()
     }
-    document = {
-        "schema": SCHEMA,
-        "labels": {
-            run.labels[0]: {
-                "temperature": point.temperature,
-                "threshold": point.threshold,
-                "target_sensitivity": point.target_sensitivity,
-                "validation": results["val"],
-                "test": results["test"],
-            }
-        },
-    }
-    (run.path / _FILE).write_text(json.dumps(document, indent=1) + "\n")
+    for name, entry in labels.items():
+        entry |= {"validation": measured["val"].labels[name], "test": measured["test"].labels[name]}
+    parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
+    overall = {"validation": measured["val"].overall, "test": measured["test"].overall}
+    return write_operating_point(run, labels, overall, pl.concat(parts))
+
+
+def write_operating_point(
+    run: Run, labels: dict[str, dict[str, Any]], overall: dict[str, Any], predictions: pl.DataFrame
+) -> dict[str, Any]:
+    """Write `operating_point.json` and `predictions.parquet`; returns the content of the first."""
+    document = {"schema": SCHEMA, "task": run.config.task, "labels": labels, "overall": overall}
+    predictions.write_parquet(run.path / "predictions.parquet")
+    (run.path / _FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
 
 
-def _rows_by_split(run: Run, cache: PhotoCache) -> dict[str, NDArray[np.int64]]:
+def predictions_of(
+    manifest: pl.DataFrame, outputs: tuple[str, ...], truth: NDArray[np.float64], chances: NDArray[np.float64]
+) -> pl.DataFrame:
+    """A table of path, sha256, patient, label_<output> and p_<output>; a label that is not known is null."""
+    known = [pl.Series(f"label_{name}", truth[:, n], nan_to_null=True) for n, name in enumerate(outputs)]
+    given = [pl.Series(f"p_{name}", chances[:, n]) for n, name in enumerate(outputs)]
+    return manifest.select("path", "sha256", "patient").with_columns(*known, *given)
+
+
+def _measured(
+    run: Run,
+    cache: PhotoCache,
+    rows: NDArray[np.int64],
+    chances: NDArray[np.float64],
+    targets: Targets,
+    thresholds: list[float],
+    which: str,
+) -> Measured:
+    part, truth = cache.manifest[rows], targets.truth[rows]
+    patients = part["patient"].to_numpy()
+    labels = {}
+    for number, name in enumerate(run.labels):
+        known = np.isfinite(truth[:, number])
+        labels[name] = binary_metrics(
+            chances[known, number], truth[known, number], patients[known].tolist(), thresholds[number]
+        ).to_dict()
+    overall = overall_metrics(run.config.task, chances, truth, patients.tolist())
+    table = predictions_of(part, run.labels, truth, chances)
+    return Measured(labels, {name: value.to_dict() for name, value in overall.items()}, table, which)
+
+
+def rows_by_split(run: Run, cache: PhotoCache) -> dict[str, NDArray[np.int64]]:
     """Rows of the run's validation and test photos in its cache."""
     cache.spec.require_same(run.spec, mine=f"the cache {cache.path}", theirs=f"the run {run.path}")
     splits = pl.read_parquet(run.path / "splits.parquet")
@@ -140,32 +208,40 @@ def read_operating_point(run: Run) -> dict[str, Any]:
     return document
 
 
-def measure(run: Run, cache: PhotoCache) -> tuple[BinaryMetrics, pl.DataFrame, str]:
-    """Apply a run, as locked, to photos it has not learned from.
+def rows_to_measure(run: Run, cache: PhotoCache, usable: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
+    """Photos that a run has not learned from: its test patients, or of other caches all whose bytes it has not seen.
 
-    On the run's own cache these are its test patients; on another, every usable photo whose bytes were not in the run's
-    training or validation.
+    Args:
+        run: what is to be measured.
+        cache: its own, or another.
+        usable: rows of the cache that are labelled.
 
     Returns:
-        Metrics, predictions (path, sha256, patient, label, p_<label>), and in words which photos they are of.
+        Rows, and in words which they are.
     """
     cache.spec.require_same(run.spec, mine=f"the cache {cache.path}", theirs=f"the run {run.path}")
-    point = read_operating_point(run)["labels"][run.labels[0]]
+    if tuple(path.absolute() for path in cache.paths) == run.caches:
+        return rows_by_split(run, cache)["test"], "test patients"
     splits = pl.read_parquet(run.path / "splits.parquet")
-    targets, _ = abnormality_targets(cache.manifest, run.config.data.label)
-    if cache.path.absolute() == run.cache:
-        rows, which = _rows_by_split(run, cache)["test"], "test patients"
-    else:
-        seen = set(splits.filter(pl.col("split").is_in(["train", "val"]))["sha256"])
-        usable = usable_rows(cache.manifest, targets)
-        hashes = cache.manifest["sha256"].to_list()
-        rows = np.array([row for row in usable if hashes[row] not in seen], dtype=np.int64)
-        which = f"external photos ({len(usable) - len(rows)} left out: the run learned from them)"
-    if len(set(targets[rows].tolist())) < 2:
+    seen = set(splits.filter(pl.col("split").is_in(["train", "val"]))["sha256"])
+    hashes = cache.manifest["sha256"].to_list()
+    rows = np.array([row for row in usable if hashes[row] not in seen], dtype=np.int64)
+    return rows, f"external photos ({len(usable) - len(rows)} left out: the run learned from them)"
+
+
+def measure(run: Run, cache: PhotoCache) -> Measured:
+    """Apply a run, as locked, to photos it has not learned from.
+
+    Raises:
+        DataError: the photos show one class only.
+    """
+    points = read_operating_point(run)["labels"]
+    targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
+    rows, which = rows_to_measure(run, cache, usable_rows(cache.manifest, targets))
+    if not any(len(set(column[np.isfinite(column)].tolist())) == 2 for column in targets.truth[rows].T):
         raise DataError("the photos to evaluate do not show both classes; add photos", path=cache.path)
-    logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec)[:, 0].astype(np.float64)
-    probabilities = _sigmoid(logits / point["temperature"])
-    part = cache.manifest[rows].select("path", "sha256", "patient")
-    predictions = part.with_columns(label=pl.Series(targets[rows]), **{f"p_{run.labels[0]}": pl.Series(probabilities)})
-    metrics = binary_metrics(probabilities, targets[rows], part["patient"].to_list(), point["threshold"])
-    return metrics, predictions, which
+    temperatures = np.array([points[name]["temperature"] for name in run.labels])
+    logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec).astype(np.float64)
+    chances = probabilities(logits / temperatures, ACTIVATIONS[run.config.task])
+    thresholds = [points[name]["threshold"] for name in run.labels]
+    return _measured(run, cache, rows, chances, targets, thresholds, which)

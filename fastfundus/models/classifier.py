@@ -5,16 +5,24 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.models.foreign import read_foreign
 
-__all__ = ["InitReport", "check_backbone", "create_model", "load_state", "uses_channels_last"]
+__all__ = [
+    "InitReport",
+    "check_backbone",
+    "create_model",
+    "freeze_backbone",
+    "load_state",
+    "load_timm",
+    "uses_channels_last",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,10 @@ def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitRepo
     """
     check_backbone(config.backbone)
     if config.init == "imagenet":
-        return _from_hub(config, outputs)
+        model = load_timm(config.backbone, num_classes=outputs, drop_rate=config.drop_rate)
+        classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
+        head = tuple(name for name, _ in classifier.named_parameters())
+        return model, InitReport("imagenet", len(model.state_dict()) - len(head), head)
     model = timm.create_model(config.backbone, pretrained=False, num_classes=outputs, drop_rate=config.drop_rate)
     if config.init == "scratch":
         return model, InitReport("scratch", 0, ())
@@ -70,48 +81,46 @@ def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitRepo
     return model, _take_over(model, state, config.init)
 
 
-def _from_hub(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]:
+def load_timm(backbone: str, **options: Any) -> nn.Module:
+    """Timm's model with its published weights, from its hub or the hub's cache on this machine.
+
+    Raises:
+        CheckpointError: timm has none for this backbone, or the hub cannot be reached.
+    """
+    known = timm.list_pretrained(f"{backbone}*")
+    if not any(name.split(".")[0] == backbone.split(".")[0] for name in known):
+        raise CheckpointError(
+            f"timm has no published weights for {backbone}; give another model.backbone, or a file as model.init"
+        )
     try:
-        model = timm.create_model(config.backbone, pretrained=True, num_classes=outputs, drop_rate=config.drop_rate)
+        return timm.create_model(backbone, pretrained=True, **options)
     except Exception as error:
         # The hub client raises its own, urllib's, ssl's and requests' errors: all mean that the weights are not here.
         raise CheckpointError(
-            f"the ImageNet weights of {config.backbone} cannot be fetched ({type(error).__name__}); on a machine "
-            "without network, copy timm's .safetensors file here and give its path as model.init"
+            f"the ImageNet weights of {backbone} cannot be fetched ({type(error).__name__}); on a machine without "
+            f"network, copy timm's .safetensors file here (timm/{known[0]} on huggingface.co) and give its path as "
+            "model.init"
         ) from None
-    head = tuple(name for name, _ in model.get_classifier().named_parameters())
-    return model, InitReport("imagenet", len(model.state_dict()) - len(head), head)
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Read weights from a run folder, a .safetensors file or a state dict.
-
-    Files from elsewhere are untrusted: pickles are read with ``weights_only=True``, which runs no code.
+    """Read weights from a run folder, or from any file that `read_foreign` reads; runs no code from it.
 
     Raises:
         CheckpointError: the file is missing or holds no plain tensors.
     """
-    file = path / "best.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file}: is not there; give a run folder, a .safetensors file or a state dict")
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model_state_dict", "model"):
-                if isinstance(state, dict) and isinstance(state.get(key), dict):
-                    state = state[key]
-    except Exception as error:
-        # Unpicklers and safetensors raise many kinds of errors on files that are not theirs.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{file}: cannot be read as weights ({reason}); only tensors are accepted, never pickled code"
-        ) from None
-    tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{file}: holds no tensors")
-    return tensors
+    return read_foreign(path / "best.safetensors" if path.is_dir() else path)[0]
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave the head alone to be trained: other weights stay, and so do the statistics of normalisation layers."""
+    head = {id(parameter) for part in _head_names(model) for parameter in model.get_submodule(part).parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in head)
+    heads = [model.get_submodule(part) for part in _head_names(model)]
+    model.eval()
+    for part in heads:
+        part.train()
 
 
 def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitReport:

@@ -37,6 +37,8 @@ class ScreenedPhoto:
     prepared: PreparedPhoto
     probabilities: tuple[float, ...] | None
     """By label of the bundle; None unless the status is `ok`."""
+    score: float | None
+    """The largest probability of a finding."""
     decision: str | None
     """"positive" or "negative" at the bundle's thresholds for `ok`, "retake" for `ungradable`, else None."""
 
@@ -144,7 +146,10 @@ def _rows(
     for source, prepared in group:
         if prepared.status is Status.OK:
             values = tuple(float(value) for value in next(scores))
-            positive = any(value >= limit for value, limit in zip(values, bundle.thresholds, strict=True))
-            yield ScreenedPhoto(source, prepared, values, "positive" if positive else "negative")
+            found = {name: value for name, value in zip(bundle.labels, values, strict=True) if name in bundle.findings}
+            positive = any(value >= bundle.threshold_of(name) for name, value in found.items())
+            yield ScreenedPhoto(source, prepared, values, max(found.values()), "positive" if positive else "negative")
         else:
-            yield ScreenedPhoto(source, prepared, None, "retake" if prepared.status is Status.UNGRADABLE else None)
+            yield ScreenedPhoto(
+                source, prepared, None, None, "retake" if prepared.status is Status.UNGRADABLE else None
+            )

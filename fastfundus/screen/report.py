@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import heapq
-import io
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jinja2
-import matplotlib
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
+from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import Status
 from fastfundus.screen.pipeline import ScreenedPhoto, Timing
 
@@ -42,14 +40,14 @@ class Gallery:
     def add(self, photo: ScreenedPhoto) -> None:
         """Look at one result."""
         image = photo.prepared.image
-        if photo.probabilities is None:
+        if photo.score is None:
             if len(self.others) < MOST_SHOWN:
-                self.others.append((photo.source.name, "" if image is None else _thumbnail(image)))
+                self.others.append((photo.source.name, "" if image is None else thumbnail(image, _THUMB_PX)))
             return
-        score = max(photo.probabilities)
+        score = photo.score
         if image is not None and (len(self._worst) < MOST_SHOWN or score > self._worst[0][0]):
             # Among equals the earlier photo stays: the count falls.
-            entry = (score, -next(self._count), photo.source.name, _thumbnail(image))
+            entry = (score, -next(self._count), photo.source.name, thumbnail(image, _THUMB_PX))
             push = heapq.heappush if len(self._worst) < MOST_SHOWN else heapq.heappushpop
             push(self._worst, entry)
 
@@ -59,20 +57,11 @@ class Gallery:
         return [(name, thumb) for _, _, name, thumb in sorted(self._worst, reverse=True)]
 
 
-def _thumbnail(image: NDArray[np.uint8]) -> str:
-    small = cv2.resize(image, (_THUMB_PX, _THUMB_PX), interpolation=cv2.INTER_AREA)
-    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
-
-
 def _histogram(scores: NDArray[np.float64], threshold: float, label: str) -> str:
     """Scores as an SVG picture, counts on a square-root axis so that few positives stay visible."""
-    matplotlib.use("svg")
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "fastfundus"}):
-        figure = Figure(figsize=(7.2, 2.5), layout="constrained")
-        axes = figure.subplots()
+    def draw(plots: Sequence[Any]) -> None:
+        axes = plots[0]
         edges = np.linspace(0, 1, 41)
         counts, _ = np.histogram(scores, edges)
         middle = (edges[:-1] + edges[1:]) / 2
@@ -93,12 +82,8 @@ def _histogram(scores: NDArray[np.float64], threshold: float, label: str) -> str
         )
         axes.set_yscale("function", functions=(np.sqrt, np.square))
         axes.set(xlim=(0, 1), xlabel=f"probability of {label}", ylabel="photos")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        picture = io.StringIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    svg = picture.getvalue()
-    return svg[svg.index("<svg") :]
+
+    return as_svg(draw, columns=1)
 
 
 def write_report(
@@ -122,7 +107,8 @@ def write_report(
         source: what was screened, in words.
         finished: when.
     """
-    label = bundle.labels[0]
+    # Of several findings the first is shown; results.csv has them all.
+    label = bundle.findings[0] if bundle.findings else bundle.labels[0]
     about = bundle.about["labels"][label]
     decisions = Counter(results["decision"].to_list())
     statuses = Counter(results["status"].to_list())
@@ -142,7 +128,7 @@ def write_report(
         statuses=[(status.value, statuses.get(status.value, 0)) for status in Status],
         not_screened=len(results) - statuses.get("ok", 0) - statuses.get("ungradable", 0),
         reasons=reasons.most_common(20),
-        histogram=_histogram(scores, bundle.thresholds[0], label) if len(scores) else "",
+        histogram=_histogram(scores, float(about["threshold"]), label) if len(scores) else "",
         worst=[(rows[name], thumb) for name, thumb in gallery.worst],
         others=[(rows[name], thumb) for name, thumb in gallery.others],
         others_total=len(results) - statuses.get("ok", 0),
@@ -158,4 +144,6 @@ def write_report(
 
 
 def _interval(entry: dict[str, Any]) -> str:
+    if entry["value"] is None:
+        return "not estimable"
     return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"

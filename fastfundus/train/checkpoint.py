@@ -12,6 +12,7 @@ import torch
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.train.distributed import World
 from fastfundus.train.run import SCHEMA, replaced
 from fastfundus.train.step import AveragedModel
 
@@ -27,8 +28,10 @@ class TrainState:
     step: int = 0
     """Steps done in the epoch under way."""
     loss_sum: float = 0.0
-    best_auroc: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
+    rng: list[torch.Tensor] = field(default_factory=list)
+    """State of torch's random numbers, by process."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """Of float16's gradient scaling; empty without it."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -52,7 +55,6 @@ def checkpoint(
         "averaged": averaged.module.state_dict(),
         "averaged_steps": averaged.steps,
         "optimiser": optimiser.state_dict(),
-        "rng": torch.get_rng_state(),
     }
 
 
@@ -64,6 +66,7 @@ def restore(
     model: torch.nn.Module,
     averaged: AveragedModel,
     optimiser: torch.optim.Optimizer,
+    world: World,
 ) -> TrainState:
     """Put model, average, optimiser and random numbers back to where `last.ckpt` left them.
 
@@ -75,7 +78,7 @@ def restore(
         saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
-    if saved.get("schema") != SCHEMA or saved["config"] != config.to_dict():
+    if saved.get("schema") != SCHEMA or TrainConfig.from_dict(saved["config"]) != config:
         raise ConfigError(
             f"{output}: was started with other settings; resume takes them from its config.toml unchanged"
         )
@@ -85,8 +88,11 @@ def restore(
     averaged.module.load_state_dict(saved["averaged"])
     averaged.steps = saved["averaged_steps"]
     optimiser.load_state_dict(saved["optimiser"])
-    torch.set_rng_state(saved["rng"])
-    return TrainState(**saved["state"])
+    state = TrainState(**saved["state"])
+    # With another number of processes, dropout is drawn anew: each is seeded by its number already.
+    if len(state.rng) == world.size:
+        torch.set_rng_state(state.rng[world.rank])
+    return state
 
 
 def save_atomically(value: dict[str, Any], file: Path) -> None:

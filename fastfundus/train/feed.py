@@ -1,8 +1,12 @@
-"""Batches for training: pixels from the cache, changed and normalised by `sample`, one batch ahead of the model."""
+"""Batches for training: pixels from the cache, changed and normalised by `sample`, one batch ahead of the model.
+
+Where the pixels are: in the GPU's memory when they fit beside the training, else read into pinned memory by a thread
+and copied while the GPU computes; on a CPU, read and sampled by that thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastfundus.data.store import PhotoArray
-from fastfundus.kernels.ops import sample
+from fastfundus.kernels.ops import sample_ragged
 
-__all__ = ["balanced_order", "epoch_batches", "epoch_order", "one_ahead", "parts_of"]
+__all__ = ["PhotoFeed", "balanced_order", "epoch_order", "one_ahead", "parts_of"]
 
 _Batch = TypeVar("_Batch")
+_COPIES = 2
+"""Pinned buffers: one is filled while the other is copied."""
 
 
 def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -32,23 +38,25 @@ def _whole_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np
     return [order[start : start + batch_size] for start in range(0, len(order) - batch_size + 1, batch_size)]
 
 
-def balanced_order(labels: NDArray[np.float64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Shuffle an epoch into whole batches in which, over the epoch, both classes come equally often.
+def balanced_order(strata: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Shuffle an epoch into whole batches in which, over the epoch, all classes come equally often.
 
-    Each class is gone through in a shuffled order, again and again if it is the rarer one: no photo is shown twice more
+    Each class is gone through in a shuffled order, again and again if it is a rarer one: no photo is shown twice more
     often than another of its class. Like `epoch_order` it depends on seed and epoch alone, so that ranks can share it.
 
     Args:
-        labels: [N] 0 or 1, both of them present.
+        strata: [N] class of each photo.
         batch_size: photos a batch.
         seed: of the run.
         epoch: counted from 0.
     """
     generator = np.random.default_rng([seed, epoch, 0xBA])
-    half = len(labels) // 2
+    classes = np.unique(strata)
     drawn = []
-    for value, count in ((0, len(labels) - half), (1, half)):
-        own = np.flatnonzero(labels == value)
+    for number, value in enumerate(classes):
+        # N photos in all: the first classes take one more where N is no multiple.
+        count = (len(strata) - number - 1) // len(classes) + 1
+        own = np.flatnonzero(strata == value)
         rounds = [generator.permutation(own) for _ in range(-(-count // len(own)))]
         drawn.append(np.concatenate(rounds)[:count])
     return _whole_batches(generator.permutation(np.concatenate(drawn)), batch_size)
@@ -59,48 +67,100 @@ def parts_of(batch: NDArray[np.int64], accumulate: int) -> list[NDArray[np.int64
     return [part for part in np.array_split(batch, accumulate) if len(part)]
 
 
-def epoch_batches(
-    photos: PhotoArray,
-    rows: NDArray[np.int64],
-    targets: NDArray[np.float64],
-    batches: list[NDArray[np.int64]],
-    geometry: NDArray[np.float32],
-    colour: NDArray[np.float32],
-    *,
-    size: int,
-    device: torch.device,
-    channels_last: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs [B, 3, size, size] float32 and targets [B, 1], while a thread makes the next batch.
+class PhotoFeed:
+    """Hands out changed photos by row, from wherever their pixels are.
 
     Args:
         photos: uint8 [*, S, S, 3], the cache.
-        rows: [N] training rows of the cache.
-        targets: [N] 0 or 1.
-        batches: positions into `rows`, from `epoch_order`.
-        geometry: [N, 2, 3], from `draw_epoch`.
-        colour: [N, 3, 4], from `draw_epoch`.
-        size: side of the inputs in pixels; the geometry is of the cache's side.
+        rows: [N] rows that will be asked for.
         device: where the model is.
-        channels_last: memory layout of the inputs.
+        room: bytes of the GPU's memory that may be filled with photos; 0 reads them batch by batch.
     """
-    side = photos.shape[1]
-    # Output positions are stretched to those of the cache's side first.
-    geometry = geometry * np.array([side / size, side / size, 1], np.float32)
 
-    def make(batch: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def __init__(self, photos: PhotoArray, rows: NDArray[np.int64], device: torch.device, *, room: int = 0) -> None:
+        self._photos, self._device = photos, device
+        self._side = photos.shape[1]
+        self._bytes = 3 * self._side**2
+        self._place: dict[int, int] = {}
+        self._pixels: Tensor | None = None
+        self.resident = 0 < len(rows) * self._bytes <= room
+        if self.resident:
+            self._place = {int(row): place for place, row in enumerate(rows)}
+            self._pixels = torch.empty(len(rows) * self._bytes, dtype=torch.uint8, device=device)
+            for place, row in enumerate(rows):
+                own = self._pixels[place * self._bytes : (place + 1) * self._bytes]
+                own.copy_(torch.from_numpy(np.array(photos[row]).reshape(-1)))
+        self._pinned: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._turn = 0
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda" and not self.resident:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin(
+        self,
+        rows: NDArray[np.int64],
+        geometry: NDArray[np.float32],
+        colour: NDArray[np.float32],
+        size: int,
+        *,
+        nearest: bool = False,
+    ) -> Callable[[], Tensor]:
+        """Start to make a batch, in whatever thread; the result finishes it, in the thread of the model.
+
+        Args:
+            rows: [B] rows of the cache.
+            geometry: [B, 2, 3], as for `sample`.
+            colour: [B, 3, 4].
+            size: side of the batch in pixels.
+            nearest: take the nearest pixel, as for masks.
+
+        Returns:
+            What gives [B, 3, size, size] float32, channels-last, on the device.
+        """
+        matrices = torch.from_numpy(geometry), torch.from_numpy(colour)
+        sizes = torch.full((len(rows), 2), self._side, dtype=torch.int32)
+        offsets = torch.arange(len(rows)) * self._bytes
+        if self._pixels is not None:
+            pixels, places = self._pixels, torch.tensor([self._place[int(row)] for row in rows])
+            return lambda: sample_ragged(pixels, places * self._bytes, sizes, *matrices, size, nearest=nearest)
+        if self._stream is None:
+            host = self._read(rows, torch.empty(len(rows) * self._bytes, dtype=torch.uint8))
+            made = sample_ragged(host, offsets, sizes, *matrices, size, nearest=nearest)
+            return lambda: made
+        copied, event = self._copy(rows)
+
+        def finish() -> Tensor:
+            # The model's stream waits for the copy; this thread does not.
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(event)
+            copied.record_stream(stream)
+            return sample_ragged(copied, offsets, sizes, *matrices, size, nearest=nearest)
+
+        return finish
+
+    def _read(self, rows: NDArray[np.int64], into: Tensor) -> Tensor:
         # Reading a memory map in ascending order is kinder to disks than in shuffled order.
-        sequence = np.argsort(rows[batch])
-        pixels = np.empty((len(batch), side, side, 3), np.uint8)
-        for position in sequence:
-            pixels[position] = photos[rows[batch[position]]]
-        images = torch.from_numpy(pixels).to(device, non_blocking=True)
-        inputs = sample(images, torch.from_numpy(geometry[batch]), torch.from_numpy(colour[batch]), size)
-        if not channels_last:
-            inputs = inputs.contiguous()
-        return inputs, torch.from_numpy(targets[batch]).float()[:, None].to(device, non_blocking=True)
+        pixels = into.numpy().reshape(len(rows), self._side, self._side, 3)
+        for position in np.argsort(rows):
+            pixels[position] = self._photos[rows[position]]
+        return into
 
-    yield from one_ahead(make, batches)
+    def _copy(self, rows: NDArray[np.int64]) -> tuple[Tensor, torch.cuda.Event]:
+        """Read photos into pinned memory, and start their way to the GPU."""
+        needed, turn = len(rows) * self._bytes, self._turn
+        self._turn = (turn + 1) % _COPIES
+        if turn in self._pinned:
+            self._pinned[turn][1].synchronize()  # this buffer's last copy; long done, unless the disk is that fast
+        room = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
+        if len(room) < needed:
+            room = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+        buffer = self._read(rows, room[:needed])
+        with torch.cuda.stream(self._stream):
+            copied = buffer.to(self._device, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        self._pinned[turn] = room, event
+        return copied, event
 
 
 def one_ahead(

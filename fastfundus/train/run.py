@@ -1,11 +1,13 @@
 """A run folder: what a training run leaves behind, and how others read it.
 
 config.toml          the resolved configuration
-splits.parquet       path, sha256, patient, label, split of every photo that took part
+splits.parquet       path, sha256, patient, label_<output>, split of every photo that took part
 metrics.csv          a line an epoch
 best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
 last.ckpt            everything that resuming needs
 operating_point.json temperature and threshold, fitted on validation; and results on validation and test
+predictions.parquet  path, sha256, patient, split, label_<output>, p_<output> of every photo of validation and test
+run.html             curves, ROC, the worst errors: one page
 environment.json     versions and machine
 events.out.*         the metrics for TensorBoard
 """
@@ -31,11 +33,12 @@ from torch import Tensor, nn
 from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.models.classifier import create_model
+from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["SCHEMA", "Run", "describe_environment", "replaced", "save_best"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the run folder's files."""
 
 
@@ -48,12 +51,12 @@ class Run:
     spec: PreprocessSpec
     labels: tuple[str, ...]
     """Names of the model's outputs."""
-    cache: Path
-    """The cache it was trained on."""
+    caches: tuple[Path, ...]
+    """The caches it was trained on."""
     epoch: int
     """Of the best checkpoint, from 1."""
-    auroc: float
-    """On validation, of the best checkpoint."""
+    score: tuple[str, float]
+    """Name and value on validation, of the best checkpoint."""
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -74,19 +77,22 @@ class Run:
             # Whatever safetensors or json find wrong with the file, it is not one of ours.
             raise CheckpointError(f"{file}: is not a FastFundus checkpoint ({type(error).__name__})") from None
         if about["schema"] != SCHEMA:
-            raise CheckpointError(f"{file}: has schema {about['schema']}, this FastFundus reads {SCHEMA}")
+            raise CheckpointError(
+                f"{file}: has schema {about['schema']}, this FastFundus reads {SCHEMA}; train it again"
+            )
         try:
             config, spec = TrainConfig.from_dict(about["config"]), PreprocessSpec.from_dict(about["spec"])
         except FastFundusError as error:
             raise CheckpointError(f"{file}: {error}") from None
-        return cls(
-            path, config, spec, tuple(about["labels"]), Path(about["cache"]), int(about["epoch"]), float(about["auroc"])
-        )
+        caches = tuple(map(Path, about["caches"]))
+        name, score = about["score"]
+        return cls(path, config, spec, tuple(about["labels"]), caches, int(about["epoch"]), (name, float(score)))
 
     def load_model(self) -> nn.Module:
         """Build the network with the best weights, in evaluation mode, float32 on the CPU."""
         plain = ModelConfig(backbone=self.config.model.backbone)
-        model, _ = create_model(plain, len(self.labels))
+        create = create_segmenter if self.config.task == "vessels" else create_model
+        model, _ = create(plain, len(self.labels))
         model.load_state_dict(load_file(self.path / "best.safetensors"))
         return model.eval()
 
@@ -98,9 +104,9 @@ def save_best(
     config: TrainConfig,
     spec: PreprocessSpec,
     labels: tuple[str, ...],
-    cache: Path,
+    caches: tuple[Path, ...],
     epoch: int,
-    auroc: float,
+    score: tuple[str, float],
 ) -> None:
     """Write `best.safetensors` with the description that `Run.open` reads.
 
@@ -113,9 +119,9 @@ def save_best(
         "spec": spec.to_dict(),
         "fingerprint": spec.fingerprint,
         "labels": list(labels),
-        "cache": str(cache.absolute()),
+        "caches": [str(cache.absolute()) for cache in caches],
         "epoch": epoch,
-        "auroc": auroc,
+        "score": list(score),
     }
     # The file format has one memory layout: channels-last weights are written in the ordinary order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from fastfundus.config import LoopConfig, OptimiserConfig
@@ -15,15 +17,22 @@ from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
+from fastfundus.train.distributed import World
 
 __all__ = ["AveragedModel", "TrainStep", "build_optimiser", "predict_logits"]
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW; biases and normalisation layers (tensors of one dimension) are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    spared = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    """AdamW; biases and normalisation layers (tensors of one dimension) are not decayed, frozen weights not held."""
+    if config.layer_decay < 1:
+        # timm knows in which order the layers of its backbones come.
+        groups = param_groups_layer_decay(model, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+    else:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
@@ -56,12 +65,14 @@ class TrainStep:
 
     Args:
         model: what is trained.
-        forward: the model, or what torch.compile made of it.
+        forward: the model, or what torch.compile and `World.spread` made of it.
         optimiser: of its weights.
         config: autocast.
-        loss: a scalar from logits and targets, both float32 [N, L].
+        loss: a scalar from logits and truth, both float32.
         clip_norm: largest gradient norm.
         device: where the model is.
+        world: the processes that share each batch.
+        graphs: whether the forward pass is replayed as a CUDA graph.
     """
 
     def __init__(
@@ -74,36 +85,47 @@ class TrainStep:
         *,
         clip_norm: float,
         device: torch.device,
+        world: World | None = None,
+        graphs: bool = False,
     ) -> None:
+        self.world, self.graphs = world or World(), graphs
         self.model, self.forward, self.optimiser, self.loss = model, forward, optimiser, loss
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.amp, self.dtype, self.clip_norm = config.amp, getattr(torch, config.amp_dtype), clip_norm
         # float16 underflows below 6e-8: the loss is scaled up before backward, and gradients down after it.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
 
-    def __call__(self, parts: Iterable[tuple[Tensor, Tensor]], count: int, rate: float) -> Tensor:
+    def __call__(self, parts: Iterable[tuple[Tensor, Tensor]], count: int, rate: float, *, pieces: int = 1) -> Tensor:
         """Learn from a batch that comes in parts.
 
         Args:
-            parts: inputs [N, 3, S, S] float32, channels-last where that pays, and targets [N, L] float32.
-            count: photos of all parts together; the loss is their mean.
+            parts: inputs [N, 3, S, S] float32, channels-last where that pays, and truth float32: this process's own.
+            count: photos of all parts of all processes together.
             rate: learning rate.
+            pieces: how many parts there are; alone, a process need not know.
 
         Returns:
-            The mean loss, a scalar that has not been waited for.
+            This process's share of the mean loss, a scalar that has not been waited for.
         """
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimiser.zero_grad(set_to_none=True)
         total: Tensor | None = None
-        for inputs, targets in parts:
-            with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
-                logits = self.forward(inputs)
-            share = self.loss(logits.float(), targets) * (len(inputs) / count)
-            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        for number, (inputs, truth) in enumerate(parts, start=1):
+            if self.graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            # Processes add up their gradients once a step, not once a part.
+            alone = number == pieces or self.world.size == 1
+            with nullcontext() if alone else self.forward.no_sync():  # type: ignore[attr-defined]
+                with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
+                    logits = self.forward(inputs)
+                share = self.loss(logits.float(), truth) * (len(inputs) / count)
+                # Gradients are averaged over the processes, but their shares of the loss are to be added.
+                self.scaler.scale(share * self.world.size).backward()  # type: ignore[no-untyped-call]
             total = share.detach() if total is None else total + share.detach()
         assert total is not None
         self.scaler.unscale_(self.optimiser)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return total
@@ -147,4 +169,4 @@ def predict_logits(
         inputs = sample(images, geometry, colour, spec.size, torch.float32)
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
             parts.append(model(inputs).float().cpu().numpy())
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)

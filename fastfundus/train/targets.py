@@ -1,59 +1,193 @@
-"""What a task learns from a manifest's columns."""
+"""What a task learns from a manifest's columns: truth by output, NaN where it is not known."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
-from fastfundus.errors import DataError, close_matches
+from fastfundus.errors import ConfigError, DataError, close_matches
 from fastfundus.records import Status
 
-__all__ = ["OUTPUT_LABELS", "abnormality_targets", "usable_rows"]
+__all__ = ["NORMAL_NAMES", "Targets", "finding_outputs", "grades", "read_targets", "usable_rows"]
 
-OUTPUT_LABELS = {"abnormality": ("abnormal",)}
-"""Names of a model's outputs, by task, as results show them."""
+NORMAL_NAMES = frozenset(
+    {"normal", "healthy", "no_finding", "no finding", "no dr", "no_dr", "nodr", "eye_n", "negative"}
+)
+"""Names, lower case, of outputs that say that nothing was found."""
+_MOST_CLASSES = 1000
 
 
-def abnormality_targets(manifest: pl.DataFrame, label: str) -> tuple[NDArray[np.float64], str]:
-    """Read abnormality from a column.
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Truth of every photo of a manifest."""
+
+    truth: NDArray[np.float64]
+    """[N, L] 1 where the output should say yes, 0 where no, NaN where it is not known."""
+    outputs: tuple[str, ...]
+    """L names, as results show them."""
+    told: str
+    """In words what is learned."""
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """[N] one class a photo, by which splits and samplers balance: 0, or 1 + its rarest output that is true."""
+        known = np.nan_to_num(self.truth)
+        rare_first = np.argsort(known.sum(axis=0), kind="stable")
+        result = np.zeros(len(known), np.int64)
+        for output in rare_first[::-1]:
+            result[known[:, output] == 1] = 1 + output
+        return result
+
+
+def read_targets(
+    manifest: pl.DataFrame, task: str, labels: tuple[str, ...] = (), outputs: tuple[str, ...] = ()
+) -> Targets:
+    """Read the truth of a task.
 
     Args:
         manifest: a cache's manifest, N rows.
-        label: a column of 0 and 1 in which 1 means abnormal, except that in a column named `normal` 1 means normal;
-            "auto" takes `abnormal` or else `normal`.
-
-    Returns:
-        [N] 1.0 abnormal, 0.0 normal, NaN unknown; and in words where it came from.
+        task: of the config, but not "vessels".
+        labels: as `DataConfig.labels`.
+        outputs: of a run that is to be measured on these photos; empty takes what the manifest holds.
 
     Raises:
-        DataError: the column is absent, or holds other values.
+        DataError: a column is absent, or holds other values.
+        ConfigError: too many or too few columns are named.
     """
+    return _READERS[task](manifest, labels, outputs)
+
+
+def usable_rows(manifest: pl.DataFrame, targets: Targets) -> NDArray[np.int64]:
+    """Rows that can teach or test: the photo is `ok`, and something about it is known."""
+    usable = (manifest["status"] == Status.OK.value).to_numpy() & np.isfinite(targets.truth).any(axis=1)
+    return np.flatnonzero(usable)
+
+
+def finding_outputs(outputs: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """Outputs that make a photo positive.
+
+    Raises:
+        ConfigError: `chosen` names an output that there is not.
+    """
+    for name in chosen:
+        if name not in outputs:
+            raise ConfigError(f"data.findings names {name!r}, which is no output{close_matches(name, outputs)}")
+    return chosen or tuple(name for name in outputs if name.lower() not in NORMAL_NAMES) or outputs
+
+
+def grades(reached: NDArray[np.floating | np.bool_]) -> NDArray[np.int64]:
+    """[N] grades from 0 of ordinal truth or decisions [N, L], one output for each grade that is reached."""
+    return np.nan_to_num(reached).sum(axis=1).astype(np.int64)
+
+
+def _one(labels: tuple[str, ...], task: str, default: str) -> str:
+    if len(labels) > 1:
+        raise ConfigError(f"data.labels names {len(labels)} columns; {task} learns one, multilabel learns several")
+    return labels[0] if labels else default
+
+
+def _column(manifest: pl.DataFrame, label: str) -> pl.Series:
     choices = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
-    if label == "auto":
-        label = next((name for name in ("abnormal", "normal") if name in choices), "")
-        if not label:
-            have = f"its columns are {', '.join(choices)}" if choices else "it was prepared without labels"
-            raise DataError(f"the cache has no column 'abnormal' or 'normal' ({have}); name one with --label")
+    if not choices:
+        raise DataError("the cache was prepared without labels; prepare it with --labels or an adapter")
     if label not in choices:
         raise DataError(f"the cache has no label column {label!r}{close_matches(label, choices)}")
-    values = manifest[label]
-    wrong = values.drop_nulls().unique().to_list()
-    wrong = [value for value in wrong if value not in (0.0, 1.0)]
+    return manifest[label]
+
+
+def _check(manifest: pl.DataFrame, label: str, sound: Callable[[float], bool], allowed: str) -> NDArray[np.float64]:
+    """A column of numbers, NaN where it is empty."""
+    values = _column(manifest, label)
+    wrong = [value for value in values.drop_nulls().unique().to_list() if isinstance(value, str) or not sound(value)]
     if wrong:
         row = values.to_list().index(wrong[0])
         raise DataError(
-            f"label {label!r} must be 0 or 1, got {wrong[0]!r} for {manifest['path'][row]}; correct the label file and "
-            "prepare again"
+            f"label {label!r} must be {allowed}, got {wrong[0]!r} for {manifest['path'][row]}; correct the label file "
+            "and prepare again"
         )
-    targets = values.cast(pl.Float64).to_numpy().astype(np.float64)
+    return values.cast(pl.Float64).to_numpy().astype(np.float64)
+
+
+def _yes_or_no(manifest: pl.DataFrame, label: str) -> NDArray[np.float64]:
+    return _check(manifest, label, lambda value: value in (0.0, 1.0), "0 or 1")
+
+
+def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
+    label = _one(labels, "abnormality", "")
+    if not label:
+        label = next((name for name in ("abnormal", "normal") if name in manifest.columns), "")
+    if not label:
+        have = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
+        said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
+        raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); name one with --label")
+    truth, told = _yes_or_no(manifest, label), label
     if label == "normal":
-        return 1 - targets, "1 - normal"
-    return targets, label
+        truth, told = 1 - truth, "1 - normal"
+    return Targets(truth[:, None], ("abnormal",), told)
 
 
-def usable_rows(manifest: pl.DataFrame, targets: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rows that can teach or test: the photo is `ok` and its label known."""
-    usable = (manifest["status"] == Status.OK.value).to_numpy() & np.isfinite(targets)
-    return np.flatnonzero(usable)
+def _multilabel(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
+    labels = outputs or labels
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        numbers = [
+            name for name in manifest.columns if name not in MANIFEST_COLUMNS and manifest[name].dtype.is_numeric()
+        ]
+        fit = [name for name in numbers if manifest[name].drop_nulls().is_in([0.0, 1.0]).all()]
+        raise ConfigError(
+            "multilabel needs the names of its columns, two or more, each once: give --label for each; columns of 0 "
+            f"and 1 here: {', '.join(fit) or 'none'}"
+        )
+    # A set that was not asked about a finding does not know it: that is not the same as not having it.
+    truth = [
+        _yes_or_no(manifest, name) if name in manifest.columns or not outputs else np.full(len(manifest), np.nan)
+        for name in labels
+    ]
+    return Targets(np.stack(truth, axis=1), tuple(labels), ", ".join(labels))
+
+
+def _multiclass(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
+    label = _one(labels, "multiclass", "class")
+    values = _column(manifest, label)
+    names = [None if value is None else f"{value:g}" if isinstance(value, float) else value for value in values]
+    classes = outputs or tuple(sorted({name for name in names if name is not None}, key=_natural))
+    if not 2 <= len(classes) <= _MOST_CLASSES:
+        raise DataError(f"label {label!r} has {len(classes)} classes; multiclass needs 2 to {_MOST_CLASSES}")
+    number = {name: index for index, name in enumerate(classes)}
+    truth = np.full((len(names), len(classes)), np.nan)
+    for row, name in enumerate(names):
+        if name in number:
+            truth[row] = 0
+            truth[row, number[name]] = 1
+    return Targets(truth, classes, label)
+
+
+def _natural(name: str) -> tuple[int, float, str]:
+    """Numbers by size, then text."""
+    try:
+        return 0, float(name), name
+    except ValueError:
+        return 1, 0.0, name
+
+
+def _ordinal(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
+    label = _one(labels, "ordinal", "dr_grade")
+    values = _check(manifest, label, lambda value: value >= 0 and value == int(value), "a whole number from 0")
+    highest = len(outputs) if outputs else int(np.nanmax(values, initial=0))
+    if not 1 <= highest < _MOST_CLASSES:
+        raise DataError(f"label {label!r} has {highest + 1} grades; ordinal needs 2 to {_MOST_CLASSES}")
+    truth = (values[:, None] >= np.arange(1, highest + 1)).astype(np.float64)
+    truth[np.isnan(values)] = np.nan
+    return Targets(truth, outputs or tuple(f"{label}_ge{grade}" for grade in range(1, highest + 1)), label)
+
+
+_READERS: dict[str, Callable[[pl.DataFrame, tuple[str, ...], tuple[str, ...]], Targets]] = {
+    "abnormality": _abnormality,
+    "multiclass": _multiclass,
+    "multilabel": _multilabel,
+    "ordinal": _ordinal,
+}

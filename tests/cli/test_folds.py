@@ -52,22 +52,23 @@ def test_folds_are_trained_pooled_and_resumed(
         assert set(part["path"]) == set(splits.filter(pl.col("split") == "test")["path"])
         assert not set(part["patient"]) & set(splits.filter(pl.col("split") != "test")["patient"])
         point = json.loads((tmp_path / "runs" / f"fold{fold}" / "operating_point.json").read_text())
-        assert part["threshold"].unique().to_list() == [point["labels"]["abnormal"]["threshold"]]
-        assert document["folds"][fold]["auroc"]["value"] == pytest.approx(
+        assert part["threshold_abnormal"].unique().to_list() == [point["labels"]["abnormal"]["threshold"]]
+        assert document["folds"][fold]["labels"]["abnormal"]["auroc"]["value"] == pytest.approx(
             point["labels"]["abnormal"]["test"]["auroc"]["value"]
         )
-    labels, scores = table["label"].to_numpy(), table["p_abnormal"].to_numpy()
-    pooled = document["out_of_fold"]
+    labels, scores = table["label_abnormal"].to_numpy(), table["p_abnormal"].to_numpy()
+    pooled = document["out_of_fold"]["labels"]["abnormal"]
     assert pooled["auroc"]["value"] == pytest.approx(float(auroc(scores, labels)[0]))
-    called = scores >= table["threshold"].to_numpy()
+    called = scores >= table["threshold_abnormal"].to_numpy()
     assert pooled["sensitivity"]["value"] == pytest.approx(called[labels == 1].mean())
     assert pooled["threshold"] is None
-    values = [entry["auroc"]["value"] for entry in document["folds"]]
-    assert document["mean_and_sd"]["auroc"] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
+    values = [entry["labels"]["abnormal"]["auroc"]["value"] for entry in document["folds"]]
+    spread = document["mean_and_sd"]["abnormal"]["auroc"]
+    assert spread == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
 
     text = run(*command, "--folds", 3, "--resume")
     assert text.stdout.splitlines()[0].startswith("fold 0, test: AUROC ")
-    assert "all together: AUROC " in text.stdout
+    assert "every photo once: AUROC " in text.stdout
 
 
 def test_a_fixed_split_cannot_be_dealt_again(cache: PhotoCache, tmp_path: Path) -> None:

@@ -71,15 +71,29 @@ def test_fixed_splits_are_kept() -> None:
     assert got == ["train", "train", "val", "val", "test", "test", "excluded", "excluded"]
 
 
+def test_a_side_that_a_fixed_split_lacks_is_dealt_from_training() -> None:
+    table, labels = many(100)
+    sides = ["test" if patient in table["patient"][:40].to_list() else "train" for patient in table["patient"]]
+    fixed = table.with_columns(split=pl.Series(sides))
+    split = assign_splits(fixed, labels, DataConfig(val_share=0.2))
+    assert [name == "test" for name in split.names] == [name == "test" for name in sides]
+    assert split.names.count("val") == pytest.approx(0.2 * sides.count("train"), abs=4)
+    assert split.names[::2] == split.names[1::2]
+    assert split.notes == [
+        f"the split that is given has no val: of its training patients, {split.names.count('val')} photos val "
+        "(data.val_share, data.test_share)"
+    ]
+
+
 def test_copies_on_two_fixed_sides_leave_the_training_side() -> None:
     """An official split is kept; what trains must not be what tests."""
     sides: list[str | None] = ["train", "train", "train", "train", "val", "val", "test", "test"]
     table = manifest(list("abcdefgh"), sides, hashes=["1", "2", "3", "4", "5", "6", "7", "1"])
     labels = np.array([0, 1] * 4, float)
     # Rows 0 and 7 have equal bytes; 3 looks like 4, and 5 like 6.
-    with pytest.raises(DataError, match="the val split has only label 0"):
+    with pytest.raises(DataError, match="the val split has photos of one class only"):
         assign_splits(table, labels, DataConfig(), [(3, 4), (5, 6)])
-    with pytest.raises(DataError, match="train split has only label 1"):
+    with pytest.raises(DataError, match="train split has photos of one class only"):
         assign_splits(table[[0, 1, 3, 4, 5, 6, 7]], labels[[0, 1, 3, 4, 5, 6, 7]], DataConfig())
     split = assign_splits(table, labels, DataConfig(), [(3, 4)])
     assert split.names == ["excluded", "train", "train", "excluded", "val", "val", "test", "test"]
@@ -158,8 +172,10 @@ def test_too_little_is_said() -> None:
     with pytest.raises(DataError, match="3 patients cannot fill 5 folds"):
         assign_splits(manifest(["a", "b", "c"]), np.array([0.0, 1, 0]), DataConfig())
     table, _ = many()
-    with pytest.raises(DataError, match="split has only label 0"):
+    with pytest.raises(DataError, match="split has photos of one class only"):
         assign_splits(table, np.zeros(len(table)), DataConfig())
+    # Where there are no classes, none are asked for.
+    assert set(assign_splits(table, None, DataConfig()).names) == {"train", "val", "test"}
 
 
 def learned(fraction: float, table: pl.DataFrame, labels: np.ndarray, **settings: int) -> set[str]:

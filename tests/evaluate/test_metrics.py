@@ -73,7 +73,7 @@ def test_temperature_is_found(truth: float) -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, 20_000)
     labels = (rng.uniform(size=20_000) < 1 / (1 + np.exp(-logits))).astype(float)
-    assert fit_temperature(logits * truth, labels) == pytest.approx(truth, rel=0.05)
+    assert fit_temperature(logits[:, None] * truth, labels[:, None]) == pytest.approx(truth, rel=0.05)
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.9, 1.0])
@@ -98,9 +98,12 @@ def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
     assert stored["validation"]["sensitivity"]["value"] >= 0.9
     again = fit_operating_point(run, cache)["labels"]["abnormal"]
     assert again["threshold"] == stored["threshold"]
-    metrics, predictions, which = measure(run, cache)
-    assert which == "test patients"
-    assert metrics.to_dict() == stored["test"]
+    measured = measure(run, cache)
+    predictions = measured.predictions
+    assert measured.which == "test patients"
+    assert measured.labels["abnormal"] == stored["test"]
+    kept = pl.read_parquet(trained.run / "predictions.parquet")
+    assert kept.filter(pl.col("split") == "test").drop("split").equals(predictions)
     splits = pl.read_parquet(trained.run / "splits.parquet")
     assert set(predictions["path"]) == set(splits.filter(pl.col("split") == "test")["path"])
 
@@ -108,11 +111,11 @@ def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
 def test_external_photos_leave_out_what_was_learned(trained: Trained, cache: PhotoCache, tmp_path) -> None:  # type: ignore[no-untyped-def]
     run = Run.open(trained.run)
     elsewhere = PhotoCache(tmp_path / "other", cache.spec, cache.photos, cache.manifest, cache.source)
-    metrics, _, which = measure(run, elsewhere)
+    measured = measure(run, elsewhere)
     splits = pl.read_parquet(trained.run / "splits.parquet")
     learned = int(splits["split"].is_in(["train", "val"]).sum())
-    assert f"({learned} left out" in which
-    assert metrics.photos == len(splits) - learned
+    assert f"({learned} left out" in measured.which
+    assert measured.labels["abnormal"]["photos"] == len(splits) - learned
 
 
 def test_another_spec_is_refused(trained: Trained, cache: PhotoCache) -> None:

@@ -15,7 +15,7 @@ from fastfundus.config import LoopConfig, OptimiserConfig
 from fastfundus.data import PhotoCache
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
-from fastfundus.train.feed import balanced_order, epoch_batches, parts_of
+from fastfundus.train.feed import PhotoFeed, balanced_order, parts_of
 from fastfundus.train.loss import binary_loss
 from fastfundus.train.schedule import training_size
 from fastfundus.train.step import TrainStep, build_optimiser
@@ -35,7 +35,7 @@ def test_plain_loss_is_torchs(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 def test_weights_are_torchs(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     want = nn.functional.binary_cross_entropy_with_logits(*batch, pos_weight=torch.tensor(2.5))
-    torch.testing.assert_close(binary_loss(*batch, positive_weight=2.5), want)
+    torch.testing.assert_close(binary_loss(*batch, weight=2.5), want)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
@@ -53,9 +53,7 @@ def test_smoothing_by_hand() -> None:
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[200.0], [-200.0], [200.0], [-200.0]], requires_grad=True)
-    loss = binary_loss(
-        logits, torch.tensor([[0.0], [1.0], [1.0], [0.0]]), smoothing=0.1, gamma=2.0, positive_weight=3.0
-    )
+    loss = binary_loss(logits, torch.tensor([[0.0], [1.0], [1.0], [0.0]]), smoothing=0.1, gamma=2.0, weight=3.0)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
@@ -135,7 +133,7 @@ def test_watch_does_not_wait_for_a_gpu() -> None:
 
 
 def test_balanced_epochs_show_both_classes_equally_often() -> None:
-    labels = np.array([1.0] * 5 + [0.0] * 26)
+    labels = np.array([1] * 5 + [0] * 26)
     seen = np.zeros(31, int)
     for epoch in range(40):
         order = balanced_order(labels, 4, seed=1, epoch=epoch)
@@ -162,15 +160,23 @@ def test_sizes_grow_in_four_steps() -> None:
 
 
 def test_smaller_inputs_are_area_averages(cache: PhotoCache) -> None:
-    rows = np.arange(4)
-    geometry, colour = fixed_matrices(PreprocessSpec(size=64, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), 4)
-    ((inputs, targets),) = epoch_batches(
-        cache.photos, rows, np.array([0.0, 1, 1, 0]), [np.array([2, 0, 1])], geometry, colour,
-        size=32, device=torch.device("cpu"), channels_last=True,
-    )  # fmt: skip
-    assert targets.flatten().tolist() == [1.0, 0.0, 1.0]
-    want = cache.photos[[2, 0, 1]].astype(np.float32).reshape(3, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    rows = np.array([2, 0, 1])
+    geometry, colour = fixed_matrices(PreprocessSpec(size=64, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), 3)
+    feed = PhotoFeed(cache.photos, rows, torch.device("cpu"))
+    inputs = feed.begin(rows, geometry * np.array([2, 2, 1], np.float32), colour, 32)()
+    want = cache.photos[rows].astype(np.float32).reshape(3, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(inputs.numpy(), want, atol=1e-3)
+
+
+def test_photos_that_lie_in_memory_are_the_same_photos(cache: PhotoCache) -> None:
+    """What a GPU does with photos that fit into its memory, on the CPU's."""
+    rows = np.array([5, 2, 9])
+    geometry, colour = fixed_matrices(cache.spec, 2)
+    feeds = [PhotoFeed(cache.photos, rows, torch.device("cpu"), room=room) for room in (0, 3 * 64 * 64 * 3)]
+    assert [feed.resident for feed in feeds] == [False, True]
+    batches = [feed.begin(np.array([9, 5]), geometry, colour, 48)() for feed in feeds]
+    assert torch.equal(*batches)
+    assert not PhotoFeed(cache.photos, rows, torch.device("cpu"), room=3 * 64 * 64 * 3 - 1).resident
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])

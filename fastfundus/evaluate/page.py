@@ -1,0 +1,142 @@
+"""`run.html`: one page that says how a run went. Self-contained, works offline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from fastfundus.data.cache import PhotoCache
+from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.pictures import as_svg, thumbnail
+from fastfundus.train.run import Run
+
+__all__ = ["write_run_page"]
+
+_WORST = 12
+_MOST_CURVES = 8
+_INK = ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#b45309", "#be123c", "#15803d", "#475569")
+
+
+def write_run_page(run: Run, cache: PhotoCache) -> None:
+    """Write the page of a run that is finished and measured.
+
+    Args:
+        run: with operating_point.json and predictions.parquet.
+        cache: its own, for the pictures of the worst errors.
+    """
+    document = read_operating_point(run)
+    table = pl.read_parquet(run.path / "predictions.parquet")
+    history = pl.read_csv(run.path / "metrics.csv")
+    vessels = run.config.task == "vessels"
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        resources.files("fastfundus.evaluate").joinpath("run.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        name=run.path.name,
+        run=run,
+        document=document,
+        curves=_curves(history, run),
+        roc=None if vessels else _roc(table, run.labels),
+        rows=[_row(name, point) for name, point in document["labels"].items()],
+        overall=document["overall"]["test"],
+        counts=pl.read_parquet(run.path / "splits.parquet")["split"].value_counts(sort=True).rows(),
+        worst=_worst(table, run.labels, document, cache, vessels),
+        vessels=vessels,
+        text=_text,
+    )
+    partial = run.path / "run.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(run.path / "run.html")
+
+
+def _text(entry: dict[str, float | None]) -> str:
+    if entry["value"] is None:
+        return "not estimable"
+    return f"{entry['value']:.3f}" + (
+        f" ({entry['low']:.3f} to {entry['high']:.3f})" if entry["low"] is not None else ""
+    )
+
+
+def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:
+    test = point["test"]
+    shown = [key for key in ("auroc", "dice", "sensitivity", "specificity") if key in test]
+    return {
+        "name": name,
+        "threshold": point["threshold"],
+        "photos": test["photos"],
+        "patients": test["patients"],
+        "positives": test.get("positives"),
+        "values": {key: _text(test[key]) if isinstance(test[key], dict) else f"{test[key]:.3f}" for key in shown},
+    }
+
+
+def _curves(history: pl.DataFrame, run: Run) -> str:
+    def draw(axes: Sequence[Any]) -> None:
+        epochs = history["epoch"].to_numpy()
+        axes[0].plot(epochs, history["train_loss"], color=_INK[0], label="training", marker=".")
+        axes[0].plot(epochs, history["val_loss"], color=_INK[1], label="validation", marker=".")
+        axes[0].set(xlabel="epoch", ylabel="loss")
+        axes[0].legend(frameon=False, fontsize=8)
+        name = f"val_{run.score[0]}"
+        axes[1].plot(epochs, history[name], color=_INK[1], marker=".")
+        axes[1].axvline(run.epoch, color="#111827", linewidth=1, linestyle="--")
+        axes[1].annotate(f"best: epoch {run.epoch}", (run.epoch, 0), xycoords=("data", "axes fraction"), fontsize=8,
+                         xytext=(4, 4), textcoords="offset points",
+                         ha="left" if run.epoch <= epochs.mean() else "right")  # fmt: skip
+        axes[1].set(xlabel="epoch", ylabel=f"validation {run.score[0].upper()}")
+
+    return as_svg(draw, columns=2)
+
+
+def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
+    """Of the test photos, an output a curve."""
+    from sklearn.metrics import roc_curve
+
+    def draw(axes: Sequence[Any]) -> None:
+        axes[0].plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
+        for ink, name in zip(_INK, outputs[:_MOST_CURVES], strict=False):
+            known = table.filter((pl.col("split") == "test") & pl.col(f"label_{name}").is_not_null())
+            truth = known[f"label_{name}"].to_numpy()
+            if len(set(truth.tolist())) == 2:
+                wrong, right, _ = roc_curve(truth, known[f"p_{name}"].to_numpy())
+                axes[0].plot(wrong, right, color=ink, label=name)
+        axes[0].set(
+            xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal"
+        )
+        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+
+    return as_svg(draw, columns=1)
+
+
+def _worst(
+    table: pl.DataFrame, outputs: Sequence[str], document: dict[str, Any], cache: PhotoCache, vessels: bool
+) -> list[dict[str, str]]:
+    """The test photos that the run was most wrong about."""
+    test = table.filter(pl.col("split") == "test")
+    if vessels:
+        shown = [
+            (row["path"], f"Dice {row['dice']:.3f}") for row in test.sort("dice").head(_WORST).iter_rows(named=True)
+        ]
+    else:
+        errors = np.stack(
+            [(test[f"p_{name}"] - test[f"label_{name}"]).abs().fill_null(0).to_numpy() for name in outputs], axis=1
+        )
+        shown = []
+        for place in np.argsort(-errors.max(axis=1), kind="stable")[:_WORST].tolist():
+            name = outputs[int(errors[place].argmax())]
+            row = test.row(place, named=True)
+            said = "is" if row[f"label_{name}"] else "is not"
+            shown.append((row["path"], f"{said} {name}, p = {row[f'p_{name}']:.3f}"))
+    rows = {path: number for number, path in enumerate(cache.manifest["path"].to_list())}
+    return [{"path": path, "said": said, "picture": _picture(cache, rows[path])} for path, said in shown]
+
+
+def _picture(cache: PhotoCache, row: int) -> str:
+    photo: NDArray[np.uint8] = np.asarray(cache.photos[row])
+    return thumbnail(photo)

@@ -1,0 +1,1 @@
+"""Settings that come with FastFundus, each with its reasons: `fastfundus train --recipe NAME`."""

@@ -1,0 +1,200 @@
+"""The problem of mapping vessels: tiles at full resolution to learn from, whole photos to validate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastfundus.config import ModelConfig, TrainConfig
+from fastfundus.data.cache import PhotoCache
+from fastfundus.data.masks import MASK_COLUMN, native_masks, photos_with_masks, window_of
+from fastfundus.data.store import PhotoArray
+from fastfundus.errors import ConfigError
+from fastfundus.kernels.ops import sample
+from fastfundus.models.classifier import InitReport
+from fastfundus.models.segmenter import STRIDE_PX, create_segmenter
+from fastfundus.spec import PreprocessSpec
+from fastfundus.train.augment import draw_epoch, fixed_matrices
+from fastfundus.train.distributed import World
+from fastfundus.train.feed import PhotoFeed, one_ahead
+from fastfundus.train.loss import vessel_loss
+from fastfundus.train.problem import Batch, dealt
+
+__all__ = ["VesselMaps", "binned", "binned_auroc", "mask_column", "vessel_maps"]
+
+_BINS = 1 << 16
+_KEEP = np.eye(4, dtype=np.float32)[:3]
+"""Colour matrix that changes nothing."""
+
+
+class VesselMaps:
+    """A map of the vessels. Photos of the cache keep their resolution: prepare them at the side of the field.
+
+    Args:
+        cache: the photos; their manifest names the masks.
+        config: of the run.
+        say: takes notes for the user.
+
+    Raises:
+        DataError: there are no masks, one does not fit, or the patients are too few.
+        ConfigError: settings do not fit vessels.
+    """
+
+    outputs: tuple[str, ...] = ("vessel",)
+    chooses = "auroc"
+
+    def __init__(self, cache: PhotoCache, config: TrainConfig, say: Callable[[str], None]) -> None:
+        for name, value, allowed in (
+            ("loop.first_size", config.loop.first_size, 1.0),
+            ("loss.mixup", config.loss.mixup, 0.0),
+            ("loss.focal_gamma", config.loss.focal_gamma, 0.0),
+            ("loss.label_smoothing", config.loss.label_smoothing, 0.0),
+        ):
+            if value != allowed:
+                raise ConfigError(f"{name} is {value}, but means nothing to vessels; set it to {allowed:g}")
+        column = mask_column(config)
+        rows = photos_with_masks(cache.manifest, column)
+        if config.loop.tile > cache.spec.size:
+            raise ConfigError(
+                f"loop.tile is {config.loop.tile}, but the photos are {cache.spec.size} pixels; lower it, or prepare "
+                "them larger"
+            )
+        if config.loss.positive_weight == 0:
+            raise ConfigError("loss.positive_weight of 0 is for labels of photos; give vessels a number")
+        self._cache, self._config, self.told = cache, config, f"vessels from {column!r}"
+        self.splits = dealt(cache, rows, None, config, {}, say)
+        train, val = (rows[(self.splits["split"] == name).to_numpy()] for name in ("train", "val"))
+        largest = int(cache.manifest["window_side_px"].gather(rows).max())  # type: ignore[arg-type]
+        if cache.spec.size < largest:
+            say(
+                f"note: the photos were shrunk from up to {largest} to {cache.spec.size} pixels; thin vessels are "
+                f"lost: prepare --size {largest} keeps them"
+            )
+        self._rows, self._val_rows = train, val
+        self._masks, self._val_masks = (_masks_in_cache(cache, part, column) for part in (train, val))
+        self.strata = np.zeros(len(train) * config.loop.tiles, np.int64)
+
+    def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
+        """Build the network."""
+        return create_segmenter(config, 1)
+
+    def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Cross-entropy and Dice."""
+        return partial(vessel_loss, dice=self._config.loss.dice, weight=self._config.loss.positive_weight)
+
+    def load(self, device: torch.device, room: int) -> bool:
+        """Get ready to make batches."""
+        # Masks take as much room as photos.
+        self._feed = PhotoFeed(self._cache.photos, self._rows, device, room=room // 2)
+        places = np.arange(len(self._rows))
+        self._mask_feed = PhotoFeed(self._masks, places, device, room=room // 2)
+        return self._feed.resident
+
+    def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
+        """Make batches of tiles, the next one while a batch is learned from."""
+        config, spec, tile = self._config, self._cache.spec, self._config.loop.tile
+        seed, count = config.loop.seed, len(self.strata)
+        geometry, colour = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
+        # The tile lies somewhere in the changed photo: its positions are moved there first.
+        corner = np.random.default_rng([seed, epoch, 0x71]).uniform(0, spec.size - tile, (count, 2)).astype(np.float32)
+        geometry[:, :, 2] += np.einsum("nij,nj->ni", geometry[:, :, :2], corner)
+        keep = np.tile(_KEEP, (count, 1, 1))
+
+        def make(batch: NDArray[np.int64]) -> Callable[[], Batch]:
+            photo = batch // config.loop.tiles
+            inputs = self._feed.begin(self._rows[photo], geometry[batch], colour[batch], tile)
+            masks = self._mask_feed.begin(photo, geometry[batch], keep[batch], tile, nearest=True)
+            return lambda: (inputs(), _truth(masks()))
+
+        for finish in one_ahead(make, parts):
+            yield finish()
+
+    def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
+        """Cross-entropy within the field, AUROC of its pixels all together, and mean Dice of photos at 0.5."""
+        world.align(model)
+        mine = np.arange(world.rank, len(self._val_rows), world.size)
+        maps = vessel_maps(
+            model, self._cache.photos, self._val_rows[mine], self._cache.spec, amp=self._config.loop.amp, device=device
+        )
+        counts, entropy, dices = np.zeros((2, _BINS), np.int64), 0.0, []
+        for place, chances in zip(mine, maps, strict=True):
+            vessels, inside = (self._val_masks[place, :, :, channel] > 127 for channel in (0, 1))
+            yes, chance = vessels[inside], chances[inside].astype(np.float64)
+            counts += binned(chance, yes)
+            entropy -= np.log(np.clip(np.where(yes, chance, 1 - chance), 1e-7, 1)).sum()
+            dices.append(2 * (yes & (chance >= 0.5)).sum() / max(1, yes.sum() + (chance >= 0.5).sum()))
+        gathered = world.gather((counts, entropy, dices))
+        total = np.sum([entry[0] for entry in gathered], axis=0)
+        loss = sum(entry[1] for entry in gathered) / max(1, int(total.sum()))
+        return loss, {"auroc": binned_auroc(total), "dice": float(np.mean([d for entry in gathered for d in entry[2]]))}
+
+
+def mask_column(config: TrainConfig) -> str:
+    """Manifest column that names the masks.
+
+    Raises:
+        ConfigError: several are named.
+    """
+    if len(config.data.labels) > 1:
+        raise ConfigError(f"data.labels names {len(config.data.labels)} columns; vessels learn from one")
+    return config.data.labels[0] if config.data.labels else MASK_COLUMN
+
+
+def _truth(masks: Tensor) -> Tensor:
+    """Sampled masks [N, 3, S, S] to truth [N, 1, S, S]: NaN outside the field."""
+    return torch.where(masks[:, 1:2] > 127, (masks[:, :1] > 127).float(), torch.nan)
+
+
+def _masks_in_cache(cache: PhotoCache, rows: NDArray[np.int64], column: str) -> NDArray[np.uint8]:
+    """Masks [N, S, S, 3] in the frame of the cache: vessels, field, and nothing; 0 or 255."""
+    size = cache.spec.size
+    result = np.zeros((len(rows), size, size, 3), np.uint8)
+    for place, row in enumerate(rows):
+        vessels, field = native_masks(cache, int(row), column)
+        pixels = np.stack([vessels, field, np.zeros_like(field)], axis=2).astype(np.uint8) * 255
+        geometry = window_of(cache.manifest.row(int(row), named=True), size).astype(np.float32)
+        matrices = torch.from_numpy(geometry)[None], torch.from_numpy(_KEEP)[None]
+        taken = sample(torch.from_numpy(pixels)[None], *matrices, size, nearest=True)
+        result[place] = taken[0].permute(1, 2, 0).to(torch.uint8).numpy()
+    return result
+
+
+@torch.inference_mode()
+def vessel_maps(
+    model: nn.Module,
+    photos: PhotoArray,
+    rows: NDArray[np.int64],
+    spec: PreprocessSpec,
+    *,
+    amp: bool = False,
+    device: torch.device | str = "cpu",
+) -> Iterator[NDArray[np.float32]]:
+    """Yield the probability of vessel, [S, S], for each row of a cache; photo by photo, for they may be large."""
+    model.eval()
+    # The network halves its input five times; black is added at the right and below, and cut off again.
+    padded = -(-spec.size // STRIDE_PX) * STRIDE_PX
+    geometry, colour = map(torch.from_numpy, fixed_matrices(spec, 1))
+    for row in rows:
+        image = torch.from_numpy(np.array(photos[row])[None]).to(device)
+        inputs = sample(image, geometry, colour, padded)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+            logits = model(inputs)
+        yield torch.sigmoid(logits[0, 0, : spec.size, : spec.size].float()).cpu().numpy()
+
+
+def binned(chances: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[2, bins] how many pixels of no vessel, and of vessel, have each probability."""
+    place = np.minimum((chances * _BINS).astype(np.int64), _BINS - 1)
+    return np.stack([np.bincount(place[truth == side], minlength=_BINS) for side in (False, True)])
+
+
+def binned_auroc(counts: NDArray[np.int64]) -> float:
+    """AUROC from `binned` counts: exact but for probabilities that differ by less than 2^-16, which count as ties."""
+    no, yes = counts.astype(np.float64)
+    pairs = no.sum() * yes.sum()
+    return float((yes * (np.cumsum(no) - no / 2)).sum() / pairs) if pairs else float("nan")

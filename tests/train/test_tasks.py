@@ -1,0 +1,312 @@
+"""Every task, the whole way: trains, chooses, fits, measures, leaves its files; and several sets as one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+
+from fastfundus.cli.building import build_from_run
+from fastfundus.config import ModelConfig, OptimiserConfig, TrainConfig
+from fastfundus.data import PhotoCache, build_cache, list_photos
+from fastfundus.data.masks import native_map, native_masks
+from fastfundus.errors import CheckpointError, ConfigError, DataError
+from fastfundus.evaluate.folds import pool_folds
+from fastfundus.evaluate.operating_point import fit_operating_point, measure
+from fastfundus.evaluate.page import write_run_page
+from fastfundus.evaluate.vessels import fit_vessels, measure_vessels
+from fastfundus.models.classifier import create_model
+from fastfundus.models.segmenter import create_segmenter
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import draw_photo
+from fastfundus.train.loop import train
+from fastfundus.train.run import Run
+from fastfundus.train.step import build_optimiser
+from fastfundus.train.vessels import VesselMaps, binned, binned_auroc
+
+LESIONS = ("drusen", "haemorrhages", "exudates")
+
+
+def labelled(cache: PhotoCache) -> PhotoCache:
+    """The synthetic photos with a class, a grade, and a finding that is not always known."""
+    lesions = cache.manifest.select(LESIONS).to_numpy()
+    count = lesions.sum(axis=1)
+    unknown = np.where(np.arange(len(count)) % 5 == 0, np.nan, lesions[:, 0])
+    columns = {
+        "class": pl.Series(np.where(count == 0, "normal", np.array(LESIONS)[lesions.argmax(axis=1)])),
+        "dr_grade": pl.Series(count.astype(float)),
+        "drusen": pl.Series(unknown, nan_to_null=True),
+    }
+    return replace(cache, manifest=cache.manifest.with_columns(**columns))
+
+
+def config(task: str, **sections: dict[str, object]) -> TrainConfig:
+    plain: dict[str, dict[str, object]] = {
+        "model": {"backbone": "resnet18"},
+        "data": {"folds": 3},
+        "loop": {"epochs": 2, "batch_size": 8},
+    }
+    for name, values in sections.items():
+        plain[name] = {**plain.get(name, {}), **values}
+    return TrainConfig.from_dict({"task": task, **plain})
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "outputs", "score"),
+    [
+        ("multilabel", LESIONS, LESIONS, "auroc"),
+        ("multiclass", (), (*sorted(LESIONS), "normal"), "auroc"),
+        ("ordinal", (), ("dr_grade_ge1", "dr_grade_ge2", "dr_grade_ge3"), "qwk"),
+    ],
+)
+def test_a_task_the_whole_way(
+    cache: PhotoCache, tmp_path: Path, task: str, labels: tuple[str, ...], outputs: tuple[str, ...], score: str
+) -> None:
+    photos = labelled(cache)
+    wanted = photos.manifest["dr_grade"].max()
+    outputs = outputs[: int(wanted)] if task == "ordinal" else outputs  # type: ignore[arg-type]
+    settings = config(
+        task, data={"labels": list(labels)}, loss={"positive_weight": 0, "mixup": 0.3}, loop={"sampler": "balanced"}
+    )
+    train(photos, tmp_path / "run", settings)
+    run = Run.open(tmp_path / "run")
+    assert set(run.labels) == set(outputs)
+    assert run.score[0] == score
+    assert f"val_{score}" in pl.read_csv(run.path / "metrics.csv").columns
+    document = fit_operating_point(run, photos)
+    assert json.loads((run.path / "operating_point.json").read_text()) == document
+    points = document["labels"]
+    assert {name for name, point in points.items() if not point["finding"]} == ({"normal"} & set(outputs))
+    if task != "multilabel":
+        # One probability is shared out: one temperature.
+        assert len({point["temperature"] for point in points.values()}) == 1
+    assert set(document["overall"]["test"]) == {"multilabel": {"auroc"}, "multiclass": {"auroc", "accuracy"}}.get(
+        task, {"auroc", "qwk"}
+    )
+    table = pl.read_parquet(run.path / "predictions.parquet")
+    splits = pl.read_parquet(run.path / "splits.parquet")
+    assert sorted(table["path"]) == sorted(splits.filter(pl.col("split") != "train")["path"])
+    chances = table.select(f"p_{name}" for name in run.labels).to_numpy()
+    if task == "multiclass":
+        np.testing.assert_allclose(chances.sum(axis=1), 1)
+    if task == "ordinal":
+        assert (np.diff(chances, axis=1) <= 0).all()
+    if task == "multilabel":
+        assert 0 < table["label_drusen"].null_count() < len(table)
+        assert points["drusen"]["test"]["photos"] < points["exudates"]["test"]["photos"]
+    measured = measure(run, photos)
+    assert measured.labels == {name: point["test"] for name, point in points.items()}
+    write_run_page(run, photos)
+    page = (run.path / "run.html").read_text()
+    assert page.count("<figure>") == min(12, len(splits.filter(pl.col("split") == "test")))
+    assert all(name in page for name in run.labels)
+    # The engine gives the same probabilities, and knows what counts as a finding.
+    bundle, parity = build_from_run(run, tmp_path / "bundle", cache=cache.path, precision="fp32")
+    assert parity.passed
+    assert set(bundle.findings) == set(outputs) - {"normal"}
+    rows = {path: row for row, path in enumerate(cache.manifest["path"])}
+    engine = bundle.load()
+    got = engine.infer(np.stack([cache.photos[rows[path]] for path in table["path"]]))
+    engine.close()
+    np.testing.assert_allclose(got, chances, atol=1e-3)  # the gate of fp32
+
+
+def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: Path, photo_folder: Path) -> None:
+    """One set was asked about drusen and haemorrhages, the other about haemorrhages and exudates."""
+    second = tmp_path / "second"
+    listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
+    others = [
+        replace(photo, columns={k: v for k, v in photo.columns.items() if k != "drusen"}) for photo in listing.photos
+    ]
+    build_cache(others[:20], second, cache.spec, source=listing.root)
+    both = PhotoCache.open(cache.path, second)
+    assert len(both.manifest) == len(both.photos) == len(cache.manifest) + 20
+    assert both.paths == (cache.path, second)
+    np.testing.assert_array_equal(both.photos[len(cache.manifest) + 3], PhotoCache.open(second).photos[3])
+    np.testing.assert_array_equal(both.photos[[0, len(cache.manifest)]][0], cache.photos[0])
+    assert both.manifest["drusen"].null_count() == 20
+    assert both.manifest["path"][len(cache.manifest)].startswith("second/")
+    train(both, tmp_path / "run", config("multilabel", data={"labels": list(LESIONS)}, loop={"epochs": 1}))
+    run = Run.open(tmp_path / "run")
+    assert run.caches == (cache.path, second)
+    splits = pl.read_parquet(run.path / "splits.parquet")
+    # The second set holds the same photos again: they lie where the first set's lie.
+    assert splits.group_by("sha256").agg(pl.col("split").n_unique())["split"].max() == 1
+    fit_operating_point(run, both)
+    assert measure(run, both).which == "test patients"
+    with pytest.raises(DataError, match="is given twice"):
+        PhotoCache.open(cache.path, cache.path)
+    wrong = tmp_path / "wrong"
+    text = [replace(photo, columns={"exudates": "yes"}) for photo in listing.photos]
+    build_cache(text[:2], wrong, cache.spec, source=listing.root)
+    with pytest.raises(DataError, match="its column 'exudates' is String, elsewhere Float64; rename one"):
+        PhotoCache.open(cache.path, wrong)
+
+
+def test_a_linear_probe_changes_the_head_alone(cache: PhotoCache, tmp_path: Path) -> None:
+    train(cache, tmp_path / "up", config("abnormality", loop={"epochs": 1}))
+    probe = config(
+        "abnormality",
+        model={"init": str(tmp_path / "up"), "freeze": True},
+        optimiser={"learning_rate": 0.1},
+        loop={"seed": 5},
+    )
+    train(cache, tmp_path / "probe", probe)
+    before, after = (Run.open(tmp_path / name).load_model().state_dict() for name in ("up", "probe"))
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_early_layers_learn_slower() -> None:
+    model, _ = create_model(ModelConfig(backbone="resnet18"), 1)
+    groups = build_optimiser(model, OptimiserConfig(layer_decay=0.5)).param_groups
+    scale = {id(value): group["lr_scale"] for group in groups for value in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    assert scale[id(model.fc.weight)] == 1
+    assert (
+        scale[id(model.conv1.weight)]
+        < scale[id(model.layer1[0].conv1.weight)]
+        < scale[id(model.layer4[0].conv1.weight)]
+        < 1
+    )
+    decays = {id(value): group["weight_decay"] for group in groups for value in group["params"]}
+    assert decays[id(model.bn1.weight)] == 0 < decays[id(model.fc.weight)]
+
+
+@pytest.fixture(scope="module")
+def vessel_cache(tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
+    """Nine synthetic photos in DRIVE's layout, prepared at their own resolution."""
+    folder = tmp_path_factory.mktemp("drive") / "training"
+    for name in ("images", "1st_manual", "mask"):
+        (folder / name).mkdir(parents=True)
+    for number in range(21, 30):
+        photo = draw_photo(number, long_side=220)
+        assert cv2.imwrite(str(folder / "images" / f"{number}_training.tif"), photo.image[..., ::-1])
+        Image.fromarray(photo.vessel_mask.astype(np.uint8) * 255).save(folder / "1st_manual" / f"{number}_manual1.gif")
+        field, (height, width) = photo.field, photo.image.shape[:2]
+        y, x = np.ogrid[:height, :width]
+        inside = np.hypot(x + 0.5 - field.x_px, y + 0.5 - field.y_px) <= field.radius_px
+        Image.fromarray(inside.astype(np.uint8) * 255).save(folder / "mask" / f"{number}_training_mask.gif")
+    listing = list_photos(folder.parent, adapter="drive")
+    return build_cache(listing.photos, folder.parent / "cache", PreprocessSpec(size=224), source=listing.root)
+
+
+def vessels(**sections: dict[str, object]) -> TrainConfig:
+    quick = {
+        "loop": {"epochs": 12, "batch_size": 4, "tile": 96, "tiles": 4},
+        "optimiser": {"learning_rate": 3e-3, "warmup_epochs": 0.5},
+    }
+    for name, values in sections.items():
+        quick[name] = {**quick.get(name, {}), **values}
+    shares = {"data": {"split": "holdout", "test_share": 0.25, "val_share": 0.15}}
+    return config("vessels", **(shares | quick))
+
+
+def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+    problem = VesselMaps(vessel_cache, vessels(), lambda text: None)
+    # What a batch shows as vessel is vessel in the frame of the camera: darker than its surroundings.
+    problem.load(torch.device("cpu"), 0)
+    (inputs, truth) = next(problem.batches([np.arange(8)], 0, torch.device("cpu")))
+    assert inputs.shape == (8, 3, 96, 96)
+    assert truth.shape == (8, 1, 96, 96)
+    green = inputs[:, 1:2]
+    assert float(green[truth == 1].mean()) < float(green[truth == 0].mean()) - 0.1
+
+    train(vessel_cache, tmp_path / "run", vessels())
+    run = Run.open(tmp_path / "run")
+    assert run.score[0] == "auroc"
+    document = fit_vessels(run, vessel_cache)
+    point = document["labels"]["vessel"]
+    # A few seconds of training: far from chance is all that can be asked.
+    assert point["test"]["auroc"]["value"] > 0.7
+    # Against scikit-learn on the pixels themselves.
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    from fastfundus.train.vessels import vessel_maps
+
+    table = pl.read_parquet(run.path / "predictions.parquet").filter(pl.col("split") == "test")
+    path, dice, auroc = table.row(0, named=True)["path"], table["dice"][0], table["auroc"][0]
+    row = vessel_cache.manifest["path"].to_list().index(path)
+    (chances,) = vessel_maps(run.load_model(), vessel_cache.photos, np.array([row]), vessel_cache.spec)
+    known = vessel_cache.manifest.row(row, named=True)
+    native = native_map(chances, known)
+    yes, inside = native_masks(vessel_cache, row, "mask_vessels")
+    assert native.shape == yes.shape == (known["height_px"], known["width_px"])
+    assert roc_auc_score(yes[inside], native[inside]) == pytest.approx(auroc, abs=1e-4)
+    assert f1_score(yes[inside], native[inside] >= point["threshold"]) == pytest.approx(dice, abs=1e-3)
+    assert measure_vessels(run, vessel_cache).labels["vessel"] == point["test"]
+    write_run_page(run, vessel_cache)
+    assert "Lowest Dice" in (run.path / "run.html").read_text()
+    # A vessel run starts from its like whole, and from a classifier by its encoder.
+    again, report = create_segmenter(ModelConfig(backbone="resnet18", init=str(run.path)), 1)
+    assert (report.loaded, report.fresh) == (len(again.state_dict()), ())
+    with pytest.raises(ConfigError, match="engines give photos probabilities so far"):
+        build_from_run(run, tmp_path / "bundle")
+
+
+def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+    free = replace(vessel_cache, manifest=vessel_cache.manifest.with_columns(split=pl.lit(None, pl.String)))
+    runs = []
+    for fold in range(3):
+        settings = vessels(data={"split": "folds", "folds": 3, "fold": fold}, loop={"epochs": 1, "tiles": 1})
+        train(free, tmp_path / f"fold{fold}", settings)
+        runs.append(Run.open(tmp_path / f"fold{fold}"))
+        fit_vessels(runs[-1], free)
+    pooled = pool_folds(tmp_path, runs, free)
+    assert pooled["out_of_fold"]["labels"]["vessel"]["photos"] == 9
+    table = pl.read_parquet(tmp_path / "out_of_fold.parquet")
+    assert pooled["out_of_fold"]["labels"]["vessel"]["dice"]["value"] == pytest.approx(table["dice"].mean())
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])
+def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> None:
+    classifier, _ = create_model(ModelConfig(backbone=backbone), 1)
+    torch.save(classifier.state_dict(), tmp_path / "w.pth")
+    torch.manual_seed(1)
+    model, report = create_segmenter(ModelConfig(backbone=backbone, init=str(tmp_path / "w.pth")), 1)
+    names = [name for name in model.state_dict() if name.startswith("encoder.")]
+    assert report.loaded == len(names)
+    ours = {(*tuple(value.shape), float(value.double().sum())) for value in classifier.state_dict().values()}
+    assert all((*tuple(v.shape), float(v.double().sum())) in ours for k, v in model.state_dict().items() if k in names)
+    with pytest.raises(CheckpointError, match="of the encoder are absent or of another shape"):
+        create_segmenter(ModelConfig(backbone="resnet34", init=str(tmp_path / "w.pth")), 1)
+
+
+def test_what_vessels_cannot_do(vessel_cache: PhotoCache, cache: PhotoCache, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no column 'mask_vessels' with paths of masks"):
+        train(cache, tmp_path / "run", vessels())
+    with pytest.raises(ConfigError, match=r"loop.tile is 256, but the photos are 224 pixels"):
+        train(vessel_cache, tmp_path / "run", vessels(loop={"tile": 256}))
+    with pytest.raises(ConfigError, match=r"loss.mixup is 0.2, but means nothing to vessels; set it to 0"):
+        train(vessel_cache, tmp_path / "run", vessels(loss={"mixup": 0.2}))
+    with pytest.raises(ConfigError, match=r"loop.tile must be a multiple of 32, got 100"):
+        vessels(loop={"tile": 100})
+    with pytest.raises(ConfigError, match="cannot be a U-Net's encoder"):
+        create_segmenter(ModelConfig(backbone="mixer_b16_224"), 1)
+    broken = replace(
+        vessel_cache,
+        manifest=vessel_cache.manifest.with_columns(mask_vessels=pl.lit("training/images/21_training.tif")),
+    )
+    bad = vessel_cache.source / "small.png"
+    Image.new("L", (8, 8)).save(bad)
+    broken = replace(vessel_cache, manifest=vessel_cache.manifest.with_columns(mask_vessels=pl.lit("small.png")))
+    with pytest.raises(DataError, match=r"small.png: is 8x8 pixels, its photo 220x\d+; masks must be of its size"):
+        train(broken, tmp_path / "run", vessels())
+    assert not (tmp_path / "run").exists()
+
+
+def test_binned_auroc_is_exact() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    truth = rng.random(5000) < 0.1
+    chances = np.round(rng.beta(1 + truth, 2), 3)
+    assert binned_auroc(binned(chances, truth)) == pytest.approx(roc_auc_score(truth, chances), abs=1e-6)
+    assert np.isnan(binned_auroc(binned(chances, np.zeros(5000, bool))))
