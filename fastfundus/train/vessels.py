@@ -130,7 +130,7 @@ class VesselMaps:
             dices.append(2 * (yes & (chance >= 0.5)).sum() / max(1, yes.sum() + (chance >= 0.5).sum()))
         gathered = world.gather((counts, entropy, dices))
         total = np.sum([entry[0] for entry in gathered], axis=0)
-        loss = sum(entry[1] for entry in gathered) / max(1, int(total.sum()))
+        loss = float(sum(entry[1] for entry in gathered) / max(1, int(total.sum())))
         return loss, {"auroc": binned_auroc(total), "dice": float(np.mean([d for entry in gathered for d in entry[2]]))}
 
 

@@ -74,10 +74,14 @@ def test_resume_is_bit_for_bit(cache: PhotoCache, tmp_path: Path, stop: tuple[in
 
 
 def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: Path) -> None:
-    """Parts of batches, float16 with its scaler, a weighted loss: all of their state is kept."""
+    """Parts of batches, float16 with its scaler, weights, blends, rates by layer: all of their state is kept."""
     plain = settings(epochs=2, accumulate=2, amp_dtype="float16").to_dict()
     config = TrainConfig.from_dict(
-        {**plain, "loss": {"label_smoothing": 0.1, "focal_gamma": 1.0, "positive_weight": 0}}
+        {
+            **plain,
+            "loss": {"label_smoothing": 0.1, "focal_gamma": 1.0, "positive_weight": 0, "mixup": 0.4},
+            "optimiser": {"layer_decay": 0.7},
+        }
     )
     train(cache, tmp_path / "whole", config)
     with pytest.raises(Interrupted):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
-import timm
 import torch
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
-from fastfundus.config import LoopConfig, OptimiserConfig
+from fastfundus.config import LoopConfig, ModelConfig, OptimiserConfig
 from fastfundus.data import PhotoCache
+from fastfundus.models.classifier import create_model
+from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
 from fastfundus.train.feed import PhotoFeed, balanced_order, parts_of
-from fastfundus.train.loss import binary_loss
+from fastfundus.train.loss import binary_loss, vessel_loss
 from fastfundus.train.schedule import training_size
 from fastfundus.train.step import TrainStep, build_optimiser
 from fastfundus.train.watch import LossWatch
@@ -179,22 +181,28 @@ def test_photos_that_lie_in_memory_are_the_same_photos(cache: PhotoCache) -> Non
     assert not PhotoFeed(cache.photos, rows, torch.device("cpu"), room=3 * 64 * 64 * 3 - 1).resident
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
-def test_a_step_is_one_graph_that_is_compiled_once(backbone: str) -> None:
-    """What torch.compile sees of every kind of backbone: no break, and nothing new after the first step."""
+@pytest.mark.parametrize(
+    ("backbone", "maps"),
+    [("resnet18", False), ("convnext_atto", False), ("vit_tiny_patch16_224", False), ("resnet18", True)],
+)
+def test_a_step_is_one_graph_that_is_compiled_once(backbone: str, maps: bool) -> None:
+    """What torch.compile sees of every kind of network: no break, and nothing new after the first step."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     size = 224 if backbone.startswith("vit") else 64
-    model = timm.create_model(backbone, num_classes=1)
-    forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+    create = create_segmenter if maps else create_model
+    model, _ = create(ModelConfig(backbone=backbone), 1)
+    forward = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    loss = partial(vessel_loss, dice=0.5) if maps else binary_loss
     step = TrainStep(
-        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), binary_loss,
+        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), loss,
         clip_norm=1.0, device=torch.device("cpu"),
     )  # fmt: skip
     graphs = []
     for number in range(3):
         inputs = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last)
-        step([(inputs, torch.tensor([[0.0], [1.0]]))], 2, 1e-3 / (number + 1))
+        truth = torch.zeros(2, 1, size, size) if maps else torch.tensor([[0.0], [1.0]])
+        step([(inputs, truth)], 2, 1e-3 / (number + 1))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [1, 1, 1]
     assert not torch._dynamo.utils.counters["graph_break"]

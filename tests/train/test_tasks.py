@@ -26,10 +26,11 @@ from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
-from fastfundus.train.loop import train
+from fastfundus.train.loop import Interrupted, train
 from fastfundus.train.run import Run
 from fastfundus.train.step import build_optimiser
 from fastfundus.train.vessels import VesselMaps, binned, binned_auroc
+from tests.train.test_loop import StopAt
 
 LESIONS = ("drusen", "haemorrhages", "exudates")
 
@@ -249,6 +250,17 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert (report.loaded, report.fresh) == (len(again.state_dict()), ())
     with pytest.raises(ConfigError, match="engines give photos probabilities so far"):
         build_from_run(run, tmp_path / "bundle")
+
+
+def test_vessels_resume_bit_for_bit(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+    settings = vessels(loop={"epochs": 2, "tiles": 3})
+    train(vessel_cache, tmp_path / "whole", settings)
+    with pytest.raises(Interrupted):
+        train(vessel_cache, tmp_path / "parts", settings, observer=StopAt(2, 1))
+    train(vessel_cache, tmp_path / "parts", settings, resume=True)
+    whole, parts = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "parts"))
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    assert whole["state"]["history"][1]["val_dice"] == parts["state"]["history"][1]["val_dice"]
 
 
 def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> None:
