@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare bench-sample parity kernels wheel fuzz photos odir clean
+.PHONY: demo test check bench bench-prepare bench-sample bench-train parity kernels wheel fuzz photos odir transfer clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -28,6 +28,9 @@ bench-prepare: $(VENV)/.installed-dev  ## preparing camera JPEGs against peers, 
 bench-sample: $(VENV)/.installed-dev  ## sampling on one core against peers, in turns
 	@$(BIN)/python -m bench.bench_sample && $(BIN)/python -m bench.report
 
+bench-train: $(VENV)/.installed-dev  ## training against the peers' habit, in turns (ten minutes)
+	@$(BIN)/python -m bench.bench_train && $(BIN)/python -m bench.report
+
 parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
 	@TRITON_INTERPRET=1 $(BIN)/python -m bench.parity && $(BIN)/python -m bench.report
 
@@ -45,6 +48,9 @@ photos: $(VENV)/.installed-dev  ## field and quality on drawn and real photograp
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.odir_evidence && $(BIN)/python -m bench.report
+
+transfer: $(VENV)/.installed-dev  ## upstream, then DR and vessels, from both starts (an hour); needs FASTFUNDUS_DATA
+	@$(BIN)/python -m bench.transfer_evidence && $(BIN)/python -m bench.report
 
 # A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml

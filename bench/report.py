@@ -110,6 +110,67 @@ def sample_table(result: dict[str, Any]) -> str:
     )
 
 
+def train_table(result: dict[str, Any]) -> str:
+    """Training against the peers' habit, as Markdown."""
+    lines = [
+        "| on the CPU | peers' habit, images/s | **FastFundus** `train --amp` | faster by | of its step alone |",
+        "|---|---|---|---|---|",
+    ]
+    for part in result["parts"]:
+        peer, ours = (1000 / value for value in list(part["ms"].values())[:2])
+        spread = f"{part['speedup']['median']:.1f} x ({part['speedup']['least']:.1f} to {part['speedup']['most']:.1f})"
+        job = f"{part['backbone']}, {part['size']} px, batch {part['batch']}"
+        lines.append(f"| {job} | {peer:.2f} | {ours:.2f} | {spread} | {part['of_step']['median']:.0%} |")
+    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Training. The peers' habit: Pillow, torchvision's transforms and a DataLoader, a worker a core, on JPEG "
+            "files twice as wide as the input, float32, channels first. The last column: what feeding leaves of the "
+            "step on a batch that is there already. In turns in one run, medians of "
+            f"{' and '.join(str(part['rounds']) for part in result['parts'])} rounds. {result['date']}, "
+            f"{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}; {versions}. `make bench-train` "
+            "repeats it.",
+        ]
+    )
+
+
+def transfer_table(result: dict[str, Any]) -> str:
+    """What upstream training on fundus photographs changed, as Markdown."""
+
+    def show(entry: dict[str, float]) -> str:
+        return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+    grading, vessels = result["grading"], result["vessels"]
+    first = grading["downstream"]["scratch"]["pooled"]
+    lines = [
+        f"| {result['backbone']} from | DR or none, AUROC: {first['photos']} photos of {first['patients']} patients | "
+        f"over five folds | vessels: Dice of {vessels['scratch']['photos']} photos | AUROC of pixels |",
+        "|---|---|---|---|---|",
+    ]
+    for start, told in (("scratch", "scratch"), ("upstream", "upstream run on ODIR")):
+        down, maps = grading["downstream"][start], vessels[start]
+        folds = down["over_folds"]
+        lines.append(
+            f"| {told} | {show(down['pooled']['auroc'])} | {folds['mean']:.3f} ± {folds['sd']:.3f} | "
+            f"{show(maps['dice'])} | {maps['pixels']['value']:.3f} |"
+        )
+    up = grading["upstream"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Every DR photo tested once, by a model that has not seen its patient, at {result['size']} px; upstream "
+            f"minus scratch: {show(grading['difference'])}. The upstream run itself, normal or abnormal by eye: AUROC "
+            f"{show(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR that it had not seen. "
+            f"DRIVE: 13 photos to learn from, 3 to choose on, 4 to test; in the field of view, at the camera's "
+            f"resolution. In brackets 95 % intervals from resampling patients. {result['date']}, commit "
+            f"{result['commit']}. `make transfer` repeats it.",
+        ]
+    )
+
+
 def parity_table(result: dict[str, Any]) -> str:
     """The parity matrix, as Markdown."""
     lines = [
@@ -231,6 +292,8 @@ def draw() -> None:
         (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
         (README, "prepare", RESULTS / "prepare_cpu_*.json", prepare_table),
         (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
+        (README, "train", RESULTS / "train_cpu_*.json", train_table),
+        (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
         (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),
         (photos, "circle", RESULTS / "photos_*.json", circle_table),

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 __all__ = ["as_svg", "thumbnail"]
 
 _THUMB_PX = 160
-_WIDTH_IN = 7.2
 
 
 def thumbnail(image: NDArray[np.uint8], side: int = _THUMB_PX) -> str:
@@ -25,20 +24,22 @@ def thumbnail(image: NDArray[np.uint8], side: int = _THUMB_PX) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
 
 
-def as_svg(draw: Callable[[Sequence[Any]], None], *, columns: int, height_in: float = 2.5) -> str:
+def as_svg(
+    draw: Callable[[Sequence[Any]], None], *, columns: int, width_in: float = 7.2, height_in: float = 2.5
+) -> str:
     """Draw with matplotlib, and return an SVG element; equal data gives equal text.
 
     Args:
         draw: is given the axes, one a column.
         columns: plots side by side.
-        height_in: in inches.
+        width_in: of all of them, in inches; pages scale the picture to their own width.
+        height_in: likewise.
     """
     matplotlib.use("svg")
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "fastfundus"}):
-        figure = Figure(figsize=(_WIDTH_IN if columns > 1 or height_in < _WIDTH_IN / 2 else height_in, height_in),
-                        layout="constrained")  # fmt: skip
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
         draw(axes)
         for each in axes:

@@ -12,6 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
+from fastfundus.data.split import SIDES
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.train.run import Run
@@ -33,6 +34,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
     document = read_operating_point(run)
     table = pl.read_parquet(run.path / "predictions.parquet")
     history = pl.read_csv(run.path / "metrics.csv")
+    sides = pl.read_parquet(run.path / "splits.parquet")["split"]
     vessels = run.config.task == "vessels"
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         resources.files("fastfundus.evaluate").joinpath("run.html").read_text(encoding="utf-8")
@@ -45,7 +47,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         roc=None if vessels else _roc(table, run.labels),
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
-        counts=pl.read_parquet(run.path / "splits.parquet")["split"].value_counts(sort=True).rows(),
+        counts=[(side, int((sides == side).sum())) for side in SIDES],
         worst=_worst(table, run.labels, document, cache, vessels),
         vessels=vessels,
         text=_text,
@@ -87,11 +89,11 @@ def _curves(history: pl.DataFrame, run: Run) -> str:
         axes[1].plot(epochs, history[name], color=_INK[1], marker=".")
         axes[1].axvline(run.epoch, color="#111827", linewidth=1, linestyle="--")
         axes[1].annotate(f"best: epoch {run.epoch}", (run.epoch, 0), xycoords=("data", "axes fraction"), fontsize=8,
-                         xytext=(4, 4), textcoords="offset points",
+                         xytext=(4 if run.epoch <= epochs.mean() else -4, 4), textcoords="offset points",
                          ha="left" if run.epoch <= epochs.mean() else "right")  # fmt: skip
         axes[1].set(xlabel="epoch", ylabel=f"validation {run.score[0].upper()}")
 
-    return as_svg(draw, columns=2)
+    return as_svg(draw, columns=2, height_in=2.9)
 
 
 def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
@@ -111,7 +113,7 @@ def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
         )
         axes[0].legend(frameon=False, fontsize=8, loc="lower right")
 
-    return as_svg(draw, columns=1)
+    return as_svg(draw, columns=1, width_in=3.5, height_in=2.9)
 
 
 def _worst(
@@ -131,8 +133,8 @@ def _worst(
         for place in np.argsort(-errors.max(axis=1), kind="stable")[:_WORST].tolist():
             name = outputs[int(errors[place].argmax())]
             row = test.row(place, named=True)
-            said = "is" if row[f"label_{name}"] else "is not"
-            shown.append((row["path"], f"{said} {name}, p = {row[f'p_{name}']:.3f}"))
+            said = "yes" if row[f"label_{name}"] else "no"
+            shown.append((row["path"], f"{name}: {said}; p = {row[f'p_{name}']:.3f}"))
     rows = {path: number for number, path in enumerate(cache.manifest["path"].to_list())}
     return [{"path": path, "said": said, "picture": _picture(cache, rows[path])} for path, said in shown]
 

@@ -35,12 +35,20 @@ class InitReport:
     """Tensors taken over."""
     fresh: tuple[str, ...]
     """Tensors that start at random: the head, when the source has another one."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the source that have no place here: another head, or what does not belong to a model."""
 
     def __str__(self) -> str:
         if self.source == "scratch":
             return "from scratch"
-        fresh = f"; fresh: {', '.join(self.fresh)}" if self.fresh else ""
-        return f"from {self.source} ({self.loaded} tensors{fresh})"
+        parts = [f"{self.loaded} tensors"]
+        parts += [f"fresh: {', '.join(self.fresh)}"] if self.fresh else []
+        parts += [f"not used of it: {_named(self.unused)}"] if self.unused else []
+        return f"from {self.source} ({'; '.join(parts)})"
+
+
+def _named(names: tuple[str, ...], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_backbone(name: str) -> None:
@@ -134,8 +142,9 @@ def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitR
             f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are absent or of another shape, "
             f"such as {missing[0]}; is it the same model.backbone?"
         )
-    model.load_state_dict(fitting, strict=False)  # what stays fresh is the head, and reported
-    return InitReport(source, len(fitting), tuple(sorted(name for name in head if name not in fitting)))
+    model.load_state_dict(wanted | fitting)
+    fresh = tuple(sorted(name for name in head if name not in fitting))
+    return InitReport(source, len(fitting), fresh, tuple(name for name in state if name not in fitting))
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

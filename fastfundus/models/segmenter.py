@@ -66,7 +66,9 @@ def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, Init
             "is it the same model.backbone?"
         )
     model.load_state_dict(wanted | taken)
-    return model, InitReport(config.init, len(taken), ("decoder", "segmentation_head"))
+    used = {id(value) for value in taken.values()}
+    unused = tuple(name for name, value in state.items() if id(value) not in used)
+    return model, InitReport(config.init, len(taken), ("decoder", "segmentation_head"), unused)
 
 
 def _encoder_names(state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:

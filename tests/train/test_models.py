@@ -54,6 +54,8 @@ def test_from_a_file_with_another_head(tmp_path: Path, form: str) -> None:
         torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     model, report = create_model(ModelConfig(**SMALL, init=str(path)), 1)
     assert report.fresh == ("fc.bias", "fc.weight")
+    assert set(report.unused) == {"fc.bias", "fc.weight"}
+    assert "fresh: fc.bias, fc.weight; not used of it: fc." in str(report)
     assert torch.equal(model.conv1.weight, other.conv1.weight)  # type: ignore[union-attr]
 
 

@@ -285,6 +285,7 @@ def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> No
     model, report = create_segmenter(ModelConfig(backbone=backbone, init=str(tmp_path / "w.pth")), 1)
     names = [name for name in model.state_dict() if name.startswith("encoder.")]
     assert report.loaded == len(names)
+    assert {name.split(".")[0] for name in report.unused} == {"fc" if backbone == "resnet18" else "head"}
     ours = {(*tuple(value.shape), float(value.double().sum())) for value in classifier.state_dict().values()}
     assert all((*tuple(v.shape), float(v.double().sum())) in ours for k, v in model.state_dict().items() if k in names)
     with pytest.raises(CheckpointError, match="of the encoder are absent or of another shape"):
