@@ -56,6 +56,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     from fastfundus.config import TrainConfig
     from fastfundus.data import build_cache, list_photos
     from fastfundus.evaluate.operating_point import fit_operating_point
+    from fastfundus.evaluate.page import write_run_page
     from fastfundus.screen.run import screen_to_folder
     from fastfundus.spec import PreprocessSpec
     from fastfundus.synthetic import write_dataset
@@ -85,6 +86,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
             train(cache, run_path, TrainConfig.from_dict(settings), observer=bar)
         run = Run.open(run_path)
         point = fit_operating_point(run, cache)["labels"]["abnormal"]
+        write_run_page(run, cache)
     with _timed("build-engine", times):
         bundle, parity = build_from_run(run, output / "bundle")
     with _timed("screen", times):
@@ -110,4 +112,4 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
         raise click.ClickException(f"AUROC {auroc['value']:.3f} is below {LEAST_AUROC}: the demo's own check failed")
     if len(screened.results) != len(clinic_listing.photos):
         raise click.ClickException("some inputs have no row: the demo's own check failed")
-    click.echo(f"\nreport: {screened.report}")
+    click.echo(f"\nrun:    {run_path / 'run.html'}\nreport: {screened.report}")

@@ -19,7 +19,7 @@ RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 
 @click.command()
 @click.argument("caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option("--output", type=click.Path(path_type=Path), help="The run folder  [required but for --dry-run]")
 @click.option("--task", type=click.Choice(TASKS), help="What to learn  [default: abnormality]")
 @click.option("--label", "labels", multiple=True, help="Manifest column to learn; for multilabel, once for each.")
 @click.option("--backbone", help="timm model name  [default: resnet50]")
@@ -45,7 +45,7 @@ RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def train(
     caches: tuple[Path, ...],
-    output: Path,
+    output: Path | None,
     folds: int | None,
     recipe: str | None,
     config: Path | None,
@@ -86,6 +86,11 @@ def train(
         raise click.UsageError("give --fold or --folds, not both")
     if recipe and config:
         raise click.UsageError("give --recipe or --config, not both; a config may be a changed copy of a recipe")
+    if dry_run:
+        _dry_run(PhotoCache.open(*caches), _settings(flags, recipe, config, None), folds, as_json)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '--output'.")
     started = output / "fold0" if folds else output
     # Processes that torchrun starts again were given the same flags: the run decides where they go on.
     again = restarted() and (started / "last.ckpt").is_file()
@@ -95,9 +100,6 @@ def train(
     photos = PhotoCache.open(*caches)
     if folds and (settings.data.split_file or set(SIDES) & set(photos.manifest["split"].to_list())):
         raise ConfigError("--folds deals patients, but the label file or data.split_file fixes a split; leave one away")
-    if dry_run:
-        _dry_run(photos, settings, folds, as_json)
-        return
     named = " ".join(map(str, caches))
     how = f"fastfundus train {named} --output {output}{f' --folds {folds}' if folds else ''} --resume"
     with joined() as world:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample_ragged
+
+if TYPE_CHECKING:
+    # Benches on bare GPU machines go without what the rest of `data` imports.
+    from fastfundus.data.store import PhotoArray
 
 __all__ = ["PhotoFeed", "balanced_order", "epoch_order", "one_ahead", "parts_of"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from fastfundus.config import LoopConfig, OptimiserConfig
-from fastfundus.data.store import PhotoArray
 from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
 from fastfundus.train.distributed import World
+
+if TYPE_CHECKING:
+    # Benches on bare GPU machines go without what the rest of `data` imports.
+    from fastfundus.data.store import PhotoArray
 
 __all__ = ["AveragedModel", "TrainStep", "build_optimiser", "predict_logits"]
 

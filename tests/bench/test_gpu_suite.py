@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_suite
+from bench import gpu_suite, gpu_train
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +41,20 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert result["cuda"] == {}
     assert result["peers"]["torchvision v2"]["photos_per_s"] > 0
     assert result["dali"]["hw_decoder_load 0.0"]["photos_per_s"] > 0
+    (path,) = tmp_path.glob("train_dry_run_*.json")
+    (part,) = json.loads(path.read_text())["parts"]
+    assert len(part["images_per_s"]) == 4
+    assert all(rate > 0 for rate in part["images_per_s"].values())
+    rates = part["images_per_s"]
+    assert part["overlap"][gpu_train.PINNED] == rates[gpu_train.PINNED] / rates[gpu_train.COMPILED]
+
+
+def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
+    """torch, Triton, timm, NumPy, OpenCV and pytest are all that there is."""
+    absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import bench.gpu_suite, bench.gpu_train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")

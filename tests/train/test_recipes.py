@@ -33,11 +33,10 @@ def test_every_recipe_is_offered_and_sound() -> None:
 
 
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(cache: PhotoCache, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = ("train", cache.path, "--output", output, "--backbone", "resnet18", "--batch-size", 8, "--dry-run")
+    command = ("train", cache.path, "--backbone", "resnet18", "--batch-size", 8, "--dry-run")
     done = run(*command, "--recipe", "finetune", "--folds", 3)
     assert done.exit_code == 0, done.output
-    assert not output.exists()
+    assert "Missing option '--output'" in run("train", cache.path).stderr
     assert 'task = "abnormality"' in done.stdout
     assert "layer_decay = 0.75" in done.stdout
     assert "[8, 3, 64, 64] -> [8, 1]" in done.stdout

@@ -1,0 +1,207 @@
+"""Training on a GPU: what a step, a compiled step and the feed do, each alone and together; `gpu_suite.sh` calls it.
+
+    python -m bench.gpu_train --output FOLDER [--dry-run]
+
+Photos are random: a set of them lies in memory as a cache would. Four variants of one step, in turns: eager with
+autocast and channels first (the peers' habit), compiled and channels last as the loop has it, on one resident batch
+each; then the compiled one with photos from the GPU's memory, and with photos through pinned memory. Needs torch, timm
+and NumPy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.gpu_suite import gpu_environment
+from bench.paired import environment
+from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
+from fastfundus.spec import PreprocessSpec
+from fastfundus.train.augment import draw_epoch
+from fastfundus.train.feed import PhotoFeed, epoch_order, one_ahead
+from fastfundus.train.loss import binary_loss
+from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser
+
+EAGER, COMPILED, RESIDENT, PINNED = (
+    "eager, autocast, channels first, one batch",
+    "compiled, channels last, one batch",
+    "compiled, photos in the GPU's memory",
+    "compiled, photos through pinned memory",
+)
+UPSTREAM_PHOTOS = 57_803
+"""Of the paper's upstream set, for the time of an epoch."""
+Batch = tuple[Tensor, Tensor]
+
+
+def matmul_rate(device: torch.device, dry_run: bool) -> float:
+    """TFLOP/s of a large bfloat16 product: what this GPU reaches at best."""
+    side = 64 if dry_run else 8192
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        times.append(seconds_of(lambda: left @ right, device))
+    return 2 * side**3 / min(times) / 1e12
+
+
+def seconds_of(job: Callable[[], object], device: torch.device) -> float:
+    """Of one call, waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def stepper(
+    backbone: str, size: int, device: torch.device, *, compiled: bool, channels_last: bool, dry_run: bool
+) -> tuple[Callable[[Batch], None], nn.Module]:
+    """One step of the loop, its averaged weights included."""
+    torch.manual_seed(0)
+    options = {"img_size": size} if "vit" in backbone else {}
+    model = timm.create_model(backbone, num_classes=1, **options).to(device).train()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    forward: Any = model
+    if compiled:
+        how: dict[str, str] = {"backend": "aot_eager"} if dry_run else {"mode": "reduce-overhead"}
+        forward = torch.compile(model, fullgraph=True, dynamic=False, **how)  # type: ignore[call-overload]
+    averaged = AveragedModel(model, 0.999)
+    graphs = compiled and not dry_run
+    step = TrainStep(
+        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), binary_loss,
+        clip_norm=1.0, device=device, graphs=graphs,
+    )  # fmt: skip
+
+    def one(batch: Batch) -> None:
+        step([batch], len(batch[0]), 1e-5)
+        averaged.update(model)
+
+    return one, model
+
+
+def fed(
+    feed: PhotoFeed, count: int, spec: PreprocessSpec, batch: int, device: torch.device, channels_last: bool
+) -> Iterator[Batch]:
+    """Batches as the loop has them, without end."""
+    truth = torch.zeros(batch, 1)
+    epoch = 0
+    while True:
+        geometry, colour = draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=epoch)
+
+        def make(
+            rows: np.ndarray, geometry: np.ndarray = geometry, colour: np.ndarray = colour
+        ) -> Callable[[], Tensor]:
+            return feed.begin(rows, geometry[rows], colour[rows], spec.size)
+
+        for finish in one_ahead(make, epoch_order(count, batch, seed=0, epoch=epoch)):
+            inputs = finish()
+            yield inputs if channels_last else inputs.contiguous(), truth.to(device, non_blocking=True)
+        epoch += 1
+
+
+def measure(
+    backbone: str, size: int, batch: int, device: torch.device, *, peak: float, dry_run: bool
+) -> dict[str, Any]:
+    """Images/s of every variant, medians over rounds in turns."""
+    rounds, steps, count = (1, 1, 2 * batch) if dry_run else (5, 10, max(4 * batch, 1024))
+    spec = PreprocessSpec(size=size)
+    photos = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    rows = np.arange(count)
+    feeds = {RESIDENT: PhotoFeed(photos, rows, device, room=photos.nbytes), PINNED: PhotoFeed(photos, rows, device)}
+    channels_last = "vit" not in backbone
+    streams = {name: fed(feed, count, spec, batch, device, channels_last) for name, feed in feeds.items()}
+    still = next(streams[RESIDENT])
+    eager, _ = stepper(backbone, size, device, compiled=False, channels_last=False, dry_run=dry_run)
+    ours, model = stepper(backbone, size, device, compiled=True, channels_last=channels_last, dry_run=dry_run)
+
+    def with_data(name: str) -> None:
+        ours(next(streams[name]))
+
+    jobs: dict[str, Callable[[], None]] = {
+        EAGER: partial(eager, (still[0].contiguous(), still[1])),
+        COMPILED: partial(ours, still),
+        RESIDENT: partial(with_data, RESIDENT),
+        PINNED: partial(with_data, PINNED),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+
+            def several(job: Callable[[], None] = job) -> None:
+                for _ in range(steps):
+                    job()
+
+            job()  # feeds refill, graphs are captured
+            taken = seconds_of(several, device) / steps
+            if number:
+                seconds[name].append(taken)
+    for stream in streams.values():
+        stream.close()  # type: ignore[attr-defined]
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.eval()(torch.zeros(1, 3, size, size, device=device))
+    flops = 3 * counter.get_total_flops()
+    rates = {name: batch / statistics.median(values) for name, values in seconds.items()}
+    return {
+        "backbone": backbone,
+        "size": size,
+        "batch": batch,
+        "images_per_s": rates,
+        "compiled_over_eager": rates[COMPILED] / rates[EAGER],
+        "overlap": {name: rates[name] / rates[COMPILED] for name in (RESIDENT, PINNED)},
+        "flops_a_photo": flops,
+        "share_of_matmul_rate": rates[COMPILED] * flops / 1e12 / peak,
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "epoch_of_57803_s": UPSTREAM_PHOTOS / rates[RESIDENT],
+    }
+
+
+def main() -> None:
+    """Measure, write one JSON, print one table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    dry_run: bool = options.dry_run
+    if not dry_run and not torch.cuda.is_available():
+        raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
+    device = torch.device("cpu" if dry_run else "cuda")
+    peak = matmul_rate(device, dry_run)
+    cases = [("resnet18", 32, 4)] if dry_run else [
+        (backbone, size, batch)
+        for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224")
+        for size, batch in ((224, 256), (512, 64), (1024, 16))
+    ]  # fmt: skip
+    parts = []
+    for case in cases:
+        try:
+            parts.append(measure(*case, device, peak=peak, dry_run=dry_run))
+        except (RuntimeError, AssertionError) as error:
+            # Out of memory, or a network that takes no such size: said, and the others go on.
+            parts.append({"backbone": case[0], "size": case[1], "batch": case[2], "failed": str(error)[:400]})
+        print(json.dumps(parts[-1]), flush=True)
+    chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
+    target = options.output / f"train_{chip}_{time.strftime('%Y%m')}.json"
+    about = {"dry_run": dry_run, **environment(()), **gpu_environment(), "matmul_tflops": peak}
+    target.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
