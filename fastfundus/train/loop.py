@@ -190,7 +190,8 @@ def train(
                 scores=scores,
                 images_per_s=speed.images_per_s,
                 seconds=time.perf_counter() - began,
-                best=score > state.best_score or state.best_epoch == 0,
+                # A score that cannot be estimated is no better than any other.
+                best=score > state.best_score or not math.isfinite(state.best_score) or state.best_epoch == 0,
             )
             if result.best:
                 state.best_score, state.best_epoch = score, result.epoch

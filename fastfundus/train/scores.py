@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
@@ -36,8 +38,10 @@ def scores_of(task: str, chances: NDArray[np.float64], truth: NDArray[np.float64
         right = (chances.argmax(axis=1) == truth.argmax(axis=1)).mean()
         return {"auroc": area, "accuracy": float(right)}
     if task == "ordinal":
-        agreement = cohen_kappa_score(
-            grades(truth), grades(chances >= 0.5), labels=np.arange(truth.shape[1] + 1), weights="quadratic"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one grade only, given and true: it is NaN, and said so
+            agreement = cohen_kappa_score(
+                grades(truth), grades(chances >= 0.5), labels=np.arange(truth.shape[1] + 1), weights="quadratic"
+            )
         return {"qwk": float(agreement), "auroc": area}
     return {"auroc": area}

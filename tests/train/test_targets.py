@@ -189,4 +189,5 @@ def test_scores() -> None:
     assert np.isnan(mean_auroc(chances[:, 1:], truth[:, 1:]))
     reached = np.array([[1.0, 1], [0, 0], [1, 0]])
     assert scores_of("ordinal", reached * 0.8, reached)["qwk"] == 1.0
+    assert np.isnan(scores_of("ordinal", np.zeros((3, 2)), np.zeros((3, 2)))["qwk"])
     assert scores_of("multiclass", np.eye(3), np.eye(3)[[0, 1, 1]])["accuracy"] == pytest.approx(2 / 3)
