@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastfundus.records import interval_text
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 # Benchmark, its peer in the same run (if any), the work of one call, and how many units of it that is.
@@ -138,10 +140,6 @@ def train_table(result: dict[str, Any]) -> str:
 
 def transfer_table(result: dict[str, Any]) -> str:
     """What upstream training on fundus photographs changed, as Markdown."""
-
-    def show(entry: dict[str, float]) -> str:
-        return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
-
     grading, vessels = result["grading"], result["vessels"]
     first = grading["downstream"]["scratch"]["pooled"]
     lines = [
@@ -153,8 +151,8 @@ def transfer_table(result: dict[str, Any]) -> str:
         down, maps = grading["downstream"][start], vessels[start]
         folds = down["over_folds"]
         lines.append(
-            f"| {told} | {show(down['pooled']['auroc'])} | {folds['mean']:.3f} ± {folds['sd']:.3f} | "
-            f"{show(maps['dice'])} | {maps['pixels']['value']:.3f} |"
+            f"| {told} | {interval_text(down['pooled']['auroc'])} | {folds['mean']:.3f} ± {folds['sd']:.3f} | "
+            f"{interval_text(maps['dice'])} | {maps['pixels']['value']:.3f} |"
         )
     up = grading["upstream"]
     return "\n".join(
@@ -162,8 +160,9 @@ def transfer_table(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"Every DR photo tested once, by a model that has not seen its patient, at {result['size']} px; upstream "
-            f"minus scratch: {show(grading['difference'])}. The upstream run itself, normal or abnormal by eye: AUROC "
-            f"{show(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR that it had not seen. "
+            f"minus scratch: {interval_text(grading['difference'])}. The upstream run itself, normal or abnormal by "
+            f"eye: AUROC {interval_text(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR that "
+            "it had not seen. "
             f"DRIVE: 13 photos to learn from, 3 to choose on, 4 to test; in the field of view, at the camera's "
             f"resolution. In brackets 95 % intervals from resampling patients. {result['date']}, commit "
             f"{result['commit']}. `make transfer` repeats it.",
@@ -254,10 +253,6 @@ def _stamp(result: dict[str, Any]) -> str:
 
 def evidence_table(result: dict[str, Any]) -> str:
     """The run on real photographs, as Markdown."""
-
-    def show(entry: dict[str, float]) -> str:
-        return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
-
     parts = result["results"]
     lines = [
         f"{result['what']}, {result['backbone']}:",
@@ -267,7 +262,7 @@ def evidence_table(result: dict[str, Any]) -> str:
     ]
     for name, entry in parts.items():
         if "test patients" in name or "pooled" in name:
-            lines.append(f"| {name}: {entry['photos']} | {entry['patients']} | {show(entry['auroc'])} |")
+            lines.append(f"| {name}: {entry['photos']} | {entry['patients']} | {interval_text(entry['auroc'])} |")
     engine, screen = parts["engine"], parts["screen"]
     statuses = ", ".join(f"{count} {name}" for name, count in screen["status"].items())
     lines += [

@@ -7,7 +7,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PHOTO_SUFFIXES", "FieldCircle", "PhotoFacts", "SourcePhoto", "Status", "identity", "told_name"]
+__all__ = [
+    "PHOTO_SUFFIXES",
+    "FieldCircle",
+    "PhotoFacts",
+    "SourcePhoto",
+    "Status",
+    "identity",
+    "interval_text",
+    "told_name",
+]
 
 PHOTO_SUFFIXES = frozenset(
     {
@@ -94,6 +103,15 @@ class SourcePhoto:
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None
     """A fault found while listing, such as a file that the label file names but is not there."""
+
+
+def interval_text(entry: dict[str, float | None]) -> str:
+    """Write a metric with its interval, from the plain data that results hold; None stands for what is not known."""
+    if entry["value"] is None:
+        return "not estimable"
+    if entry["low"] is None or entry["high"] is None:
+        return f"{entry['value']:.3f}"
+    return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def told_name(name: str) -> str:

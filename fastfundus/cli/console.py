@@ -11,21 +11,12 @@ import click
 
 from fastfundus.errors import ConfigError
 
-__all__ = ["interval_text", "progress_bar", "quiet_decoders", "read_salt", "remark", "remarks"]
+__all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks"]
 
 
 def remark(text: str) -> None:
     """Write a line to stderr."""
     click.echo(text, err=True)
-
-
-def interval_text(entry: dict[str, float | None]) -> str:
-    """Write a value with its interval, from the plain data of an `Interval`."""
-    if entry["value"] is None:
-        return "not estimable"
-    if entry["low"] is None:
-        return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def remarks(notes: Iterable[str], *, most: int = 20) -> None:

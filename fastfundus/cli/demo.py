@@ -51,12 +51,12 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
 
     require("torch", extra="train")
     from fastfundus.cli.building import build_from_run
-    from fastfundus.cli.console import interval_text
     from fastfundus.cli.training import TrainingBar
     from fastfundus.config import TrainConfig
     from fastfundus.data import build_cache, list_photos
     from fastfundus.evaluate.operating_point import fit_operating_point
     from fastfundus.evaluate.page import write_run_page
+    from fastfundus.records import interval_text
     from fastfundus.screen.run import screen_to_folder
     from fastfundus.spec import PreprocessSpec
     from fastfundus.synthetic import write_dataset

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from fastfundus.cli.console import interval_text, progress_bar, remark
+from fastfundus.cli.console import progress_bar, remark
+from fastfundus.records import interval_text
 from fastfundus.train.observer import EpochResult, Observer
 
 __all__ = ["TrainingBar", "metrics_lines"]

@@ -15,6 +15,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import SIDES
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.pictures import as_svg, thumbnail
+from fastfundus.records import interval_text
 from fastfundus.train.run import Run
 
 __all__ = ["write_run_page"]
@@ -50,19 +51,11 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         counts=[(side, int((sides == side).sum())) for side in SIDES],
         worst=_worst(table, run.labels, document, cache, vessels),
         vessels=vessels,
-        text=_text,
+        text=interval_text,
     )
     partial = run.path / "run.html.partial"
     partial.write_text(page, encoding="utf-8")
     partial.replace(run.path / "run.html")
-
-
-def _text(entry: dict[str, float | None]) -> str:
-    if entry["value"] is None:
-        return "not estimable"
-    return f"{entry['value']:.3f}" + (
-        f" ({entry['low']:.3f} to {entry['high']:.3f})" if entry["low"] is not None else ""
-    )
 
 
 def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +67,9 @@ def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:
         "photos": test["photos"],
         "patients": test["patients"],
         "positives": test.get("positives"),
-        "values": {key: _text(test[key]) if isinstance(test[key], dict) else f"{test[key]:.3f}" for key in shown},
+        "values": {
+            key: interval_text(test[key]) if isinstance(test[key], dict) else f"{test[key]:.3f}" for key in shown
+        },
     }
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.pictures import as_svg, thumbnail
-from fastfundus.records import Status
+from fastfundus.records import Status, interval_text
 from fastfundus.screen.pipeline import ScreenedPhoto, Timing
 
 __all__ = ["MOST_SHOWN", "Gallery", "write_report"]
@@ -136,14 +136,8 @@ def write_report(
         timing=timing,
         source=source,
         finished=finished.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        interval=_interval,
+        interval=interval_text,
     )
     partial = path.with_name(path.name + ".partial")
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
-
-
-def _interval(entry: dict[str, Any]) -> str:
-    if entry["value"] is None:
-        return "not estimable"
-    return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
