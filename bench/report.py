@@ -161,8 +161,8 @@ def transfer_table(result: dict[str, Any]) -> str:
             "",
             f"Every DR photo tested once, by a model that has not seen its patient, at {result['size']} px; upstream "
             f"minus scratch: {interval_text(grading['difference'])}. The upstream run itself, normal or abnormal by "
-            f"eye: AUROC {interval_text(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR that "
-            "it had not seen. "
+            f"eye: AUROC {interval_text(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR "
+            "that it had not seen. "
             f"DRIVE: 13 photos to learn from, 3 to choose on, 4 to test; in the field of view, at the camera's "
             f"resolution. In brackets 95 % intervals from resampling patients. {result['date']}, commit "
             f"{result['commit']}. `make transfer` repeats it.",

@@ -154,12 +154,12 @@ class PhotoFeed:
         self._turn = (turn + 1) % _COPIES
         if turn in self._pinned:
             self._pinned[turn][1].synchronize()  # this buffer's last copy; long done, unless the disk is that fast
-        room = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
-        if len(room) < needed:
-            room = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-        buffer = self._read(rows, room[:needed])
+        # The stream brings its GPU along: a thread starts on the first one.
         with torch.cuda.stream(self._stream):
-            copied = buffer.to(self._device, non_blocking=True)
+            room = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
+            if len(room) < needed:
+                room = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+            copied = self._read(rows, room[:needed]).to(self._device, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._pinned[turn] = room, event

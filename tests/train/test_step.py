@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -179,6 +180,54 @@ def test_photos_that_lie_in_memory_are_the_same_photos(cache: PhotoCache) -> Non
     batches = [feed.begin(np.array([9, 5]), geometry, colour, 48)() for feed in feeds]
     assert torch.equal(*batches)
     assert not PhotoFeed(cache.photos, rows, torch.device("cpu"), room=3 * 64 * 64 * 3 - 1).resident
+
+
+def test_pinned_buffers_are_not_overwritten_while_they_are_copied(
+    cache: PhotoCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of things on a GPU, played: who waits for whom, and what arrives."""
+    did: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.name = ""
+
+        def record(self, stream: object) -> None:
+            self.name = f"copy {sum(entry.startswith('record') for entry in did)}"
+            did.append(f"record {self.name}")
+
+        def synchronize(self) -> None:
+            did.append(f"host waits for {self.name}")
+
+    class Stream:
+        def wait_event(self, event: Event) -> None:
+            did.append(f"model waits for {event.name}")
+
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: real_empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: did.append("kept until used"))
+    rows = np.arange(8)
+    feed, plain = (PhotoFeed(cache.photos, rows, torch.device("cpu")) for _ in range(2))
+    feed._stream = Stream()  # type: ignore[assignment]
+    batches = [rows[:3], rows[3:5], rows[2:7], rows[:2]]
+    matrices = [fixed_matrices(cache.spec, len(batch)) for batch in batches]
+    want = [plain.begin(batch, *pair, 64)() for batch, pair in zip(batches, matrices, strict=True)]
+    # One ahead, as the loop has it.
+    following = feed.begin(batches[0], *matrices[0], 64)
+    for number in range(4):
+        finish = following
+        if number < 3:
+            following = feed.begin(batches[number + 1], *matrices[number + 1], 64)
+        assert torch.equal(finish(), want[number])
+    assert [entry for entry in did if entry != "kept until used"] == [
+        "record copy 0", "record copy 1", "model waits for copy 0",
+        "host waits for copy 0", "record copy 2", "model waits for copy 1",
+        "host waits for copy 1", "record copy 3", "model waits for copy 2", "model waits for copy 3",
+    ]  # fmt: skip
+    assert did.count("kept until used") == 4
 
 
 @pytest.mark.parametrize(
