@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,9 +100,9 @@ def grading(work: Path) -> dict[str, Any]:
 def vessels(work: Path, upstream: Path) -> dict[str, Any]:
     """DRIVE: sixteen photos to develop on, three of them for validation, and four to test."""
     layout = work / "drive_layout"
-    layout.mkdir(exist_ok=True)
-    if not (layout / "training").exists():
-        (layout / "training").symlink_to(DATA / "drive")
+    if not layout.exists():
+        # As DRIVE unpacks; links to folders are not followed.
+        shutil.copytree(DATA / "drive", layout / "training")
     drive = prepared(work, "drive", f"{layout}/", "--adapter", "drive", "--size", VESSEL_SIZE)
     names = sorted(pl.read_parquet(drive / "manifest.parquet")["path"])
     sides = ["test"] * 4 + ["val"] * 3 + ["train"] * (len(names) - 7)
