@@ -70,10 +70,10 @@ def native_map(values: NDArray[np.float32], known: dict[str, Any]) -> NDArray[np
 
     Bilinear where the camera's frame is finer, as a cache that was made at full resolution asks for.
     """
+    forward = window_of(known, len(values))
     # OpenCV counts from the centres of pixels, we from their corners.
-    inverse = cv2.invertAffineTransform(window_of(known, len(values)))
-    inverse[:, 2] += inverse[:, :2] @ [0.5, 0.5] - 0.5
-    return cv2.warpAffine(values, inverse, (known["width_px"], known["height_px"]), flags=cv2.INTER_LINEAR)
+    forward[:, 2] += forward[:, :2] @ [0.5, 0.5] - 0.5
+    return cv2.warpAffine(values, forward, (known["width_px"], known["height_px"]), flags=cv2.INTER_LINEAR)
 
 
 def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
