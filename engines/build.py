@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
+import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.export import ScreeningModel, export_onnx
-from fastfundus.engines.openvino_backend import PRECISIONS, convert, fastest_precision, shared_core
 from fastfundus.engines.parity import ParityReport, compare
-from fastfundus.engines.runtime import BACKENDS, load_backend
+from fastfundus.engines.runtime import BACKENDS, Engine, load_backend, processor
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
 from fastfundus.models.activation import Activation
 from fastfundus.spec import PreprocessSpec
@@ -41,6 +40,7 @@ def build_bundle(
     activation: Activation = "sigmoid",
     backend: str = "openvino",
     precision: str = "auto",
+    truth: NDArray[np.float64] | None = None,
 ) -> tuple[Bundle, ParityReport]:
     """Export, build, prove and write.
 
@@ -54,7 +54,9 @@ def build_bundle(
         provenance: stored as it is: which run, which configuration.
         activation: what makes probabilities of logits.
         backend: one of `BACKENDS`.
-        precision: "fp32", "bf16", or "auto" for the fastest this machine computes in.
+        precision: "fp32", "bf16", or "auto": every one that this machine computes in is built and measured, and the
+            fastest that passes is kept.
+        truth: [N, L] what is known of the photos, 0, 1 or NaN; with it, the loss of AUROC is measured too.
 
     Returns:
         The bundle, and how the engine compared.
@@ -66,44 +68,92 @@ def build_bundle(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} cannot be built{close_matches(backend, BACKENDS)}")
-    if precision == "auto":
-        precision = fastest_precision()
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision {precision!r} is unknown{close_matches(precision, [*PRECISIONS, 'auto'])}")
+    module = importlib.import_module(f"fastfundus.engines.{backend}_backend")
+    here = module.precisions()
+    if precision not in ("auto", *here):
+        raise ConfigError(f"precision {precision!r} cannot be built here{close_matches(precision, [*here, 'auto'])}")
     if output.exists() and not (output / "bundle.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise BundleError(f"{output}: is there already and is no bundle; choose another --output")
-    partial = output.with_name(output.name + ".partial")
+    partial, refused = (output.with_name(f"{output.name}.{end}") for end in ("partial", "refused.json"))
     shutil.rmtree(partial, ignore_errors=True)
+    refused.unlink(missing_ok=True)
     partial.mkdir(parents=True)
     try:
         temperatures = [float(entry["temperature"]) for entry in labels.values()]
         model = ScreeningModel(classifier, spec, temperatures, activation).eval()
         export_onnx(model, spec.size, partial / "model.onnx")
-        engine_file = convert(partial / "model.onnx", partial)
-        expected, torch_rate = _run_torch(model, photos)
-        thresholds = np.array([float(entry["threshold"]) for entry in labels.values()])
-        about = {
-            "backend": backend,
-            "engine": engine_file,
-            "precision": precision,
-            "spec": spec.to_dict(),
-            "spec_fingerprint": spec.fingerprint,
-            "labels": labels,
+        job = _Job(backend, module, model, spec, labels, photos, truth, partial)
+        tried = [job.attempt(name) for name in (here if precision == "auto" else (precision,))]
+        passed = [report for report in tried if report.passed]
+        if not passed:
+            # Of those that were not asked for, say which would do.
+            tried += [job.attempt(name) for name in here if name not in {report.precision for report in tried}]
+            refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
+            raise GateRefused(_refusal(tried, refused))
+        best = max(passed, key=lambda report: report.images_per_s)
+        about = job.take(best.precision) | {
+            "parity": best.to_dict(),
+            "tried": [report.to_dict() for report in tried],
+            "built_on": _machine(module.PACKAGE),
+            "provenance": provenance,
         }
-        prove = functools.partial(
-            _prove, partial, photos=photos, expected=expected, thresholds=thresholds, torch_rate=torch_rate
-        )
-        report = prove(about)
-        if not report.passed:
-            raise GateRefused(_refusal(prove, about, report))
-        about |= {"parity": report.to_dict(), "built_on": _machine(backend), "provenance": provenance}
         write_bundle_json(partial, about)
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Bundle.open(output), report
+    return Bundle.open(output), best
+
+
+class _Job:
+    """One graph, and the engines that are tried for it, each in a folder of its own."""
+
+    def __init__(
+        self,
+        backend: str,
+        module: Any,
+        model: ScreeningModel,
+        spec: PreprocessSpec,
+        labels: dict[str, dict[str, Any]],
+        photos: NDArray[np.uint8],
+        truth: NDArray[np.float64] | None,
+        folder: Path,
+    ) -> None:
+        self.module, self.model, self.photos, self.truth, self.folder = module, model, photos, truth, folder
+        self.about: dict[str, Any] = {
+            "backend": backend,
+            "spec": spec.to_dict(),
+            "spec_fingerprint": spec.fingerprint,
+            "labels": labels,
+        }
+        self.expected, self.torch_rate = _run_torch(model, photos)
+        self.thresholds = np.array([float(entry["threshold"]) for entry in labels.values()])
+        self.built: dict[str, dict[str, Any]] = {}
+
+    def attempt(self, precision: str) -> ParityReport:
+        """Build an engine and compare it with the model."""
+        place = self.folder / f"attempt_{precision}"
+        place.mkdir()
+        graph, size = self.folder / "model.onnx", self.about["spec"]["size"]
+        engine = self.module.build(self.model, graph, size, place, precision)
+        self.built[precision] = {**self.about, "precision": precision, "engine": engine, "needs": self.module.needs()}
+        loaded = load_backend(self.about["backend"], place, self.built[precision])
+        got, rate = _run_engine(loaded, self.photos)
+        loaded.close()
+        return compare(
+            self.expected, got, self.thresholds, precision=precision, images_per_s=rate,
+            torch_images_per_s=self.torch_rate, truth=self.truth,
+        )  # fmt: skip
+
+    def take(self, precision: str) -> dict[str, Any]:
+        """Keep one of the engines, forget the others; what its `bundle.json` says of it."""
+        for place in self.folder.glob("attempt_*"):
+            if place.name == f"attempt_{precision}":
+                for file in place.iterdir():
+                    file.replace(self.folder / file.name)
+            shutil.rmtree(place)
+        return self.built[precision]
 
 
 def _run_torch(model: ScreeningModel, photos: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
@@ -115,41 +165,26 @@ def _run_torch(model: ScreeningModel, photos: NDArray[np.uint8]) -> tuple[NDArra
     return np.concatenate(parts), len(photos) / (time.perf_counter() - began)
 
 
-def _prove(
-    folder: Path,
-    about: dict[str, Any],
-    *,
-    photos: NDArray[np.uint8],
-    expected: NDArray[np.float32],
-    thresholds: NDArray[np.float64],
-    torch_rate: float,
-) -> ParityReport:
-    engine = load_backend(about["backend"], folder, about)
+def _run_engine(engine: Engine, photos: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
     engine.infer(photos[:4])  # the first call allocates
     began = time.perf_counter()
     got = np.concatenate([engine.infer(photos[start : start + 32]) for start in range(0, len(photos), 32)])
-    rate = len(photos) / (time.perf_counter() - began)
-    engine.close()
-    return compare(
-        expected, got, thresholds, precision=about["precision"], images_per_s=rate, torch_images_per_s=torch_rate
-    )
+    return got, len(photos) / (time.perf_counter() - began)
 
 
-def _refusal(prove: Callable[[dict[str, Any]], ParityReport], about: dict[str, Any], report: ParityReport) -> str:
-    """Say what failed, and try the other precisions, to say which would pass."""
-    lines = [f"the engine was refused: {report}"]
-    for other in PRECISIONS:
-        if other == report.precision or (other == "bf16" and fastest_precision() != "bf16"):
-            continue
-        tried = prove(about | {"precision": other})
-        lines.append(f"tried instead: {tried}" + (f"; build with --precision {other}" if tried.passed else ""))
-    return "\n".join(lines)
+def _refusal(tried: list[ParityReport], file: Path) -> str:
+    """Say what failed, and which of the other precisions would pass."""
+    lines = [f"the engine was refused: {tried[0]}"]
+    for report in tried[1:]:
+        hint = f"; build with --precision {report.precision}" if report.passed else ""
+        lines.append(f"tried instead: {report}{hint}")
+    return "\n".join([*lines, f"{file} has the figures"])
 
 
-def _machine(backend: str) -> dict[str, str]:
+def _machine(package: str) -> dict[str, str]:
     return {
-        "backend_version": metadata.version(backend),
-        "device": str(shared_core().get_property("CPU", "FULL_DEVICE_NAME")).strip(),
+        "backend_version": metadata.version(package),
+        "device": processor(),
         "platform": platform.platform(),
         "fastfundus": metadata.version("fastfundus"),
         "torch": metadata.version("torch"),

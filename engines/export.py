@@ -37,6 +37,7 @@ class ScreeningModel(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.dtype = torch.float32
         self.classifier = classifier
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         # (x / 255 - mean) / std as one multiplication and one addition.
@@ -44,10 +45,15 @@ class ScreeningModel(nn.Module):
         self.register_buffer("offset", -mean / std)
         self.register_buffer("temperature", torch.tensor(temperatures))
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Let the classifier compute in a type; normalisation and probabilities stay float32."""
+        self.classifier.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = dtype
+
     def forward(self, photos: Tensor) -> Tensor:
         """Normalise, classify, calibrate."""
         inputs = (photos.float() * self.scale + self.offset).permute(0, 3, 1, 2)
-        logits = self.classifier(inputs)
+        logits = self.classifier(inputs.to(self.dtype)).float()
         return activate(logits / self.temperature, self.activation)
 
 

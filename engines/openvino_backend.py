@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from fastfundus.engines.runtime import check_photos
 from fastfundus.errors import BundleError
 
-__all__ = ["PRECISIONS", "OpenVinoEngine", "convert", "fastest_precision", "shared_core"]
+__all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "needs", "precisions", "shared_core"]
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+PACKAGE = "openvino"
+_NAMES = {"fp32": "f32", "bf16": "bf16"}
 """Precisions that can be built, by OpenVINO's name for them."""
 
 
@@ -30,20 +31,38 @@ def shared_core() -> Any:
     return openvino.Core()
 
 
-def fastest_precision() -> str:
-    """Name the fastest precision here: "bf16" where the processor computes in bfloat16 (AMX or AVX-512 BF16)."""
-    return "bf16" if "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "fp32"
+def precisions() -> tuple[str, ...]:
+    """Precisions that this processor computes in, fastest first: "bf16" where it has AMX or AVX-512 BF16."""
+    has_bf16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("bf16", "fp32") if has_bf16 else ("fp32",)
 
 
-def convert(onnx_file: Path, folder: Path) -> str:
+def load(folder: Path, about: dict[str, Any]) -> OpenVinoEngine:
+    """Load the engine of a bundle."""
+    return OpenVinoEngine(folder / about["engine"], about["spec"]["size"], about["precision"])
+
+
+def needs() -> dict[str, str]:
+    """What a machine must have: nothing, OpenVINO compiles when it loads."""
+    return {}
+
+
+def build(model: Any, graph: Path, size: int, folder: Path, precision: str) -> str:
     """Convert ONNX to OpenVINO's own format; weights stay float32, the precision is chosen when loading.
+
+    Args:
+        model: of torch; not used.
+        graph: the ONNX file.
+        size: side of the photos in pixels.
+        folder: where the engine goes.
+        precision: one of `precisions`.
 
     Returns:
         The engine's file, relative to `folder`.
     """
     import openvino
 
-    openvino.save_model(openvino.convert_model(onnx_file), folder / "engine.xml", compress_to_fp16=False)
+    openvino.save_model(openvino.convert_model(graph), folder / "engine.xml", compress_to_fp16=False)
     return "engine.xml"
 
 
@@ -56,13 +75,13 @@ class OpenVinoEngine:
 
     def __init__(self, file: Path, size: int, precision: str) -> None:
         core = shared_core()
-        if precision == "bf16" and fastest_precision() != "bf16":
+        if precision not in precisions():
             raise BundleError(
                 f"{file.parent}: was built for bfloat16, which this processor lacks; build here with --precision fp32"
             )
         self._size = size
         # Everything that could differ from the engine that passed the gate is named, not left to defaults.
-        config = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
+        config = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _NAMES[precision]}
         try:
             model = core.read_model(file)
             # A fixed batch of one lets the compiler plan memory; photos are spread over streams.

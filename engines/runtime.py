@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import platform
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +12,10 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import BundleError
 
-__all__ = ["BACKENDS", "Engine", "check_photos", "load_backend"]
+__all__ = ["BACKENDS", "Engine", "check_photos", "load_backend", "processor"]
 
-BACKENDS = ("openvino",)
-"""Names of the backends that can be built and run."""
+BACKENDS = ("openvino", "onnxruntime", "aoti")
+"""Names of the backends that can be built and run; each is a module `<name>_backend`."""
 
 
 class Engine(Protocol):
@@ -38,6 +40,15 @@ def check_photos(photos: NDArray[np.uint8], size: int) -> None:
         raise ValueError(f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}")
 
 
+def processor() -> str:
+    """Name of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+
+
 def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
     """Load the engine of an opened bundle.
 
@@ -49,8 +60,7 @@ def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
     Raises:
         BundleError: this FastFundus knows no such backend, or the machine lacks what the engine needs.
     """
-    if name == "openvino":
-        from fastfundus.engines.openvino_backend import OpenVinoEngine
-
-        return OpenVinoEngine(folder / about["engine"], about["spec"]["size"], about["precision"])
-    raise BundleError(f"{folder}: was built for the backend {name!r}; this FastFundus runs {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
+        raise BundleError(f"{folder}: was built for the backend {name!r}; this FastFundus runs {', '.join(BACKENDS)}")
+    engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, about)
+    return engine

@@ -15,6 +15,7 @@ from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.train.run import Run
+from fastfundus.train.targets import read_targets
 
 __all__ = ["build_from_run"]
 
@@ -52,6 +53,7 @@ def build_from_run(
     # Spread over the whole set: neighbours are often of one patient.
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_PARITY_PHOTOS)).astype(int)]
     labels = read_operating_point(run)["labels"]
+    targets = read_targets(photos.manifest, run.config.task, run.config.data.labels, run.labels)
     provenance = {
         "run": str(run.path.absolute()),
         "backbone": run.config.model.backbone,
@@ -66,6 +68,7 @@ def build_from_run(
         np.ascontiguousarray(photos.photos[chosen]),
         output,
         provenance=provenance,
+        truth=targets.truth[chosen],
         activation=ACTIVATIONS[run.config.task],
         backend=backend,
         precision=precision,

@@ -49,9 +49,9 @@ def examine() -> dict[str, Any]:
     }
     engine: dict[str, Any] = {"precision": None}
     if parts["screening"]["ready"]:
-        from fastfundus.engines.openvino_backend import fastest_precision
+        from fastfundus.engines.openvino_backend import precisions
 
-        engine["precision"] = fastest_precision()
+        engine["precision"] = precisions()[0]
     gpu = sampling = None
     if parts["training"]["ready"]:
         try:

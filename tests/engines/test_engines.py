@@ -19,7 +19,7 @@ from fastfundus.data import PhotoCache
 from fastfundus.engines import build
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.export import INPUT, ScreeningModel
-from fastfundus.engines.openvino_backend import fastest_precision
+from fastfundus.engines.openvino_backend import precisions
 from fastfundus.engines.parity import Gate, compare
 from fastfundus.errors import BundleError, ConfigError, GateRefused
 from fastfundus.evaluate.operating_point import read_operating_point
@@ -68,8 +68,75 @@ def test_onnx_answers_as_the_model_at_any_batch(trained: Trained, photos: np.nda
         np.testing.assert_allclose(got, expected[:count], atol=ENGINE_FP32)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])
+def test_other_backends_answer_as_the_model(
+    trained: Trained, photos: np.ndarray, expected: np.ndarray, tmp_path: Path, backend: str
+) -> None:
+    bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle", backend=backend, precision="fp32")
+    assert report.passed
+    assert bundle.about["tried"] == [report.to_dict()]
+    engine = bundle.load()
+    for count in (1, 2, 5, len(photos)):
+        got = engine.infer(photos[:count])
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, expected[:count], atol=ENGINE_FP32)
+    with pytest.raises(ValueError, match=r"photos must be uint8 \[N, 64, 64, 3\]"):
+        engine.infer(photos[:, :32])
+    engine.close()
+    with pytest.raises(BundleError, match="was closed"):
+        engine.infer(photos)
+    (bundle.path / bundle.about["engine"]).write_bytes(b"junk")
+    with pytest.raises(BundleError, match="was changed after it was built"):
+        Bundle.open(bundle.path)
+    with pytest.raises(BundleError, match="cannot load it"):
+        bundle.load()
+
+
+def test_a_package_for_another_machine_is_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastfundus.engines import aoti_backend
+
+    bundle, _ = build_from_run(Run.open(trained.run), tmp_path / "bundle", backend="aoti", precision="fp32")
+    here = aoti_backend.needs()
+    assert bundle.about["needs"] == here
+    monkeypatch.setattr(aoti_backend, "needs", lambda: {**here, "device": "NVIDIA H100"})
+    with pytest.raises(BundleError, match=r"was compiled for device .*, this is NVIDIA H100; build it here again"):
+        bundle.load()
+
+
+def test_auto_builds_measures_and_keeps_the_fastest(trained: Trained, tmp_path: Path) -> None:
+    bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle")
+    tried = bundle.about["tried"]
+    assert tuple(entry["precision"] for entry in tried) == precisions()
+    passed = [entry for entry in tried if entry["passed"]]
+    assert bundle.about["precision"] == max(passed, key=lambda entry: entry["images_per_s"])["precision"]
+    assert bundle.about["parity"] == report.to_dict()
+    assert {path.name for path in bundle.path.iterdir()} == {"bundle.json", "engine.bin", "engine.xml", "model.onnx"}
+    assert report.auroc_loss is not None
+
+
+def test_loss_of_auroc_by_hand() -> None:
+    before = np.array([[0.9], [0.6], [0.4], [0.3], [0.1]], np.float32)
+    truth = np.array([[1.0], [1.0], [0.0], [0.0], [np.nan]])
+    limits = {"precision": "bf16", "images_per_s": 1.0, "torch_images_per_s": 1.0}
+
+    def loss(second: float, truth: np.ndarray = truth) -> float | None:
+        after = before.copy()
+        after[1] = second
+        report = compare(before, after, np.array([0.05]), truth=truth, **limits)  # type: ignore[arg-type]
+        assert report.passed == (abs(second - 0.6) < 0.05 and not report.auroc_loss)
+        return report.auroc_loss
+
+    # Two pairs of four are now in the wrong order; one alone is the least that these photos could show.
+    assert loss(0.2) == 0.5
+    assert loss(0.35) == 0.0
+    assert loss(0.6) == 0.0
+    assert loss(0.6, truth * 0) is None
+
+
 def test_bf16_passes_its_gate(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fastest_precision() != "bf16":
+    if precisions()[0] != "bf16":
         pytest.skip("this processor does not compute in bfloat16")
     # After two epochs every photo has nearly the same probability, and the fitted threshold lies on one of them: a
     # difference of 1e-5 would flip it. Flips are counted in a test of their own.
@@ -158,10 +225,14 @@ def test_an_engine_that_misses_the_gate_is_refused_and_leaves_nothing(
     monkeypatch.setattr(build.ScreeningModel, "forward", disturbed)
     with pytest.raises(GateRefused, match=r"refused: fp32 MISSES: largest \|dp\|"):
         build_from_run(run, output, precision="fp32")
-    assert list(tmp_path.iterdir()) == []
+    # No bundle, but the figures.
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.refused.json"]
+    (report, *_) = json.loads((tmp_path / "bundle.refused.json").read_text())
+    assert not report["passed"]
+    assert report["precision"] == "fp32"
 
 
-@pytest.mark.skipif(fastest_precision() != "bf16", reason="this processor does not compute in bfloat16")
+@pytest.mark.skipif(precisions()[0] != "bf16", reason="this processor does not compute in bfloat16")
 def test_a_refusal_names_the_precision_that_passes(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +246,7 @@ def test_a_refusal_names_the_precision_that_passes(
 
 def test_building_wrongly(trained: Trained, tmp_path: Path) -> None:
     run = Run.open(trained.run)
-    with pytest.raises(ConfigError, match="precision 'fp23' is unknown; did you mean 'fp32'"):
+    with pytest.raises(ConfigError, match="precision 'fp23' cannot be built here; did you mean"):
         build_from_run(run, tmp_path / "bundle", precision="fp23")
     with pytest.raises(ConfigError, match="backend 'openvno' cannot be built; did you mean 'openvino'"):
         build_from_run(run, tmp_path / "bundle", backend="openvno")
@@ -239,6 +310,6 @@ def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
 def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastfundus.engines import openvino_backend
 
-    monkeypatch.setattr(openvino_backend, "fastest_precision", lambda: "fp32")
+    monkeypatch.setattr(openvino_backend, "precisions", lambda: ("fp32",))
     with pytest.raises(BundleError, match="build here with --precision fp32"):
         openvino_backend.OpenVinoEngine(copied / "engine.xml", 64, "bf16")

@@ -1,0 +1,122 @@
+"""AOTInductor: the model compiled ahead of time into one package, for this CPU or GPU. Needs torch, also to run.
+
+The package holds machine code for the processor and the torch it was built with; `bundle.json` says which, and another
+machine refuses it.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.engines.runtime import check_photos
+from fastfundus.errors import BundleError, require
+
+__all__ = ["PACKAGE", "AotiEngine", "build", "load", "needs", "precisions"]
+
+PACKAGE = "torch"
+_FILE = "engine.pt2"
+
+
+def needs() -> dict[str, str]:
+    """What a machine must have to run what is built here: this torch, and this GPU or set of instructions."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": device, "torch": torch.__version__}
+
+
+def precisions() -> tuple[str, ...]:
+    """Precisions that this machine computes in, fastest first."""
+    import torch
+
+    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ("bf16", "fp32") if fast else ("fp32",)
+
+
+def build(model: Any, graph: Path, size: int, folder: Path, precision: str) -> str:
+    """Compile for the device of this machine.
+
+    Args:
+        model: `ScreeningModel`, in evaluation mode, float32, on the CPU; left as it is.
+        graph: the ONNX file; not used.
+        size: side of the photos in pixels.
+        folder: where the package goes.
+        precision: what the classifier computes in; preprocessing and probabilities stay float32.
+
+    Returns:
+        The package's file, relative to `folder`.
+    """
+    import copy
+
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = copy.deepcopy(model).to(device).eval()
+    model.compute_in(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[precision]))
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _FILE))
+    return _FILE
+
+
+def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
+    """Load the engine of a bundle.
+
+    Raises:
+        BundleError: it was built for another device or torch.
+    """
+    require("torch", extra="train")
+    here = needs()
+    for name, wanted in about["needs"].items():
+        if here[name] != wanted:
+            raise BundleError(
+                f"{folder}: was compiled for {name} {wanted}, this is {here[name]}; build it here again from its run, "
+                "or with --backend openvino, which runs on any processor"
+            )
+    return AotiEngine(folder / about["engine"], about["spec"]["size"])
+
+
+class AotiEngine:
+    """A compiled package.
+
+    Args:
+        file: the package.
+        size: side of the photos in pixels.
+
+    Raises:
+        BundleError: it cannot be loaded.
+    """
+
+    def __init__(self, file: Path, size: int) -> None:
+        import torch
+
+        self._torch, self._size = torch, size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._model: Any = torch._inductor.aoti_load_package(str(file))
+        except Exception as error:
+            # A damaged archive, a library that does not load: torch has no type of error of its own for them.
+            raise BundleError(f"{file}: torch cannot load it ({str(error).splitlines()[0]}); build it again") from None
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
+        if self._model is None:
+            raise BundleError("the engine was closed; load the bundle again")
+        check_photos(photos, self._size)
+        torch = self._torch
+        with torch.inference_mode():
+            result = self._model(torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))
+        return np.asarray(result.float().cpu().numpy())
+
+    def close(self) -> None:
+        """Free the package."""
+        self._model = None
