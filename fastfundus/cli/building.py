@@ -11,7 +11,7 @@ from fastfundus.data import PhotoCache
 from fastfundus.engines.build import MOST_PARITY_PHOTOS, build_bundle
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.parity import ParityReport
-from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.errors import CheckpointError, ConfigError, DataError
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.train.run import Run
@@ -53,7 +53,11 @@ def build_from_run(
     # Spread over the whole set: neighbours are often of one patient.
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_PARITY_PHOTOS)).astype(int)]
     labels = read_operating_point(run)["labels"]
-    targets = read_targets(photos.manifest, run.config.task, run.config.data.labels, run.labels)
+    try:
+        truth = read_targets(photos.manifest, run.config.task, run.config.data.labels, run.labels).truth[chosen]
+    except DataError:
+        # Photos to prove an engine on need no labels: the report then has no loss of AUROC, and says None.
+        truth = None
     provenance = {
         "run": str(run.path.absolute()),
         "backbone": run.config.model.backbone,
@@ -68,7 +72,7 @@ def build_from_run(
         np.ascontiguousarray(photos.photos[chosen]),
         output,
         provenance=provenance,
-        truth=targets.truth[chosen],
+        truth=truth,
         activation=ACTIVATIONS[run.config.task],
         backend=backend,
         precision=precision,
