@@ -222,7 +222,7 @@ def split(
     from fastfundus.config import DataConfig
     from fastfundus.data import PhotoCache
     from fastfundus.data.audit import pair_positions
-    from fastfundus.data.split import SIDES, assign_splits, write_split_file
+    from fastfundus.data.split import assign_splits, side_counts, write_split_file
     from fastfundus.errors import require
     from fastfundus.train.targets import read_targets, usable_rows
 
@@ -245,7 +245,7 @@ def split(
     for note in dealt.notes:
         remark(f"note: {note}")
     write_split_file(output, part, dealt.names)
-    counts = ", ".join(f"{dealt.names.count(side)} {side}" for side in SIDES)
+    counts = ", ".join(f"{count} {side}" for side, count in side_counts(dealt.names).items())
     click.echo(
         f"{output}: {len(rows)} photos with a label ({targets.told}) of {part['patient'].n_unique()} patients: {counts}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastfundus.config import DataConfig
 from fastfundus.data.duplicates import same_bytes
 from fastfundus.errors import DataError
 
-__all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file", "write_split_file"]
+__all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file", "side_counts", "write_split_file"]
 
 SIDES = ("train", "val", "test")
 _DEALS = 20
@@ -31,6 +32,12 @@ class Split:
     """[N] of "train", "val", "test", "excluded"."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, a line each."""
+
+
+def side_counts(names: Iterable[str]) -> dict[str, int]:
+    """How many photos are on each side."""
+    counts = Counter(names)
+    return {side: counts[side] for side in SIDES}
 
 
 def group_photos(

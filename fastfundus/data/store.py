@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import DataError
 
-__all__ = ["SHARD_BYTES", "PhotoArray", "PhotoStore", "open_photos"]
+__all__ = ["SHARD_BYTES", "JoinedPhotos", "PhotoArray", "PhotoStore", "open_photos"]
 
 SHARD_BYTES = 64 * 2**30
 """Size of one file at most: easy to copy, and below the limits of every file system and object store."""
@@ -34,12 +35,18 @@ class PhotoArray(Protocol):
     def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]: ...
 
 
-class _Shards:
-    """Several memory-mapped files, read like one array by a row number or an array of them."""
+class JoinedPhotos:
+    """Several arrays of photos, one behind the other, read like one by a row number or an array of them.
 
-    def __init__(self, parts: list[NDArray[np.uint8]], count: int) -> None:
-        self._parts, self._each = parts, len(parts[0])
-        self.shape = (count, *parts[0].shape[1:])
+    Args:
+        parts: of photos of one size.
+        count: how many of all photos are read; None reads them all.
+    """
+
+    def __init__(self, parts: Sequence[PhotoArray], count: int | None = None) -> None:
+        self._parts = parts
+        self._begins = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self._begins[-1]) if count is None else count, *parts[0].shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -49,7 +56,8 @@ class _Shards:
             rows = np.arange(*rows.indices(len(self)))
         if np.ndim(rows) == 0:
             row = range(len(self))[int(rows)]
-            return self._parts[row // self._each][row % self._each]
+            part = int(np.searchsorted(self._begins, row, side="right")) - 1
+            return self._parts[part][row - int(self._begins[part])]
         return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
 
 
@@ -70,7 +78,7 @@ def open_photos(folder: Path, count: int, size: int, per_file: int) -> PhotoArra
         parts.append(part)
     if sum(map(len, parts)) < count:
         raise ValueError(f"holds {sum(map(len, parts))} photos, its manifest says {count}")
-    return parts[0][:count] if len(parts) == 1 else _Shards(parts, count)
+    return parts[0][:count] if len(parts) == 1 else JoinedPhotos(parts, count)
 
 
 class PhotoStore:

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.duplicates import find_duplicates
-from fastfundus.data.store import PhotoArray
+from fastfundus.data.store import JoinedPhotos
 from fastfundus.errors import DataError
 
 __all__ = ["CacheUnion", "join_caches"]
 
 
-class _Joined:
-    """Photos of several caches, one behind the other."""
-
-    def __init__(self, parts: Sequence[PhotoArray]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
-        if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
-        if np.ndim(rows) == 0:
-            row = range(len(self))[int(rows)]
-            part = int(np.searchsorted(self._ends, row, side="right"))
-            return self._parts[part][row - int(self._ends[part] - len(self._parts[part]))]
-        return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
+# Without slots: the pairs are kept in its dictionary.
+@dataclass(frozen=True)
 class CacheUnion(PhotoCache):
     """Several caches, read like one. A column that one of them lacks is unknown for its photos."""
 
@@ -53,6 +31,11 @@ class CacheUnion(PhotoCache):
 
     def duplicates(self) -> pl.DataFrame:
         """Pairs of photos of different patients that are or look the same, in one cache or across them."""
+        return self._pairs
+
+    @functools.cached_property
+    def _pairs(self) -> pl.DataFrame:
+        # Sought once, not once a fold.
         return find_duplicates(self.manifest, self.photos)
 
 
@@ -92,5 +75,5 @@ def join_caches(caches: Sequence[PhotoCache]) -> PhotoCache:
             if kind != other:
                 raise DataError(f"its column {column!r} is {kind}, elsewhere {other}; rename one", path=cache.path)
     manifest = pl.concat(tables, how="diagonal")
-    photos = _Joined([cache.photos for cache in caches])
+    photos = JoinedPhotos([cache.photos for cache in caches])
     return CacheUnion(first.path, first.spec, photos, manifest, first.source, first.salted, tuple(caches))

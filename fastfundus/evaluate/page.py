@@ -9,10 +9,9 @@ from typing import Any
 import jinja2
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
-from fastfundus.data.split import SIDES
+from fastfundus.data.split import side_counts
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
@@ -35,7 +34,6 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
     document = read_operating_point(run)
     table = pl.read_parquet(run.path / "predictions.parquet")
     history = pl.read_csv(run.path / "metrics.csv")
-    sides = pl.read_parquet(run.path / "splits.parquet")["split"]
     vessels = run.config.task == "vessels"
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         resources.files("fastfundus.evaluate").joinpath("run.html").read_text(encoding="utf-8")
@@ -48,8 +46,8 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         roc=None if vessels else _roc(table, run.labels),
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
-        counts=[(side, int((sides == side).sum())) for side in SIDES],
-        worst=_worst(table, run.labels, document, cache, vessels),
+        counts=side_counts(pl.read_parquet(run.path / "splits.parquet")["split"]).items(),
+        worst=_worst(table, run.labels, cache, vessels),
         vessels=vessels,
         text=interval_text,
     )
@@ -111,9 +109,7 @@ def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
     return as_svg(draw, columns=1, width_in=3.5, height_in=2.9)
 
 
-def _worst(
-    table: pl.DataFrame, outputs: Sequence[str], document: dict[str, Any], cache: PhotoCache, vessels: bool
-) -> list[dict[str, str]]:
+def _worst(table: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:
     """The test photos that the run was most wrong about."""
     test = table.filter(pl.col("split") == "test")
     if vessels:
@@ -131,9 +127,4 @@ def _worst(
             said = "yes" if row[f"label_{name}"] else "no"
             shown.append((row["path"], f"{name}: {said}; p = {row[f'p_{name}']:.3f}"))
     rows = {path: number for number, path in enumerate(cache.manifest["path"].to_list())}
-    return [{"path": path, "said": said, "picture": _picture(cache, rows[path])} for path, said in shown]
-
-
-def _picture(cache: PhotoCache, row: int) -> str:
-    photo: NDArray[np.uint8] = np.asarray(cache.photos[row])
-    return thumbnail(photo)
+    return [{"path": path, "said": said, "picture": thumbnail(cache.photos[rows[path]])} for path, said in shown]

@@ -18,9 +18,9 @@ __all__ = [
     "InitReport",
     "check_backbone",
     "create_model",
-    "freeze_backbone",
     "load_state",
     "load_timm",
+    "set_training",
     "uses_channels_last",
 ]
 
@@ -120,15 +120,23 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return read_foreign(path / "best.safetensors" if path.is_dir() else path)[0]
 
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Leave the head alone to be trained: other weights stay, and so do the statistics of normalisation layers."""
-    head = {id(parameter) for part in _head_names(model) for parameter in model.get_submodule(part).parameters()}
+def set_training(model: nn.Module, *, freeze: bool) -> None:
+    """Put a model into training mode.
+
+    Args:
+        model: from `create_model` or `create_segmenter`.
+        freeze: only the head is trained: other weights stay, and so do the statistics of normalisation layers.
+    """
+    model.train()
+    if not freeze:
+        return
+    heads = [model.get_submodule(name) for name in _head_names(model)]
+    trained = {id(parameter) for head in heads for parameter in head.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in head)
-    heads = [model.get_submodule(part) for part in _head_names(model)]
+        parameter.requires_grad_(id(parameter) in trained)
     model.eval()
-    for part in heads:
-        part.train()
+    for head in heads:
+        head.train()
 
 
 def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitReport:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data.cache import PhotoCache
+from fastfundus.data.split import side_counts
 from fastfundus.errors import CheckpointError, ConfigError, FastFundusError
-from fastfundus.models.classifier import freeze_backbone, uses_channels_last
+from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
 from fastfundus.train.distributed import World
 from fastfundus.train.feed import balanced_order, epoch_order, parts_of
@@ -82,7 +83,7 @@ def train(
     if resume and not (output / "last.ckpt").exists():
         raise CheckpointError(f"{output}: has no last.ckpt to resume; leave --resume away to start")
     problem = problem_of(cache, config, observer)
-    sides = [f"{name} {int((problem.splits['split'] == name).sum())}" for name in ("train", "val", "test")]
+    sides = [f"{name} {count}" for name, count in side_counts(problem.splits["split"]).items()]
     observer.say(
         f"learning {problem.told}: {len(problem.splits)} of {len(cache.manifest)} photos are ok and labelled; "
         f"{', '.join(sides)}; {problem.splits['patient'].n_unique()} patients"
@@ -92,8 +93,7 @@ def train(
     model, init = problem.create(config.model)
     channels_last = uses_channels_last(config.loop.channels_last, model)
     model = model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    if config.model.freeze:
-        freeze_backbone(model)
+    set_training(model, freeze=config.model.freeze)
     optimiser = build_optimiser(model, config.optimiser)
     averaged = AveragedModel(model, config.optimiser.ema_decay)
     # Dropout differs between processes; the first weights do not.
@@ -148,9 +148,7 @@ def train(
         while state.epoch < config.loop.epochs and not _patience_is_over(config, state):
             # Of a resumed epoch, rank 0 takes over what all had summed.
             watch = LossWatch(device, state.loss_sum if world.leads else 0.0)
-            model.train()
-            if config.model.freeze:
-                freeze_backbone(model)
+            set_training(model, freeze=config.model.freeze)
             epoch = state.epoch
             order = order_of(epoch)[state.step :]
             parts = [parts_of(world.share(batch), config.loop.accumulate) for batch in order]

@@ -44,14 +44,18 @@ def binary_loss(
     smoothing, Szegedy et al., CVPR 2016.
     """
     is_known = ~truth.isnan()
-    truth = torch.where(is_known, truth, 0.0)
+    loss = _each(logits, torch.where(is_known, truth, 0.0), smoothing, gamma, weight)
+    return torch.where(is_known, loss, 0.0).sum() / (len(logits) * (known or logits.shape[1]))
+
+
+def _each(logits: Tensor, truth: Tensor, smoothing: float, gamma: float, weight: Tensor | float) -> Tensor:
+    """Cross-entropy of yes and no of every element, as `binary_loss` says; all truth is known."""
     smooth = truth * (1 - smoothing) + smoothing / 2
     loss = functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
     if gamma > 0:
         # Of the hard truth: smoothing says how sure to become, not which answer is right.
         loss = loss * (truth - torch.sigmoid(logits)).abs() ** gamma
-    loss = loss * (1 + (weight - 1) * truth)
-    return torch.where(is_known, loss, 0.0).sum() / (len(logits) * (known or logits.shape[1]))
+    return loss * (1 + (weight - 1) * truth)
 
 
 def class_loss(
@@ -99,11 +103,7 @@ def grade_loss(
     reached = torch.cat([torch.ones_like(truth[:, :1]), truth[:, :-1]], dim=1)
     # Of blended photos a share may have come so far: it counts for so much, and of it a share goes on.
     further = torch.where(reached > 0, truth / reached.clamp(min=1e-6), 0.0)
-    smooth = further * (1 - smoothing) + smoothing / 2
-    loss = functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
-    if gamma > 0:
-        loss = loss * (further - torch.sigmoid(logits)).abs() ** gamma
-    loss = loss * (1 + (weight - 1) * further) * reached
+    loss = _each(logits, further, smoothing, gamma, weight) * reached
     return loss.sum() / (len(logits) * (known or logits.shape[1]))
 
 
@@ -124,7 +124,7 @@ def vessel_loss(logits: Tensor, truth: Tensor, *, dice: float, weight: float = 1
     """
     inside = ~truth.isnan()
     truth = torch.where(inside, truth, 0.0)
-    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none") * (1 + (weight - 1) * truth)
+    entropy = _each(logits, truth, 0.0, 0.0, weight)
     pixels = inside.sum().clamp(min=1)
     chances = torch.where(inside, torch.sigmoid(logits), 0.0)
     overlap = 2 * (chances * truth).sum() / ((chances**2).sum() + (truth**2).sum()).clamp(min=1.0)

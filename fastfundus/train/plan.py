@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
-from fastfundus.models.classifier import freeze_backbone, uses_channels_last
+from fastfundus.data.split import side_counts
+from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.train.distributed import World
 from fastfundus.train.observer import Observer
 from fastfundus.train.step import TrainStep, build_optimiser
@@ -101,17 +102,16 @@ def plan_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[str]
     model = model.to(device)
     if uses_channels_last(config.loop.channels_last, model):
         model = model.to(memory_format=torch.channels_last)
-    size = config.loop.tile if config.task == "vessels" else cache.spec.size
-    parameters, trained = sum(value.numel() for value in model.parameters()), 0
-    if config.model.freeze:
-        freeze_backbone(model)
+    size = _input_side(config, cache.spec.size)
+    parameters = sum(value.numel() for value in model.parameters())
+    set_training(model, freeze=config.model.freeze)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     shape = (config.loop.batch_size, 3, size, size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        output = copy.deepcopy(model).eval()(torch.zeros(1, *shape[1:], device=device))
+        output = model.eval()(torch.zeros(1, *shape[1:], device=device))
     steps = max(1, len(problem.strata) // (config.loop.batch_size * config.loop.accumulate))
-    counts = {name: int((problem.splits["split"] == name).sum()) for name in ("train", "val", "test")}
+    counts = side_counts(problem.splits["split"])
     return Plan(
         outputs=problem.outputs,
         photos=counts,
@@ -130,14 +130,18 @@ def plan_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[str]
     )
 
 
+def _input_side(config: TrainConfig, size: int) -> int:
+    """Side of the model's inputs in pixels, from a cache of `size`."""
+    return config.loop.tile if config.task == "vessels" else size
+
+
 def training_bytes(config: TrainConfig, model: nn.Module, size: int, device: torch.device) -> int:
     """Memory that training takes with one batch, from what the forward pass of two photos keeps for the backward one.
 
     Activations that torch.compile computes anew are counted too: it will rather be less.
     """
-    probe = copy.deepcopy(model).train()
-    if config.model.freeze:
-        freeze_backbone(probe)
+    probe = copy.deepcopy(model)
+    set_training(probe, freeze=config.model.freeze)
     weights = {value.untyped_storage().data_ptr() for value in probe.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -171,9 +175,7 @@ def _step_s(
     device: torch.device,
 ) -> float:
     count = min(_TIMED, shape[0])
-    model.train()
-    if config.model.freeze:
-        freeze_backbone(model)
+    set_training(model, freeze=config.model.freeze)
     inputs = torch.randn(count, *shape[1:], device=device).to(memory_format=torch.channels_last)
     truth = torch.zeros(count, *output.shape[1:], device=device)
     optimiser = build_optimiser(model, config.optimiser)
@@ -191,6 +193,6 @@ def room_for_photos(config: TrainConfig, model: nn.Module, size: int, device: to
     """Bytes of a GPU's free memory that training will not need; 0 on a CPU, which reads the cache as it is."""
     if device.type != "cuda":
         return 0
-    needed = training_bytes(config, model, config.loop.tile if config.task == "vessels" else size, device)
+    needed = training_bytes(config, model, _input_side(config, size), device)
     torch.cuda.empty_cache()
     return max(0, torch.cuda.mem_get_info(device)[0] - needed)

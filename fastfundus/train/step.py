@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     # Benches on bare GPU machines go without what the rest of `data` imports.
     from fastfundus.data.store import PhotoArray
 
-__all__ = ["AveragedModel", "TrainStep", "build_optimiser", "predict_logits"]
+__all__ = ["AveragedModel", "TrainStep", "build_optimiser", "forward_batches", "predict_logits"]
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
@@ -93,7 +93,7 @@ class TrainStep:
         graphs: bool = False,
     ) -> None:
         self.world, self.graphs = world or World(), graphs
-        self.model, self.forward, self.optimiser, self.loss = model, forward, optimiser, loss
+        self.forward, self.optimiser, self.loss = forward, optimiser, loss
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.amp, self.dtype, self.clip_norm = config.amp, getattr(torch, config.amp_dtype), clip_norm
         # float16 underflows below 6e-8: the loss is scaled up before backward, and gradients down after it.
@@ -135,12 +135,41 @@ class TrainStep:
         return total
 
 
-def _batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 @torch.inference_mode()
+def forward_batches(
+    model: nn.Module,
+    photos: PhotoArray,
+    rows: NDArray[np.int64],
+    spec: PreprocessSpec,
+    *,
+    size: int,
+    batch_size: int,
+    amp: bool,
+    device: torch.device | str,
+) -> Iterator[Tensor]:
+    """Yield the model's float32 output, on the device, of one batch of photos after the other.
+
+    Args:
+        model: from [N, 3, size, size]; put into evaluation mode.
+        photos: uint8 [*, S, S, 3], the cache.
+        rows: which photos.
+        spec: of the cache.
+        size: side of the inputs in pixels; black is added at the right and below where it is larger than S.
+        batch_size: photos a forward pass.
+        amp: bfloat16 autocast.
+        device: where the model is.
+    """
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        geometry, colour = map(torch.from_numpy, fixed_matrices(spec, len(batch)))
+        images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
+        inputs = sample(images, geometry, colour, size)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+            output = model(inputs)
+        yield output.float()
+
+
 def predict_logits(
     model: nn.Module,
     photos: PhotoArray,
@@ -165,12 +194,8 @@ def predict_logits(
     Returns:
         float32 [N, L].
     """
-    model.eval()
-    parts = []
-    for batch in _batches(rows, batch_size):
-        geometry, colour = map(torch.from_numpy, fixed_matrices(spec, len(batch)))
-        images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
-        inputs = sample(images, geometry, colour, spec.size, torch.float32)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
-            parts.append(model(inputs).float().cpu().numpy())
+    outputs = forward_batches(
+        model, photos, rows, spec, size=spec.size, batch_size=batch_size, amp=amp, device=device
+    )  # fmt: skip
+    parts = [logits.cpu().numpy() for logits in outputs]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)

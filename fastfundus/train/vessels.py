@@ -19,11 +19,12 @@ from fastfundus.kernels.ops import sample
 from fastfundus.models.classifier import InitReport
 from fastfundus.models.segmenter import STRIDE_PX, create_segmenter
 from fastfundus.spec import PreprocessSpec
-from fastfundus.train.augment import draw_epoch, fixed_matrices
+from fastfundus.train.augment import draw_epoch
 from fastfundus.train.distributed import World
 from fastfundus.train.feed import PhotoFeed, one_ahead
 from fastfundus.train.loss import vessel_loss
 from fastfundus.train.problem import Batch, dealt
+from fastfundus.train.step import forward_batches
 
 __all__ = ["VesselMaps", "binned", "binned_auroc", "mask_column", "vessel_maps"]
 
@@ -164,7 +165,6 @@ def _masks_in_cache(cache: PhotoCache, rows: NDArray[np.int64], column: str) -> 
     return result
 
 
-@torch.inference_mode()
 def vessel_maps(
     model: nn.Module,
     photos: PhotoArray,
@@ -175,16 +175,10 @@ def vessel_maps(
     device: torch.device | str = "cpu",
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the probability of vessel, [S, S], for each row of a cache; photo by photo, for they may be large."""
-    model.eval()
-    # The network halves its input five times; black is added at the right and below, and cut off again.
+    # The network halves its input five times; what is added for that is cut off again.
     padded = -(-spec.size // STRIDE_PX) * STRIDE_PX
-    geometry, colour = map(torch.from_numpy, fixed_matrices(spec, 1))
-    for row in rows:
-        image = torch.from_numpy(np.array(photos[row])[None]).to(device)
-        inputs = sample(image, geometry, colour, padded)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
-            logits = model(inputs)
-        yield torch.sigmoid(logits[0, 0, : spec.size, : spec.size].float()).cpu().numpy()
+    for logits in forward_batches(model, photos, rows, spec, size=padded, batch_size=1, amp=amp, device=device):
+        yield torch.sigmoid(logits[0, 0, : spec.size, : spec.size]).cpu().numpy()
 
 
 def binned(chances: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
