@@ -109,9 +109,7 @@ class AotiEngine:
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        if self._model is None:
-            raise BundleError("the engine was closed; load the bundle again")
-        check_photos(photos, self._size)
+        check_photos(photos, self._size, self._model)
         torch = self._torch
         with torch.inference_mode():
             result = self._model(torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))

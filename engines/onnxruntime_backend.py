@@ -69,9 +69,7 @@ class OnnxRuntimeEngine:
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        if self._session is None:
-            raise BundleError("the engine was closed; load the bundle again")
-        check_photos(photos, self._size)
+        check_photos(photos, self._size, self._session)
         result: NDArray[np.float32] = self._session.run(None, {self._input: np.ascontiguousarray(photos)})[0]
         return result
 

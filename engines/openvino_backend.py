@@ -98,9 +98,7 @@ class OpenVinoEngine:
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        if self._model is None:
-            raise BundleError("the engine was closed; load the bundle again")
-        check_photos(photos, self._size)
+        check_photos(photos, self._size, self._model)
         result = np.full((len(photos), self._model.output(0).partial_shape[1].get_length()), np.nan, np.float32)
         streams = len(self._requests)
         for row in range(len(photos) + streams):

@@ -30,12 +30,20 @@ class Engine(Protocol):
         ...
 
 
-def check_photos(photos: NDArray[np.uint8], size: int) -> None:
+def check_photos(photos: NDArray[np.uint8], size: int, loaded: object) -> None:
     """Refuse what an engine cannot take.
 
+    Args:
+        photos: what it was given.
+        size: side of the photos that it takes.
+        loaded: what it has loaded; None when it was closed.
+
     Raises:
+        BundleError: the engine was closed.
         ValueError: not uint8 [N, size, size, 3] with N at least 1.
     """
+    if loaded is None:
+        raise BundleError("the engine was closed; load the bundle again")
     if photos.dtype != np.uint8 or photos.ndim != 4 or photos.shape[1:] != (size, size, 3) or not len(photos):
         raise ValueError(f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}")
 

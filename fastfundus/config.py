@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from fastfundus.errors import ConfigError, close_matches
 
 __all__ = [
+    "TASKS",
     "AugmentConfig",
     "DataConfig",
     "LoopConfig",
@@ -32,6 +33,9 @@ __all__ = [
     "to_toml",
 ]
 
+Task = Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"]
+TASKS: tuple[str, ...] = typing.get_args(Task)
+"""What can be learned."""
 _Config = TypeVar("_Config")
 
 
@@ -242,7 +246,7 @@ class LoopConfig:
 class TrainConfig:
     """One training run."""
 
-    task: Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"] = "abnormality"
+    task: Task = "abnormality"
     """What is learned: "abnormality", one probability that the eye is abnormal; "multiclass", one of several classes;
     "multilabel", any of several findings, each known or not; "ordinal", a grade from 0; "vessels", a map."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "NORMAL_NAMES",
     "PHOTO_SUFFIXES",
     "FieldCircle",
     "PhotoFacts",
@@ -37,6 +38,10 @@ PHOTO_SUFFIXES = frozenset(
     }
 )
 """File name endings, lower case, that a folder search takes for photographs."""
+
+
+NORMAL_NAMES = frozenset({"normal", "healthy", "nodr", "no_dr", "no dr", "negative"})
+"""Names, lower case, by which sets say that nothing was found."""
 
 
 class Status(StrEnum):

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from fastfundus.config import TASKS
+
 
 @click.group()
 def cache() -> None:
@@ -190,9 +192,7 @@ def audit(
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="CSV, or Parquet by its ending.")
-@click.option(
-    "--task", type=click.Choice(["abnormality", "multiclass", "multilabel", "ordinal"]), default="abnormality"
-)
+@click.option("--task", type=click.Choice([task for task in TASKS if task != "vessels"]), default="abnormality")
 @click.option("--label", "labels", multiple=True, help="Label that the sides are balanced by, as for train.")
 @click.option("--folds", type=click.IntRange(3, 100), help="Deal patients into folds  [default: 5]")
 @click.option("--fold", type=int, default=0, show_default=True, help="Which fold tests; the next one validates.")

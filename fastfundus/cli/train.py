@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastfundus.config import TASKS
+
 if TYPE_CHECKING:
     from fastfundus.config import TrainConfig
     from fastfundus.data import PhotoCache
 
-TASKS = ["abnormality", "multiclass", "multilabel", "ordinal", "vessels"]
 RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 
 

@@ -14,16 +14,14 @@ from fastfundus.data.adapters import ADAPTERS, adapter_named, detect_adapter, li
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.labels import LabelRow, LabelTable, normal_eye, read_labels
 from fastfundus.errors import DataError
-from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, told_name
+from fastfundus.records import NORMAL_NAMES, PHOTO_SUFFIXES, SourcePhoto, told_name
 
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
 LAYOUTS = ("auto", "folder", "classes", "csv")
 """How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like. Names
 of public data sets (`data.adapters.ADAPTERS`) may stand in their place."""
-_NORMAL_CLASSES = frozenset(
-    {"normal", "healthy", "no_disease", "no disease", "nodr", "no_dr", "no dr", "negative", "0"}
-)
+_NORMAL_CLASSES = NORMAL_NAMES | {"no_disease", "no disease", "0"}
 _EYE_IN_NAME = re.compile(r"^(?P<patient>.+?)[_\-. ](?P<eye>left|right|od|os|oi|og|l|r)(?:[_\-. ].*)?$", re.IGNORECASE)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastfundus.train.targets import both_classes
+
 __all__ = [
     "BinaryMetrics", "Interval", "auroc", "binary_metrics", "mean_with_interval", "overall_metrics", "quadratic_kappa",
 ]  # fmt: skip
@@ -175,7 +177,7 @@ def overall_metrics(
     areas = []
     for column, known in zip(chances.T, truth.T, strict=True):
         usable = np.isfinite(known)
-        if len(set(known[usable].tolist())) == 2:
+        if both_classes(known):
             areas.append(auroc(column[usable], known[usable], weights[:, usable]))
     # An output that a resample has left without one of its classes is left out of that resample's mean.
     found = np.array(areas).reshape(-1, len(weights))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
@@ -23,10 +24,10 @@ from fastfundus.models.activation import ACTIVATIONS, Activation, probabilities
 from fastfundus.train.loss import LOSSES
 from fastfundus.train.run import Run
 from fastfundus.train.step import predict_logits
-from fastfundus.train.targets import Targets, finding_outputs, read_targets, usable_rows
+from fastfundus.train.targets import Targets, both_classes, finding_outputs, read_targets, usable_rows
 
 __all__ = [
-    "Measured", "fit_operating_point", "fit_temperature", "measure", "predictions_of", "read_operating_point",
+    "Measured", "fit_operating_point", "fit_temperature", "measure", "read_operating_point",
     "rows_by_split", "rows_to_measure", "write_operating_point",
 ]  # fmt: skip
 
@@ -58,8 +59,6 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.float64], kin
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
-    import torch
-
     scores, wanted = torch.from_numpy(logits), torch.from_numpy(truth)
 
     def loss(log_temperature: float) -> float:
@@ -74,9 +73,7 @@ def _temperatures(logits: NDArray[np.float64], truth: NDArray[np.float64], kind:
     if kind != "sigmoid":
         return [fit_temperature(logits, truth, kind)] * logits.shape[1]
     return [
-        fit_temperature(logits[:, [output]], truth[:, [output]])
-        if len(set(truth[:, output][np.isfinite(truth[:, output])].tolist())) == 2
-        else 1.0
+        fit_temperature(logits[:, [output]], truth[:, [output]]) if both_classes(truth[:, output]) else 1.0
         for output in range(logits.shape[1])
     ]
 
@@ -130,24 +127,33 @@ def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: floa
     measured = {
         name: _measured(run, cache, rows, chances[name], targets, thresholds, name) for name, rows in sides.items()
     }
-    for name, entry in labels.items():
-        entry |= {"validation": measured["val"].labels[name], "test": measured["test"].labels[name]}
-    parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
-    overall = {"validation": measured["val"].overall, "test": measured["test"].overall}
-    return write_operating_point(run, labels, overall, pl.concat(parts))
+    return write_operating_point(run, labels, measured)
 
 
-def write_operating_point(
-    run: Run, labels: dict[str, dict[str, Any]], overall: dict[str, Any], predictions: pl.DataFrame
-) -> dict[str, Any]:
-    """Write `operating_point.json` and `predictions.parquet`; returns the content of the first."""
+def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured: dict[str, Measured]) -> dict[str, Any]:
+    """Write `operating_point.json` and `predictions.parquet`.
+
+    Args:
+        run: where to.
+        points: what was fitted, by output.
+        measured: what "val" and "test" then gave.
+
+    Returns:
+        The content of operating_point.json.
+    """
+    sides = {"validation": measured["val"], "test": measured["test"]}
+    labels = {
+        name: point | {side: entry.labels[name] for side, entry in sides.items()} for name, point in points.items()
+    }
+    overall = {side: entry.overall for side, entry in sides.items()}
     document = {"schema": SCHEMA, "task": run.config.task, "labels": labels, "overall": overall}
-    predictions.write_parquet(run.path / "predictions.parquet")
+    parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
+    pl.concat(parts).write_parquet(run.path / "predictions.parquet")
     (run.path / _FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
 
 
-def predictions_of(
+def _predictions(
     manifest: pl.DataFrame, outputs: tuple[str, ...], truth: NDArray[np.float64], chances: NDArray[np.float64]
 ) -> pl.DataFrame:
     """A table of path, sha256, patient, label_<output> and p_<output>; a label that is not known is null."""
@@ -174,7 +180,7 @@ def _measured(
             chances[known, number], truth[known, number], patients[known].tolist(), thresholds[number]
         ).to_dict()
     overall = overall_metrics(run.config.task, chances, truth, patients.tolist())
-    table = predictions_of(part, run.labels, truth, chances)
+    table = _predictions(part, run.labels, truth, chances)
     return Measured(labels, {name: value.to_dict() for name, value in overall.items()}, table, which)
 
 
@@ -238,7 +244,7 @@ def measure(run: Run, cache: PhotoCache) -> Measured:
     points = read_operating_point(run)["labels"]
     targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
     rows, which = rows_to_measure(run, cache, usable_rows(cache.manifest, targets))
-    if not any(len(set(column[np.isfinite(column)].tolist())) == 2 for column in targets.truth[rows].T):
+    if not any(both_classes(column) for column in targets.truth[rows].T):
         raise DataError("the photos to evaluate do not show both classes; add photos", path=cache.path)
     temperatures = np.array([points[name]["temperature"] for name in run.labels])
     logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec).astype(np.float64)

@@ -36,17 +36,8 @@ def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
     best = int(np.mean([photo.dices for photo in sides["val"]], axis=0).argmax())
     threshold = float(_THRESHOLDS[best])
     measured = {name: _measured(cache, photos, threshold, name) for name, photos in sides.items()}
-    label = {
-        "temperature": 1.0,
-        "threshold": threshold,
-        "target": "mean Dice on validation",
-        "finding": False,
-        "validation": measured["val"].labels["vessel"],
-        "test": measured["test"].labels["vessel"],
-    }
-    overall = {"validation": measured["val"].overall, "test": measured["test"].overall}
-    parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
-    return write_operating_point(run, {"vessel": label}, overall, pl.concat(parts))
+    point = {"temperature": 1.0, "threshold": threshold, "target": "mean Dice on validation", "finding": False}
+    return write_operating_point(run, {"vessel": point}, measured)
 
 
 def measure_vessels(run: Run, cache: PhotoCache) -> Measured:
@@ -70,9 +61,6 @@ class _Photo:
         self.dices = 2 * right / np.maximum(1, right + no + yes.sum())
         self.right, self.called, self.vessels, self.pixels = right, right + no, int(yes.sum()), len(yes)
 
-    def dice(self, threshold: float) -> float:
-        return float(self.dices[np.abs(_THRESHOLDS - threshold).argmin()])
-
 
 def _judged(run: Run, cache: PhotoCache, rows: NDArray[np.int64]) -> list[_Photo]:
     maps = vessel_maps(run.load_model(), cache.photos, rows, cache.spec)
@@ -86,11 +74,11 @@ def _judged(run: Run, cache: PhotoCache, rows: NDArray[np.int64]) -> list[_Photo
 def _measured(cache: PhotoCache, photos: list[_Photo], threshold: float, which: str) -> Measured:
     part = cache.manifest[[photo.row for photo in photos]].select("path", "sha256", "patient")
     patients = part["patient"].to_list()
+    at = int(np.abs(_THRESHOLDS - threshold).argmin())
     table = part.with_columns(
-        dice=pl.Series([photo.dice(threshold) for photo in photos], dtype=pl.Float64),
+        dice=pl.Series([photo.dices[at] for photo in photos], dtype=pl.Float64),
         auroc=pl.Series([binned_auroc(photo.counts) for photo in photos], dtype=pl.Float64),
     )
-    at = int(np.abs(_THRESHOLDS - threshold).argmin())
     right, called, vessels, pixels = (
         sum(values) for values in zip(*((p.right[at], p.called[at], p.vessels, p.pixels) for p in photos), strict=True)
     )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from fastfundus.train.targets import grades
+from fastfundus.train.targets import both_classes, grades
 
 __all__ = ["mean_auroc", "scores_of"]
 
@@ -26,7 +26,7 @@ def mean_auroc(chances: NDArray[np.float64], truth: NDArray[np.float64]) -> floa
     values = []
     for column, known in zip(chances.T, truth.T, strict=True):
         usable = np.isfinite(known)
-        if len(set(known[usable].tolist())) == 2:
+        if both_classes(known):
             values.append(float(roc_auc_score(known[usable], column[usable])))
     return float(np.mean(values)) if values else float("nan")
 

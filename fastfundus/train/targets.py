@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.errors import ConfigError, DataError, close_matches
-from fastfundus.records import Status
+from fastfundus.records import NORMAL_NAMES, Status
 
-__all__ = ["NORMAL_NAMES", "Targets", "finding_outputs", "grades", "read_targets", "usable_rows"]
+__all__ = ["Targets", "both_classes", "finding_outputs", "grades", "read_targets", "usable_rows"]
 
-NORMAL_NAMES = frozenset(
-    {"normal", "healthy", "no_finding", "no finding", "no dr", "no_dr", "nodr", "eye_n", "negative"}
-)
+_NORMAL_OUTPUTS = NORMAL_NAMES | {"no_finding", "no finding", "eye_n"}
 """Names, lower case, of outputs that say that nothing was found."""
 _MOST_CLASSES = 1000
 
@@ -77,7 +75,12 @@ def finding_outputs(outputs: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[
     for name in chosen:
         if name not in outputs:
             raise ConfigError(f"data.findings names {name!r}, which is no output{close_matches(name, outputs)}")
-    return chosen or tuple(name for name in outputs if name.lower() not in NORMAL_NAMES) or outputs
+    return chosen or tuple(name for name in outputs if name.lower() not in _NORMAL_OUTPUTS) or outputs
+
+
+def both_classes(truth: NDArray[np.float64]) -> bool:
+    """Whether truth [N] of one output, NaN where it is not known, holds a yes and a no."""
+    return bool((truth == 1).any() and (truth == 0).any())
 
 
 def grades(reached: NDArray[np.floating | np.bool_]) -> NDArray[np.int64]:
@@ -91,8 +94,12 @@ def _one(labels: tuple[str, ...], task: str, default: str) -> str:
     return labels[0] if labels else default
 
 
+def _label_columns(manifest: pl.DataFrame) -> list[str]:
+    return [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
+
+
 def _column(manifest: pl.DataFrame, label: str) -> pl.Series:
-    choices = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
+    choices = _label_columns(manifest)
     if not choices:
         raise DataError("the cache was prepared without labels; prepare it with --labels or an adapter")
     if label not in choices:
@@ -122,7 +129,7 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
     if not label:
         label = next((name for name in ("abnormal", "normal") if name in manifest.columns), "")
     if not label:
-        have = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
+        have = _label_columns(manifest)
         said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
         raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); name one with --label")
     truth, told = _yes_or_no(manifest, label), label
@@ -134,9 +141,7 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
 def _multilabel(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
     labels = outputs or labels
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        numbers = [
-            name for name in manifest.columns if name not in MANIFEST_COLUMNS and manifest[name].dtype.is_numeric()
-        ]
+        numbers = [name for name in _label_columns(manifest) if manifest[name].dtype.is_numeric()]
         fit = [name for name in numbers if manifest[name].drop_nulls().is_in([0.0, 1.0]).all()]
         raise ConfigError(
             "multilabel needs the names of its columns, two or more, each once: give --label for each; columns of 0 "
