@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.engines.runtime import check_photos
+from fastfundus.engines.runtime import Blueprint, Engine, require_needs
 from fastfundus.errors import BundleError, require
 
 __all__ = ["PACKAGE", "AotiEngine", "build", "load", "needs", "precisions"]
@@ -41,31 +41,29 @@ def precisions() -> tuple[str, ...]:
     return ("bf16", "fp32") if fast else ("fp32",)
 
 
-def build(model: Any, graph: Path, size: int, folder: Path, precision: str) -> str:
+def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     """Compile for the device of this machine.
 
     Args:
-        model: `ScreeningModel`, in evaluation mode, float32, on the CPU; left as it is.
-        graph: the ONNX file; not used.
-        size: side of the photos in pixels.
+        blueprint: its model.
         folder: where the package goes.
         precision: what the classifier computes in; preprocessing and probabilities stay float32.
 
     Returns:
-        The package's file, relative to `folder`.
+        What `bundle.json` says of the engine: its file, and what a machine needs to run it.
     """
     import copy
 
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = copy.deepcopy(model).to(device).eval()
+    model, size = copy.deepcopy(blueprint.model).to(device).eval(), blueprint.size
     model.compute_in(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[precision]))
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device)
     with torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _FILE))
-    return _FILE
+    return {"engine": _FILE, "needs": needs()}
 
 
 def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
@@ -75,17 +73,11 @@ def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
         BundleError: it was built for another device or torch.
     """
     require("torch", extra="train")
-    here = needs()
-    for name, wanted in about["needs"].items():
-        if here[name] != wanted:
-            raise BundleError(
-                f"{folder}: was compiled for {name} {wanted}, this is {here[name]}; build it here again from its run, "
-                "or with --backend openvino, which runs on any processor"
-            )
+    require_needs(folder, about["needs"], needs())
     return AotiEngine(folder / about["engine"], about["spec"]["size"])
 
 
-class AotiEngine:
+class AotiEngine(Engine):
     """A compiled package.
 
     Args:
@@ -99,22 +91,20 @@ class AotiEngine:
     def __init__(self, file: Path, size: int) -> None:
         import torch
 
-        self._torch, self._size = torch, size
+        self._torch = torch
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(file))
         except Exception as error:
             # A damaged archive, a library that does not load: torch has no type of error of its own for them.
             raise BundleError(f"{file}: torch cannot load it ({str(error).splitlines()[0]}); build it again") from None
+        super().__init__(size, str(file.parent))
 
-    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        check_photos(photos, self._size, self._model)
+    def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         torch = self._torch
         with torch.inference_mode():
             result = self._model(torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))
         return np.asarray(result.float().cpu().numpy())
 
-    def close(self) -> None:
-        """Free the package."""
+    def _free(self) -> None:
         self._model = None

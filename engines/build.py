@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,55 +16,72 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastfundus.engines.archive import is_archive, pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
-from fastfundus.engines.export import ScreeningModel, export_onnx
+from fastfundus.engines.export import ScreeningModel, check_graph, export_onnx
 from fastfundus.engines.parity import ParityReport, compare
-from fastfundus.engines.runtime import BACKENDS, Engine, load_backend, processor
+from fastfundus.engines.runtime import BACKENDS, GRAPH, Blueprint, Engine, load_backend, processor
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
-from fastfundus.models.activation import Activation
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["MOST_PARITY_PHOTOS", "build_bundle"]
+__all__ = ["MOST_PARITY_MAPS", "MOST_PARITY_PHOTOS", "Evidence", "build_bundle"]
 
 MOST_PARITY_PHOTOS = 256
 """Held-out photos that engine and model are compared on."""
+MOST_PARITY_MAPS = 16
+"""The same where every photo is a quarter of a million decisions."""
+_GRAPH_PHOTOS = 8
+"""Of those, the ones that the graph is checked on in another runtime."""
+_INTEGERS = "int8"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Photos that an engine is proven with."""
+
+    photos: NDArray[np.uint8]
+    """[N, S, S, 3], N at least 1, that the run did not learn from."""
+    truth: NDArray[np.float64] | None
+    """[N, L] or [N, L, S, S] what is known of them: 0, 1 or NaN; with it the loss of AUROC is measured too."""
+    calibration: NDArray[np.uint8]
+    """[M, S, S, 3] others, for integer engines to learn their ranges on; may be empty, there are then none."""
 
 
 def build_bundle(
-    classifier: torch.nn.Module,
+    model: ScreeningModel,
     spec: PreprocessSpec,
     labels: dict[str, dict[str, Any]],
-    photos: NDArray[np.uint8],
+    evidence: Evidence,
     output: Path,
     *,
     provenance: dict[str, Any],
-    activation: Activation = "sigmoid",
     backend: str = "openvino",
     precision: str = "auto",
-    truth: NDArray[np.float64] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Bundle, ParityReport]:
     """Export, build, prove and write.
 
     Args:
-        classifier: from normalised float [N, 3, S, S] to logits [N, L]; on the CPU.
+        model: in evaluation mode, on the CPU.
         spec: what its photos were prepared with.
         labels: by name of each output, in order: `temperature`, `threshold`, `finding` (whether it makes a photo
             positive), and whatever else should be stored.
-        photos: uint8 [N, S, S, 3] held-out photos to prove the engine on; at least one.
-        output: the bundle's folder; must not exist, or be a bundle, which is replaced when the new one passes.
+        evidence: photos to prove the engine on, and to calibrate it with.
+        output: the bundle: a folder, or one file where the name ends in ".zip"; must not exist, or be a bundle, which
+            is replaced when the new one passes.
         provenance: stored as it is: which run, which configuration.
-        activation: what makes probabilities of logits.
         backend: one of `BACKENDS`.
-        precision: "fp32", "bf16", or "auto": every one that this machine computes in is built and measured, and the
-            fastest that passes is kept.
-        truth: [N, L] what is known of the photos, 0, 1 or NaN; with it, the loss of AUROC is measured too.
+        precision: one of the backend's, or "auto": every one that this machine computes in is built and measured, and
+            the fastest that passes is kept.
+        options: of the backend, by name.
 
     Returns:
         The bundle, and how the engine compared.
 
     Raises:
-        GateRefused: the engine's answers differ too much; nothing is written, and the message says what would pass.
-        ConfigError: backend or precision are unknown.
+        GateRefused: the engine's answers differ too much, or integers are not worth it; no bundle is written, and the
+            message says what would pass.
+        ConfigError: backend or precision are unknown, or there are no photos to calibrate integers with.
         BundleError: `output` is something else.
     """
     if backend not in BACKENDS:
@@ -72,38 +90,63 @@ def build_bundle(
     here = module.precisions()
     if precision not in ("auto", *here):
         raise ConfigError(f"precision {precision!r} cannot be built here{close_matches(precision, [*here, 'auto'])}")
-    if output.exists() and not (output / "bundle.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise BundleError(f"{output}: is there already and is no bundle; choose another --output")
+    if not len(evidence.calibration):
+        if precision == _INTEGERS:
+            raise ConfigError(
+                f"precision {precision!r} needs photos to learn its ranges on, and the run's training photos are not "
+                "at hand; give a cache with --calibration"
+            )
+        here = tuple(name for name in here if name != _INTEGERS)
+    _require_free(output)
     partial, refused = (output.with_name(f"{output.name}.{end}") for end in ("partial", "refused.json"))
     shutil.rmtree(partial, ignore_errors=True)
     refused.unlink(missing_ok=True)
     partial.mkdir(parents=True)
     try:
-        temperatures = [float(entry["temperature"]) for entry in labels.values()]
-        model = ScreeningModel(classifier, spec, temperatures, activation).eval()
-        export_onnx(model, spec.size, partial / "model.onnx")
-        job = _Job(backend, module, model, spec, labels, photos, truth, partial)
-        tried = [job.attempt(name) for name in (here if precision == "auto" else (precision,))]
-        passed = [report for report in tried if report.passed]
+        export_onnx(model, partial / GRAPH, list(labels))
+        job = _Job(backend, module, model, spec, labels, evidence, partial, options or {})
+        tried = job.attempt(here if precision == "auto" else (precision,))
+        passed = [report for report in tried if report.passed and precision in ("auto", report.precision)]
         if not passed:
-            # Of those that were not asked for, say which would do.
-            tried += [job.attempt(name) for name in here if name not in {report.precision for report in tried}]
+            # Of those that were not asked for, say which would do; integers are never closer than others.
+            others = [name for name in here if name not in {_INTEGERS, *(report.precision for report in tried)}]
+            tried += job.attempt(tuple(others))
             refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
             raise GateRefused(_refusal(tried, refused))
-        best = max(passed, key=lambda report: report.images_per_s)
+        best = max(passed, key=lambda report: (report.precision == _INTEGERS, report.images_per_s))
         about = job.take(best.precision) | {
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
+            "graph_difference": job.graph_difference,
             "built_on": _machine(module.PACKAGE),
             "provenance": provenance,
         }
         write_bundle_json(partial, about)
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
+        _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(output), best
+
+
+def _require_free(output: Path) -> None:
+    """Raise where something stands that is no bundle."""
+    if is_archive(output):
+        mine = not output.exists() or output.is_file()
+    else:
+        mine = (
+            not output.exists() or (output / "bundle.json").is_file() or (output.is_dir() and not any(output.iterdir()))
+        )
+    if not mine:
+        raise BundleError(f"{output}: is there already and is no bundle; choose another --output")
+
+
+def _publish(folder: Path, output: Path) -> None:
+    if is_archive(output):
+        pack(folder, output)
+        return
+    if output.exists():
+        shutil.rmtree(output)
+    folder.rename(output)
 
 
 class _Job:
@@ -116,35 +159,58 @@ class _Job:
         model: ScreeningModel,
         spec: PreprocessSpec,
         labels: dict[str, dict[str, Any]],
-        photos: NDArray[np.uint8],
-        truth: NDArray[np.float64] | None,
+        evidence: Evidence,
         folder: Path,
+        options: dict[str, Any],
     ) -> None:
-        self.module, self.model, self.photos, self.truth, self.folder = module, model, photos, truth, folder
+        self.module, self.photos, self.truth, self.folder = module, evidence.photos, evidence.truth, folder
+        self.blueprint = Blueprint(model, folder / GRAPH, spec.size, evidence.calibration, options)
+        self.expected, self.torch_rate = _run_torch(model, self.photos)
         self.about: dict[str, Any] = {
             "backend": backend,
             "spec": spec.to_dict(),
             "spec_fingerprint": spec.fingerprint,
             "labels": labels,
+            "output": "maps" if self.expected.ndim > 2 else "probabilities",
         }
-        self.expected, self.torch_rate = _run_torch(model, photos)
+        some = slice(0, _GRAPH_PHOTOS)
+        self.graph_difference = check_graph(self.blueprint.graph, self.photos[some], self.expected[some])
         self.thresholds = np.array([float(entry["threshold"]) for entry in labels.values()])
         self.built: dict[str, dict[str, Any]] = {}
+        self.reports: dict[str, ParityReport] = {}
 
-    def attempt(self, precision: str) -> ParityReport:
-        """Build an engine and compare it with the model."""
-        place = self.folder / f"attempt_{precision}"
-        place.mkdir()
-        graph, size = self.folder / "model.onnx", self.about["spec"]["size"]
-        engine = self.module.build(self.model, graph, size, place, precision)
-        self.built[precision] = {**self.about, "precision": precision, "engine": engine, "needs": self.module.needs()}
-        loaded = load_backend(self.about["backend"], place, self.built[precision])
-        got, rate = _run_engine(loaded, self.photos)
-        loaded.close()
-        return compare(
+    def attempt(self, precisions: tuple[str, ...]) -> list[ParityReport]:
+        """Build engines and compare them with the model; integers last, and with the fastest of the others too."""
+        floats = [self._compared(name) for name in precisions if name != _INTEGERS]
+        if _INTEGERS not in precisions:
+            return floats
+        report = self._compared(_INTEGERS)
+        rivals = floats or [self._compared(name) for name in self.module.precisions() if name != _INTEGERS]
+        rivals = [rival for rival in rivals if rival.passed]
+        if report.passed and rivals:
+            fastest = max(rivals, key=lambda rival: rival.images_per_s)
+            report = report.against(_ratio(self._load(_INTEGERS), self._load(fastest.precision), self.photos))
+        return [*floats, report]
+
+    def _place(self, precision: str) -> Path:
+        return self.folder / f"attempt_{precision}"
+
+    def _load(self, precision: str) -> Engine:
+        return load_backend(self.about["backend"], self._place(precision), self.built[precision])
+
+    def _compared(self, precision: str) -> ParityReport:
+        if precision in self.reports:
+            return self.reports[precision]
+        self._place(precision).mkdir()
+        about = self.module.build(self.blueprint, self._place(precision), precision)
+        self.built[precision] = {**self.about, "precision": precision, **about}
+        with self._load(precision) as engine:
+            got, rate = _run_engine(engine, self.photos, self.expected.shape)
+        self.reports[precision] = compare(
             self.expected, got, self.thresholds, precision=precision, images_per_s=rate,
             torch_images_per_s=self.torch_rate, truth=self.truth,
         )  # fmt: skip
+        return self.reports[precision]
 
     def take(self, precision: str) -> dict[str, Any]:
         """Keep one of the engines, forget the others; what its `bundle.json` says of it."""
@@ -165,11 +231,32 @@ def _run_torch(model: ScreeningModel, photos: NDArray[np.uint8]) -> tuple[NDArra
     return np.concatenate(parts), len(photos) / (time.perf_counter() - began)
 
 
-def _run_engine(engine: Engine, photos: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
-    engine.infer(photos[:4])  # the first call allocates
-    began = time.perf_counter()
-    got = np.concatenate([engine.infer(photos[start : start + 32]) for start in range(0, len(photos), 32)])
+def _run_engine(engine: Engine, photos: NDArray[np.uint8], shape: tuple[int, ...]) -> tuple[NDArray[np.float32], float]:
+    try:
+        engine.infer(photos[:4])  # the first call allocates
+        began = time.perf_counter()
+        got = np.concatenate([engine.infer(photos[start : start + 32]) for start in range(0, len(photos), 32)])
+    except BundleError:
+        # It gave what is no probability: a result to report, and no reason to stop trying others.
+        return np.full(shape, np.nan, np.float32), 0.0
     return got, len(photos) / (time.perf_counter() - began)
+
+
+def _ratio(challenger: Engine, reference: Engine, photos: NDArray[np.uint8]) -> float:
+    """How many times as fast: median of rounds in turns, so that a machine's moods hit both."""
+    some = np.resize(photos, (32, *photos.shape[1:]))
+    ratios = []
+    with challenger, reference:
+        for engine in (challenger, reference):
+            engine.infer(some[:4])
+        for _ in range(5):
+            seconds = []
+            for engine in (challenger, reference):
+                began = time.perf_counter()
+                engine.infer(some)
+                seconds.append(time.perf_counter() - began)
+            ratios.append(seconds[1] / seconds[0])
+    return float(np.median(ratios))
 
 
 def _refusal(tried: list[ParityReport], file: Path) -> str:

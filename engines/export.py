@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastfundus.errors import GateRefused, require
 from fastfundus.models.activation import Activation, activate
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["INPUT", "OUTPUT", "ScreeningModel", "export_onnx"]
+__all__ = ["GRAPH_TOLERANCE", "INPUT", "OUTPUT", "ScreeningModel", "check_graph", "export_onnx"]
 
 INPUT, OUTPUT = "photos", "probabilities"
 """Names of the graph's input and output."""
+GRAPH_TOLERANCE = 1e-3
+"""Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
 
 
 class ScreeningModel(nn.Module):
-    """A classifier between its preprocessing and calibration: photos uint8 [N, S, S, 3] to probabilities [N, L]."""
+    """A network between its preprocessing and calibration.
+
+    Photos uint8 [N, S, S, 3] to probabilities float32 [N, L], or [N, L, S, S] of one that maps.
+
+    Args:
+        network: from normalised [N, 3, S, S] to logits [N, L] or [N, L, S, S].
+        spec: of its photos.
+        temperatures: by output, what logits are divided by.
+        activation: what makes probabilities of logits.
+        stride: of a network that maps: sides of its inputs must be multiples of it; black is added at the right and
+            below, and cut off again. 1 adds nothing.
+    """
 
     scale: Tensor
     offset: Tensor
@@ -30,15 +48,16 @@ class ScreeningModel(nn.Module):
 
     def __init__(
         self,
-        classifier: nn.Module,
+        network: nn.Module,
         spec: PreprocessSpec,
         temperatures: list[float],
         activation: Activation = "sigmoid",
+        stride: int = 1,
     ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.size, self.added = activation, spec.size, -spec.size % stride
         self.dtype = torch.float32
-        self.classifier = classifier
+        self.network = network
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         # (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", 1 / (255 * std))
@@ -46,27 +65,36 @@ class ScreeningModel(nn.Module):
         self.register_buffer("temperature", torch.tensor(temperatures))
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Let the classifier compute in a type; normalisation and probabilities stay float32."""
-        self.classifier.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        """Let the network compute in a type; normalisation and probabilities stay float32."""
+        self.network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = dtype
 
     def forward(self, photos: Tensor) -> Tensor:
-        """Normalise, classify, calibrate."""
+        """Normalise, run the network, calibrate."""
+        if self.added:
+            photos = nn.functional.pad(photos, (0, 0, 0, self.added, 0, self.added))
         inputs = (photos.float() * self.scale + self.offset).permute(0, 3, 1, 2)
-        logits = self.classifier(inputs.to(self.dtype)).float()
-        return activate(logits / self.temperature, self.activation)
+        logits = self.network(inputs.to(self.dtype)).float()
+        if self.added:
+            logits = logits[:, :, : self.size, : self.size]
+        temperature = self.temperature.reshape(-1, *[1] * (logits.ndim - 2))
+        return activate(logits / temperature, self.activation)
 
 
-def export_onnx(model: ScreeningModel, size: int, path: Path) -> None:
-    """Write the graph with a dynamic batch, and check it.
+def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the graph with a dynamic batch, the names of its outputs as metadata, and check it.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        size: S, the side of the photos in pixels.
+        model: in evaluation mode, on the CPU; left as it is.
         path: the file to write.
+        labels: names of the outputs, in order; stored as a JSON list under `labels`.
+        dtype: what the network computes in: the types of the graph say so, as strongly typed builders want it.
     """
+    if dtype is not torch.float32:
+        model = copy.deepcopy(model)
+        model.compute_in(dtype)
     # Two photos: the exporter would take a batch of one for a constant.
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # The exporter prints its progress and warns about its own use of torch's older tree utilities.
         warnings.simplefilter("ignore")
@@ -74,11 +102,46 @@ def export_onnx(model: ScreeningModel, size: int, path: Path) -> None:
             model.eval(),
             (example,),
             dynamo=True,
+            # The first whose convolutions know bfloat16.
+            opset_version=22,
+            # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
+            optimize=dtype is not torch.bfloat16,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             external_data=False,
             verbose=False,
         )
-    cast(torch.onnx.ONNXProgram, program).save(str(path), external_data=False)
+    graph = cast(torch.onnx.ONNXProgram, program).model_proto
+    onnx.helper.set_model_props(graph, {"labels": json.dumps(labels)})
+    onnx.save_model(graph, str(path))
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def check_graph(path: Path, photos: NDArray[np.uint8], expected: NDArray[np.float32]) -> float:
+    """Run the float32 graph in ONNX Runtime and compare; whatever engine is built, the bundle's graph then holds too.
+
+    Args:
+        path: the graph.
+        photos: uint8 [N, S, S, 3].
+        expected: what the model gives.
+
+    Returns:
+        Largest difference of a probability.
+
+    Raises:
+        GateRefused: it is above `GRAPH_TOLERANCE`.
+        MissingDependency: onnxruntime is not installed.
+    """
+    require("onnxruntime", extra="train")
+    from fastfundus.engines.onnxruntime_backend import OnnxRuntimeEngine
+
+    with OnnxRuntimeEngine(path, photos.shape[1]) as engine:
+        got = np.concatenate([engine.infer(photos[row : row + 1]) for row in range(len(photos))])
+    largest = float(np.abs(got.astype(np.float64) - expected).max())
+    if largest > GRAPH_TOLERANCE:
+        raise GateRefused(
+            f"the exported graph differs from the model by {largest:.2e} in ONNX Runtime, at most {GRAPH_TOLERANCE:g} "
+            "is allowed: torch's exporter translated this network wrongly; try another torch, or another backbone"
+        )
+    return largest

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.engines.runtime import check_photos
+from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
 from fastfundus.errors import BundleError, require
 
-__all__ = ["PACKAGE", "OnnxRuntimeEngine", "build", "load", "needs", "precisions"]
+__all__ = ["PACKAGE", "OnnxRuntimeEngine", "build", "load", "precisions"]
 
 PACKAGE = "onnxruntime"
 
@@ -23,15 +23,10 @@ def precisions() -> tuple[str, ...]:
     return ("fp32",)
 
 
-def needs() -> dict[str, str]:
-    """What a machine must have: nothing but ONNX Runtime."""
-    return {}
-
-
-def build(model: Any, graph: Path, size: int, folder: Path, precision: str) -> str:
+def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     """The graph of the bundle is the engine; as `openvino_backend.build`."""
-    shutil.copy(graph, folder / graph.name)
-    return graph.name
+    shutil.copy(blueprint.graph, folder / GRAPH)
+    return {"engine": GRAPH, "needs": {}}
 
 
 def load(folder: Path, about: dict[str, Any]) -> OnnxRuntimeEngine:
@@ -39,7 +34,7 @@ def load(folder: Path, about: dict[str, Any]) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(folder / about["engine"], about["spec"]["size"])
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """A graph in ONNX Runtime, on all cores.
 
     Args:
@@ -65,14 +60,12 @@ class OnnxRuntimeEngine:
             raise BundleError(
                 f"{file}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); build it again"
             ) from None
-        self._size, self._input = size, self._session.get_inputs()[0].name
+        self._input = self._session.get_inputs()[0].name
+        super().__init__(size, str(file.parent))
 
-    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        check_photos(photos, self._size, self._session)
+    def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         result: NDArray[np.float32] = self._session.run(None, {self._input: np.ascontiguousarray(photos)})[0]
         return result
 
-    def close(self) -> None:
-        """Free the session."""
+    def _free(self) -> None:
         self._session = None

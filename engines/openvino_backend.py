@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.engines.runtime import check_photos
+from fastfundus.engines.runtime import Blueprint, Engine
 from fastfundus.errors import BundleError
 
-__all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "needs", "precisions", "shared_core"]
+__all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "precisions", "shared_core"]
 
 PACKAGE = "openvino"
-_NAMES = {"fp32": "f32", "bf16": "bf16"}
-"""Precisions that can be built, by OpenVINO's name for them."""
 
 
 @functools.cache
@@ -32,9 +30,15 @@ def shared_core() -> Any:
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this processor computes in, fastest first: "bf16" where it has AMX or AVX-512 BF16."""
-    has_bf16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return ("bf16", "fp32") if has_bf16 else ("fp32",)
+    """Precisions that this processor computes in, integers last: "bf16" where it has AMX or AVX-512 BF16.
+
+    "int8" runs on any; what is left in floating point then computes in bf16 where there is such.
+    """
+    return ("bf16", "fp32", "int8") if _has_bf16() else ("fp32", "int8")
+
+
+def _has_bf16() -> bool:
+    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def load(folder: Path, about: dict[str, Any]) -> OpenVinoEngine:
@@ -42,46 +46,54 @@ def load(folder: Path, about: dict[str, Any]) -> OpenVinoEngine:
     return OpenVinoEngine(folder / about["engine"], about["spec"]["size"], about["precision"])
 
 
-def needs() -> dict[str, str]:
-    """What a machine must have: nothing, OpenVINO compiles when it loads."""
-    return {}
-
-
-def build(model: Any, graph: Path, size: int, folder: Path, precision: str) -> str:
-    """Convert ONNX to OpenVINO's own format; weights stay float32, the precision is chosen when loading.
+def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
+    """Convert ONNX to OpenVINO's own format; what stays in floating point is chosen when loading.
 
     Args:
-        model: of torch; not used.
-        graph: the ONNX file.
-        size: side of the photos in pixels.
+        blueprint: its graph, and for "int8" its calibration photos.
         folder: where the engine goes.
         precision: one of `precisions`.
 
     Returns:
-        The engine's file, relative to `folder`.
+        What `bundle.json` says of the engine: its file, and for "int8" how it was quantised.
     """
     import openvino
 
-    openvino.save_model(openvino.convert_model(graph), folder / "engine.xml", compress_to_fp16=False)
-    return "engine.xml"
+    model = openvino.convert_model(blueprint.graph)
+    about: dict[str, Any] = {"engine": "engine.xml", "needs": {}}
+    if precision == "int8":
+        from fastfundus.engines.quantize import quantize_openvino
+
+        model, about["quantisation"] = quantize_openvino(model, blueprint.calibration)
+    openvino.save_model(model, folder / "engine.xml", compress_to_fp16=False)
+    return about
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """A model compiled for this CPU.
 
     Photos are dealt to as many requests as there are streams, which run at once: on small machines this keeps every
     core busy better than one stream that spans them all.
+
+    Args:
+        file: `engine.xml`, or an ONNX graph.
+        size: side of the photos in pixels.
+        precision: one of `precisions`.
+
+    Raises:
+        BundleError: it was built for bfloat16 and this processor has none, or cannot be loaded.
     """
 
     def __init__(self, file: Path, size: int, precision: str) -> None:
         core = shared_core()
         if precision not in precisions():
             raise BundleError(
-                f"{file.parent}: was built for bfloat16, which this processor lacks; build here with --precision fp32"
+                f"{file.parent}: was built for bfloat16, which this processor lacks; build here with --precision fp32, "
+                "or run the graph inside it in float32: --backend openvino"
             )
-        self._size = size
         # Everything that could differ from the engine that passed the gate is named, not left to defaults.
-        config = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _NAMES[precision]}
+        rest = "f32" if precision == "fp32" or not _has_bf16() else "bf16"
+        config = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": rest}
         try:
             model = core.read_model(file)
             # A fixed batch of one lets the compiler plan memory; photos are spread over streams.
@@ -95,11 +107,11 @@ class OpenVinoEngine:
         # Plain requests, waited for in turn. OpenVINO's queue with a Python callback can deadlock when it is freed: its
         # destructor holds the interpreter's lock while the last callback asks for it.
         self._requests: list[Any] = [self._model.create_infer_request() for _ in range(count)]
+        self._shape = tuple(self._model.output(0).shape)[1:]
+        super().__init__(size, str(file.parent))
 
-    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities [N, L] of photos uint8 [N, S, S, 3]."""
-        check_photos(photos, self._size, self._model)
-        result = np.full((len(photos), self._model.output(0).partial_shape[1].get_length()), np.nan, np.float32)
+    def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        result = np.full((len(photos), *self._shape), np.nan, np.float32)
         streams = len(self._requests)
         for row in range(len(photos) + streams):
             request = self._requests[row % streams]
@@ -110,6 +122,5 @@ class OpenVinoEngine:
                 request.start_async({0: photos[row : row + 1]})
         return result
 
-    def close(self) -> None:
-        """Free the compiled model."""
+    def _free(self) -> None:
         self._requests, self._model = [], None

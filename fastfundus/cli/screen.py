@@ -12,9 +12,16 @@ import click
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option(
+    "--backend",
+    type=click.Choice(["openvino", "onnxruntime"]),
+    help="Run the graph inside the bundle in float32, instead of the engine that was built and proven.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def screen(bundle: Path, sources: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
+def screen(
+    bundle: Path, sources: tuple[Path, ...], output: Path, backend: str | None, overwrite: bool, as_json: bool
+) -> None:
     r"""Screen photos with BUNDLE: exactly one row per input, and a report.
 
     SOURCES are folders, photos, or CSV files with a column 'file'. What cannot be screened gets a row that says why.
@@ -32,6 +39,8 @@ def screen(bundle: Path, sources: tuple[Path, ...], output: Path, overwrite: boo
 
     quiet_decoders()
     opened = Bundle.open(bundle)
+    if backend:
+        opened = opened.using(backend)
     # Every picture is an input here, also the masks and spare pictures of a public data set.
     listing = list_photos(sources, adapter="folder")
     remarks(listing.notes)

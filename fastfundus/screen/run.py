@@ -53,8 +53,12 @@ def screen_to_folder(
         on_photo: called with every row.
 
     Raises:
-        ConfigError: `output` holds results already.
+        ConfigError: `output` holds results already, or the bundle makes maps.
     """
+    if bundle.about["output"] != "probabilities":
+        raise ConfigError(
+            f"{bundle.path}: makes maps, and screening needs a probability a photo; give it a bundle of another task"
+        )
     kept = [name for name in _FILES if (output / name).exists()]
     if kept and not overwrite:
         raise ConfigError(f"{output}: holds {kept[0]} already; add --overwrite, or choose another --output")
@@ -68,6 +72,8 @@ def screen_to_folder(
             time=_now(),
             fastfundus=metadata.version("fastfundus"),
             bundle=bundle.fingerprint,
+            backend=bundle.backend,
+            precision=bundle.precision,
             spec=bundle.spec.fingerprint,
             thresholds=dict(zip(bundle.labels, bundle.thresholds, strict=True)),
             sources=[str(source) for source in sources],

@@ -26,7 +26,7 @@ from fastfundus.train.loss import vessel_loss
 from fastfundus.train.problem import Batch, dealt
 from fastfundus.train.step import forward_batches
 
-__all__ = ["VesselMaps", "binned", "binned_auroc", "mask_column", "vessel_maps"]
+__all__ = ["VesselMaps", "binned", "binned_auroc", "mask_column", "masks_in_cache", "vessel_maps"]
 
 _BINS = 1 << 16
 _KEEP = np.eye(4, dtype=np.float32)[:3]
@@ -77,7 +77,7 @@ class VesselMaps:
                 f"lost: prepare --size {largest} keeps them"
             )
         self._rows, self._val_rows = train, val
-        self._masks, self._val_masks = (_masks_in_cache(cache, part, column) for part in (train, val))
+        self._masks, self._val_masks = (masks_in_cache(cache, part, column) for part in (train, val))
         self.strata = np.zeros(len(train) * config.loop.tiles, np.int64)
 
     def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
@@ -151,7 +151,7 @@ def _truth(masks: Tensor) -> Tensor:
     return torch.where(masks[:, 1:2] > 127, (masks[:, :1] > 127).float(), torch.nan)
 
 
-def _masks_in_cache(cache: PhotoCache, rows: NDArray[np.int64], column: str) -> NDArray[np.uint8]:
+def masks_in_cache(cache: PhotoCache, rows: NDArray[np.int64], column: str) -> NDArray[np.uint8]:
     """Masks [N, S, S, 3] in the frame of the cache: vessels, field, and nothing; 0 or 255."""
     size = cache.spec.size
     result = np.zeros((len(rows), size, size, 3), np.uint8)

@@ -24,12 +24,14 @@ from fastfundus.evaluate.page import write_run_page
 from fastfundus.evaluate.vessels import fit_vessels, measure_vessels
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
+from fastfundus.screen.run import screen_to_folder
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
 from fastfundus.train.loop import Interrupted, train
 from fastfundus.train.run import Run
 from fastfundus.train.step import build_optimiser
-from fastfundus.train.vessels import VesselMaps, _masks_in_cache, binned, binned_auroc
+from fastfundus.train.vessels import VesselMaps, binned, binned_auroc, masks_in_cache
+from tests.tolerances import ENGINE_FP32
 from tests.train.test_loop import StopAt
 
 LESIONS = ("drusen", "haemorrhages", "exudates")
@@ -196,7 +198,7 @@ def vessel_cache(tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
         inside = np.hypot(x + 0.5 - field.x_px, y + 0.5 - field.y_px) <= field.radius_px
         Image.fromarray(inside.astype(np.uint8) * 255).save(folder / "mask" / f"{number}_training_mask.gif")
     listing = list_photos(folder.parent, adapter="drive")
-    return build_cache(listing.photos, folder.parent / "cache", PreprocessSpec(size=224), source=listing.root)
+    return build_cache(listing.photos, folder.parent / "cache", PreprocessSpec(size=216), source=listing.root)
 
 
 def vessels(**sections: dict[str, object]) -> TrainConfig:
@@ -248,8 +250,20 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     # A vessel run starts from its like whole, and from a classifier by its encoder.
     again, report = create_segmenter(ModelConfig(backbone="resnet18", init=str(run.path)), 1)
     assert (report.loaded, report.fresh) == (len(again.state_dict()), ())
-    with pytest.raises(ConfigError, match="engines give photos probabilities so far"):
-        build_from_run(run, tmp_path / "bundle")
+
+    # The engine maps as the evaluation does; 216 is no multiple of what the network halves down to.
+    bundle, report = build_from_run(run, tmp_path / "bundle", precision="fp32")
+    assert report.passed
+    assert report.auroc_loss == 0
+    assert report.decisions == report.photos * 216**2
+    with bundle.load() as engine:
+        mapped = engine.infer(np.ascontiguousarray(vessel_cache.photos[row : row + 1]))
+    assert mapped.shape == (1, 1, 216, 216)
+    np.testing.assert_allclose(mapped[0, 0], chances, atol=ENGINE_FP32)
+    with pytest.raises(ConfigError, match="makes maps, and screening needs a probability a photo"):
+        screen_to_folder(
+            list_photos(vessel_cache.path.parent / "training"), bundle, tmp_path / "results", sources=[tmp_path]
+        )
 
 
 def test_a_map_lies_in_the_camera_frame_where_it_belongs() -> None:
@@ -268,7 +282,7 @@ def test_a_map_lies_in_the_camera_frame_where_it_belongs() -> None:
 
 
 def test_a_mask_survives_the_way_into_the_cache_and_back(vessel_cache: PhotoCache) -> None:
-    masks = _masks_in_cache(vessel_cache, np.arange(3), "mask_vessels")
+    masks = masks_in_cache(vessel_cache, np.arange(3), "mask_vessels")
     for row, mask in enumerate(masks):
         known = vessel_cache.manifest.row(row, named=True)
         # The window is neither the frame nor of the cache's size: a map that were left where it is would not fit.
@@ -322,7 +336,7 @@ def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> No
 def test_what_vessels_cannot_do(vessel_cache: PhotoCache, cache: PhotoCache, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'mask_vessels' with paths of masks"):
         train(cache, tmp_path / "run", vessels())
-    with pytest.raises(ConfigError, match=r"loop.tile is 256, but the photos are 224 pixels"):
+    with pytest.raises(ConfigError, match=r"loop.tile is 256, but the photos are 216 pixels"):
         train(vessel_cache, tmp_path / "run", vessels(loop={"tile": 256}))
     with pytest.raises(ConfigError, match=r"loss.mixup is 0.2, but means nothing to vessels; set it to 0"):
         train(vessel_cache, tmp_path / "run", vessels(loss={"mixup": 0.2}))

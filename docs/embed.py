@@ -1,0 +1,20 @@
+"""Score photographs in your own program, without torch: python embed.py BUNDLE PHOTO..."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fastfundus.engines.bundle import Bundle
+from fastfundus.photo.prepare import prepare_photo
+
+bundle = Bundle.open(Path(sys.argv[1]))
+with bundle.load() as engine:
+    for name in sys.argv[2:]:
+        prepared = prepare_photo(Path(name), bundle.spec)
+        if prepared.image is None:
+            print(name, prepared.status, prepared.reason)
+            continue
+        photos = np.stack([prepared.image])  # uint8 [N, S, S, 3]
+        (scores,) = engine.infer(photos)  # float32 [N, labels]
+        print(name, dict(zip(bundle.labels, scores.round(4).tolist(), strict=True)))
