@@ -17,4 +17,4 @@ with bundle.load() as engine:
             continue
         photos = np.stack([prepared.image])  # uint8 [N, S, S, 3]
         (scores,) = engine.infer(photos)  # float32 [N, labels]
-        print(name, dict(zip(bundle.labels, scores.round(4).tolist(), strict=True)))
+        print(name, {label: f"{score:.4f}" for label, score in zip(bundle.labels, scores, strict=True)})

@@ -592,5 +592,5 @@ def test_the_example_in_the_documentation_scores_photos(trained: Trained, photo_
     assert prepared.image is not None
     with trained.bundle.load() as engine:
         score = float(engine.infer(prepared.image[None])[0, 0])
-    assert first == f"{photo} {{'abnormal': {round(score, 4)}}}"
+    assert first == f"{photo} {{'abnormal': '{score:.4f}'}}"
     assert second.startswith(f"{broken} unreadable ")
