@@ -10,7 +10,7 @@ DEMO_OUTPUT ?= demo
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
 
-test: $(VENV)/.installed-dev  ## the default tests; pass more with ARGS="-k name"
+test: $(VENV)/.installed-dev $(VENV)/.installed-bindings  ## the default tests; pass more with ARGS="-k name"
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types
@@ -57,6 +57,13 @@ $(VENV)/.installed-%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing fastfundus[$*] into $(VENV) (a minute or two the first time)"
 	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+# TensorRT's own bindings, two versions beside each other, to hold our calls against; nothing runs in them.
+TENSORRT_VERSIONS := tests/engines/tensorrt_versions.txt
+$(VENV)/.installed-bindings: $(TENSORRT_VERSIONS) | $(VENV)/.installed-dev
+	@for version in $$(cat $(TENSORRT_VERSIONS)); do rm -rf $(VENV)/tensorrt/$$version && $(PIP) --no-deps \
+		--target $(VENV)/tensorrt/$$version tensorrt-cu13-bindings==$$version || exit 1; done
 	@touch $@
 
 clean:

@@ -270,7 +270,8 @@ def _refusal(tried: list[ParityReport], file: Path) -> str:
 
 def _machine(package: str) -> dict[str, str]:
     return {
-        "backend_version": metadata.version(package),
+        # Of the module: a package may have come under another name, as tensorrt-cu13.
+        "backend_version": importlib.import_module(package).__version__,
         "device": processor(),
         "platform": platform.platform(),
         "fastfundus": metadata.version("fastfundus"),

@@ -89,6 +89,9 @@ class Bundle:
                 raise BundleError(f"{path}: {name} is missing; copy the whole folder or build the engine again")
             if hash_file(folder / name) != sha:
                 raise BundleError(f"{path}: {name} was changed after it was built; build the engine again")
+        for name in (about["engine"], about.get("weights")):
+            if name is not None and name not in about["files"]:
+                raise BundleError(f"{path}: its engine {name!r} is none of its files; do not use it")
         try:
             spec = PreprocessSpec.from_dict(about["spec"])
         except FastFundusError as error:

@@ -26,6 +26,7 @@ INPUT, OUTPUT = "photos", "probabilities"
 """Names of the graph's input and output."""
 GRAPH_TOLERANCE = 1e-3
 """Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
+_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ScreeningModel(nn.Module):
@@ -81,18 +82,19 @@ class ScreeningModel(nn.Module):
         return activate(logits / temperature, self.activation)
 
 
-def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, dtype: torch.dtype = torch.float32) -> None:
+def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precision: str = "fp32") -> None:
     """Write the graph with a dynamic batch, the names of its outputs as metadata, and check it.
 
     Args:
         model: in evaluation mode, on the CPU; left as it is.
         path: the file to write.
         labels: names of the outputs, in order; stored as a JSON list under `labels`.
-        dtype: what the network computes in: the types of the graph say so, as strongly typed builders want it.
+        precision: "fp32", "fp16" or "bf16", what the network computes in: the types of the graph say so, as strongly
+            typed builders want it.
     """
-    if dtype is not torch.float32:
+    if precision != "fp32":
         model = copy.deepcopy(model)
-        model.compute_in(dtype)
+        model.compute_in(_TYPES[precision])
     # Two photos: the exporter would take a batch of one for a constant.
     example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -105,7 +107,7 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, dtype: 
             # The first whose convolutions know bfloat16.
             opset_version=22,
             # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
-            optimize=dtype is not torch.bfloat16,
+            optimize=precision != "bf16",
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["CSRC", "build", "cached_build"]
+__all__ = ["CSRC", "build", "cache_folder", "cached_build"]
 
 CSRC = Path(__file__).parent.parent / "csrc"
 """Beside this package, in a checkout and in an installed wheel alike."""
@@ -31,16 +31,13 @@ def build(compiler: str, flags: Sequence[str], source: Path, target: Path) -> Pa
     return target
 
 
-def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str) -> Path:
-    """Compile `source` unless the cache has it: from the same sources, compiler, flags and processor.
+def cache_folder() -> Path:
+    """`~/.cache/fastfundus`, or below `XDG_CACHE_HOME`; made if absent.
 
     Raises:
-        subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
-        OSError: the compiler cannot be run, or the cache not be written.
+        PermissionError: others may write to it.
+        OSError: it cannot be made.
     """
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-    texts = [path.read_text() for path in [*sorted(CSRC.glob("*.cu*")), source]]
-    key = hashlib.sha256("\0".join([version, *flags, platform.machine(), _processor(), *texts]).encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "fastfundus"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -48,7 +45,20 @@ def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str)
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         # What lies there is loaded and run.
         raise PermissionError(f"others may write to {folder}: run chmod go-w on it, or set XDG_CACHE_HOME")
-    target = folder / f"{source.stem}_{key[:16]}{suffix}"
+    return folder
+
+
+def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str) -> Path:
+    """Compile `source` unless the cache has it: from the same sources, compiler, flags and processor.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
+        OSError: the compiler cannot be run, or the cache not be written; also `cache_folder`'s.
+    """
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    texts = [path.read_text() for path in [*sorted(CSRC.glob("*.cu*")), source]]
+    key = hashlib.sha256("\0".join([version, *flags, platform.machine(), _processor(), *texts]).encode()).hexdigest()
+    target = cache_folder() / f"{source.stem}_{key[:16]}{suffix}"
     return target if target.is_file() else build(compiler, flags, source, target)
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 @click.command("build-engine")
@@ -34,9 +40,21 @@ import click
     type=click.Path(path_type=Path),
     help="Cache of photos that int8 learns its ranges on  [default: those the run was trained on]",
 )
+@click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt: photos it takes at once  [default: 64]")
+@click.option("--portable", is_flag=True, help="tensorrt: for later GPUs and other versions too; slower.")
+@click.option("--weightless", is_flag=True, help="tensorrt: leave the weights out; they are put in when it is loaded.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity report as JSON.")
 def build_engine(
-    run: Path, output: Path, backend: str, precision: str, cache: Path | None, calibration: Path | None, as_json: bool
+    run: Path,
+    output: Path,
+    backend: str,
+    precision: str,
+    cache: Path | None,
+    calibration: Path | None,
+    max_batch: int | None,
+    portable: bool,
+    weightless: bool,
+    as_json: bool,
 ) -> None:
     r"""Build an inference engine from RUN, and prove that it answers as the model does.
 
@@ -53,13 +71,29 @@ def build_engine(
     """
     from fastfundus.errors import require
 
+    if backend != "tensorrt" and (max_batch or portable or weightless):
+        raise click.UsageError("--max-batch, --portable and --weightless are for --backend tensorrt")
     require("torch", extra="train")
     from fastfundus.cli.building import build_from_run
+    from fastfundus.cli.console import progress_bar
     from fastfundus.train.run import Run
 
-    bundle, report = build_from_run(
-        Run.open(run), output, cache=cache, calibration=calibration, backend=backend, precision=precision
-    )
+    options: dict[str, Any] = {}
+    # Only one bar can be drawn at a time, and the quantiser of the other backends draws its own.
+    with progress_bar() if backend == "tensorrt" else nullcontext() as shown:
+        if shown is not None:
+            options = {"portable": portable, "weightless": weightless, "progress": _shown_steps(shown)}
+            if max_batch:
+                options["batches"] = (*(batch for batch in (1, 8, 64) if batch < max_batch), max_batch)
+        bundle, report = build_from_run(
+            Run.open(run),
+            output,
+            cache=cache,
+            calibration=calibration,
+            backend=backend,
+            precision=precision,
+            options=options,
+        )
     if as_json:
         click.echo(json.dumps({"bundle": str(output), "fingerprint": bundle.fingerprint, "parity": report.to_dict()}))
         return
@@ -72,3 +106,17 @@ def build_engine(
             f"{tried['flipped']:7}  {loss:>10}  {kept}"
         )
     click.echo(f"{output}: {backend} {report}")
+
+
+def _shown_steps(shown: Progress) -> Callable[[str, int, int], None]:
+    """Show each phase of a builder as a bar of its own, which goes when it is done."""
+    phases: dict[str, TaskID] = {}
+
+    def step(phase: str, done: int, steps: int) -> None:
+        if phase not in phases:
+            phases[phase] = shown.add_task(phase, total=steps)
+        shown.update(phases[phase], completed=done)
+        if done >= steps:
+            shown.remove_task(phases.pop(phase))
+
+    return step

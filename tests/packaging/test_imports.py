@@ -38,7 +38,12 @@ NO_TORCH = {"synthetic", "photo", "data", "screen", *FOUNDATION}
 NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
 NO_TORCH_MODULES |= {
     "engines.onnxruntime_backend",
+    "engines.archive",
+    "engines.cuda_graph",
     "engines.cuda_sample",
+    "engines.tensorrt_backend",
+    "engines.tensorrt_build",
+    "engines.tensorrt_runtime",
     "kernels",
     "kernels.building",
     "kernels.host",
