@@ -16,6 +16,7 @@ from fastfundus.cli.convert import convert
 from fastfundus.cli.demo import demo
 from fastfundus.cli.doctor import doctor
 from fastfundus.cli.evaluate import evaluate
+from fastfundus.cli.export_triton import export_triton
 from fastfundus.cli.prepare import prepare
 from fastfundus.cli.screen import screen
 from fastfundus.cli.synthesize import synthesize
@@ -55,6 +56,18 @@ def _keep_examples(command: click.Command) -> None:
         _keep_examples(part)
 
 
-for command in (demo, prepare, cache, train, convert, evaluate, build_engine, screen, doctor, synthesize):
+for command in (
+    demo,
+    prepare,
+    cache,
+    train,
+    convert,
+    evaluate,
+    build_engine,
+    screen,
+    export_triton,
+    doctor,
+    synthesize,
+):
     main.add_command(command)
 _keep_examples(main)
