@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare bench-sample bench-train parity kernels wheel fuzz photos odir transfer clean
+.PHONY: demo test check bench bench-prepare bench-sample bench-train bench-engine parity kernels wheel fuzz photos odir transfer clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -30,6 +30,9 @@ bench-sample: $(VENV)/.installed-dev  ## sampling on one core against peers, in 
 
 bench-train: $(VENV)/.installed-dev  ## training against the peers' habit, in turns (ten minutes)
 	@$(BIN)/python -m bench.bench_train && $(BIN)/python -m bench.report
+
+bench-engine: $(VENV)/.installed-dev  ## engines against torch, in turns (a quarter of an hour)
+	@$(BIN)/python -W ignore -m bench.bench_engine && $(BIN)/python -m bench.report
 
 parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
 	@TRITON_INTERPRET=1 $(BIN)/python -m bench.parity && $(BIN)/python -m bench.report

@@ -19,14 +19,8 @@ from fastfundus.records import interval_text
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-# Benchmark, its peer in the same run (if any), the work of one call, and how many units of it that is.
-ROWS = (
-    ("test_draw_1024", None, "draw a synthetic photo, 1024 px, one core", 1),
-    ("test_infer_engine", "test_infer_torch_float32", "infer ResNet-50 at 512 px, all cores", 16),
-)
-PEERS = {
-    "test_infer_torch_float32": "torch eager float32",
-}
+# Benchmark, the work of one call, and how many units of it that is.
+ROWS = (("test_draw_1024", "draw a synthetic photo, 1024 px, one core", 1),)
 
 
 def condense(raw: dict[str, Any]) -> dict[str, Any]:
@@ -47,14 +41,8 @@ def condense(raw: dict[str, Any]) -> dict[str, Any]:
 
 def speed_table(result: dict[str, Any]) -> str:
     """Rates and ratios of one run, as Markdown."""
-    lines = ["| one core or all, same run | images/s | peer | peer's images/s | ratio |", "|---|---|---|---|---|"]
-    for name, peer, work, units in ROWS:
-        rate = units / result["seconds"][name]["median"]
-        if peer is None:
-            lines.append(f"| {work} | {rate:.1f} | | | |")
-        else:
-            other = units / result["seconds"][peer]["median"]
-            lines.append(f"| {work} | {rate:.1f} | {PEERS[peer]} | {other:.1f} | {rate / other:.1f} x |")
+    lines = ["| | images/s |", "|---|---|"]
+    lines += [f"| {work} | {units / result['seconds'][name]['median']:.1f} |" for name, work, units in ROWS]
     machine, versions = result["machine"], result["versions"]
     told = f"{machine['cpu']}, {machine['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items())
     return "\n".join(
@@ -133,6 +121,47 @@ def train_table(result: dict[str, Any]) -> str:
             "step on a batch that is there already. In turns in one run, medians of "
             f"{' and '.join(str(part['rounds']) for part in result['parts'])} rounds. {result['date']}, "
             f"{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}; {versions}. `make bench-train` "
+            "repeats it.",
+        ]
+    )
+
+
+def engine_table(result: dict[str, Any]) -> str:
+    """Engines against torch, as Markdown."""
+    parts = result["parts"]
+    titles = [f"{part['backbone'].split('_patch')[0]}, {part['size']} px" for part in parts]
+    lines = ["| images/s | " + " | ".join(titles) + " |", "|---" * (len(parts) + 1) + "|"]
+    names = {"torch eager, float32": "torch eager, float32 (the peers' habit)", "OpenVINO bf16": "**OpenVINO bf16**"}
+    names["OpenVINO int8"] = "**OpenVINO int8**"
+    for label in parts[0]["images_per_s"]:
+        cells = [f"{part['images_per_s'][label]:.1f}" for part in parts]
+        lines.append(f"| {names.get(label, label)} | {' | '.join(cells)} |")
+    for key, told in (
+        ("bf16_over_eager", "bf16 over torch eager"),
+        ("bf16_over_compiled", "bf16 over torch.compile bf16"),
+        ("int8_over_bf16", "int8 over bf16"),
+        ("int8_over_eager", "int8 over torch eager"),
+        ("own_queue_over_call", "our call over OpenVINO's own queue"),
+    ):
+        cells = [
+            "" if (ratio := part[key]) is None
+            else f"{ratio['median']:.2f} x ({ratio['least']:.2f} to {ratio['most']:.2f})" for part in parts
+        ]  # fmt: skip
+        lines.append(f"| {told} | {' | '.join(cells)} |")
+    for label in ("torch eager, float32", "OpenVINO bf16", "OpenVINO int8"):
+        entries = [part["latency_ms"].get(label) for part in parts]
+        cells = ["" if entry is None else f"{entry['p50']:.0f} / {entry['p99']:.0f} ms" for entry in entries]
+        lines.append(f"| one photo, p50 / p99: {label} | {' | '.join(cells)} |")
+    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    most = max(value for part in parts for value in part["largest_difference"].values())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Engines: uint8 photos in memory to probabilities, all cores, in turns in one run, medians of "
+            f"{' / '.join(str(part['rounds']) for part in parts)} rounds. torch takes batches of 16. Every variant "
+            f"was compared with torch float32 in the run (random weights: at most {most:.0e}). {result['date']}, "
+            f"{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}; {versions}. `make bench-engine` "
             "repeats it.",
         ]
     )
@@ -288,6 +317,7 @@ def draw() -> None:
         (README, "prepare", RESULTS / "prepare_cpu_*.json", prepare_table),
         (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
         (README, "train", RESULTS / "train_cpu_*.json", train_table),
+        (README, "engine", RESULTS / "engine_cpu_*.json", engine_table),
         (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
         (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),
