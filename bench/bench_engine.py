@@ -117,6 +117,28 @@ def variants(backbone: str, size: int, photos: NDArray[np.uint8], folder: Path) 
     return made
 
 
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a product of 2048 x 2048 matrices, the best of some: what the processor gives at most."""
+    left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best / 1e9
+
+
+def gflop(backbone: str, size: int) -> float:
+    """Of one photo: two for each multiplication with addition."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sized = {"img_size": size} if backbone.startswith("vit") else {}
+    model = timm.create_model(backbone, num_classes=1, **sized).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() / 1e9
+
+
 def measure(backbone: str, size: int, *, photos: int, rounds: int, singles: int) -> dict[str, Any]:
     """Images/s of every variant in turns, ratios round by round, and milliseconds of single photos."""
     inputs = drawn(size, photos)
@@ -148,6 +170,7 @@ def measure(backbone: str, size: int, *, photos: int, rounds: int, singles: int)
     return {
         "backbone": backbone,
         "size": size,
+        "gflop": gflop(backbone, size),
         "photos": len(inputs),
         "rounds": rounds,
         "images_per_s": {label: float(1 / np.median(values)) for label, values in times.items()},
@@ -178,6 +201,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
     about = environment(("torch", "timm", "openvino", "nncf", "onnxruntime", "numpy"))
+    about["matmul_gflops"] = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    print(about["matmul_gflops"], flush=True)
     parts = [
         measure("resnet50", 224, photos=32, rounds=7, singles=100),
         measure("resnet50", 512, photos=16, rounds=5, singles=50),

@@ -148,6 +148,14 @@ def engine_table(result: dict[str, Any]) -> str:
             else f"{ratio['median']:.2f} x ({ratio['least']:.2f} to {ratio['most']:.2f})" for part in parts
         ]  # fmt: skip
         lines.append(f"| {told} | {' | '.join(cells)} |")
+    for label, kind in (
+        ("torch eager, float32", "float32"),
+        ("OpenVINO fp32", "float32"),
+        ("OpenVINO bf16", "bfloat16"),
+    ):
+        limit = result["matmul_gflops"][kind]
+        cells = [f"{part['images_per_s'][label] * part['gflop'] / limit:.0%}" for part in parts]
+        lines.append(f"| of {kind} matrix products' {limit:.0f} GFLOP/s: {label} | {' | '.join(cells)} |")
     for label in ("torch eager, float32", "OpenVINO bf16", "OpenVINO int8"):
         entries = [part["latency_ms"].get(label) for part in parts]
         cells = ["" if entry is None else f"{entry['p50']:.0f} / {entry['p99']:.0f} ms" for entry in entries]

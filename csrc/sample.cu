@@ -1,11 +1,11 @@
-// `sample` on CUDA without torch: sample.cuh's arithmetic, nine kernels by output type and mode, and a launcher.
+// `sample` on CUDA without torch: sample.cuh's arithmetic, twelve kernels by output type and mode, and a launcher.
 //
 // The kernels are found by name in the fatbin (engines/cuda_sample.py); the launcher serves programs that link the
 // library. Everything has been checked by the caller (kernels/jobs.py).
 //
 // A block takes kPixels output pixels of one photo in reading order, gathers them into shared memory and writes them
 // out together: 16 bytes a thread wherever a photo's output is a whole number of 16 bytes (out_size a multiple of 4; of 2
-// for float32), else value by value.
+// for float32), else value by value. Bytes are grey levels, rounded and cut off: what an engine takes.
 #include "sample.cuh"
 
 namespace fastfundus {
@@ -25,6 +25,10 @@ __device__ __forceinline__ __half narrow<__half>(float value) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ uint8_t narrow<uint8_t>(float value) {
+    return static_cast<uint8_t>(__float2int_rn(fminf(fmaxf(value, 0.0f), 255.0f)));
 }
 
 template <class T, Mode mode>
@@ -76,6 +80,7 @@ using namespace fastfundus;
 FASTFUNDUS_KERNELS(float, f32)
 FASTFUNDUS_KERNELS(__half, f16)
 FASTFUNDUS_KERNELS(__nv_bfloat16, bf16)
+FASTFUNDUS_KERNELS(uint8_t, u8)
 
 namespace {
 
@@ -94,8 +99,8 @@ int32_t launch(Kernel<T> kernel, const uint8_t *pixels, const Job *jobs, int64_t
 
 }  // namespace
 
-// All pointers are the device's; `out` is aligned to 16 bytes. Types: 0 float32, 1 float16, 2 bfloat16; modes: 0
-// interpolate, 1 integrate, 2 nearest. Returns a cudaError_t, 0 for success; the work goes on in `stream`.
+// All pointers are the device's; `out` is aligned to 16 bytes. Types: 0 float32, 1 float16, 2 bfloat16, 3 uint8;
+// modes: 0 interpolate, 1 integrate, 2 nearest. Returns a cudaError_t, 0 for success; the work goes on in `stream`.
 extern "C" int32_t fastfundus_launch_sample(const uint8_t *pixels, const Job *jobs, int64_t count, void *out,
                                             int32_t out_size, int32_t out_type, int32_t mode, void *stream) {
     static const Kernel<float> f32[] = {fastfundus_sample_f32_interpolate, fastfundus_sample_f32_integrate,
@@ -104,9 +109,12 @@ extern "C" int32_t fastfundus_launch_sample(const uint8_t *pixels, const Job *jo
                                          fastfundus_sample_f16_nearest};
     static const Kernel<__nv_bfloat16> bf16[] = {fastfundus_sample_bf16_interpolate, fastfundus_sample_bf16_integrate,
                                                  fastfundus_sample_bf16_nearest};
-    if (out_type < 0 || out_type > 2 || mode < 0 || mode > 2) return cudaErrorInvalidValue;
+    static const Kernel<uint8_t> u8[] = {fastfundus_sample_u8_interpolate, fastfundus_sample_u8_integrate,
+                                         fastfundus_sample_u8_nearest};
+    if (out_type < 0 || out_type > 3 || mode < 0 || mode > 2) return cudaErrorInvalidValue;
     cudaStream_t queue = static_cast<cudaStream_t>(stream);
     if (out_type == 0) return launch(f32[mode], pixels, jobs, count, out, out_size, queue);
     if (out_type == 1) return launch(f16[mode], pixels, jobs, count, out, out_size, queue);
-    return launch(bf16[mode], pixels, jobs, count, out, out_size, queue);
+    if (out_type == 2) return launch(bf16[mode], pixels, jobs, count, out, out_size, queue);
+    return launch(u8[mode], pixels, jobs, count, out, out_size, queue);
 }

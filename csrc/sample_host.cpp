@@ -4,6 +4,7 @@
 #include "sample.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 using namespace fastfundus;
@@ -41,6 +42,12 @@ inline Half narrow<Half>(float value) {
     uint16_t bits;
     std::memcpy(&bits, &half, 2);
     return {bits};
+}
+
+// Grey levels, to nearest, ties to even, as the device rounds.
+template <>
+inline uint8_t narrow<uint8_t>(float value) {
+    return static_cast<uint8_t>(std::nearbyint(std::fmin(std::fmax(value, 0.0f), 255.0f)));
 }
 
 inline float to_float(uint8_t value) { return static_cast<float>(value); }
@@ -193,12 +200,13 @@ inline int64_t brightest(const uint8_t *pixel) {
 
 extern "C" {
 
-// One photo. `out` is [out_size, out_size, 3] of out_type (0 float32, 1 float16, 2 bfloat16).
+// One photo. `out` is [out_size, out_size, 3] of out_type (0 float32, 1 float16, 2 bfloat16, 3 uint8).
 void fastfundus_sample_photo(const uint8_t *pixels, const Job *job, void *out, int32_t out_size, int32_t out_type,
                              int32_t mode) {
     if (out_type == 0) return sample_as<float>(pixels, *job, out, out_size, mode);
     if (out_type == 1) return sample_as<Half>(pixels, *job, out, out_size, mode);
-    return sample_as<Brain>(pixels, *job, out, out_size, mode);
+    if (out_type == 2) return sample_as<Brain>(pixels, *job, out, out_size, mode);
+    return sample_as<uint8_t>(pixels, *job, out, out_size, mode);
 }
 
 // Sums of the brightest channel over bins x bins cells of one photo: [bins, bins].

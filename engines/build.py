@@ -32,7 +32,8 @@ MOST_PARITY_MAPS = 16
 """The same where every photo is a quarter of a million decisions."""
 _GRAPH_PHOTOS = 8
 """Of those, the ones that the graph is checked on in another runtime."""
-_INTEGERS = "int8"
+_EIGHT_BITS = ("int8", "fp8")
+"""Learned on calibration photos, and kept only if they are worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Evidence:
     truth: NDArray[np.float64] | None
     """[N, L] or [N, L, S, S] what is known of them: 0, 1 or NaN; with it the loss of AUROC is measured too."""
     calibration: NDArray[np.uint8]
-    """[M, S, S, 3] others, for integer engines to learn their ranges on; may be empty, there are then none."""
+    """[M, S, S, 3] others, for engines of eight bits to learn their ranges on; may be empty, there are then none."""
 
 
 def build_bundle(
@@ -79,9 +80,9 @@ def build_bundle(
         The bundle, and how the engine compared.
 
     Raises:
-        GateRefused: the engine's answers differ too much, or integers are not worth it; no bundle is written, and the
+        GateRefused: the engine's answers differ too much, or eight bits are not worth it; no bundle is written, and the
             message says what would pass.
-        ConfigError: backend or precision are unknown, or there are no photos to calibrate integers with.
+        ConfigError: backend or precision are unknown, or there are no photos to calibrate eight bits with.
         BundleError: `output` is something else.
     """
     if backend not in BACKENDS:
@@ -91,12 +92,12 @@ def build_bundle(
     if precision not in ("auto", *here):
         raise ConfigError(f"precision {precision!r} cannot be built here{close_matches(precision, [*here, 'auto'])}")
     if not len(evidence.calibration):
-        if precision == _INTEGERS:
+        if precision in _EIGHT_BITS:
             raise ConfigError(
                 f"precision {precision!r} needs photos to learn its ranges on, and the run's training photos are not "
                 "at hand; give a cache with --calibration"
             )
-        here = tuple(name for name in here if name != _INTEGERS)
+        here = tuple(name for name in here if name not in _EIGHT_BITS)
     _require_free(output)
     partial, refused = (output.with_name(f"{output.name}.{end}") for end in ("partial", "refused.json"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -108,12 +109,12 @@ def build_bundle(
         tried = job.attempt(here if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed and precision in ("auto", report.precision)]
         if not passed:
-            # Of those that were not asked for, say which would do; integers are never closer than others.
-            others = [name for name in here if name not in {_INTEGERS, *(report.precision for report in tried)}]
+            # Of those that were not asked for, say which would do; eight bits are never closer than more.
+            others = [name for name in here if name not in {*_EIGHT_BITS, *(report.precision for report in tried)}]
             tried += job.attempt(tuple(others))
             refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
             raise GateRefused(_refusal(tried, refused))
-        best = max(passed, key=lambda report: (report.precision == _INTEGERS, report.images_per_s))
+        best = max(passed, key=lambda report: (report.precision in _EIGHT_BITS, report.images_per_s))
         about = job.take(best.precision) | {
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
@@ -180,17 +181,23 @@ class _Job:
         self.reports: dict[str, ParityReport] = {}
 
     def attempt(self, precisions: tuple[str, ...]) -> list[ParityReport]:
-        """Build engines and compare them with the model; integers last, and with the fastest of the others too."""
-        floats = [self._compared(name) for name in precisions if name != _INTEGERS]
-        if _INTEGERS not in precisions:
-            return floats
-        report = self._compared(_INTEGERS)
-        rivals = floats or [self._compared(name) for name in self.module.precisions() if name != _INTEGERS]
+        """Build engines and compare them with the model; those of eight bits with the fastest of the others too."""
+        reports = [self._compared(name) for name in precisions]
+        if not set(precisions) & set(_EIGHT_BITS):
+            return reports
+        rivals = [report for report in reports if report.precision not in _EIGHT_BITS]
+        if not rivals:
+            rivals = [self._compared(name) for name in self.module.precisions() if name not in _EIGHT_BITS]
         rivals = [rival for rival in rivals if rival.passed]
-        if report.passed and rivals:
-            fastest = max(rivals, key=lambda rival: rival.images_per_s)
-            report = report.against(_ratio(self._load(_INTEGERS), self._load(fastest.precision), self.photos))
-        return [*floats, report]
+        if not rivals:
+            return reports
+        fastest = max(rivals, key=lambda rival: rival.images_per_s).precision
+        return [
+            report.against(_ratio(self._load(report.precision), self._load(fastest), self.photos))
+            if report.precision in _EIGHT_BITS and report.passed
+            else report
+            for report in reports
+        ]
 
     def _place(self, precision: str) -> Path:
         return self.folder / f"attempt_{precision}"

@@ -17,7 +17,7 @@ from fastfundus.errors import FastFundusError, require
 from fastfundus.kernels.building import CSRC, cached_build
 from fastfundus.kernels.jobs import MODES
 
-__all__ = ["FLAGS", "CudaSampler", "fatbin"]
+__all__ = ["FLAGS", "OUTPUTS", "CudaSampler", "fatbin"]
 
 FLAGS = (
     "-std=c++17", "-O3", "-fatbin", "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
@@ -26,7 +26,8 @@ FLAGS = (
 _PIXELS_A_BLOCK = 256
 """sample.cu's kPixels."""
 _MODES = ("interpolate", "integrate", "nearest")
-OutputType = Literal["f32", "f16", "bf16"]
+OUTPUTS = ("f32", "f16", "bf16", "u8")
+OutputType = Literal["f32", "f16", "bf16", "u8"]
 
 
 def fatbin() -> Path:
@@ -66,7 +67,7 @@ class CudaSampler:
         with self._current():
             self._module = cuda.module_from_buffer((image or fatbin()).read_bytes())
             self._functions: dict[tuple[str, int], Any] = {}
-            for output in ("f32", "f16", "bf16"):
+            for output in OUTPUTS:
                 for mode in MODES:
                     function = self._module.get_function(f"fastfundus_sample_{output}_{_MODES[mode]}")
                     # Pointers to pixels, jobs and output, and the output's side.
@@ -92,7 +93,7 @@ class CudaSampler:
             count: photos.
             out: device address of [count, out_size, out_size, 3] of the output type, aligned to 16 bytes.
             out_size: side of the output in pixels.
-            output: "f32", "f16" or "bf16".
+            output: one of `OUTPUTS`; "u8" rounds to grey levels.
             mode: from `pack_jobs`.
             stream: a pycuda stream; None is the default stream.
 
@@ -100,7 +101,9 @@ class CudaSampler:
             ValueError: an argument is not allowed; the message names it.
         """
         if (output, mode) not in self._functions:
-            raise ValueError(f"output must be f32, f16 or bf16 and mode 0, 1 or 2, got {output!r} and {mode!r}")
+            raise ValueError(
+                f"output must be one of {', '.join(OUTPUTS)} and mode 0, 1 or 2, got {output!r} and {mode!r}"
+            )
         if out % 16:
             raise ValueError(f"out must be aligned to 16 bytes, got address {out:#x}")
         blocks = -(-out_size * out_size // _PIXELS_A_BLOCK) * count

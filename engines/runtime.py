@@ -36,7 +36,7 @@ class Blueprint:
     size: int
     """Side of the photos in pixels."""
     calibration: NDArray[np.uint8]
-    """[N, S, S, 3] photos that integer engines learn their ranges on; never those that an engine is proven on."""
+    """[N, S, S, 3] photos that engines of eight bits learn their ranges on; never those that an engine is proven on."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of one backend; it names those that it knows."""
 
@@ -67,6 +67,16 @@ class Engine(ABC):
             BundleError: the engine was closed, was loaded before this process was forked, or gave an answer that is no
                 probability.
         """
+        self._require_usable()
+        size = self._size
+        if photos.dtype != np.uint8 or photos.ndim != 4 or photos.shape[1:] != (size, size, 3) or not len(photos):
+            raise ValueError(
+                f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}"
+            )
+        return self._checked(self._run(photos))
+
+    def _require_usable(self) -> None:
+        """Refuse calls after `close`, and in a fork of the process that loaded the engine."""
         if not self._open:
             raise BundleError(f"{self.name}: the engine was closed; load the bundle again")
         if os.getpid() != self._process:
@@ -75,18 +85,15 @@ class Engine(ABC):
                 f"{self.name}: the engine was loaded by process {self._process}, of which this is a fork; load the "
                 "bundle in this process, or start it with the method 'spawn'"
             )
-        size = self._size
-        if photos.dtype != np.uint8 or photos.ndim != 4 or photos.shape[1:] != (size, size, 3) or not len(photos):
-            raise ValueError(
-                f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}"
-            )
-        answers = self._run(photos)
+
+    def _checked(self, answers: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Refuse answers that are no probabilities."""
         # Written so that NaN fails too. Smallest and largest: no copy of whole maps.
         if not (answers.min() >= 0 and answers.max() <= 1):
-            parts = answers.reshape(len(photos), -1)
+            parts = answers.reshape(len(answers), -1)
             bad = np.flatnonzero(~((parts >= 0) & (parts <= 1)).all(axis=1)).tolist()
             raise BundleError(
-                f"{self.name}: the engine gave an answer that is no probability for photo {bad[0]} of {len(photos)}"
+                f"{self.name}: the engine gave an answer that is no probability for photo {bad[0]} of {len(answers)}"
                 f"{f' and {len(bad) - 1} others' if len(bad) > 1 else ''}; build it again on this machine with "
                 "--precision fp32"
             )

@@ -16,6 +16,8 @@ PACKAGE = "tensorrt"
 _PLAN, _TYPED, _LAYERS = "engine.plan", "engine.onnx", "layers.json"
 _BFLOAT16_FROM = (8, 0)
 """Compute capability: A100 and later."""
+_FLOAT8_FROM = (8, 9)
+"""L4, H100 and later."""
 
 
 def _device() -> tuple[str, tuple[int, int]]:
@@ -45,20 +47,22 @@ def needs() -> dict[str, str]:
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this GPU computes in, integers last."""
+    """Precisions that this GPU computes in, eight bits last."""
     require("tensorrt", extra="tensorrt")
     _, capability = _device()
-    return ("fp16", "bf16", "fp32", "int8") if capability >= _BFLOAT16_FROM else ("fp16", "fp32", "int8")
+    bf16 = ("bf16",) if capability >= _BFLOAT16_FROM else ()
+    fp8 = ("fp8",) if capability >= _FLOAT8_FROM else ()
+    return ("fp16", *bf16, "fp32", "int8", *fp8)
 
 
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     """Build a plan for this GPU.
 
     The types of the graph say what is computed in: for "fp16" and "bf16" the model is exported anew in them, for "int8"
-    the graph is quantised explicitly. Preprocessing and probabilities stay float32.
+    and "fp8" the graph is quantised explicitly. Preprocessing and probabilities stay float32.
 
     Args:
-        blueprint: its model, its graph, for "int8" its calibration photos; its options are those of `PlanOptions`, and
+        blueprint: its model, its graph, for eight bits its calibration photos; options are those of `PlanOptions`, and
             `progress`.
         folder: where the plan goes, and what the inspector says of its layers.
         precision: one of `precisions`.
@@ -82,8 +86,8 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         raise ConfigError(f"tensorrt has no option {unknown[0]!r}{close_matches(unknown[0], known)}")
     options = PlanOptions(**named)
     typed = folder / _TYPED
-    if precision == "int8":
-        quantize_graph(blueprint.graph, blueprint.calibration, typed)
+    if precision in ("int8", "fp8"):
+        quantize_graph(blueprint.graph, blueprint.calibration, typed, precision=precision)
     elif precision == "fp32":
         shutil.copy(blueprint.graph, typed)
     else:

@@ -5,7 +5,7 @@ The device's primary context is retained, the one that torch and the CUDA runtim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.engines.cuda_graph import CudaGraph
+from fastfundus.engines.cuda_sample import CudaSampler
 from fastfundus.engines.runtime import Engine
 from fastfundus.engines.tensorrt_build import message_logger
 from fastfundus.errors import BundleError, require
+from fastfundus.kernels.jobs import pack_jobs
 
 __all__ = ["SLOTS", "TensorRtEngine"]
 
@@ -52,6 +54,7 @@ class TensorRtEngine(Engine):
         cuda.init()
         self._context = cuda.Device(0).retain_primary_context()
         self._slots: list[_Slot] = []
+        self._sampler: CudaSampler | None = None
         try:
             with self._current():
                 self._open_plan(trt, plan, size, name, portable, weights)
@@ -94,21 +97,64 @@ class TensorRtEngine(Engine):
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); build it again")
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        result = np.full((len(photos), *self._slots[0].answer), np.nan, np.float32)
+        rows = [slice(start, start + self._batch) for start in range(0, len(photos), self._batch)]
+        return self._dealt(len(photos), rows, lambda slot, part: slot.start(photos[part]))
+
+    def infer_frames(self, frames: Sequence[NDArray[np.uint8]], geometry: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Score decoded photos, which csrc's kernel cuts and resizes on the GPU, area-exact.
+
+        Args:
+            frames: N of them, at least 1, uint8 [H, W, 3] RGB, each of its own size.
+            geometry: float32 [N, 2, 3], positions of the engine's photos to positions of the frames, in pixels.
+
+        Returns:
+            As `infer`. The kernel differs from the CPU's way by half a grey level (docs/kernels.md).
+
+        Raises:
+            ValueError: frames or matrices are not allowed; the message names them.
+            BundleError: as `infer`.
+            FastFundusError: there is no nvcc to compile the kernel, and it is not in the cache folder.
+        """
+        for number, frame in enumerate(frames):
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise ValueError(f"frames[{number}] must be uint8 [H, W, 3], got {frame.dtype} {frame.shape}")
+        if not len(frames) or geometry.shape != (len(frames), 2, 3):
+            raise ValueError(f"geometry must be [N, 2, 3] of N >= 1 frames, got {geometry.shape} for {len(frames)}")
+        self._require_usable()
+        sizes = np.array([frame.shape[:2] for frame in frames], np.int32)
+        colour = np.tile(np.eye(4, dtype=np.float32)[:3], (len(frames), 1, 1))
+        rows = [slice(start, start + self._batch) for start in range(0, len(frames), self._batch)]
+
+        def start(slot: _Slot, part: slice) -> bool:
+            lengths = np.array([frame.nbytes for frame in frames[part]], np.int64)
+            ends = lengths.cumsum()
+            jobs, mode = pack_jobs(
+                ends - lengths, sizes[part], geometry[part], colour[part], out_size=self._size, available=int(ends[-1])
+            )
+            assert self._sampler is not None
+            return slot.start_frames(self._sampler, frames[part], jobs, mode, self._size)
+
+        if self._sampler is None:
+            self._sampler = CudaSampler()
+        return self._checked(self._dealt(len(frames), rows, start))
+
+    def _dealt(self, count: int, rows: list[slice], start: Callable[[_Slot, slice], bool]) -> NDArray[np.float32]:
+        """Start batch after batch on the slots in turn, and collect each before its slot is needed again."""
+        result = np.full((count, *self._slots[0].answer), np.nan, np.float32)
         with self._current():
             waiting: list[tuple[_Slot, slice]] = []
-            for number, start in enumerate(range(0, len(photos), self._batch)):
-                slot, rows = self._slots[number % SLOTS], slice(start, min(start + self._batch, len(photos)))
+            for number, part in enumerate(rows):
                 if len(waiting) == SLOTS:
-                    done, where = waiting.pop(0)
-                    done.collect(result[where])
-                if not slot.start(photos[rows]):
+                    slot, where = waiting.pop(0)
+                    slot.collect(result[where])
+                slot = self._slots[number % SLOTS]
+                if not start(slot, part):
                     raise BundleError(
                         f"{self.name}: TensorRT could not run the engine ({self._logger.last()}); load it again"
                     )
-                waiting.append((slot, rows))
-            for slot, rows in waiting:
-                slot.collect(result[rows])
+                waiting.append((slot, part))
+            for slot, where in waiting:
+                slot.collect(result[where])
         return result
 
     def _free(self) -> None:
@@ -119,6 +165,9 @@ class TensorRtEngine(Engine):
             for slot in self._slots:
                 slot.free()
             self._slots = []
+            if self._sampler is not None:
+                self._sampler.close()
+                self._sampler = None
             self._engine = self._runtime = None
         self._context.detach()
 
@@ -156,6 +205,9 @@ class _Slot:
         # Profiles of one slot never run at once: they share what the layers work in.
         self._memory = cuda.mem_alloc(max(1, memory))
         self._stream = cuda.Stream()
+        self._frames = self._jobs = np.empty(0, np.uint8)
+        self._device_frames: Any = None
+        self._device_jobs: Any = None
         for number in range(len(ranges)):
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             context.set_device_memory(int(self._memory), memory)
@@ -186,18 +238,44 @@ class _Slot:
         if count in self._graphs:
             self._graphs[count].launch(self._stream.handle)
             return True
-        number = next(n for n, (smallest, largest) in enumerate(self._ranges) if smallest <= count <= largest)
-        return self._enqueue(number, count)
+        return self._enqueue(self._profile_of(count), count)
+
+    def start_frames(
+        self, sampler: CudaSampler, frames: Sequence[NDArray[np.uint8]], jobs: NDArray[Any], mode: int, size: int
+    ) -> bool:
+        """Begin a batch of frames, which the kernel turns into the engine's photos; as `start`."""
+        used = sum(frame.nbytes for frame in frames)
+        if used > len(self._frames):
+            # Grows to the largest batch that was ever met, and stays.
+            self._free_frames()
+            self._frames = self._cuda.pagelocked_empty(used, np.uint8)
+            self._jobs = self._cuda.pagelocked_empty(len(self._photos) * jobs.itemsize, np.uint8)
+            self._device_frames = self._cuda.mem_alloc(used)
+            self._device_jobs = self._cuda.mem_alloc(self._jobs.nbytes)
+        np.concatenate([frame.reshape(-1) for frame in frames], out=self._frames[:used])
+        packed = self._jobs[: jobs.nbytes]
+        packed[:] = jobs.view(np.uint8)
+        self._cuda.memcpy_htod_async(self._device_frames, self._frames[:used], self._stream)
+        self._cuda.memcpy_htod_async(self._device_jobs, packed, self._stream)
+        sampler.launch(
+            int(self._device_frames), int(self._device_jobs), len(jobs), int(self._device_photos), size, "u8", mode,
+            self._stream,
+        )  # fmt: skip
+        return self._enqueue(self._profile_of(len(jobs)), len(jobs), copy=False)
+
+    def _profile_of(self, count: int) -> int:
+        return next(n for n, (smallest, largest) in enumerate(self._ranges) if smallest <= count <= largest)
 
     def collect(self, into: NDArray[np.float32]) -> None:
         """Wait for the batch that was begun."""
         self._stream.synchronize()
         into[:] = self._answers[: len(into)]
 
-    def _enqueue(self, profile: int, count: int) -> bool:
+    def _enqueue(self, profile: int, count: int, *, copy: bool = True) -> bool:
         context, stream = self._contexts[profile], self._stream
         context.set_input_shape(_INPUT, (count, *self._photo))
-        self._cuda.memcpy_htod_async(self._device_photos, self._photos[:count], stream)
+        if copy:
+            self._cuda.memcpy_htod_async(self._device_photos, self._photos[:count], stream)
         done = bool(context.execute_async_v3(stream.handle))
         self._cuda.memcpy_dtoh_async(self._answers[:count], self._device_answers, stream)
         return done
@@ -208,6 +286,14 @@ class _Slot:
         for graph in self._graphs.values():
             graph.free()
         self._graphs, self._contexts = {}, []
+        self._free_frames()
         for memory in (self._device_photos, self._device_answers, self._memory):
             memory.free()
         self._photos = self._answers = np.empty(0)
+
+    def _free_frames(self) -> None:
+        for memory in (self._device_frames, self._device_jobs):
+            if memory is not None:
+                memory.free()
+        self._device_frames = self._device_jobs = None
+        self._frames = self._jobs = np.empty(0, np.uint8)

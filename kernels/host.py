@@ -44,7 +44,7 @@ class HostLibrary:
     def sample(
         self, pixels: int, jobs: NDArray[Any], out: int, out_size: int, item_bytes: int, out_type: int, mode: int
     ) -> Callable[[int], None]:
-        """Return what samples photo n: addresses of pixels and output, packed jobs, type (0 f32, 1 f16, 2 bf16)."""
+        """Return what samples photo n: addresses of pixels, output, packed jobs, type (0 f32, 1 f16, 2 bf16, 3 u8)."""
         address, stride = jobs.ctypes.data, jobs.itemsize
         photo_bytes = 3 * out_size * out_size * item_bytes
 

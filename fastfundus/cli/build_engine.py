@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8"]),
+    type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8", "fp8"]),
     default="auto",
     show_default=True,
     help="auto: builds what this machine computes in, measures, keeps the fastest that passes.",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Cache of photos that int8 learns its ranges on  [default: those the run was trained on]",
+    help="Cache of photos that int8 and fp8 learn their ranges on  [default: those the run was trained on]",
 )
 @click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt: photos it takes at once  [default: 64]")
 @click.option("--portable", is_flag=True, help="tensorrt: for later GPUs and other versions too; slower.")
@@ -59,8 +59,8 @@ def build_engine(
     r"""Build an inference engine from RUN, and prove that it answers as the model does.
 
     The engine is compared with the model on held-out photos: largest difference of a probability, decisions that
-    flip at the threshold, loss of AUROC. An engine that misses its gate is refused, and no bundle is written. int8 is
-    kept only if it is at least 1.15 times as fast as the best of the others.
+    flip at the threshold, loss of AUROC. An engine that misses its gate is refused, and no bundle is written. int8
+    and fp8 are kept only if at least 1.15 times as fast as the best of the others.
 
     openvino runs on any processor and is the fastest there; onnxruntime is the portable one; aoti is compiled for this
     very GPU or processor and needs torch to run; tensorrt is for this GPU and needs no torch to run.

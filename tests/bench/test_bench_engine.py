@@ -20,7 +20,12 @@ def test_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part["int8_over_eager"]["median"] == pytest.approx(fast / slow)
     assert set(part["latency_ms"]) == set(rates) - {bench_engine.RAW}
     about = {"date": "2026-11-24", "commit": "abc", "machine": {"cpu": "x", "cores": 2}, "versions": {"torch": "2"}}
-    table = engine_table({**about, "parts": [part]})
+    assert bench_engine.matmul_rate(bench_engine.torch.float32) > 1
+    rate = {"float32": 100.0, "bfloat16": 200.0}
+    table = engine_table({**about, "matmul_gflops": rate, "parts": [part]})
+    assert f"| {rates['OpenVINO fp32'] * part['gflop'] / 100:.0%} |" in table
+    # ResNet-18 of 32 x 32 pixels: 1.8 GFLOP times two at 224 x 224, by 49.
+    assert part["gflop"] == pytest.approx(3.64 / 49, rel=0.05)
     assert "| images/s | resnet18, 32 px |" in table
     assert f"| **OpenVINO int8** | {fast:.1f} |" in table
     assert f"{part['int8_over_eager']['median']:.2f} x" in table

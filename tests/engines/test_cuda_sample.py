@@ -21,9 +21,9 @@ import torch
 from fastfundus.engines import cuda_sample
 from fastfundus.engines.cuda_sample import CudaSampler
 from fastfundus.errors import FastFundusError, MissingDependency
-from fastfundus.kernels import host, reference
-from fastfundus.kernels.jobs import JOB
+from fastfundus.kernels import reference
 from fastfundus.kernels.ops import packed
+from tests.engines.gpu_double import run_kernel
 from tests.kernels.cases import CASES, case
 from tests.kernels.implementations import SAMPLERS, rounding
 
@@ -97,17 +97,7 @@ class Driver(types.ModuleType):
         self.started = True
 
     def run(self, name: str, grid: tuple[int, ...], pixels: Any, jobs: Any, out: Any, out_size: int) -> None:
-        _, _, output, mode = name.split("_")
-        count = grid[0] // (-(-out_size * out_size // 256))
-        assert grid == (count * -(-out_size * out_size // 256), 1)
-        there = np.frombuffer((np.ctypeslib.ctypes.c_char * (count * JOB.itemsize)).from_address(int(jobs)), JOB)
-        library = host.load().library
-        assert library is not None
-        types_of = {"f32": (4, 0), "f16": (2, 1), "bf16": (2, 2)}
-        modes = {"interpolate": 0, "integrate": 1, "nearest": 2}
-        job = library.sample(int(pixels), there, int(out), out_size, *types_of[output], modes[mode])
-        for n in range(count):
-            job(n)
+        run_kernel(name, grid, int(pixels), int(jobs), int(out), out_size)
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +133,30 @@ def test_launches_what_the_reference_says(driver: Driver, image: Path, name: str
     assert driver.retained == 0
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_grey_levels_are_rounded_and_cut_off(driver: Driver, image: Path, name: str) -> None:
+    """What an engine takes: bytes, as the reference gives them; a hair beside half a level goes either way."""
+    batch = case(name)
+    pixels, offsets, sizes, geometry, _, out_size = batch.arguments
+    # Colours that leave 0 to 255 on both sides.
+    colour = torch.eye(4)[:3].repeat(2, 1, 1) * 4
+    colour[:, :, 3] = -400
+    jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size)
+    out = np.empty(2 * 3 * out_size**2 + 16, np.uint8)
+    start = -out.ctypes.data % 16
+    with CudaSampler(image) as sampler:
+        sampler.launch(pixels.data_ptr(), jobs.ctypes.data, 2, out.ctypes.data + start, out_size, "u8", mode)
+    got = torch.from_numpy(out[start : start + 2 * 3 * out_size**2]).view(2, out_size, out_size, 3).permute(0, 3, 1, 2)
+    exact = reference.sample(pixels, offsets, sizes, geometry, colour, out_size, torch.float32)
+    assert (got - exact.clamp(0, 255)).abs().max() <= 0.5 + 4 * batch.grey_levels
+    assert exact.min() < 0 or exact.max() > 255, "something must be cut off"
+
+
 def test_bad_launches_are_refused(driver: Driver, image: Path) -> None:
     sampler = CudaSampler(image)
-    with pytest.raises(ValueError, match="output must be f32, f16 or bf16 and mode 0, 1 or 2, got 'f64' and 0"):
+    with pytest.raises(
+        ValueError, match="output must be one of f32, f16, bf16, u8 and mode 0, 1 or 2, got 'f64' and 0"
+    ):
         sampler.launch(0, 0, 1, 0, 4, "f64", 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out must be aligned to 16 bytes, got address 0x8"):
         sampler.launch(0, 0, 1, 8, 4, "f32", 0)

@@ -415,21 +415,42 @@ def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, mon
     assert "FakeQuantize" in (bundle.path / "engine.xml").read_text()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_explicit_quantisation_answers_as_the_model(
-    trained: Trained, photos: np.ndarray, expected: np.ndarray, tmp_path: Path
+    trained: Trained, photos: np.ndarray, expected: np.ndarray, tmp_path: Path, precision: str
 ) -> None:
     """The graph that a strongly typed builder takes, run in ONNX Runtime."""
-    graph = tmp_path / "int8.onnx"
-    quantize_graph(trained.bundle.folder / "model.onnx", photos, graph)
+    graph = tmp_path / "typed.onnx"
+    quantize_graph(trained.bundle.folder / "model.onnx", photos, graph, precision=precision)
     model = onnx.load(graph)
-    kinds = {node.op_type for node in model.graph.node}
-    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
-    zeros = {name for node in model.graph.node if node.op_type == "QuantizeLinear" for name in node.input[2:]}
-    for constant in model.graph.initializer:
-        if constant.name in zeros:
-            assert not onnx.numpy_helper.to_array(constant).any(), "ranges must be symmetric"
+    onnx.checker.check_model(model, full_check=True)
+    constants = {entry.name: entry for entry in model.graph.initializer}
+    kind = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}[precision]
+    quantized = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    weights = [constants[node.input[0]] for node in quantized if node.input[0] in constants]
+    assert len(weights) == sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in model.graph.node)
+    assert {entry.data_type for entry in weights} == {kind}
+    for node in quantized:
+        zero = constants[node.input[2]]
+        assert zero.data_type == kind
+        assert not onnx.numpy_helper.to_array(zero).astype(np.float32).any(), "ranges must be symmetric"
+    # Weights are what they were, to a part in 2 ** 4, or in 127 of the largest of their channel.
+    exact = {
+        entry.name: onnx.numpy_helper.to_array(entry)
+        for entry in onnx.load(trained.bundle.folder / "model.onnx").graph.initializer
+    }
+    name = next(name for name in constants if name.endswith("_quantized") and name.removesuffix("_quantized") in exact)
+    node = next(node for node in quantized if node.input[0] == name)
+    (wanted, scale, values) = (
+        exact[name.removesuffix("_quantized")],
+        *(onnx.numpy_helper.to_array(constants[entry]).astype(np.float32) for entry in (node.input[1], name)),
+    )
+    got = values * scale.reshape(-1, *[1] * (wanted.ndim - 1))
+    most = np.abs(wanted).max(axis=tuple(range(1, wanted.ndim)), keepdims=True)
+    allowed = most / 127 if precision == "int8" else np.maximum(np.abs(wanted) / 16, most / 448 / 8)
+    assert (np.abs(got - wanted) <= allowed).all()
     with OnnxRuntimeEngine(graph, 64) as engine:
-        np.testing.assert_allclose(engine.infer(photos), expected, atol=GATES["int8"].probability)
+        np.testing.assert_allclose(engine.infer(photos), expected, atol=GATES[precision].probability)
 
 
 @pytest.fixture(scope="module")

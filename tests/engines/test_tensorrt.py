@@ -23,14 +23,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from fastfundus.cli.building import build_from_run
-from fastfundus.engines import cuda_graph, tensorrt_backend, tensorrt_build
+from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build
 from fastfundus.engines.cuda_graph import CudaGraph
 from fastfundus.engines.runtime import Blueprint
 from fastfundus.engines.tensorrt_build import PlanOptions, build_plan, profile_ranges, timing_cache_file
 from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 from fastfundus.errors import BundleError, ConfigError, MissingDependency
+from fastfundus.kernels import reference
 from fastfundus.train.run import Run
 from tests.conftest import Trained
 from tests.engines.gpu_double import Gpu, GraphDriver
@@ -42,6 +44,8 @@ pytestmark = pytest.mark.kernel
 WHEELS = Path(sys.prefix) / "tensorrt"
 VERSIONS = Path(__file__).with_name("tensorrt_versions.txt").read_text().split()
 """Newest first; of 11 and the last of 10."""
+# Exports take seconds, and every call of TensorRT is made for both versions in other tests.
+newest = pytest.mark.parametrize("api", VERSIONS[:1], indirect=True)
 SOURCES = sorted(Path(tensorrt_build.__file__).parent.glob("tensorrt_*.py"))
 
 
@@ -413,6 +417,43 @@ def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, p
         engine.infer(photos)
 
 
+@newest
+def test_frames_are_cut_and_resized_on_the_gpu(world: World, graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sizes of their own, in several batches, more than once: as the reference cuts them."""
+    monkeypatch.setattr(cuda_sample, "fatbin", lambda: Path(__file__))
+    rng = np.random.default_rng(1)
+    frames = [rng.integers(0, 256, (90 + 7 * n, 120 + 3 * n, 3), dtype=np.uint8) for n in range(11)]
+    geometry = np.array([[[1.25, 0, 5 + n], [0, 1.25, 3]] for n in range(11)], np.float32)
+    pixels = torch.from_numpy(np.concatenate([frame.reshape(-1) for frame in frames]))
+    sizes = torch.tensor([frame.shape[:2] for frame in frames], dtype=torch.int32)
+    offsets = torch.tensor(np.cumsum([0, *(frame.nbytes for frame in frames[:-1])]))
+    colour = torch.eye(4)[:3].repeat(11, 1, 1)
+    cut = reference.sample(pixels, offsets, sizes, torch.from_numpy(geometry), colour, 64, torch.float32)
+    photos = cut.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"photos": photos})
+    engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions((1, 4))).data, 64, "bundle")
+    # A level that lies a hair beside half goes either way: one grey level of some pixels.
+    np.testing.assert_allclose(engine.infer_frames(frames, geometry), expected, atol=ENGINE_FP32)
+    before = world.gpu.allocated
+    np.testing.assert_allclose(engine.infer_frames(frames[:5], geometry[:5]), expected[:5], atol=ENGINE_FP32)
+    np.testing.assert_allclose(engine.infer(photos), expected, atol=ENGINE_FP32)
+    assert world.gpu.allocated == before, "a call allocated"
+    for wrong, matrices, say in (
+        (frames[:2], geometry[:1], r"geometry must be \[N, 2, 3\]"),
+        ([], geometry[:0], r"of N >= 1 frames"),
+        ([frames[0].astype(np.float32)], geometry[:1], r"frames\[0\] must be uint8"),
+        ([frames[0]], geometry[:1] * np.nan, r"geometry\[0\] must be finite"),
+    ):
+        with pytest.raises(ValueError, match=say):
+            engine.infer_frames(wrong, matrices)
+    engine.close()
+    assert not world.gpu.memory
+    assert not world.gpu.retained
+    with pytest.raises(BundleError, match="was closed"):
+        engine.infer_frames(frames, geometry)
+
+
 def test_two_engines_share_the_context(world: World, graph: bytes, photos: np.ndarray) -> None:
     plan = planned(world, graph, PlanOptions((8,))).data
     first, second = (TensorRtEngine(world.trt, plan, 64, "bundle") for _ in range(2))
@@ -446,12 +487,8 @@ def test_what_fails_on_the_gpu_is_told_and_leaves_nothing(world: World, graph: b
     engine.close()
 
 
-# Exports take seconds, and every call of TensorRT was made for both versions above.
-newest = pytest.mark.parametrize("api", VERSIONS[:1], indirect=True)
-
-
 @newest
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "fp8"])
 def test_a_bundle_is_built_proven_and_loaded(
     world: World, trained: Trained, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,7 +497,7 @@ def test_a_bundle_is_built_proven_and_loaded(
     # After two epochs the order of photos hangs on their fifth digit; integers are as fast as others on this double.
     monkeypatch.setattr(parity, "MOST_AUROC_LOSS", 0.2)
     monkeypatch.setattr(parity, "LEAST_SPEEDUP", 0.0)
-    monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("fp16", "fp32", "int8"))
+    monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("fp32", precision))
     loose = {name: parity.Gate(gate.probability, 1.0) for name, gate in parity.GATES.items()}
     monkeypatch.setattr(parity, "GATES", loose)
     bundle, report = build_from_run(
@@ -508,9 +545,11 @@ def test_a_portable_bundle_loads_elsewhere(
 
 
 def test_precisions_are_those_of_the_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tensorrt_backend.precisions() == ("fp16", "bf16", "fp32", "int8")
+    assert tensorrt_backend.precisions() == ("fp16", "bf16", "fp32", "int8", "fp8")
     monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("Tesla T4", (7, 5)))
     assert tensorrt_backend.precisions() == ("fp16", "fp32", "int8")
+    monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA A100", (8, 0)))
+    assert tensorrt_backend.precisions() == ("fp16", "bf16", "fp32", "int8")
 
 
 @newest
