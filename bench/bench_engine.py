@@ -62,9 +62,9 @@ def by_torch(model: ScreeningModel) -> Job:
 
 def by_own_queue(file: Path, size: int) -> Job:
     """What someone would write who uses OpenVINO alone, with the settings of our engine."""
+    core = openvino_backend.shared_core()
     import openvino
 
-    core = openvino_backend.shared_core()
     model = core.read_model(file)
     model.reshape([1, size, size, 3])
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}

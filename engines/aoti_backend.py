@@ -100,11 +100,18 @@ class AotiEngine(Engine):
             raise BundleError(f"{file}: torch cannot load it ({str(error).splitlines()[0]}); build it again") from None
         super().__init__(size, str(file.parent))
 
+    def run_on_device(self, photos: Any) -> Any:
+        """Score photos that are a tensor on the engine's device, uint8 [N, S, S, 3]; nothing is checked.
+
+        Returns:
+            The probabilities, a tensor on that device.
+        """
+        with self._torch.inference_mode():
+            return self._model(photos)
+
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        torch = self._torch
-        with torch.inference_mode():
-            result = self._model(torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))
-        return np.asarray(result.float().cpu().numpy())
+        given = self._torch.from_numpy(np.ascontiguousarray(photos)).to(self._device)
+        return np.asarray(self.run_on_device(given).float().cpu().numpy())
 
     def _free(self) -> None:
         self._model = None

@@ -145,9 +145,13 @@ def _publish(folder: Path, output: Path) -> None:
     if is_archive(output):
         pack(folder, output)
         return
+    # The one before is moved aside and not removed first: a kill between leaves both.
+    before = output.with_name(f"{output.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(before)
     folder.rename(output)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 class _Job:

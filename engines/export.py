@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastfundus.engines.runtime import INPUT, OUTPUT
 from fastfundus.errors import GateRefused, require
 from fastfundus.models.activation import Activation, activate
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["GRAPH_TOLERANCE", "INPUT", "OUTPUT", "ScreeningModel", "check_graph", "export_onnx"]
+__all__ = ["GRAPH_TOLERANCE", "ScreeningModel", "check_graph", "export_onnx"]
 
-INPUT, OUTPUT = "photos", "probabilities"
-"""Names of the graph's input and output."""
 GRAPH_TOLERANCE = 1e-3
 """Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,19 @@ from numpy.typing import NDArray
 from fastfundus.engines.runtime import Blueprint, Engine
 from fastfundus.errors import BundleError
 
-__all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "precisions", "shared_core"]
+__all__ = ["PACKAGE", "OpenVinoEngine", "build", "forbid_telemetry", "load", "precisions", "shared_core"]
 
 PACKAGE = "openvino"
+
+
+def forbid_telemetry(package: str) -> None:
+    """Call before importing OpenVINO or a tool of its makers: a machine that screens patients reports to nobody.
+
+    Importing OpenVINO alone sends statistics over the network, unless its package for that is absent: so it is made to
+    look. What a program has imported before us stays as it is.
+    """
+    if package not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 @functools.cache
@@ -24,6 +35,7 @@ def shared_core() -> Any:
     Its CPU plugin installs a stack for signal handlers, and puts back the one it found when it is freed. Two cores
     freed in the order they were made leave a stack that is gone: the next Ctrl-C then ends in a segmentation fault.
     """
+    forbid_telemetry("openvino")
     import openvino
 
     return openvino.Core()
@@ -57,9 +69,11 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     Returns:
         What `bundle.json` says of the engine: its file, and for "int8" how it was quantised.
     """
+    # Before the import: the core's comes without telemetry.
+    core = shared_core()
     import openvino
 
-    model = openvino.convert_model(blueprint.graph)
+    model = core.read_model(blueprint.graph)
     about: dict[str, Any] = {"engine": "engine.xml", "needs": {}}
     if precision == "int8":
         from fastfundus.engines.quantize import quantize_openvino

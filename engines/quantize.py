@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastfundus.engines.runtime import INPUT
 from fastfundus.errors import require
 
 __all__ = ["MOST_CALIBRATION_PHOTOS", "MOST_DRIFT", "quantize_graph", "quantize_openvino"]
@@ -36,7 +37,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     """Quantise a model of OpenVINO by NNCF, under control of its accuracy.
 
     Args:
-        model: of `openvino.convert_model`; uint8 [N, S, S, 3] in.
+        model: of OpenVINO; uint8 [N, S, S, 3] in.
         photos: uint8 [N, S, S, 3] to learn ranges on.
 
     Returns:
@@ -45,10 +46,13 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     Raises:
         MissingDependency: nncf is not installed.
     """
-    nncf = require("nncf", extra="train")
-    from fastfundus.engines.openvino_backend import shared_core
+    from fastfundus.engines.openvino_backend import forbid_telemetry, shared_core
 
+    # It loads torch's tools for building extensions, which say at length that there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     core = shared_core()
+    forbid_telemetry("nncf")
+    nncf = require("nncf", extra="train")
     chosen = photos[:MOST_CALIBRATION_PHOTOS]
     judged = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _JUDGED)).astype(int)]
     reference = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -110,7 +114,7 @@ def quantize_graph(graph: Path, photos: NDArray[np.uint8], output: Path, *, prec
 
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
             photo = next(self._photos, None)
-            return None if photo is None else {"photos": photo[None]}
+            return None if photo is None else {INPUT: photo[None]}
 
     with tempfile.TemporaryDirectory(dir=output.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import BundleError
 
-__all__ = ["BACKENDS", "GRAPH", "Blueprint", "Engine", "load_backend", "processor", "require_needs"]
+__all__ = ["BACKENDS", "GRAPH", "INPUT", "OUTPUT", "Blueprint", "Engine", "load_backend", "processor", "require_needs"]
 
 BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt")
 """Names of the backends that can be built and run; each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
 `build(blueprint, folder, precision)` and `load(folder, about)`."""
 GRAPH = "model.onnx"
 """The graph that every bundle holds, whatever its engine."""
+INPUT, OUTPUT = "photos", "probabilities"
+"""Names of the graph's input and output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastfundus.engines.runtime import Blueprint, Engine, require_needs
+from fastfundus.engines.runtime import INPUT, Blueprint, Engine, require_needs
 from fastfundus.errors import BundleError, ConfigError, close_matches, require
 
 __all__ = ["PACKAGE", "build", "load", "needs", "precisions"]
@@ -74,7 +74,7 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         BundleError: TensorRT refuses.
         ConfigError: there is no such option.
     """
-    from fastfundus.engines.export import INPUT, export_onnx
+    from fastfundus.engines.export import export_onnx
     from fastfundus.engines.quantize import quantize_graph
     from fastfundus.engines.tensorrt_build import PlanOptions, build_plan
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.cuda_graph import CudaGraph
 from fastfundus.engines.cuda_sample import CudaSampler
-from fastfundus.engines.runtime import Engine
+from fastfundus.engines.runtime import INPUT, OUTPUT, Engine
 from fastfundus.engines.tensorrt_build import message_logger
 from fastfundus.errors import BundleError, require
 from fastfundus.kernels.jobs import pack_jobs
@@ -23,7 +23,6 @@ __all__ = ["SLOTS", "TensorRtEngine"]
 
 SLOTS = 2
 """Batches on their way at once: one is copied while the other is computed."""
-_INPUT, _OUTPUT = "photos", "probabilities"
 
 
 class TensorRtEngine(Engine):
@@ -85,14 +84,15 @@ class TensorRtEngine(Engine):
                 raise BundleError(f"{name}: its weights do not fit the engine ({self._logger.last()}); build it again")
         # Kept alive: contexts use them.
         self._runtime, self._engine = runtime, engine
-        shapes = [engine.get_tensor_profile_shape(_INPUT, p) for p in range(engine.num_optimization_profiles)]
+        shapes = [engine.get_tensor_profile_shape(INPUT, p) for p in range(engine.num_optimization_profiles)]
         ranges = [(int(smallest[0]), int(largest[0])) for smallest, _, largest in shapes]
         self._batch = max(largest for _, largest in ranges)
-        answer = tuple(engine.get_tensor_shape(_OUTPUT))[1:]
+        answer = tuple(engine.get_tensor_shape(OUTPUT))[1:]
         memory = max(int(engine.get_device_memory_size_for_profile_v2(p)) for p in range(len(ranges)))
         photo = (size, size, 3)
-        self._slots = [_Slot(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory) for _ in range(SLOTS)]
-        for slot in self._slots:
+        for _ in range(SLOTS):
+            slot = _Slot(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
+            self._slots.append(slot)
             if not slot.record():
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); build it again")
 
@@ -212,8 +212,8 @@ class _Slot:
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             context.set_device_memory(int(self._memory), memory)
             context.set_optimization_profile_async(number, self._stream.handle)
-            context.set_tensor_address(_INPUT, int(self._device_photos))
-            context.set_tensor_address(_OUTPUT, int(self._device_answers))
+            context.set_tensor_address(INPUT, int(self._device_photos))
+            context.set_tensor_address(OUTPUT, int(self._device_answers))
             self._contexts.append(context)
         self._stream.synchronize()
 
@@ -273,7 +273,7 @@ class _Slot:
 
     def _enqueue(self, profile: int, count: int, *, copy: bool = True) -> bool:
         context, stream = self._contexts[profile], self._stream
-        context.set_input_shape(_INPUT, (count, *self._photo))
+        context.set_input_shape(INPUT, (count, *self._photo))
         if copy:
             self._cuda.memcpy_htod_async(self._device_photos, self._photos[:count], stream)
         done = bool(context.execute_async_v3(stream.handle))

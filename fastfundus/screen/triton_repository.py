@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfundus.engines.bundle import Bundle
-from fastfundus.engines.runtime import GRAPH
+from fastfundus.engines.runtime import GRAPH, INPUT, OUTPUT
 from fastfundus.errors import BundleError, ConfigError
 
 __all__ = ["export_repository"]
@@ -125,7 +125,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
     warm = {
         "batch_size": most,
         "inputs": [
-            {"key": "photos", "value": {**_typed("TYPE_UINT8", _photo_dims(bundle)), "random_data": True}}
+            {"key": INPUT, "value": {**_typed("TYPE_UINT8", _photo_dims(bundle)), "random_data": True}}
         ],
     }  # fmt: skip
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in bundle.labels))
@@ -157,13 +157,13 @@ def _write_ensemble(folder: Path, name: str, bundle: Bundle) -> None:
             "model_name": f"{name}_prepare",
             "model_version": -1,
             "input_map": [{"key": "picture", "value": "picture"}],
-            "output_map": [{"key": "photos", "value": "prepared"}],
+            "output_map": [{"key": INPUT, "value": "prepared"}],
         },
         {
             "model_name": f"{name}_engine",
             "model_version": -1,
-            "input_map": [{"key": "photos", "value": "prepared"}],
-            "output_map": [{"key": "probabilities", "value": "probabilities"}],
+            "input_map": [{"key": INPUT, "value": "prepared"}],
+            "output_map": [{"key": OUTPUT, "value": OUTPUT}],
         },
     ]
     about = {
@@ -194,12 +194,12 @@ def _typed(kind: str, dims: list[int]) -> dict[str, Any]:
 
 
 def _photos(bundle: Bundle) -> dict[str, Any]:
-    return {"name": "photos", **_typed("TYPE_UINT8", _photo_dims(bundle))}
+    return {"name": INPUT, **_typed("TYPE_UINT8", _photo_dims(bundle))}
 
 
 def _probabilities(bundle: Bundle) -> dict[str, Any]:
     side = [bundle.spec.size] * 2 if bundle.about["output"] == "maps" else []
-    return {"name": "probabilities", **_typed("TYPE_FP32", [len(bundle.labels), *side])}
+    return {"name": OUTPUT, **_typed("TYPE_FP32", [len(bundle.labels), *side])}
 
 
 def _parameters(values: dict[str, str]) -> list[dict[str, Any]]:

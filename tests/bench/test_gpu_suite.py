@@ -47,12 +47,17 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert all(rate > 0 for rate in part["images_per_s"].values())
     rates = part["images_per_s"]
     assert part["overlap"][gpu_train.PINNED] == rates[gpu_train.PINNED] / rates[gpu_train.COMPILED]
+    (path,) = tmp_path.glob("engine_dry_run_*.json")
+    (part,) = json.loads(path.read_text())["parts"]
+    assert len(part["images_per_s"]) == 4
+    assert max(part["largest_difference"].values()) < 0.05
 
 
 def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
     """torch, Triton, timm, NumPy, OpenCV and pytest are all that there is."""
     absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import bench.gpu_suite, bench.gpu_train"
+    programs = "bench.gpu_suite, bench.gpu_train, bench.gpu_engine"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {programs}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -192,7 +192,7 @@ def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path
         for copy in range(60):
             shutil.copy(path, many / f"{copy}_{path.name}")
     output = tmp_path / "cache"
-    process = start("prepare", many, "--output", output)
+    process = start("prepare", many, "--output", output, "--size", 64)
     journal = tmp_path / "cache.partial" / "rows.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.stat().st_size > 5000) and time.monotonic() < deadline:
@@ -206,6 +206,6 @@ def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path
     assert not output.exists()
     kept = len(journal.read_text().splitlines())
     assert 0 < kept < 48 * 60
-    result = run("prepare", many, "--output", output)
+    result = run("prepare", many, "--output", output, "--size", 64)
     assert result.exit_code == 0
     assert len(pl.read_parquet(output / "manifest.parquet")) == 48 * 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,22 +24,24 @@ import torch
 from fastfundus.cli import building
 from fastfundus.cli.building import build_from_run
 from fastfundus.data import PhotoCache
-from fastfundus.engines import parity
+from fastfundus.engines import openvino_backend, parity
 from fastfundus.engines.archive import pack
 from fastfundus.engines.bundle import Bundle
-from fastfundus.engines.export import INPUT, ScreeningModel
+from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.onnxruntime_backend import OnnxRuntimeEngine
 from fastfundus.engines.openvino_backend import OpenVinoEngine, precisions
 from fastfundus.engines.parity import GATES, Gate, compare
 from fastfundus.engines.quantize import MOST_DRIFT, quantize_graph
-from fastfundus.engines.runtime import Engine
-from fastfundus.errors import BundleError, ConfigError, GateRefused
+from fastfundus.engines.runtime import INPUT, Blueprint, Engine
+from fastfundus.errors import BundleError, ConfigError, GateRefused, MissingDependency
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import fingerprint_of
 from fastfundus.train.run import Run
 from tests.conftest import Trained
 from tests.tolerances import ENGINE_FP32
+
+pytestmark = pytest.mark.usefixtures("exported_once")
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +399,6 @@ def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
 
 
 def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastfundus.engines import openvino_backend
-
     monkeypatch.setattr(openvino_backend, "precisions", lambda: ("fp32",))
     with pytest.raises(BundleError, match="build here with --precision fp32"):
         openvino_backend.OpenVinoEngine(copied / "engine.xml", 64, "bf16")
@@ -413,6 +414,34 @@ def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, mon
     assert bundle.about["quantisation"]["mean_drift"] < MOST_DRIFT
     assert bundle.about["quantisation"]["calibration_photos"] > 0
     assert "FakeQuantize" in (bundle.path / "engine.xml").read_text()
+
+
+def test_building_and_running_report_to_nobody(trained: Trained, tmp_path: Path) -> None:
+    """Importing OpenVINO sends statistics over the network, and so does NNCF, unless they are kept from it."""
+    code = """
+import sys, openvino_telemetry
+import numpy as np
+from pathlib import Path
+def told(*arguments, **named):
+    raise SystemExit("telemetry was started")
+openvino_telemetry.Telemetry.__init__ = told
+from fastfundus.engines import openvino_backend
+from fastfundus.engines.runtime import Blueprint
+photos = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+blueprint = Blueprint(None, Path(sys.argv[1]), 64, photos)
+for precision in openvino_backend.precisions():
+    folder = Path(sys.argv[2]) / precision
+    folder.mkdir()
+    openvino_backend.build(blueprint, folder, precision)
+    openvino_backend.OpenVinoEngine(folder / "engine.xml", 64, precision).infer(photos)
+"""
+    graph = trained.bundle.folder / "model.onnx"
+    surroundings = {name: value for name, value in os.environ.items() if name != "CI"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(graph), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=surroundings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "", "the output is for results"
+    assert "CUDA" not in done.stderr
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -615,3 +644,21 @@ def test_the_example_in_the_documentation_scores_photos(trained: Trained, photo_
         score = float(engine.infer(prepared.image[None])[0, 0])
     assert first == f"{photo} {{'abnormal': '{score:.4f}'}}"
     assert second.startswith(f"{broken} unreadable ")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("onnxruntime", "onnxruntime"), ("nncf", "train")])
+def test_a_missing_package_says_how_to_get_it(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    blueprint = Blueprint(None, trained.bundle.folder / "model.onnx", 64, np.zeros((1, 64, 64, 3), np.uint8))
+
+    def use() -> None:
+        if package == "nncf":
+            openvino_backend.build(blueprint, tmp_path, "int8")
+        trained.bundle.using("onnxruntime").load()
+
+    with pytest.raises(
+        MissingDependency, match=rf"{package} is not installed; run: pip install 'fastfundus\[{extra}\]'"
+    ):
+        use()

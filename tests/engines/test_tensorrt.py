@@ -39,7 +39,7 @@ from tests.engines.gpu_double import Gpu, GraphDriver
 from tests.engines.tensorrt_api import Double
 from tests.tolerances import ENGINE_FP32
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("exported_once")]
 
 WHEELS = Path(sys.prefix) / "tensorrt"
 VERSIONS = Path(__file__).with_name("tensorrt_versions.txt").read_text().split()
