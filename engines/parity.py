@@ -75,6 +75,9 @@ class ParityReport:
     speedup: float | None = None
     """Of eight bits over the fastest engine of more that passes, in turns in one process; None of others."""
 
+    error: str | None = None
+    """Why there is no engine, or no answer of it; the figures then mean nothing."""
+
     def against(self, speedup: float) -> ParityReport:
         """Return the same with a speedup, refused where it is below `LEAST_SPEEDUP`."""
         return replace(self, speedup=speedup, passed=self.passed and speedup >= LEAST_SPEEDUP)
@@ -84,6 +87,8 @@ class ParityReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.precision} FAILED: {self.error}"
         verdict = "passes" if self.passed else "MISSES"
         speedup = (
             "" if self.speedup is None else f", {self.speedup:.2f}x the best of more bits (at least {LEAST_SPEEDUP})"

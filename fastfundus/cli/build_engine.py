@@ -100,7 +100,15 @@ def build_engine(
     click.echo("precision  images/s  |dp| at the gate  flipped  AUROC loss  kept")
     for tried in bundle.about["tried"]:
         loss = "-" if tried["auroc_loss"] is None else f"{tried['auroc_loss']:.4f}"
-        kept = "yes" if tried["precision"] == report.precision else "" if tried["passed"] else "MISSES its gate"
+        kept = (
+            "yes"
+            if tried["precision"] == report.precision
+            else ""
+            if tried["passed"]
+            else "FAILED"
+            if tried["error"]
+            else "MISSES its gate"
+        )
         click.echo(
             f"{tried['precision']:<9}  {tried['images_per_s']:8.1f}  {tried['gated_difference']:16.1e}  "
             f"{tried['flipped']:7}  {loss:>10}  {kept}"

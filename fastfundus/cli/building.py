@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from fastfundus.data import PhotoCache
 from fastfundus.data.masks import photos_with_masks
-from fastfundus.engines.build import MOST_PARITY_MAPS, MOST_PARITY_PHOTOS, Evidence, build_bundle
+from fastfundus.engines.build import MOST_PARITY_MAPS, MOST_PARITY_PHOTOS, build_bundle
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.quantize import MOST_CALIBRATION_PHOTOS
+from fastfundus.engines.trials import Evidence
 from fastfundus.errors import CheckpointError, DataError
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS

@@ -12,7 +12,8 @@ import click
 
 _PARTS = {
     "screening": (["numpy", "opencv-python-headless", "simplejpeg", "polars", "openvino"], "pip install fastfundus"),
-    "training": (["torch", "torchvision", "timm", "onnx", "scikit-learn"], "pip install 'fastfundus[train]'"),
+    "training": (["torch", "torchvision", "timm", "scikit-learn"], "pip install 'fastfundus[train]'"),
+    "building engines": (["onnx", "onnxruntime", "nncf"], "pip install 'fastfundus[train]'"),
     "Triton kernels": (["triton"], "pip install 'fastfundus[train]' on Linux x86-64"),
     "DALI": (["nvidia-dali-cuda130"], "pip install 'fastfundus[dali]'"),
     "TensorRT": (["tensorrt", "pycuda"], "pip install 'fastfundus[tensorrt]'"),

@@ -529,6 +529,29 @@ def test_a_bundle_is_built_proven_and_loaded(
 
 
 @newest
+def test_a_precision_that_the_builder_refuses_does_not_end_the_search(
+    world: World, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("bf16", "fp32"))
+    real = world.trt.behaviour["OnnxParser.parse"]
+
+    def no_bfloat16(parser: Any, model: bytes) -> bool:
+        tensors = onnx.load_from_string(model).graph.initializer
+        return bool(not any(entry.data_type == onnx.TensorProto.BFLOAT16 for entry in tensors) and real(parser, model))
+
+    world.trt.behaviour["OnnxParser.parse"] = no_bfloat16
+    bundle, _ = build_from_run(
+        Run.open(trained.run), tmp_path / "bundle", backend="tensorrt", options={"batches": (8,)}
+    )  # fmt: skip
+    assert bundle.precision == "fp32"
+    assert [(entry["precision"], entry["passed"]) for entry in bundle.about["tried"]] == [
+        ("bf16", False),
+        ("fp32", True),
+    ]
+    assert "cannot read the graph (Unsupported operator Foo)" in bundle.about["tried"][0]["error"]
+
+
+@newest
 def test_a_portable_bundle_loads_elsewhere(
     world: World, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

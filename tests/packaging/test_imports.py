@@ -44,6 +44,7 @@ NO_TORCH_MODULES |= {
     "engines.tensorrt_backend",
     "engines.tensorrt_build",
     "engines.tensorrt_runtime",
+    "engines.tensorrt_slot",
     "kernels",
     "kernels.building",
     "kernels.host",
