@@ -7,11 +7,15 @@ give wrong results. Copies must come from pinned memory and stay inside what was
 from __future__ import annotations
 
 import ctypes
+import re
+import struct
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fastfundus.kernels import host
 from fastfundus.kernels.jobs import JOB
@@ -46,6 +50,8 @@ class Gpu(types.ModuleType):
         self.pinned: list[np.ndarray] = []
         self.streams: dict[int, Any] = {}
         self.launches = 0
+        self.kernels: list[tuple[str, Any]] = []
+        self.started = False
 
         class Error(Exception):
             pass
@@ -67,6 +73,7 @@ class Gpu(types.ModuleType):
 
         class Device:
             def __init__(self, number: int) -> None:
+                assert gpu.started, "init comes first"
                 assert number == 0
 
             def name(self) -> str:
@@ -117,29 +124,42 @@ class Gpu(types.ModuleType):
 
         class Function:
             def __init__(self, name: str) -> None:
-                self.name = name
+                self.name, self.format = name, ""
 
             def prepare(self, format: str) -> None:
-                assert format == "PPPi"
+                self.format = format
 
             def prepared_async_call(
-                self, grid: tuple[int, ...], block: tuple[int, ...], stream: Stream, *arguments: int
+                self, grid: tuple[int, ...], block: tuple[int, ...], stream: Stream | None, *given: int
             ) -> None:
+                assert gpu.current, "no context is current"
+                assert self.format == "PPPi"
                 assert block == (256, 1, 1)
-                stream.give(lambda: run_kernel(self.name, grid, *arguments))
+                # As pycuda 2026.1 packs them.
+                assert struct.unpack(self.format, struct.pack(self.format, *given)) == given
+                gpu.kernels.append((self.name, stream))
+                if stream is None:
+                    run_kernel(self.name, grid, *given)
+                else:
+                    stream.give(lambda: run_kernel(self.name, grid, *given))
 
         class Module:
+            def __init__(self, image: bytes) -> None:
+                # Kernel names are kept as text in the machine code.
+                self.names = set(re.findall(rb"fastfundus_sample_[a-z0-9]+_[a-z]+", image))
+
             def get_function(self, name: str) -> Function:
+                assert name.encode() in self.names, f"named symbol not found: {name}"
                 return Function(name)
 
-        self.module_from_buffer = lambda image: Module()
+        self.module_from_buffer = Module
         self.Error, self.MemoryError, self.Context, self.Device, self.Stream = (
             Error, OutOfMemory, Context, Device, Stream,
         )  # fmt: skip
         self.mem_alloc = Allocation
 
     def init(self) -> None:
-        pass
+        self.started = True
 
     def pagelocked_empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         assert self.current, "no context is current"
@@ -175,6 +195,16 @@ class Gpu(types.ModuleType):
             dest[...] = np.frombuffer(self.at(address, dest.nbytes).tobytes(), dest.dtype).reshape(dest.shape)
 
         stream.give(work)
+
+
+def install(patch: pytest.MonkeyPatch) -> Gpu:
+    """Put a GPU in the place of pycuda's."""
+    gpu = Gpu()
+    package = types.ModuleType("pycuda")
+    package.driver = gpu  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "pycuda", package)
+    patch.setitem(sys.modules, "pycuda.driver", gpu)
+    return gpu
 
 
 class GraphDriver:

@@ -6,13 +6,9 @@ same arithmetic on the addresses that it is given.
 
 from __future__ import annotations
 
-import re
-import struct
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,81 +19,11 @@ from fastfundus.engines.cuda_sample import CudaSampler
 from fastfundus.errors import FastFundusError, MissingDependency
 from fastfundus.kernels import reference
 from fastfundus.kernels.ops import packed
-from tests.engines.gpu_double import run_kernel
+from tests.engines.gpu_double import Gpu, install
 from tests.kernels.cases import CASES, case
 from tests.kernels.implementations import SAMPLERS, rounding
 
 pytestmark = pytest.mark.kernel
-
-
-class Driver(types.ModuleType):
-    """What `pycuda.driver` offers of what is used here."""
-
-    def __init__(self) -> None:
-        super().__init__("pycuda.driver")
-        self.stack: list[Any] = []
-        self.retained = 0
-        self.launches: list[tuple[str, Any]] = []
-        driver = self
-
-        class Context:
-            def push(self) -> None:
-                assert driver.retained, "the context was given back"
-                driver.stack.append(self)
-
-            @staticmethod
-            def pop() -> None:
-                driver.stack.pop()
-
-            def detach(self) -> None:
-                driver.retained -= 1
-
-        class Device:
-            def __init__(self, number: int) -> None:
-                assert driver.started
-                assert number == 0
-
-            def retain_primary_context(self) -> Context:
-                driver.retained += 1
-                return Context()
-
-        class Function:
-            def __init__(self, name: str) -> None:
-                self.name, self.format = name, ""
-
-            def prepare(self, format: str) -> None:
-                self.format = format
-
-            def prepared_async_call(self, grid: tuple[int, ...], block: tuple[int, int, int], stream: Any, *a: Any):  # type: ignore[no-untyped-def]
-                assert driver.stack, "no context is current"
-                assert self.format == "PPPi"
-                assert block == (256, 1, 1)
-                # As pycuda 2026.1 packs them.
-                assert struct.unpack(self.format, struct.pack(self.format, *a)) == a
-                driver.launches.append((self.name, stream))
-                driver.run(self.name, grid, *a)
-
-        class Module:
-            def __init__(self, image: bytes) -> None:
-                # Kernel names are kept as text in the machine code.
-                self.names = set(re.findall(rb"fastfundus_sample_[a-z0-9]+_[a-z]+", image))
-
-            def get_function(self, name: str) -> Function:
-                assert name.encode() in self.names, f"named symbol not found: {name}"
-                return Function(name)
-
-        def module_from_buffer(image: bytes) -> Module:
-            assert driver.stack, "no context is current"
-            return Module(image)
-
-        self.started = False
-        self.Context, self.Device, self.module_from_buffer = Context, Device, module_from_buffer
-
-    def init(self) -> None:
-        self.started = True
-
-    def run(self, name: str, grid: tuple[int, ...], pixels: Any, jobs: Any, out: Any, out_size: int) -> None:
-        run_kernel(name, grid, int(pixels), int(jobs), int(out), out_size)
 
 
 @pytest.fixture(scope="module")
@@ -106,35 +32,33 @@ def image() -> Path:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    double = Driver()
-    package = types.ModuleType("pycuda")
-    package.driver = double  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pycuda", package)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", double)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    double = install(monkeypatch)
     yield double
-    assert not double.stack, "a context was left current"
+    assert not double.current, "a context was left current"
+    assert not double.retained, "a context was kept"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_launches_what_the_reference_says(driver: Driver, image: Path, name: str) -> None:
+def test_launches_what_the_reference_says(gpu: Gpu, image: Path, name: str) -> None:
     batch = case(name)
     jobs, mode = packed(*batch.arguments)
     room = torch.full((2 * 3 * batch.out_size**2 + 4,), np.nan)
     out = room[(-room.data_ptr() // 4) % 4 :][: 2 * 3 * batch.out_size**2]
-    stream = object()
-    with CudaSampler(image) as sampler:
+    with CudaSampler(image) as sampler, sampler._current():
+        stream = gpu.Stream()
         sampler.launch(
             batch.pixels.data_ptr(), jobs.ctypes.data, 2, out.data_ptr(), batch.out_size, "f32", mode, stream
         )
+        assert out.isnan().all(), "a stream does its work later"
+        stream.synchronize()
     got = out.view(2, batch.out_size, batch.out_size, 3).permute(0, 3, 1, 2)
     assert (got - reference.sample(*batch.arguments, torch.float32)).abs().max() <= batch.grey_levels
-    assert driver.launches == [(f"fastfundus_sample_f32_{'integrate' if mode else 'interpolate'}", stream)]
-    assert driver.retained == 0
+    assert gpu.kernels == [(f"fastfundus_sample_f32_{'integrate' if mode else 'interpolate'}", stream)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_grey_levels_are_rounded_and_cut_off(driver: Driver, image: Path, name: str) -> None:
+def test_grey_levels_are_rounded_and_cut_off(gpu: Gpu, image: Path, name: str) -> None:
     """What an engine takes: bytes, as the reference gives them; a hair beside half a level goes either way."""
     batch = case(name)
     pixels, offsets, sizes, geometry, _, out_size = batch.arguments
@@ -152,7 +76,7 @@ def test_grey_levels_are_rounded_and_cut_off(driver: Driver, image: Path, name: 
     assert exact.min() < 0 or exact.max() > 255, "something must be cut off"
 
 
-def test_bad_launches_are_refused(driver: Driver, image: Path) -> None:
+def test_bad_launches_are_refused(gpu: Gpu, image: Path) -> None:
     sampler = CudaSampler(image)
     with pytest.raises(
         ValueError, match="output must be one of f32, f16, bf16, u8 and mode 0, 1 or 2, got 'f64' and 0"
@@ -163,10 +87,9 @@ def test_bad_launches_are_refused(driver: Driver, image: Path) -> None:
     with pytest.raises(ValueError, match="3000 photos of 16384 x 16384 are too many"):
         sampler.launch(0, 0, 3000, 0, 16384, "f32", 0)
     sampler.launch(0, 0, 0, 0, 4, "f32", 0)
-    assert driver.launches == []
+    assert gpu.kernels == []
     sampler.close()
     sampler.close()
-    assert driver.retained == 0
 
 
 def test_missing_parts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

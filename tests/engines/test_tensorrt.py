@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from fastfundus.cli.building import build_from_run
 from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build
 from fastfundus.engines.cuda_graph import CudaGraph
+from fastfundus.engines.cuda_sample import OUTPUTS
 from fastfundus.engines.runtime import Blueprint
 from fastfundus.engines.tensorrt_build import PlanOptions, build_plan, profile_ranges, timing_cache_file
 from fastfundus.engines.tensorrt_runtime import TensorRtEngine
@@ -35,7 +35,7 @@ from fastfundus.errors import BundleError, ConfigError, MissingDependency
 from fastfundus.kernels import reference
 from fastfundus.train.run import Run
 from tests.conftest import Trained
-from tests.engines.gpu_double import Gpu, GraphDriver
+from tests.engines.gpu_double import Gpu, GraphDriver, install
 from tests.engines.tensorrt_api import Double
 from tests.tolerances import ENGINE_FP32
 
@@ -299,12 +299,8 @@ class World:
 
 @pytest.fixture
 def world(api: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
-    gpu = Gpu()
-    package = types.ModuleType("pycuda")
-    package.driver = gpu  # type: ignore[attr-defined]
+    gpu = install(monkeypatch)
     made = World(api, gpu)
-    monkeypatch.setitem(sys.modules, "pycuda", package)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", gpu)
     monkeypatch.setitem(sys.modules, "tensorrt", made.trt)
     driver = GraphDriver(gpu)
     monkeypatch.setattr(cuda_graph, "driver", lambda: driver)
@@ -418,9 +414,13 @@ def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, p
 
 
 @newest
-def test_frames_are_cut_and_resized_on_the_gpu(world: World, graph: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_cut_and_resized_on_the_gpu(
+    world: World, graph: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Of sizes of their own, in several batches, more than once: as the reference cuts them."""
-    monkeypatch.setattr(cuda_sample, "fatbin", lambda: Path(__file__))
+    names = [f"fastfundus_sample_{kind}_{mode}" for kind in OUTPUTS for mode in ("interpolate", "integrate", "nearest")]
+    (tmp_path / "fatbin").write_text(" ".join(names))
+    monkeypatch.setattr(cuda_sample, "fatbin", lambda: tmp_path / "fatbin")
     rng = np.random.default_rng(1)
     frames = [rng.integers(0, 256, (90 + 7 * n, 120 + 3 * n, 3), dtype=np.uint8) for n in range(11)]
     geometry = np.array([[[1.25, 0, 5 + n], [0, 1.25, 3]] for n in range(11)], np.float32)
@@ -620,6 +620,7 @@ def test_without_a_gpu_or_its_packages(world: World, trained: Trained, monkeypat
 def test_graphs_end_recording_whatever_happens(world: World) -> None:
     gpu = world.gpu
     driver: Any = cuda_graph.driver()
+    gpu.init()
     context = gpu.Device(0).retain_primary_context()
     context.push()
     stream, graph = gpu.Stream(), CudaGraph()
@@ -665,6 +666,7 @@ CUresult cuGetErrorName(CUresult c, const char **n) { *n = "CUDA_ERROR_ILLEGAL_A
 import ctypes, sys
 ctypes.CDLL(sys.argv[1])
 from fastfundus.engines.cuda_graph import CudaGraph
+from fastfundus.engines.cuda_sample import OUTPUTS
 graph = CudaGraph()
 with graph.recorded(0x1000000001):
     pass
