@@ -25,9 +25,9 @@ __all__ = ["MOST_CALIBRATION_PHOTOS", "MOST_DRIFT", "quantize_graph", "quantize_
 
 MOST_CALIBRATION_PHOTOS = 128
 """Ranges hardly change beyond a hundred photos, and each costs a pass of the float32 model."""
-MOST_DRIFT = 0.01
-"""Mean |dp| on calibration photos beyond which layers go back to floating point, the worst first. A fifth of what the
-gate lets a single probability of bfloat16 differ by; AUROC is then far from its own limit."""
+MOST_DRIFT = 0.04
+"""Largest |dp| on calibration photos beyond which layers go back to floating point, the worst first. Photos that were
+not seen differ by more: the gate, which they are held against, allows 0.1."""
 _JUDGED = 48
 """Photos that drift is measured on; each layer that is put back asks for a pass over them."""
 _MOST_LAYERS_BACK = 8
@@ -41,7 +41,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
         photos: uint8 [N, S, S, 3] to learn ranges on.
 
     Returns:
-        The quantised model, and plain data on how: photos, mean |dp| before and after layers were put back.
+        The quantised model, and plain data on how: photos, and the largest |dp| that is left on some of them.
 
     Raises:
         MissingDependency: nncf is not installed.
@@ -53,6 +53,8 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     core = shared_core()
     forbid_telemetry("nncf")
     nncf = require("nncf", extra="train")
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
     chosen = photos[:MOST_CALIBRATION_PHOTOS]
     judged = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _JUDGED)).astype(int)]
     reference = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -61,8 +63,8 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
 
     def agreement(compiled: Any, batches: Iterator[NDArray[np.uint8]]) -> tuple[float, None]:
         # NNCF hands out its batches in their order, also when it ranks layers on some of them.
-        differences = [float(np.abs(compiled(batch)[0] - expected[number]).mean()) for number, batch in batches]
-        drifts.append(float(np.mean(differences)))
+        differences = [float(np.abs(compiled(batch)[0] - expected[number]).max()) for number, batch in batches]
+        drifts.append(max(differences))
         return 1 - drifts[-1], None
 
     numbered = [(number, photo[None]) for number, photo in enumerate(judged)]
@@ -81,13 +83,20 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=len(chosen),
                 preset=nncf.QuantizationPreset.MIXED,
+                # Of sums and products nothing is gained: they are bound by memory, or part of a convolution. Sums of
+                # residual blocks lost a ResNet-18 trained on fundus photographs 0.4 of mean probability.
+                ignored_scope=nncf.IgnoredScope(types=["Add", "Multiply"]),
+                # The mean of the photos' largest values, NNCF's way, cuts off what lesions look like.
+                advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(
+                    activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+                ),
                 advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
                     max_num_iterations=_MOST_LAYERS_BACK, ranking_subset_size=16
                 ),
             )
     finally:
         logging.getLogger("nncf").setLevel(level)
-    return quantized, {"method": "NNCF", "calibration_photos": len(chosen), "mean_drift": drifts[-1]}
+    return quantized, {"method": "NNCF", "calibration_photos": len(chosen), "largest_drift": drifts[-1]}
 
 
 def quantize_graph(graph: Path, photos: NDArray[np.uint8], output: Path, *, precision: str = "int8") -> None:
