@@ -9,12 +9,9 @@ float32 in the run. Needs torch, timm, onnx and NumPy.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.gpu_suite import gpu_environment
-from bench.gpu_train import matmul_rate, seconds_of
-from bench.paired import environment
+from bench.gpu_train import run_cases, seconds_of
 from fastfundus.engines import aoti_backend
 from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.parity import GATES
@@ -92,32 +87,14 @@ def measure(
 
 
 def main() -> None:
-    """Measure, write one JSON, print one table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    dry_run: bool = options.dry_run
-    if not dry_run and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
-    device = torch.device("cpu" if dry_run else "cuda")
-    peak = matmul_rate(device, dry_run)
-    cases = [("resnet10t", 32, 4)] if dry_run else [
-        ("resnet50", 224, 256), ("resnet50", 512, 64), ("convnext_tiny", 224, 256), ("vit_small_patch16_224", 224, 256)
-    ]  # fmt: skip
-    parts = []
-    for case in cases:
-        try:
-            parts.append(measure(*case, device, peak=peak, dry_run=dry_run))
-        except (RuntimeError, AssertionError) as error:
-            # Out of memory, or a difference: said, and the others go on.
-            parts.append({"backbone": case[0], "size": case[1], "batch": case[2], "failed": str(error)[:400]})
-        print(json.dumps(parts[-1]), flush=True)
-    chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
-    target = options.output / f"engine_{chip}_{time.strftime('%Y%m')}.json"
-    about = {"dry_run": dry_run, **environment(()), **gpu_environment(), "matmul_tflops": peak}
-    target.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
-    print(target)
+    """Measure engines."""
+    cases = [
+        ("resnet50", 224, 256),
+        ("resnet50", 512, 64),
+        ("convnext_tiny", 224, 256),
+        ("vit_small_patch16_224", 224, 256),
+    ]
+    run_cases("engine", measure, cases, ("resnet10t", 32, 4))
 
 
 if __name__ == "__main__":

@@ -172,8 +172,17 @@ def measure(
     }
 
 
-def main() -> None:
-    """Measure, write one JSON, print one table."""
+def run_cases(
+    theme: str, measure: Callable[..., dict[str, Any]], cases: list[tuple[str, int, int]], tiny: tuple[str, int, int]
+) -> None:
+    """Measure each case, print it, and write one JSON; the command line says where, and whether without a GPU.
+
+    Args:
+        theme: first part of the file's name.
+        measure: of backbone, size, batch, device, `peak` and `dry_run`.
+        cases: backbone, size and batch.
+        tiny: the only case of a dry run.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--output", type=Path, required=True)
@@ -183,24 +192,29 @@ def main() -> None:
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
     device = torch.device("cpu" if dry_run else "cuda")
     peak = matmul_rate(device, dry_run)
-    cases = [("resnet18", 32, 4)] if dry_run else [
-        (backbone, size, batch)
-        for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224")
-        for size, batch in ((224, 256), (512, 64), (1024, 16))
-    ]  # fmt: skip
     parts = []
-    for case in cases:
+    for case in [tiny] if dry_run else cases:
         try:
             parts.append(measure(*case, device, peak=peak, dry_run=dry_run))
         except (RuntimeError, AssertionError) as error:
-            # Out of memory, or a network that takes no such size: said, and the others go on.
+            # Out of memory, a size that a network does not take, a difference: said, and the others go on.
             parts.append({"backbone": case[0], "size": case[1], "batch": case[2], "failed": str(error)[:400]})
         print(json.dumps(parts[-1]), flush=True)
     chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
-    target = options.output / f"train_{chip}_{time.strftime('%Y%m')}.json"
+    target = options.output / f"{theme}_{chip}_{time.strftime('%Y%m')}.json"
     about = {"dry_run": dry_run, **environment(()), **gpu_environment(), "matmul_tflops": peak}
     target.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
     print(target)
+
+
+def main() -> None:
+    """Measure training steps."""
+    cases = [
+        (backbone, size, batch)
+        for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224")
+        for size, batch in ((224, 256), (512, 64), (1024, 16))
+    ]
+    run_cases("train", measure, cases, ("resnet18", 32, 4))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fastfundus.errors import FastFundusError, require
 from fastfundus.kernels.building import CSRC, cached_build
 from fastfundus.kernels.jobs import MODES
 
-__all__ = ["FLAGS", "OUTPUTS", "CudaSampler", "fatbin"]
+__all__ = ["FLAGS", "OUTPUTS", "CudaSampler", "current", "fatbin"]
 
 FLAGS = (
     "-std=c++17", "-O3", "-fatbin", "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
@@ -28,6 +28,21 @@ _PIXELS_A_BLOCK = 256
 _MODES = ("interpolate", "integrate", "nearest")
 OUTPUTS = ("f32", "f16", "bf16", "u8")
 OutputType = Literal["f32", "f16", "bf16", "u8"]
+
+
+@contextmanager
+def current(context: Any, *, cuda: Any) -> Iterator[None]:
+    """Make a context of pycuda this thread's in the block, and put back what was there.
+
+    Args:
+        context: a retained one.
+        cuda: the module `pycuda.driver`.
+    """
+    context.push()
+    try:
+        yield
+    finally:
+        cuda.Context.pop()
 
 
 def fatbin() -> Path:
@@ -64,7 +79,7 @@ class CudaSampler:
         cuda.init()
         self._cuda = cuda
         self._context = cuda.Device(device).retain_primary_context()
-        with self._current():
+        with current(self._context, cuda=cuda):
             self._module = cuda.module_from_buffer((image or fatbin()).read_bytes())
             self._functions: dict[tuple[str, int], Any] = {}
             for output in OUTPUTS:
@@ -111,25 +126,16 @@ class CudaSampler:
             raise ValueError(f"{count} photos of {out_size} x {out_size} are too many for one launch: split the batch")
         if blocks == 0:
             return
-        with self._current():
+        with current(self._context, cuda=self._cuda):
             self._functions[output, mode].prepared_async_call(
                 (blocks, 1), (_PIXELS_A_BLOCK, 1, 1), stream, pixels, jobs, out, out_size
             )
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make the context this thread's, and put back what was there."""
-        self._context.push()
-        try:
-            yield
-        finally:
-            self._cuda.Context.pop()
 
     def close(self) -> None:
         """Give the kernels and the context back. Safe to call twice."""
         if self._functions:
             self._functions.clear()
-            with self._current():
+            with current(self._context, cuda=self._cuda):
                 del self._module
             self._context.detach()
 

@@ -5,14 +5,13 @@ The device's primary context is retained, the one that torch and the CUDA runtim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.engines.cuda_sample import CudaSampler
+from fastfundus.engines.cuda_sample import CudaSampler, current
 from fastfundus.engines.runtime import INPUT, OUTPUT, Engine
 from fastfundus.engines.tensorrt_build import message_logger
 from fastfundus.engines.tensorrt_slot import Slot
@@ -55,16 +54,16 @@ class TensorRtEngine(Engine):
         self._slots: list[Slot] = []
         self._sampler: CudaSampler | None = None
         try:
-            with self._current():
+            with current(self._context, cuda=self._cuda):
                 self._open_plan(trt, plan, size, name, portable, weights)
         except cuda.MemoryError as error:
-            self._release()
+            self._free()
             raise BundleError(
                 f"{name}: the GPU has too little memory for it ({error}); build it with a smaller --max-batch, or free "
                 "the GPU"
             ) from None
         except BaseException:
-            self._release()
+            self._free()
             raise
         super().__init__(size, name)
 
@@ -141,7 +140,7 @@ class TensorRtEngine(Engine):
     def _dealt(self, count: int, rows: list[slice], start: Callable[[Slot, slice], bool]) -> NDArray[np.float32]:
         """Start batch after batch on the slots in turn, and collect each before its slot is needed again."""
         result = np.full((count, *self._slots[0].answer), np.nan, np.float32)
-        with self._current():
+        with current(self._context, cuda=self._cuda):
             waiting: list[tuple[Slot, slice]] = []
             for number, part in enumerate(rows):
                 if len(waiting) == SLOTS:
@@ -158,10 +157,7 @@ class TensorRtEngine(Engine):
         return result
 
     def _free(self) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        with self._current():
+        with current(self._context, cuda=self._cuda):
             for slot in self._slots:
                 slot.free()
             self._slots = []
@@ -170,12 +166,3 @@ class TensorRtEngine(Engine):
                 self._sampler = None
             self._engine = self._runtime = None
         self._context.detach()
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make the context this thread's, and put back what was there."""
-        self._context.push()
-        try:
-            yield
-        finally:
-            self._cuda.Context.pop()

@@ -65,7 +65,7 @@ def export_repository(bundle: Bundle, output: Path, *, name: str = "fundus") -> 
             (folder / "1").mkdir(parents=True)
         _write_prepare(prepare, f"{name}_prepare", bundle)
         _write_engine(engine, f"{name}_engine", bundle, serving)
-        _write_ensemble(ensemble, name, bundle)
+        _write_ensemble(ensemble, name, bundle, serving)
         # The ensemble last: a server that watches the folder then finds its steps.
         for partial, folder in reversed(list(zip((ensemble, prepare, engine), folders, strict=True))):
             partial.rename(folder)
@@ -123,7 +123,6 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
         shutil.copy(bundle.folder / source, folder / "1" / target)
     most = serving.batches[-1]
     warm = {
-        "batch_size": most,
         "inputs": [
             {"key": INPUT, "value": {**_typed("TYPE_UINT8", _photo_dims(bundle)), "random_data": True}}
         ],
@@ -148,7 +147,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
     )
 
 
-def _write_ensemble(folder: Path, name: str, bundle: Bundle) -> None:
+def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in bundle.labels))
     # The server wants a folder for the version, and version control keeps no empty ones.
     (folder / "1" / "README").write_text("An ensemble has no files of its own.\n")
@@ -176,7 +175,7 @@ def _write_ensemble(folder: Path, name: str, bundle: Bundle) -> None:
         {
             "name": name,
             "platform": "ensemble",
-            "max_batch_size": min(_MOST_AT_ONCE, _serving(bundle).batches[-1]),
+            "max_batch_size": min(_MOST_AT_ONCE, serving.batches[-1]),
             "input": [{"name": "picture", "data_type": _Word("TYPE_STRING"), "dims": [1]}],
             "output": [_probabilities(bundle) | {"label_filename": "labels.txt"}],
             "ensemble_scheduling": {"step": steps},

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastfundus.engines import cuda_sample
-from fastfundus.engines.cuda_sample import CudaSampler
+from fastfundus.engines.cuda_sample import CudaSampler, current
 from fastfundus.errors import FastFundusError, MissingDependency
 from fastfundus.kernels import reference
 from fastfundus.kernels.ops import packed
@@ -45,7 +45,7 @@ def test_launches_what_the_reference_says(gpu: Gpu, image: Path, name: str) -> N
     jobs, mode = packed(*batch.arguments)
     room = torch.full((2 * 3 * batch.out_size**2 + 4,), np.nan)
     out = room[(-room.data_ptr() // 4) % 4 :][: 2 * 3 * batch.out_size**2]
-    with CudaSampler(image) as sampler, sampler._current():
+    with CudaSampler(image) as sampler, current(sampler._context, cuda=gpu):
         stream = gpu.Stream()
         sampler.launch(
             batch.pixels.data_ptr(), jobs.ctypes.data, 2, out.data_ptr(), batch.out_size, "f32", mode, stream
