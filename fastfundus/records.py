@@ -57,6 +57,8 @@ class Status(StrEnum):
     """Missing, empty, damaged, or no picture at all."""
     UNSUPPORTED = "unsupported"
     """A sound picture of a kind that cannot be screened: grey, CMYK, tiny, several frames."""
+    FAILED = "failed"
+    """Sound, but the engine failed on it, alone too: screen it again. Only when screening."""
 
 
 @dataclass(frozen=True, slots=True)

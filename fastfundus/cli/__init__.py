@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from fastfundus import __version__
+from fastfundus.cli.audit import audit
 from fastfundus.cli.build_engine import build_engine
 from fastfundus.cli.cache import cache
 from fastfundus.cli.convert import convert
@@ -65,6 +66,7 @@ for command in (
     evaluate,
     build_engine,
     screen,
+    audit,
     export_triton,
     doctor,
     synthesize,

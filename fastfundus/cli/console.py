@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastfundus.errors import ConfigError
 
-__all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks"]
+if TYPE_CHECKING:
+    from fastfundus.screen.pipeline import Timing
+
+__all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
+
+_LINE_S = 30.0
+"""Where stderr is no terminal, a line every so often: logs of a day stay readable."""
 
 
 def remark(text: str) -> None:
@@ -43,6 +51,28 @@ def progress_bar(*extra: str) -> Iterator[Any]:
     columns += [TextColumn("{task.fields[" + name + "]}") for name in extra]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
+
+
+@contextmanager
+def screening_progress() -> Iterator[Callable[[int, int, Timing], None]]:
+    """What `screen_to_folder` calls: a bar with rate, time left and the stage that limits, or a line now and then."""
+    latest = time.monotonic()
+    with progress_bar("rate") as progress:
+        task = progress.add_task("screening", total=None, rate="")
+
+        def show(done: int, total: int, timing: Timing) -> None:
+            nonlocal latest
+            if not progress.disable:
+                rate = f"{timing.images_per_s:.1f} photos/s, {timing.limit} limits" if timing.photos else ""
+                progress.update(task, completed=done, total=total, rate=rate)
+            elif time.monotonic() - latest > _LINE_S and timing.photos:
+                latest = time.monotonic()
+                left = timedelta(seconds=round((total - done) / timing.images_per_s))
+                remark(
+                    f"{done} of {total} photos, {timing.images_per_s:.1f} photos/s, {left} left; {timing.limit} limits"
+                )
+
+        yield show
 
 
 def quiet_decoders() -> None:

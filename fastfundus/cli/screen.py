@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from fastfundus.data.source import SourceList
+    from fastfundus.screen.run import ScreeningRun
 
 
 @click.command()
@@ -13,62 +18,109 @@ import click
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option(
+    "--resume", is_flag=True, help="Go on with a run that was stopped, with the same bytes as if it had not been."
+)
+@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+@click.option(
     "--backend",
     type=click.Choice(["openvino", "onnxruntime"]),
     help="Run the graph inside the bundle in float32, instead of the engine that was built and proven.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+@click.option(
+    "--abstain", type=float, default=0.0, metavar="WIDTH",
+    help="Call photos closer than this to a threshold uncertain, for somebody to read.",
+)  # fmt: skip
+@click.option(
+    "--least-images", type=int, default=1, show_default=True, help="Scored photos an eye needs to be negative."
+)
+@click.option(
+    "--unusable", type=click.Choice(["block", "ignore"]), default="block", show_default=True,
+    help="Whether one ungradable or unreadable photo keeps its eye from being negative.",
+)  # fmt: skip
+@click.option("--both-eyes", is_flag=True, help="A patient without photos of both eyes is never negative.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def screen(
-    bundle: Path, sources: tuple[Path, ...], output: Path, backend: str | None, overwrite: bool, as_json: bool
+    bundle: Path,
+    sources: tuple[Path, ...],
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    backend: str | None,
+    abstain: float,
+    least_images: int,
+    unusable: str,
+    both_eyes: bool,
+    as_json: bool,
 ) -> None:
     r"""Screen photos with BUNDLE: exactly one row per input, and a report.
 
     SOURCES are folders, photos, or CSV files with a column 'file'. What cannot be screened gets a row that says why.
-    Exits 0 only if every input got a row. For research use only.
+    Killed at any moment, the same command with --resume goes on. Exits 0 only if every input could be listed and no
+    photo failed in the engine. For research use only.
 
     \b
     Example:
       fastfundus screen bundle/ photos/ --output results/
+      fastfundus screen bundle/ photos/ --output results/ --resume
+      fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --least-images 2 --both-eyes
     """
-    from fastfundus.cli.console import progress_bar, quiet_decoders, remarks
+    from fastfundus.cli.console import quiet_decoders, remarks, screening_progress
     from fastfundus.data.source import list_photos
     from fastfundus.engines.bundle import Bundle
-    from fastfundus.screen.pipeline import ScreenedPhoto, Timing
+    from fastfundus.errors import ConfigError
+    from fastfundus.screen.policy import ScreenPolicy
     from fastfundus.screen.run import screen_to_folder
 
+    if resume and overwrite:
+        raise ConfigError("--resume goes on with what is there, --overwrite throws it away; give one of them")
     quiet_decoders()
+    policy = ScreenPolicy(abstain=abstain, least_images=least_images, unusable=unusable, both_eyes=both_eyes)  # type: ignore[arg-type]
     opened = Bundle.open(bundle)
     if backend:
         opened = opened.using(backend)
     # Every picture is an input here, also the masks and spare pictures of a public data set.
     listing = list_photos(sources, adapter="folder")
     remarks(listing.notes)
-    with progress_bar("rate") as progress:
-        task = progress.add_task("screening", total=len(listing.photos), rate="")
-
-        def advance(photo: ScreenedPhoto, timing: Timing) -> None:
-            progress.update(task, advance=1, rate=f"{timing.images_per_s:.1f} photos/s")
-
+    with screening_progress() as progress:
         try:
-            run = screen_to_folder(listing, opened, output, sources=sources, overwrite=overwrite, on_photo=advance)
+            run = screen_to_folder(
+                listing, opened, output, sources=sources, policy=policy, resume=resume, overwrite=overwrite,
+                on_progress=progress,
+            )  # fmt: skip
         except KeyboardInterrupt:
-            progress.stop()
             raise click.ClickException(
-                f"interrupted; rows so far are in {output / 'audit.jsonl'}; start again with --overwrite"
+                f"interrupted; what is done is in {output}: the same command with --resume goes on"
             ) from None
+    remarks(run.notes)
+    _summarise(run, listing, as_json)
+    faults = [*(["some inputs could not be listed:"] if listing.lost else []), *listing.lost]
+    failed = int((run.results["status"] == "failed").sum())
+    if failed:
+        faults.append(
+            f"{failed} photos failed in the engine and have no decision; results.csv says why: screen them again"
+        )
+    if faults:
+        raise click.ClickException("\n".join(faults))
+
+
+def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:
     statuses = dict(run.results["status"].value_counts(sort=True).iter_rows())
     decisions = {key: count for key, count in run.results["decision"].value_counts(sort=True).iter_rows() if key}
+    timing = run.timing
     if as_json:
-        summary = {"inputs": len(listing.photos), "status": statuses, "decision": decisions, "lost": listing.lost}
-        speed = {"images_per_s": run.timing.images_per_s, "cores_busy": run.timing.cores_busy}
-        click.echo(json.dumps({**summary, **speed, "report": str(run.report)}))
-    else:
-        click.echo(f"{len(run.results)} inputs: " + ", ".join(f"{count} {name}" for name, count in statuses.items()))
-        click.echo(", ".join(f"{count} {name}" for name, count in decisions.items()) or "nothing could be scored")
-        speed_line = (
-            f"{run.timing.images_per_s:.1f} photos/s, {run.timing.cores_busy:.1f} of {run.timing.workers} cores busy"
+        summary = {"inputs": len(run.results), "status": statuses, "decision": decisions, "lost": listing.lost}
+        speed = {"images_per_s": timing.images_per_s, "cores_busy": timing.cores_busy, "busy": timing.busy}
+        click.echo(
+            json.dumps({**summary, **speed, "resumed": run.resumed, "notes": run.notes, "report": str(run.report)})
         )
-        click.echo(f"{speed_line}\nreport: {run.report}")
-    if listing.lost:
-        raise click.ClickException("\n".join(["some inputs could not be listed:", *listing.lost]))
+        return
+    click.echo(f"{len(run.results)} inputs: " + ", ".join(f"{count} {name}" for name, count in statuses.items()))
+    click.echo(", ".join(f"{count} {name}" for name, count in decisions.items()) or "nothing was decided")
+    if timing.photos:
+        click.echo(
+            f"{timing.images_per_s:.1f} photos/s, {timing.cores_busy:.1f} of {timing.workers} cores busy; "
+            f"{timing.limit} limits"
+        )
+    elif run.resumed:
+        click.echo("was finished already; nothing was left to do")
+    click.echo(f"report: {run.report}")

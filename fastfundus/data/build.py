@@ -70,7 +70,7 @@ def build_cache(
     keep_memory()
     # One decoding thread a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
-    with locked(output):
+    with locked(output, output.with_name(output.name + ".lock"), "prepared"):
         build = _Build(photos, output, spec, patient_salt, prepare)
         try:
             for status in build.done():

@@ -16,20 +16,24 @@ __all__ = ["journal_rows", "locked", "mend_journal"]
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keep a second build of the same cache out.
+def locked(output: Path, path: Path, doing: str) -> Iterator[None]:
+    """Keep a second process that does the same out.
+
+    Args:
+        output: what is being written, for the message.
+        path: the lock; its folder is made if absent.
+        doing: such as "prepared".
 
     Raises:
         DataError: one is at work.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(output.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
-        raise DataError("is being prepared by another process; wait for it, or stop it", path=output) from None
+        raise DataError(f"is being {doing} by another process; wait for it, or stop it", path=output) from None
     try:
         yield
     finally:

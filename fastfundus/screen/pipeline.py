@@ -1,17 +1,19 @@
-"""Decode, crop and infer at once: decoding threads run ahead while the engine works on a batch.
+"""Read, decode, batch and infer at once: bounded, in order, exactly one result an input.
 
-The window of photos under way is bounded, so memory does not grow with the number of inputs; rows come out in the order
-of the inputs, exactly one each.
+    readers ─▶ decoders ─▶ batches ─▶ engine (a thread of its own) ─▶ rows, in the order of the inputs
+
+The window of photos under way is bounded, so memory does not grow with the number of inputs. Batches never reach
+beyond a block of inputs: a run that goes on after a kill makes the same batches, and so the same bits, as one that was
+not killed.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -19,13 +21,19 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
+from fastfundus.errors import BundleError
 from fastfundus.photo.memory import keep_memory
-from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
+from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
+from fastfundus.screen.crew import HANG_S, Crew, Slot
+from fastfundus.screen.policy import RETAKE, ScreenPolicy
 
-__all__ = ["ScreenedPhoto", "Timing", "screen_photos"]
+__all__ = ["BATCH", "BLOCK", "ScreenedPhoto", "Timing", "judged", "screen_photos"]
 
 BATCH = 16
+BLOCK = 512
+"""Inputs whose rows are kept together: what a kill can cost, and what no batch reaches beyond."""
+_MOST_FAILURES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +42,13 @@ class ScreenedPhoto:
 
     source: SourcePhoto
     prepared: PreparedPhoto
-    probabilities: tuple[float, ...] | None
-    """By label of the bundle; None unless the status is `ok`."""
-    score: float | None
-    """The largest probability of a finding."""
+    status: Status
+    """As prepared, or `failed`: the engine could not score it."""
+    reason: str
+    answer: NDArray[np.float32] | None
+    """Probabilities [L] by label of the bundle, or maps [L, S, S]; None unless the status is `ok`."""
     decision: str | None
-    """"positive" or "negative" at the bundle's thresholds for `ok`, "retake" for `ungradable`, else None."""
+    """By the policy for `ok`, "retake" for `ungradable`, else None."""
 
 
 @dataclass(slots=True)
@@ -48,14 +57,18 @@ class Timing:
 
     wall: float = 0.0
     """Of the whole run, from the first photo."""
+    read: float = 0.0
+    """Waiting for storage, summed over threads."""
     decode: float = 0.0
-    """Reading, decoding and cropping, summed over threads."""
+    """Decoding and cropping, summed over threads."""
     engine: float = 0.0
-    """Waiting for the engine."""
+    """The engine at work."""
     cpu: float = 0.0
     """Processor time of this process during the run."""
     photos: int = 0
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = 0
+    """Decoding threads."""
+    readers: int = 0
 
     @property
     def images_per_s(self) -> float:
@@ -67,85 +80,180 @@ class Timing:
         """Cores kept busy on average."""
         return self.cpu / self.wall if self.wall else 0.0
 
+    @property
+    def busy(self) -> dict[str, float]:
+        """Share of the time, 0 to 1, that each stage was at work."""
+        wall = self.wall or 1.0
+        return {
+            "reading": self.read / wall / max(self.readers, 1),
+            "decoding": self.decode / wall / max(self.workers, 1),
+            "engine": self.engine / wall,
+        }
+
+    @property
+    def limit(self) -> str:
+        """The busiest stage: a faster one would make the run faster."""
+        return max(self.busy.items(), key=lambda entry: entry[1])[0]
+
 
 def screen_photos(
-    photos: Sequence[SourcePhoto], bundle: Bundle, timing: Timing, *, batch_size: int = BATCH
+    photos: Sequence[SourcePhoto],
+    bundle: Bundle,
+    timing: Timing,
+    *,
+    policy: ScreenPolicy | None = None,
+    engine: Engine | None = None,
+    batch_size: int = BATCH,
+    hang_s: float = HANG_S,
 ) -> Iterator[ScreenedPhoto]:
     """Screen photos, in order.
 
     Args:
-        photos: the inputs.
+        photos: the inputs; batches end with every `BLOCK` of them.
         bundle: what to screen them with.
         timing: filled while the rows are taken.
+        policy: how to decide; None takes the plain one.
+        engine: the bundle's, loaded, and left open; None loads it.
         batch_size: photos an engine call.
+        hang_s: seconds after which a photo that cannot be read or decoded is given up.
 
     Raises:
-        BundleError: the engine gave an answer that is no probability.
+        BundleError: the engine cannot score anything any more.
+        FastFundusError: storage hangs.
     """
-    engine = bundle.load()
+    policy = policy or ScreenPolicy()
     keep_memory()
     cv2.setNumThreads(1)  # one decoding thread a core already
+    loaded = engine or bundle.load()
+    crew = Crew(bundle.spec, hang_s=hang_s)
+    timing.workers, timing.readers = crew.decoders, crew.readers
     began, began_cpu = time.perf_counter(), time.process_time()
-    window = 3 * batch_size + 2 * timing.workers
-    pool = ThreadPoolExecutor(timing.workers, "decode")
+    scorer = _Scorer(loaded)
     try:
-        pending: deque[tuple[SourcePhoto, Future[tuple[PreparedPhoto, float]]]] = deque()
+        waiting: deque[Slot] = deque()
+        under_way: deque[_Group] = deque()
         inputs = iter(photos)
+        window = 3 * batch_size + 2 * crew.decoders
 
-        def refill() -> None:
-            while len(pending) < window and (source := next(inputs, None)) is not None:
-                pending.append((source, pool.submit(_prepare, source, bundle)))
-
-        refill()
-        while pending:
-            group: list[tuple[SourcePhoto, PreparedPhoto]] = []
-            ready = 0
-            while pending and ready < batch_size:
-                source, future = pending.popleft()
-                prepared, seconds = future.result()
-                timing.decode += seconds
-                ready += prepared.status is Status.OK
-                group.append((source, prepared))
-            # Decoding goes on while the engine works: refill the window first.
-            refill()
-            waited = time.perf_counter()
-            scores = _score(engine, group)
-            timing.engine += time.perf_counter() - waited
-            timing.photos += len(group)
+        def give() -> Iterator[ScreenedPhoto]:
+            group = under_way.popleft()
+            answers = group.answers.result() if group.answers else iter(())
+            timing.photos += len(group.photos)
+            timing.read, timing.decode, timing.engine = crew.read_s, crew.decode_s, scorer.seconds
             timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu
-            yield from _rows(group, scores, bundle)
+            yield from _rows(group, iter(answers), bundle, policy)
+
+        taken = 0
+        while True:
+            while len(waiting) < window and (source := next(inputs, None)) is not None:
+                waiting.append(crew.begin(source))
+            if not waiting:
+                break
+            group, ready = [], 0
+            while waiting and ready < batch_size:
+                slot = waiting.popleft()
+                prepared = crew.take(slot)
+                ready += prepared.status is Status.OK
+                group.append((slot.source, prepared))
+                taken += 1
+                # Nothing but faulty files must not grow without bound either: a block ends every group.
+                if taken % BLOCK == 0:
+                    break
+                if (source := next(inputs, None)) is not None:
+                    waiting.append(crew.begin(source))
+            under_way.append(_Group(group, scorer.submit(group)))
+            # One batch is at work while the next is gathered.
+            if len(under_way) > 1:
+                yield from give()
+        while under_way:
+            yield from give()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        engine.close()
+        crew.close()
+        scorer.close()
+        if engine is None:
+            loaded.close()
 
 
-def _prepare(source: SourcePhoto, bundle: Bundle) -> tuple[PreparedPhoto, float]:
-    began = time.perf_counter()
-    if source.issue is not None:
-        prepared = PreparedPhoto(Status.UNREADABLE, source.issue)
-    else:
-        prepared = prepare_photo(source.path, bundle.spec)
-    return prepared, time.perf_counter() - began
+@dataclass(frozen=True, slots=True)
+class _Group:
+    photos: list[tuple[SourcePhoto, PreparedPhoto]]
+    answers: Future[list[NDArray[np.float32] | str]] | None
 
 
-def _score(engine: Engine, group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Iterator[NDArray[np.float32]]:
-    """Probabilities of the `ok` photos of a group, in order."""
-    images = [prepared.image for _, prepared in group if prepared.status is Status.OK and prepared.image is not None]
-    if not images:
-        return iter(())
-    return iter(engine.infer(np.stack(images)))
+class _Scorer:
+    """The engine in a thread of its own, so that its caller gathers the next batch meanwhile."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.seconds, self._failures = engine, 0.0, 0
+        self._thread = ThreadPoolExecutor(1, "engine")
+
+    def submit(self, group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[NDArray[np.float32] | str]] | None:
+        images = [photo.image for _, photo in group if photo.status is Status.OK and photo.image is not None]
+        return self._thread.submit(self._score, images) if images else None
+
+    def _score(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32] | str]:
+        """The answer to each photo, or why there is none."""
+        began = time.perf_counter()
+        try:
+            answers: list[NDArray[np.float32] | str] = list(self._engine.infer(np.stack(images)))
+            self._failures = 0
+            return answers
+        except Exception as error:
+            # Whatever the maker's library raises. One photo may be at fault, or the moment: each gets its own call.
+            return [self._again(image, error) for image in images]
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def _again(self, image: NDArray[np.uint8], first: Exception) -> NDArray[np.float32] | str:
+        try:
+            answer: NDArray[np.float32] = self._engine.infer(image[None])[0]
+        except Exception as error:
+            self._failures += 1
+            if self._failures >= _MOST_FAILURES:
+                raise BundleError(
+                    f"{self._engine.name}: the engine failed on {self._failures} photos in a row ({first}); what is "
+                    "done is kept: see to the engine, then go on"
+                ) from error
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        self._failures = 0
+        return answer
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 def _rows(
-    group: list[tuple[SourcePhoto, PreparedPhoto]], scores: Iterator[NDArray[np.float32]], bundle: Bundle
+    group: _Group, answers: Iterator[NDArray[np.float32] | str], bundle: Bundle, policy: ScreenPolicy
 ) -> Iterator[ScreenedPhoto]:
-    for source, prepared in group:
-        if prepared.status is Status.OK:
-            values = tuple(float(value) for value in next(scores))
-            found = {name: value for name, value in zip(bundle.labels, values, strict=True) if name in bundle.findings}
-            positive = any(value >= bundle.threshold_of(name) for name, value in found.items())
-            yield ScreenedPhoto(source, prepared, values, max(found.values()), "positive" if positive else "negative")
-        else:
-            yield ScreenedPhoto(
-                source, prepared, None, None, "retake" if prepared.status is Status.UNGRADABLE else None
-            )
+    for source, prepared in group.photos:
+        answer = next(answers) if prepared.status is Status.OK else None
+        yield judged(source, prepared, answer, bundle, policy)
+
+
+def judged(
+    source: SourcePhoto,
+    prepared: PreparedPhoto,
+    answer: NDArray[np.float32] | str | None,
+    bundle: Bundle,
+    policy: ScreenPolicy,
+) -> ScreenedPhoto:
+    """Make a result of what became of a photo and what the engine said of it.
+
+    Args:
+        source: the input.
+        prepared: the photo.
+        answer: the engine's, or why there is none; None where it was not asked.
+        bundle: gives labels and thresholds.
+        policy: decides.
+    """
+    if isinstance(answer, str):
+        reason = f"the engine failed on it ({answer}); screen it again"
+        return ScreenedPhoto(source, prepared, Status.FAILED, reason, None, None)
+    decision = RETAKE if prepared.status is Status.UNGRADABLE else None
+    if answer is not None and answer.ndim == 1:
+        thresholds = {name: bundle.threshold_of(name) for name in bundle.findings}
+        found = {
+            name: float(value) for name, value in zip(bundle.labels, answer, strict=True) if name in bundle.findings
+        }
+        decision = policy.decide(found, thresholds)
+    return ScreenedPhoto(source, prepared, prepared.status, prepared.reason, answer, decision)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -17,47 +15,20 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
-from fastfundus.pictures import as_svg, thumbnail
+from fastfundus.pictures import as_svg
 from fastfundus.records import Status, interval_text
-from fastfundus.screen.pipeline import ScreenedPhoto, Timing
+from fastfundus.screen.gallery import others, worst
+from fastfundus.screen.pipeline import Timing
+from fastfundus.screen.policy import DECISIONS, ScreenPolicy
+from fastfundus.screen.results import eye_table, makes_maps, patient_table
 
-__all__ = ["MOST_SHOWN", "Gallery", "write_report"]
+__all__ = ["write_report"]
 
-MOST_SHOWN = 60
-"""Photos shown in each of the report's two tables; `results.csv` has all."""
-_THUMB_PX = 112
-
-
-class Gallery:
-    """Keeps thumbnails of the photos the report will show, and of no others: memory stays bounded."""
-
-    def __init__(self) -> None:
-        self._worst: list[tuple[float, int, str, str]] = []
-        self._count = itertools.count()
-        self.others: list[tuple[str, str]] = []
-        """(path, thumbnail) of the first photos that were not scored."""
-
-    def add(self, photo: ScreenedPhoto) -> None:
-        """Look at one result."""
-        image = photo.prepared.image
-        if photo.score is None:
-            if len(self.others) < MOST_SHOWN:
-                self.others.append((photo.source.name, "" if image is None else thumbnail(image, _THUMB_PX)))
-            return
-        score = photo.score
-        if image is not None and (len(self._worst) < MOST_SHOWN or score > self._worst[0][0]):
-            # Among equals the earlier photo stays: the count falls.
-            entry = (score, -next(self._count), photo.source.name, thumbnail(image, _THUMB_PX))
-            push = heapq.heappush if len(self._worst) < MOST_SHOWN else heapq.heappushpop
-            push(self._worst, entry)
-
-    @property
-    def worst(self) -> list[tuple[str, str]]:
-        """(path, thumbnail) of the highest scores, worst first."""
-        return [(name, thumb) for _, _, name, thumb in sorted(self._worst, reverse=True)]
+_MOST_HISTOGRAMS = 6
+_MOST_ROWS = 20
 
 
-def _histogram(scores: NDArray[np.float64], threshold: float, label: str) -> str:
+def _histogram(scores: NDArray[np.float64], threshold: float, label: str, abstain: float) -> str:
     """Scores as an SVG picture, counts on a square-root axis so that few positives stay visible."""
 
     def draw(plots: Sequence[Any]) -> None:
@@ -69,6 +40,8 @@ def _histogram(scores: NDArray[np.float64], threshold: float, label: str) -> str
         axes.bar(
             edges[:-1], counts, width=np.diff(edges), align="edge", color=colours, edgecolor="white", linewidth=0.5
         )
+        if abstain:
+            axes.axvspan(threshold - abstain, threshold + abstain, color="#6d28d9", alpha=0.15, linewidth=0)
         axes.axvline(threshold, color="#111827", linewidth=1.2, linestyle="--")
         axes.annotate(
             f"threshold {threshold:.3f}",
@@ -90,50 +63,60 @@ def write_report(
     path: Path,
     results: pl.DataFrame,
     bundle: Bundle,
-    gallery: Gallery,
+    policy: ScreenPolicy,
     timing: Timing,
     *,
+    paths: Mapping[str, Path],
+    notes: Sequence[str],
     source: str,
     finished: datetime,
 ) -> None:
     """Write the report.
 
     Args:
-        path: the HTML file.
+        path: the HTML file, in the folder of the results.
         results: one row per input.
         bundle: what they were screened with.
-        gallery: thumbnails.
-        timing: of the run.
+        policy: how it was decided.
+        timing: of the sitting that finished the run.
+        paths: by name of each input, its file: some are shown.
+        notes: what was noticed about the inputs.
         source: what was screened, in words.
         finished: when.
     """
-    # Of several findings the first is shown; results.csv has them all.
-    label = bundle.findings[0] if bundle.findings else bundle.labels[0]
-    about = bundle.about["labels"][label]
-    decisions = Counter(results["decision"].to_list())
+    decided = [] if makes_maps(bundle) else list(bundle.findings or bundle.labels)
+    scored = results.filter(pl.col("status") == Status.OK.value)
     statuses = Counter(results["status"].to_list())
-    rows = {row["path"]: row for row in results.iter_rows(named=True)}
-    scores = results[f"p_{label}"].drop_nulls().to_numpy()
-    reasons = Counter((row["status"], row["reason"] or "") for row in rows.values() if row["status"] != Status.OK.value)
+    unscored = results.filter(pl.col("status") != Status.OK.value)
+    histograms = [
+        _histogram(scored[f"p_{name}"].to_numpy(), bundle.threshold_of(name), name, policy.abstain)
+        for name in decided[:_MOST_HISTOGRAMS]
+        if len(scored)
+    ]
     # Autoescape: file names and reasons come from outside.
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         resources.files("fastfundus.screen").joinpath("report.html").read_text(encoding="utf-8")
     )
     html = template.render(
-        label=label,
-        about=about,
         bundle=bundle,
+        maps=makes_maps(bundle),
+        decided=decided,
+        policy=policy,
         total=len(results),
-        decisions=decisions,
+        scored=len(scored),
+        decisions=Counter(results["decision"].to_list()),
         statuses=[(status.value, statuses.get(status.value, 0)) for status in Status],
         not_screened=len(results) - statuses.get("ok", 0) - statuses.get("ungradable", 0),
-        reasons=reasons.most_common(20),
-        histogram=_histogram(scores, float(about["threshold"]), label) if len(scores) else "",
-        worst=[(rows[name], thumb) for name, thumb in gallery.worst],
-        others=[(rows[name], thumb) for name, thumb in gallery.others],
-        others_total=len(results) - statuses.get("ok", 0),
-        scored=len(scores),
+        rolled=_rolled(results, policy) if bundle.findings else [],
+        histograms=histograms,
+        more_findings=len(decided) - len(histograms) if len(scored) else 0,
+        cameras=_cameras(results),
+        reasons=_counted(unscored, "status", "reason"),
+        worst=worst(results, bundle, paths, path.parent),
+        others=others(results, bundle, paths),
+        others_total=len(unscored),
         timing=timing,
+        notes=notes,
         source=source,
         finished=finished.strftime("%Y-%m-%d %H:%M %Z").strip(),
         interval=interval_text,
@@ -141,3 +124,44 @@ def write_report(
     partial = path.with_name(path.name + ".partial")
     partial.write_text(html, encoding="utf-8")
     partial.replace(path)
+
+
+def _rolled(results: pl.DataFrame, policy: ScreenPolicy) -> list[tuple[str, int, dict[str, int]]]:
+    """Of photos, eyes and patients: how many, and how many of each decision."""
+    eyes = eye_table(results, policy)
+    tables = [
+        ("photos", results.with_columns(pl.col("decision").fill_null("not screened"))),
+        ("eyes", eyes),
+        ("patients", patient_table(eyes, policy)),
+    ]
+    rolled = []
+    for name, table in tables:
+        counts = Counter(table["decision"].to_list())
+        rolled.append((name, len(table), {decision: counts[decision] for decision in reversed(DECISIONS)}))
+    return rolled
+
+
+def _cameras(results: pl.DataFrame) -> list[dict[str, Any]]:
+    """What became of the photos of each camera; nothing where no camera is known."""
+    if results["camera"].null_count() == len(results):
+        return []
+    status = pl.col("status")
+    return (
+        results.group_by("camera", maintain_order=True)
+        .agg(
+            photos=pl.len(),
+            scored=(status == Status.OK.value).sum(),
+            ungradable=(status == Status.UNGRADABLE.value).sum(),
+            positive=(pl.col("decision") == "positive").sum(),
+            quality=pl.col("quality").median(),
+        )
+        .sort("photos", descending=True, maintain_order=True)
+        .head(_MOST_ROWS)
+        .to_dicts()
+    )
+
+
+def _counted(table: pl.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
+    """How often each combination occurs, the most frequent first."""
+    counted = table.group_by(*columns, maintain_order=True).agg(pl.len().alias("_count"))
+    return counted.sort("_count", descending=True, maintain_order=True).head(_MOST_ROWS).rows()

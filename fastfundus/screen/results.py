@@ -1,10 +1,8 @@
-"""Results on disk: `results.csv` and `results.parquet` with one row per input, `patients.csv`, `audit.jsonl`."""
+"""One row an input: its columns, and the tables of eyes and patients made from them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import polars as pl
@@ -12,13 +10,26 @@ import polars as pl
 from fastfundus.engines.bundle import Bundle
 from fastfundus.records import Status, identity
 from fastfundus.screen.pipeline import ScreenedPhoto
+from fastfundus.screen.policy import DECISIONS, NEGATIVE, NOT_SCREENED, POSITIVE, RETAKE, UNCERTAIN, ScreenPolicy
 
-__all__ = ["AuditLog", "patient_table", "result_row", "results_table", "write_tables"]
+__all__ = ["eye_table", "makes_maps", "patient_table", "result_row", "results_schema", "results_table"]
 
-_SEVERITY = {"positive": 3, "retake": 2, None: 1, "negative": 0}
+_RANK = {decision: rank for rank, decision in enumerate(DECISIONS)}
+_NAMES = dict(enumerate(DECISIONS))
 
 
-def _schema(bundle: Bundle) -> dict[str, Any]:
+def makes_maps(bundle: Bundle) -> bool:
+    """Whether a bundle gives maps, such as of vessels, and no decision."""
+    return bool(bundle.about["output"] == "maps")
+
+
+def results_schema(bundle: Bundle) -> dict[str, Any]:
+    """Columns of the results, and their types."""
+    if makes_maps(bundle):
+        scores: dict[str, Any] = {f"mask_{label}": pl.String for label in bundle.labels}
+        scores |= {f"share_{label}": pl.Float64 for label in bundle.labels}
+    else:
+        scores = {f"p_{label}": pl.Float64 for label in bundle.labels}
     return {
         "path": pl.String,
         "sha256": pl.String,
@@ -26,85 +37,114 @@ def _schema(bundle: Bundle) -> dict[str, Any]:
         "reason": pl.String,
         "patient": pl.String,
         "eye": pl.String,
+        "camera": pl.String,
         "quality": pl.Float64,
-        **{f"p_{label}": pl.Float64 for label in bundle.labels},
+        **scores,
         "decision": pl.String,
         "bundle": pl.String,
     }
 
 
-def result_row(photo: ScreenedPhoto, bundle: Bundle) -> dict[str, Any]:
-    """One row of the results."""
-    scores = photo.probabilities or (None,) * len(bundle.labels)
+def result_row(photo: ScreenedPhoto, bundle: Bundle, masks: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One row of the results.
+
+    Args:
+        photo: the result.
+        bundle: what it was screened with.
+        masks: columns of a bundle that maps, from `masks.write_masks`.
+    """
     patient, _, eye = identity(photo.source, photo.prepared.facts)
-    return {
+    row: dict[str, Any] = dict.fromkeys(results_schema(bundle))
+    row |= {
         "path": photo.source.name,
         "sha256": photo.prepared.sha256 or None,
-        "status": photo.prepared.status.value,
-        "reason": photo.prepared.reason or None,
+        "status": photo.status.value,
+        "reason": photo.reason or None,
         "patient": patient,
         "eye": eye,
+        "camera": photo.source.camera or photo.prepared.facts.camera,
         "quality": photo.prepared.quality,
-        **{f"p_{label}": score for label, score in zip(bundle.labels, scores, strict=True)},
         "decision": photo.decision,
         "bundle": bundle.fingerprint,
     }
+    if photo.answer is not None and not makes_maps(bundle):
+        row |= {f"p_{label}": float(value) for label, value in zip(bundle.labels, photo.answer, strict=True)}
+    return row | (masks or {})
 
 
 def results_table(rows: Iterable[dict[str, Any]], bundle: Bundle) -> pl.DataFrame:
     """Rows as a table with fixed column types."""
-    return pl.DataFrame(list(rows), schema=_schema(bundle), orient="row")
+    return pl.DataFrame(list(rows), schema=results_schema(bundle), orient="row")
 
 
-def patient_table(results: pl.DataFrame, bundle: Bundle) -> pl.DataFrame:
-    """Roll photos up to patients: the worst decision counts, and every patient has a row.
+def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
+    """Roll photos up to eyes, in the order of their first photo; photos of an unknown eye are an eye of their own.
 
-    The order from worst: positive, retake (a photo was ungradable), not screened, negative.
+    Columns: patient, eye, photos, scored, quality (of the best photo), the highest of each probability, decision, why.
     """
-    first = f"p_{bundle.labels[0]}"
-    severity = pl.col("decision").replace_strict(
-        {key: value for key, value in _SEVERITY.items() if key is not None}, default=1, return_dtype=pl.Int8
+    chances = [name for name in results.columns if name.startswith("p_")]
+
+    def count(decision: str) -> pl.Expr:
+        return (pl.col("decision") == decision).sum()
+
+    eyes = results.group_by("patient", "eye", maintain_order=True).agg(
+        photos=pl.len(),
+        scored=(pl.col("status") == Status.OK.value).sum(),
+        retake=count(RETAKE),
+        positive=count(POSITIVE),
+        uncertain=count(UNCERTAIN),
+        quality=pl.col("quality").max(),
+        **{f"highest_{name}": pl.col(name).max() for name in chances},
     )
-    names = {value: key or "not screened" for key, value in _SEVERITY.items()}
-    return (
-        results.with_columns(severity=severity)
+    scored, photos, retake = pl.col("scored"), pl.col("photos"), pl.col("retake")
+    enough = scored >= policy.least_images
+    lacking = pl.format("{} of the {} photos that are needed", scored, pl.lit(policy.least_images))
+    blocks = policy.unusable == "block"
+    rules = [
+        (pl.col("positive") > 0, POSITIVE, None),
+        (pl.col("uncertain") > 0, UNCERTAIN, pl.lit("a probability is close to its threshold")),
+        (pl.lit(blocks) & (retake > 0), RETAKE, pl.format("{} ungradable", retake)),
+        (pl.lit(blocks) & (scored < photos), NOT_SCREENED, pl.format("{} could not be screened", photos - scored)),
+        (enough, NEGATIVE, None),
+        (scored + retake > 0, RETAKE, lacking),
+        (pl.lit(True), NOT_SCREENED, pl.lit("no photo could be screened")),
+    ]
+    decision, why = pl.lit(None, pl.String), pl.lit(None, pl.String)
+    for condition, name, reason in reversed(rules):
+        decision = pl.when(condition).then(pl.lit(name)).otherwise(decision)
+        why = pl.when(condition).then(pl.lit(None, pl.String) if reason is None else reason).otherwise(why)
+    return eyes.with_columns(decision=decision, why=why).drop("positive", "uncertain", "retake")
+
+
+def patient_table(eyes: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
+    """Roll eyes up to patients: the worst eye counts, and every patient has a row.
+
+    Columns: patient, photos, scored, eyes, the highest of each probability, decision, why.
+    """
+    highest = [name for name in eyes.columns if name.startswith("highest_")]
+    rank = pl.col("decision").replace_strict(_RANK, return_dtype=pl.Int8)
+    patients = (
+        eyes.with_columns(rank=rank)
         .group_by("patient", maintain_order=True)
         .agg(
-            photos=pl.len(),
-            screened=(pl.col("status") == Status.OK.value).sum(),
+            photos=pl.col("photos").sum(),
+            scored=pl.col("scored").sum(),
             eyes=pl.col("eye").drop_nulls().unique().sort().str.join("+"),
-            highest=pl.col(first).max(),
-            severity=pl.col("severity").max(),
+            **{name: pl.col(name).max() for name in highest},
+            why=pl.col("why").get(pl.col("rank").arg_max()),
+            decision=pl.col("rank").max().replace_strict(_NAMES, return_dtype=pl.String),
         )
-        .with_columns(decision=pl.col("severity").replace_strict(names, return_dtype=pl.String))
-        .drop("severity")
-        .rename({"highest": f"highest_{first}"})
     )
-
-
-def write_tables(folder: Path, results: pl.DataFrame, bundle: Bundle) -> None:
-    """Write both result tables and the patients, each complete or not at all."""
-    writers: dict[str, Callable[[Path], object]] = {
-        "results.parquet": results.write_parquet,
-        "results.csv": results.write_csv,
-        "patients.csv": patient_table(results, bundle).write_csv,
-    }
-    for name, write in writers.items():
-        partial = folder / f"{name}.partial"
-        write(partial)
-        partial.replace(folder / name)
-
-
-class AuditLog:
-    """Appends what happened, a JSON object a line, so that a run can be recounted later."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1, encoding="utf-8")
-
-    def write(self, event: str, **facts: Any) -> None:
-        """Append one event."""
-        self._file.write(json.dumps({"event": event, **facts}, ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    if policy.both_eyes:
+        # Photos of an unknown eye may be of either: they do not tell that both were seen.
+        missing = (
+            pl.when(pl.col("eyes") == "L").then(pl.lit("no photo of the right eye"))
+            .when(pl.col("eyes") == "R").then(pl.lit("no photo of the left eye"))
+            .when(pl.col("eyes") == "").then(pl.lit("of no photo is it known which eye it shows"))
+        )  # fmt: skip
+        torn = (pl.col("decision") == NEGATIVE) & missing.is_not_null()
+        patients = patients.with_columns(
+            decision=pl.when(torn).then(pl.lit(RETAKE)).otherwise(pl.col("decision")),
+            why=pl.when(torn).then(missing).otherwise(pl.col("why")),
+        )
+    return patients.select("patient", "photos", "scored", "eyes", *highest, "decision", "why")

@@ -1,26 +1,36 @@
-"""One screening run: sources and a bundle in, a folder of results out."""
+"""One screening run: sources and a bundle in, a folder of results out; killed anywhere, it goes on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from fastfundus.data.source import SourceList
+from fastfundus import __version__
+from fastfundus.data.journal import locked
+from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
-from fastfundus.errors import ConfigError
-from fastfundus.screen.pipeline import ScreenedPhoto, Timing, screen_photos
-from fastfundus.screen.report import Gallery, write_report
-from fastfundus.screen.results import AuditLog, result_row, results_table, write_tables
+from fastfundus.errors import ConfigError, DataError, FastFundusError
+from fastfundus.screen.audit import AuditLog
+from fastfundus.screen.masks import write_masks
+from fastfundus.screen.pipeline import BLOCK, Timing, screen_photos
+from fastfundus.screen.policy import ScreenPolicy
+from fastfundus.screen.report import write_report
+from fastfundus.screen.results import makes_maps, result_row
+from fastfundus.screen.store import Store, stamp
 
-__all__ = ["ScreeningRun", "screen_to_folder"]
+__all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "screen_to_folder"]
 
-_FILES = ("results.csv", "results.parquet", "patients.csv", "report.html", "audit.jsonl")
+Progress = Callable[[int, int, Timing], None]
+"""Called with how many rows are done, those of an earlier sitting included, how many there will be, and the timing."""
+BlockMaker = Callable[[Store, Sequence[int], Timing, Callable[[int], None]], Iterator[tuple[int, list[dict[str, Any]]]]]
+"""Makes the rows of the blocks it is given the numbers of, in any order, filling the timing; it says how many rows more
+are done as it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,12 @@ class ScreeningRun:
     results: pl.DataFrame
     """One row per input."""
     timing: Timing
+    """Of this sitting."""
     report: Path
+    resumed: int = 0
+    """Rows of an earlier sitting."""
+    notes: list[str] = field(default_factory=list)
+    """What became of the inputs meanwhile: appeared, vanished, changed."""
 
 
 def screen_to_folder(
@@ -39,64 +54,152 @@ def screen_to_folder(
     output: Path,
     *,
     sources: Sequence[Path],
+    policy: ScreenPolicy | None = None,
+    resume: bool = False,
     overwrite: bool = False,
-    on_photo: Callable[[ScreenedPhoto, Timing], None] = lambda photo, timing: None,
+    make_blocks: BlockMaker | None = None,
+    on_progress: Progress = lambda done, total, timing: None,
 ) -> ScreeningRun:
     """Screen every photo of a listing and write results, report and audit log.
 
     Args:
-        listing: the inputs.
-        bundle: what to screen them with.
+        listing: the inputs; a run that is resumed keeps those that it began with.
+        bundle: what to screen them with; one that maps writes masks.
         output: a folder; made if absent.
-        sources: what the user named, for the report.
+        sources: what the user named.
+        policy: how to decide; None takes the plain one.
+        resume: go on with a run of the same sources, bundle and policy; begin if there is none.
         overwrite: replace the results of an earlier run in `output`.
-        on_photo: called with every row.
+        make_blocks: screens; None does it here.
+        on_progress: see `Progress`.
 
     Raises:
-        ConfigError: `output` holds results already, or the bundle makes maps.
+        ConfigError: `output` holds other results, or a run with other settings, or masks would land among the photos.
+        DataError: `output` cannot be written to, or another process is at work on it.
+        BundleError: the engine fails on everything.
     """
-    if bundle.about["output"] != "probabilities":
+    policy = policy or ScreenPolicy()
+    if makes_maps(bundle) and any(output.resolve().is_relative_to(source.resolve()) for source in sources):
         raise ConfigError(
-            f"{bundle.path}: makes maps, and screening needs a probability a photo; give it a bundle of another task"
+            f"{output}: lies in the folder of the photos, and its masks would become photos; choose another"
         )
-    kept = [name for name in _FILES if (output / name).exists()]
-    if kept and not overwrite:
-        raise ConfigError(f"{output}: holds {kept[0]} already; add --overwrite, or choose another --output")
-    for name in kept:
-        (output / name).unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    audit = AuditLog(output / "audit.jsonl")
+    began = False
     try:
-        audit.write(
-            "start",
-            time=_now(),
-            fastfundus=metadata.version("fastfundus"),
-            bundle=bundle.fingerprint,
-            backend=bundle.backend,
-            precision=bundle.precision,
-            spec=bundle.spec.fingerprint,
-            thresholds=dict(zip(bundle.labels, bundle.thresholds, strict=True)),
-            sources=[str(source) for source in sources],
-            inputs=len(listing.photos),
-        )
-        timing, gallery, rows = Timing(), Gallery(), []
-        for photo in screen_photos(listing.photos, bundle, timing):
-            row = result_row(photo, bundle)
-            audit.write("photo", **{key: value for key, value in row.items() if key != "bundle"})
-            gallery.add(photo)
-            rows.append(row)
-            on_photo(photo, timing)
-        results = results_table(rows, bundle)
-        assert len(results) == len(listing.photos)
-        write_tables(output, results, bundle)
-        named = ", ".join(str(source) for source in sources[:3]) + (" ..." if len(sources) > 3 else "")
-        finished = datetime.fromtimestamp(time.time()).astimezone()
-        write_report(output / "report.html", results, bundle, gallery, timing, source=named, finished=finished)
-        audit.write("end", time=_now(), rows=len(results), seconds=round(timing.wall, 3))
+        with locked(output, output / ".lock", "screened into"):
+            store = Store(
+                output, listing, sources=sources, bundle=bundle, policy=policy, version=__version__,
+                resume=resume, overwrite=overwrite,
+            )  # fmt: skip
+            if store.finished:
+                results = store.results()
+                return ScreeningRun(results, Timing(), output / "report.html", resumed=len(results))
+            began = True
+            return _run(store, listing, sources, make_blocks or local_blocks, on_progress)
+    except OSError as error:
+        # Photos that cannot be read have rows; what is left is the output.
+        step = "what is done is kept: see to it, then go on with --resume" if began else "choose another --output"
+        raise DataError(f"cannot be written to ({error.strerror or error}); {step}", path=output) from error
+
+
+def local_blocks(
+    store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Screen blocks on this machine; see `BlockMaker`."""
+    bundle, rows, blocks = store.bundle, [], iter(missing)
+    number = next(blocks)
+    photos = [photo for block in missing for photo in store.inputs_of(block)]
+    for photo in screen_photos(photos, bundle, timing, policy=store.policy):
+        masks = write_masks(photo, bundle, store.output) if makes_maps(bundle) else None
+        rows.append(result_row(photo, bundle, masks))
+        on_rows(1)
+        if len(rows) == len(store.inputs_of(number)):
+            yield number, rows
+            rows, number = [], next(blocks, -1)
+
+
+def _run(
+    store: Store, listing: SourceList, sources: Sequence[Path], make_blocks: BlockMaker, on_progress: Progress
+) -> ScreeningRun:
+    timing, total = Timing(), len(store.photos)
+    missing = [block for block in range(store.blocks) if not store.has(block)]
+    resumed = done = total - sum(len(store.inputs_of(block)) for block in missing)
+    audit = AuditLog(store.output / "audit.jsonl")
+
+    def on_rows(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total, timing)
+
+    try:
+        if audit.empty:
+            audit.write("start", **_about(store, listing))
+        else:
+            audit.write("resume", done=resumed)
+        _catch_up(audit, store)
+        if missing:
+            for block, rows in make_blocks(store, missing, timing, on_rows):
+                store.add(block, rows)
+                _catch_up(audit, store)
+        left = [block for block in range(store.blocks) if not store.has(block)]
+        if left:
+            raise FastFundusError(f"{store.output}: {len(left)} blocks have no rows; go on with --resume")
+        results = store.merge()
+        assert len(results) == total
+        notes = _changes(store, sources)
+        write_report(
+            store.output / "report.html", results, store.bundle, store.policy, timing,
+            paths={photo.name: photo.path for photo in store.photos}, notes=[*listing.notes, *listing.lost, *notes],
+            source=", ".join(str(source) for source in sources[:3]) + (" ..." if len(sources) > 3 else ""),
+            finished=datetime.fromtimestamp(time.time()).astimezone(),
+        )  # fmt: skip
+        audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes)
+        audit.flush()
+        store.finish()
     finally:
         audit.close()
-    return ScreeningRun(results, timing, output / "report.html")
+    return ScreeningRun(results, timing, store.output / "report.html", resumed, notes)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _about(store: Store, listing: SourceList) -> dict[str, Any]:
+    """What the log must hold for anyone to decide again."""
+    bundle = store.bundle
+    return {
+        **store.identity,
+        "thresholds": dict(zip(bundle.labels, bundle.thresholds, strict=True)),
+        "findings": list(bundle.findings),
+        "root": str(listing.root),
+        "inputs": len(store.photos),
+    }
+
+
+def _catch_up(audit: AuditLog, store: Store) -> None:
+    """Log the rows that are safe, in the order of the inputs; what a kill kept from the log follows when it goes on."""
+    while (block := audit.rows // BLOCK) < store.blocks and store.has(block) and audit.rows < len(store.photos):
+        for row in store.rows_of(block)[audit.rows - block * BLOCK :]:
+            audit.write("photo", **{name: value for name, value in row.items() if name != "bundle"})
+    audit.flush()
+
+
+def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
+    """What became of the inputs since the run began, in words."""
+    vanished: list[str] = []
+    changed: list[str] = []
+    for photo, before in zip(store.photos, store.stamps, strict=True):
+        now = stamp(photo.path)
+        if now != before:
+            (vanished if now[0] < 0 else changed).append(photo.name)
+    known = {photo.path for photo in store.photos}
+    try:
+        appeared = [photo.name for photo in list_photos(sources, adapter="folder").photos if photo.path not in known]
+    except FastFundusError:
+        appeared = []  # the sources themselves are gone: their photos are among those that vanished
+    kinds = [
+        (vanished, "vanished during the run: what was not read before has a row that says so"),
+        (changed, "changed during the run: the hash in a row is that of what was screened"),
+        (appeared, "appeared during the run and were not screened: screen them into another folder"),
+    ]
+    return [
+        f"{len(names)} input{'s' if names[1:] else ''} {words} ({', '.join(names[:3])}{' ...' if names[3:] else ''})"
+        for names, words in kinds
+        if names
+    ]

@@ -15,7 +15,7 @@ import pytest
 from fastfundus.data import list_photos
 from fastfundus.errors import ConfigError
 from fastfundus.photo import prepare_photo
-from fastfundus.screen import report as report_module
+from fastfundus.screen import gallery
 from fastfundus.screen.pipeline import Timing, screen_photos
 from fastfundus.screen.run import ScreeningRun, screen_to_folder
 from tests.conftest import Trained
@@ -59,14 +59,17 @@ def test_files_agree_with_each_other(trained: Trained, broken_photos: Path, tmp_
     np.testing.assert_allclose(csv["p_abnormal"].drop_nulls(), parquet["p_abnormal"].drop_nulls(), rtol=1e-12)
     events = [json.loads(line) for line in (tmp_path / "out" / "audit.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["start", *["photo"] * 10, "end"]
+    assert events[0]["thresholds"] == {"abnormal": trained.bundle.thresholds[0]}
     assert events[0]["bundle"] == trained.bundle.fingerprint
     assert [event["path"] for event in events[1:-1]] == parquet["path"].to_list()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.csv",
         "results.parquet",
+        "eyes.csv",
         "patients.csv",
         "report.html",
         "audit.jsonl",
+        "run.json",
     }
 
 
@@ -79,7 +82,7 @@ def test_rows_equal_one_photo_at_a_time_and_keep_the_order(trained: Trained, pho
         prepared = prepare_photo(row.source.path, trained.bundle.spec)
         assert prepared.image is not None
         alone = engine.infer(prepared.image[None])[0, 0]
-        assert row.probabilities == (pytest.approx(float(alone), abs=1e-6),)
+        assert row.answer == pytest.approx(float(alone), abs=1e-6)
         assert row.decision == ("positive" if alone >= trained.bundle.thresholds[0] else "negative")
     engine.close()
 
@@ -94,7 +97,7 @@ def test_patients_get_their_worst_decision(trained: Trained, photo_folder: Path,
     patients = {row["patient"]: row for row in pl.read_csv(tmp_path / "out" / "patients.csv").iter_rows(named=True)}
     assert len(patients) == 24
     assert patients["p00001"]["decision"] == "not screened"
-    assert patients["p00001"]["screened"] == 0
+    assert patients["p00001"]["scored"] == 0
     other_eye = run.results.filter(pl.col("path") == "p00000_right.jpg")["decision"].item()
     assert patients["p00000"]["decision"] == ("positive" if other_eye == "positive" else "not screened")
     for name, row in list(patients.items())[2:]:
@@ -146,7 +149,7 @@ def test_the_report_stands_alone_and_escapes_names(trained: Trained, broken_phot
 def test_the_report_shows_a_bounded_number_worst_first(
     trained: Trained, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "MOST_SHOWN", 5)
+    monkeypatch.setattr(gallery, "MOST_SHOWN", 5)
     run = screen(trained, photo_folder, tmp_path / "out")
     html = run.report.read_text()
     shown = re.findall(r'alt="retina of (images/[^"]+)"', html)

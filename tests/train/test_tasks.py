@@ -24,6 +24,7 @@ from fastfundus.evaluate.page import write_run_page
 from fastfundus.evaluate.vessels import fit_vessels, measure_vessels
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
+from fastfundus.photo.prepare import prepare_photo
 from fastfundus.screen.run import screen_to_folder
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
@@ -260,10 +261,34 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
         mapped = engine.infer(np.ascontiguousarray(vessel_cache.photos[row : row + 1]))
     assert mapped.shape == (1, 1, 216, 216)
     np.testing.assert_allclose(mapped[0, 0], chances, atol=ENGINE_FP32)
-    with pytest.raises(ConfigError, match="makes maps, and screening needs a probability a photo"):
-        screen_to_folder(
-            list_photos(vessel_cache.path.parent / "training"), bundle, tmp_path / "results", sources=[tmp_path]
-        )
+
+    # Screened, the masks lie in the camera's frame, and say what the engine's map says there.
+    photos = list_photos(vessel_cache.path.parent / "training")
+    screened = screen_to_folder(photos, bundle, tmp_path / "results", sources=[photos.root])
+    row = screened.results.filter(pl.col("status") == "ok").row(0, named=True)
+    mask = cv2.imread(str(tmp_path / "results" / row["mask_vessel"]), cv2.IMREAD_GRAYSCALE)
+    prepared = prepare_photo(photos.root / row["path"], bundle.spec)
+    assert prepared.image is not None
+    assert mask.shape == (prepared.height_px, prepared.width_px)
+    with bundle.load() as engine:
+        seen = engine.infer(prepared.image[None])[0, 0] >= bundle.threshold_of("vessel")
+    assert row["share_vessel"] == pytest.approx(seen.mean())
+    assert set(np.unique(mask)) <= {0, 255}
+    left, top, side = prepared.window or (0, 0, 0)
+    y, x = np.nonzero(seen)
+    # Wherever four pixels that touch agree, the frame's pixel between them does.
+    inside = [
+        mask[int(top + (row + 1) * side / 216), int(left + (column + 1) * side / 216)]
+        for row, column in zip(y.tolist(), x.tolist(), strict=True)
+        if row < 215
+        and column < 215
+        and seen[row : row + 2, column : column + 2].all()
+        and 0 <= top + (row + 1) * side / 216 < mask.shape[0]
+        and 0 <= left + (column + 1) * side / 216 < mask.shape[1]
+    ]
+    assert inside
+    assert min(inside) == 255
+    assert f"map over {row['path']}" in screened.report.read_text()
 
 
 def test_a_map_lies_in_the_camera_frame_where_it_belongs() -> None:

@@ -1,0 +1,50 @@
+"""``fastfundus audit``: what a screening did, and whether its results are still what it wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def audit() -> None:
+    r"""Check the results of a screening against its audit log.
+
+    \b
+    Example:
+      fastfundus audit verify results/
+    """
+
+
+@audit.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--files", is_flag=True, help="Read every input again and compare its hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def verify(output: Path, files: bool, as_json: bool) -> None:
+    r"""Recompute what a results folder claims.
+
+    The hash chain of audit.jsonl, every decision from the probabilities and thresholds noted there, the tables of eyes
+    and patients, and with --files the hash of every photo. Exits 1 if anything differs.
+
+    \b
+    Example:
+      fastfundus audit verify results/ --files
+    """
+    from fastfundus.cli.console import quiet_decoders
+    from fastfundus.screen.audit import verify as recompute
+
+    quiet_decoders()
+    found = recompute(output, files=files)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    else:
+        click.echo(f"{found.rows} rows recomputed")
+        if files:
+            click.echo(f"{found.files} files have the hash that was noted; {found.absent} are not there any more")
+    if found.faults:
+        raise click.ClickException("\n".join([f"{output}: is not what the run wrote:", *found.faults]))
+    if not as_json:
+        click.echo("everything agrees")

@@ -1,0 +1,226 @@
+"""The audit log: what happened, when, with which model; and its verification.
+
+`audit.jsonl` has a JSON object a line and is only ever appended to. Every line ends with `chain`: the sha256 of the
+chain before it and of the line's other fields, so that a line that was changed, added or taken away breaks the chain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from fastfundus.errors import DataError
+from fastfundus.records import Status
+from fastfundus.screen.policy import RETAKE, ScreenPolicy
+from fastfundus.screen.results import eye_table, patient_table
+
+__all__ = ["AuditLog", "Verification", "verify"]
+
+_START = "0" * 64
+
+
+def _link(chain: str, facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(f"{chain}{text}".encode()).hexdigest()
+
+
+class AuditLog:
+    """Appends events; a log that is there is taken up behind its last whole line."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        """Photos that are in the log."""
+        self._chain = _START
+        if path.is_file():
+            _mend(path)
+            for line in _lines(path):
+                self._chain = line["chain"]
+                self.rows += line["event"] == "photo"
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever written."""
+        return self._chain == _START
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one event with the time; it may stay in memory until `flush`."""
+        whole = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        self._chain = _link(self._chain, whole)
+        self.rows += event == "photo"
+        self._file.write(json.dumps({**whole, "chain": self._chain}, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what a full disk does not take is dropped: it was not promised."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _mend(path: Path) -> None:
+    """Take half a line away that a kill may have left."""
+    with path.open("rb+") as file:
+        data_end = file.seek(0, os.SEEK_END)
+        while data_end:
+            start = max(0, data_end - 65536)
+            file.seek(start)
+            newline = file.read(data_end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            data_end = start
+        file.truncate(0)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+                yield {"event": line["event"], "chain": line["chain"], **line}
+            except (ValueError, KeyError, TypeError):
+                raise DataError("is no line of an audit log; it was changed", path=path, row=number) from None
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was recomputed, and what did not agree."""
+
+    rows: int = 0
+    files: int = 0
+    """Input files that were read again and have the hash that was noted."""
+    absent: int = 0
+    """Input files that are not there any more."""
+    faults: list[str] = field(default_factory=list)
+
+    def note(self, fault: str) -> None:
+        """Add a fault; the first are kept."""
+        if len(self.faults) < 100:
+            self.faults.append(fault)
+
+
+def verify(output: Path, *, files: bool = False) -> Verification:
+    """Recompute what a results folder claims.
+
+    The chain of the log; every decision, from the probabilities and thresholds that were noted; results, eyes and
+    patients against the log; and, if asked, the hash of every input file.
+
+    Args:
+        output: a finished results folder.
+        files: read every input again.
+
+    Raises:
+        DataError: the folder has no log, no finished results, or the log cannot be read.
+    """
+    log = output / "audit.jsonl"
+    for needed in (log, output / "results.parquet"):
+        if not needed.is_file():
+            raise DataError("is not there; is this the folder of a finished screening?", path=needed)
+    found = Verification()
+    results = pl.read_parquet(output / "results.parquet")
+    rows = results.iter_rows(named=True)
+    chain, about, ended = _START, None, False
+    policy = ScreenPolicy()
+    for number, line in enumerate(_lines(log), 1):
+        told = line.pop("chain")
+        chain_here = _link(chain, line)
+        if chain_here != told:
+            found.note(f"audit.jsonl, line {number}: the chain breaks; this line, or one before it, was changed")
+        chain = told
+        if line["event"] == "start":
+            about, policy = line, ScreenPolicy(**line["policy"])
+        elif line["event"] == "photo":
+            found.rows += 1
+            if about is None:
+                raise DataError("has a photo before its start; it was changed", path=log, row=number)
+            _check_photo(line, next(rows, None), about, policy, found, number)
+        elif line["event"] == "end":
+            ended = True
+    if not ended:
+        found.note("audit.jsonl: has no end; the run was not finished")
+    if found.rows != len(results):
+        found.note(f"results.parquet has {len(results)} rows, audit.jsonl {found.rows}")
+    _check_tables(output, results, policy, found)
+    if files and about is not None:
+        _check_files(results, Path(about["root"]), found)
+    return found
+
+
+def _check_photo(
+    line: dict[str, Any],
+    row: dict[str, Any] | None,
+    about: dict[str, Any],
+    policy: ScreenPolicy,
+    found: Verification,
+    number: int,
+) -> None:
+    place = f"audit.jsonl, line {number} ({line.get('path')})"
+    noted = {name: value for name, value in line.items() if name not in ("event", "time")}
+    if row is not None:
+        shown = {name: value for name, value in row.items() if name != "bundle"}
+        differing = [name for name in shown if not _same(shown[name], noted.get(name))]
+        if differing or row["bundle"] != about["bundle"]:
+            found.note(f"{place}: results.parquet says otherwise: {', '.join(differing or ['bundle'])}")
+    expected = RETAKE if noted["status"] == Status.UNGRADABLE.value else None
+    if noted["status"] == Status.OK.value:
+        chances = {name: noted.get(f"p_{name}") for name in about["findings"]}
+        if any(value is None for value in chances.values()):
+            found.note(f"{place}: is ok and has no probability")
+            return
+        expected = policy.decide({name: float(value or 0) for name, value in chances.items()}, about["thresholds"])
+    if noted["decision"] != expected:
+        found.note(f"{place}: says {noted['decision']}, its probabilities and thresholds say {expected}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
+
+
+def _check_tables(output: Path, results: pl.DataFrame, policy: ScreenPolicy, found: Verification) -> None:
+    eyes = eye_table(results, policy)
+    tables = {"results.csv": results, "eyes.csv": eyes, "patients.csv": patient_table(eyes, policy)}
+    for name, table in tables.items():
+        path = output / name
+        if not path.is_file():
+            found.note(f"{name} is not there")
+        elif path.read_text(encoding="utf-8") != table.write_csv():
+            found.note(f"{name}: is not what results.parquet gives; it was changed")
+
+
+def _check_files(results: pl.DataFrame, root: Path, found: Verification) -> None:
+    from fastfundus.errors import PhotoError
+    from fastfundus.photo.file import read_photo
+
+    for name, sha in _hashed(results.select("path", "sha256").iter_rows()):
+        path = root / name
+        if not path.is_file():
+            found.absent += 1
+            continue
+        try:
+            same = hashlib.sha256(read_photo(path)).hexdigest() == sha
+        except PhotoError as error:
+            found.note(f"{name}: cannot be read any more ({error.reason})")
+            continue
+        found.files += same
+        if not same:
+            found.note(f"{name}: was changed since it was screened")
+
+
+def _hashed(rows: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:
+    return ((name, sha) for name, sha in rows if sha is not None)

@@ -1,0 +1,124 @@
+"""The photos a report shows: the worst first, and the first of those that have no score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from fastfundus.engines.bundle import Bundle
+from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
+from fastfundus.pictures import thumbnail
+from fastfundus.records import Status
+from fastfundus.screen.results import makes_maps
+
+__all__ = ["MOST_SHOWN", "ShownPhoto", "others", "worst"]
+
+MOST_SHOWN = 60
+"""Photos shown in each of the report's two tables; `results.csv` has all."""
+_THUMB_PX = 144
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPhoto:
+    """One photo of the report."""
+
+    row: dict[str, Any]
+    """Its row of the results."""
+    finding: str
+    """The finding that lies highest above its threshold."""
+    score: float
+    """Probability of that, or share of a map's pixels."""
+    thumb: str
+    """A data URL; empty where the photo is not there any more as it was screened."""
+    overlay: str = ""
+    """The same with its mask or heatmap drawn over it."""
+
+
+def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], output: Path) -> list[ShownPhoto]:
+    """The scored photos that lie highest above a threshold, worst first.
+
+    Args:
+        results: one row per input.
+        bundle: what they were screened with.
+        paths: by name of each input, its file.
+        output: the folder of the results; masks are read from it.
+    """
+    labels = list(bundle.findings or bundle.labels)
+    column = "share" if makes_maps(bundle) else "p"
+    above = {
+        name: pl.col(f"{column}_{name}") - (0.0 if makes_maps(bundle) else bundle.threshold_of(name)) for name in labels
+    }
+    ranked = (
+        results.filter(pl.col("status") == Status.OK.value)
+        .with_columns(pl.max_horizontal(*above.values()).alias("_above"))
+        .sort("_above", descending=True, maintain_order=True)
+        .head(MOST_SHOWN)
+    )
+    which = ranked.select(pl.concat_list(*above.values()).list.arg_max()).to_series().to_list() if len(ranked) else []
+    rows = ranked.drop("_above").to_dicts()
+    shown = []
+    for row, number, photo in zip(rows, which, _prepared(rows, paths, bundle), strict=True):
+        name = labels[number]
+        thumb = overlay = ""
+        if photo is not None and photo.image is not None:
+            thumb = thumbnail(photo.image, _THUMB_PX)
+            if makes_maps(bundle):
+                overlay = _with_mask(photo, output / row[f"mask_{name}"])
+        shown.append(ShownPhoto(row, name, float(row[f"{column}_{name}"]), thumb, overlay))
+    return shown
+
+
+def others(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path]) -> list[ShownPhoto]:
+    """The first photos without a score."""
+    rows = results.filter(pl.col("status") != Status.OK.value).head(MOST_SHOWN).to_dicts()
+    photos = _prepared(rows, paths, bundle)
+    return [
+        ShownPhoto(row, "", 0.0, "" if photo is None or photo.image is None else thumbnail(photo.image, _THUMB_PX))
+        for row, photo in zip(rows, photos, strict=True)
+    ]
+
+
+def _prepared(rows: Iterable[dict[str, Any]], paths: Mapping[str, Path], bundle: Bundle) -> list[PreparedPhoto | None]:
+    """The photos once more, where they have pixels to show and are what was screened.
+
+    Keeping pictures while screening would cost memory, and a run that goes on after a kill has none of its earlier
+    ones.
+    """
+
+    def again(row: dict[str, Any]) -> PreparedPhoto | None:
+        if row["status"] not in (Status.OK.value, Status.UNGRADABLE.value, Status.FAILED.value):
+            return None
+        photo = prepare_photo(paths[row["path"]], bundle.spec)
+        return photo if photo.sha256 == row["sha256"] else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(again, rows))
+
+
+def _with_mask(photo: PreparedPhoto, file: Path) -> str:
+    """The photo with its mask, a PNG in the frame of the camera, drawn over it."""
+    mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+    if mask is None or photo.image is None or photo.window is None:
+        return ""
+    left, top, side = photo.window
+    size = len(photo.image)
+    # From the pixels of the crop to those of the mask, centres on centres.
+    step = side / size
+    matrix = np.array([[step, 0, left + step / 2 - 0.5], [0, step, top + step / 2 - 0.5]])
+    seen = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return thumbnail(blend(photo.image, seen.astype(np.float32) / 255, (60, 255, 160)), _THUMB_PX)
+
+
+def blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Lay a colour over a photo [S, S, 3], as strong as [S, S] says, 0 to 1."""
+    share = strength[..., None]
+    return (image * (1 - share) + np.array(colour, np.float32) * share).round().astype(np.uint8)

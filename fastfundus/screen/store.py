@@ -1,0 +1,247 @@
+"""The folder of a screening: what makes it survive a kill, go on with the same bytes, and refuse to be mixed up.
+
+run.json                  what is screened with what; "finished" once everything below is there
+results.parquet, .csv     a row an input, in the order of the listing; a row group a block
+eyes.csv, patients.csv    rolled up
+audit.jsonl               see `audit`
+masks/                    of bundles that map
+progress/                 while it runs: the list of inputs, and a file a block of finished rows
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from fastfundus.data.source import SourceList
+from fastfundus.engines.bundle import Bundle
+from fastfundus.errors import ConfigError, DataError
+from fastfundus.records import SourcePhoto
+from fastfundus.screen.pipeline import BLOCK
+from fastfundus.screen.policy import ScreenPolicy
+from fastfundus.screen.results import eye_table, patient_table, results_table
+
+__all__ = ["FILES", "Store", "stamp"]
+
+FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
+"""What a finished folder holds, beside masks."""
+_FOLDERS = ("progress", "masks")
+_INPUTS = {
+    "name": pl.String, "path": pl.Binary, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String,
+    "camera": pl.String, "issue": pl.String, "bytes": pl.Int64, "mtime_ns": pl.Int64,
+}  # fmt: skip
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns of a file; (-1, -1) where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file so that after a kill, or a power cut, it is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Store:
+    """One output folder, new or taken up again. Whoever opens it must hold its lock.
+
+    Args:
+        output: the folder; made if absent.
+        listing: the inputs as they are now.
+        sources: what the user named.
+        bundle: what they are screened with.
+        policy: how it is decided.
+        resume: go on with a run that was not finished.
+        overwrite: throw away what an earlier run left.
+
+    Raises:
+        ConfigError: the folder holds another run, or one that is not to be touched unasked.
+        DataError: what an earlier run left cannot be read.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        listing: SourceList,
+        *,
+        sources: Iterable[Path],
+        bundle: Bundle,
+        policy: ScreenPolicy,
+        version: str,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.output, self.bundle, self.policy = output, bundle, policy
+        self.identity = {
+            "fastfundus": version,
+            "bundle": bundle.fingerprint,
+            "backend": bundle.backend,
+            "precision": bundle.precision,
+            "spec": bundle.spec.fingerprint,
+            "policy": policy.to_dict(),
+            "sources": [str(source.absolute()) for source in sources],
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        self.finished = self.resumed = False
+        earlier = self._earlier()
+        if earlier is not None and resume and not overwrite:
+            self._same_as(earlier["identity"])
+            self.finished = earlier["finished"] is not None
+        else:
+            self._make_room(earlier, overwrite)
+        self._blocks = output / "progress" / "blocks"
+        if self.finished:
+            return
+        inputs = output / "progress" / "inputs.parquet"
+        self.resumed = earlier is not None and resume and inputs.is_file()
+        if not self.resumed:
+            self._blocks.mkdir(parents=True, exist_ok=True)
+            _put(inputs, _pack(listing.photos))
+            self._note(None)
+        self.photos, self.stamps = _unpack(inputs)
+        """The inputs, in the order of the results, and what `stamp` said of each before the first was read."""
+
+    def _earlier(self) -> dict[str, Any] | None:
+        path = self.output / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            return {"identity": told["identity"], "finished": told["finished"]}
+        except (ValueError, KeyError, TypeError):
+            raise DataError("is not what a screening wrote; choose another --output", path=path) from None
+
+    def _same_as(self, earlier: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if earlier.get(name) != value:
+                raise ConfigError(
+                    f"{self.output}: was begun with another {name} ({earlier.get(name)}, now {value}); go on with what "
+                    "it was begun with, or choose another --output"
+                )
+
+    def _make_room(self, earlier: dict[str, Any] | None, overwrite: bool) -> None:
+        kept = [name for name in (*FILES, *_FOLDERS) if (self.output / name).exists()]
+        if not kept:
+            return
+        if not overwrite:
+            if earlier is not None and earlier["finished"] is None:
+                raise ConfigError(
+                    f"{self.output}: holds an unfinished run; go on with --resume, or begin anew with --overwrite"
+                )
+            raise ConfigError(f"{self.output}: holds {kept[0]} already; add --overwrite, or choose another --output")
+        # run.json goes last: until then it tells whose files these are.
+        for name in sorted(kept, key="run.json".__eq__):
+            path = self.output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _note(self, finished: str | None) -> None:
+        told = {"identity": self.identity, "finished": finished}
+        _put(self.output / "run.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the inputs make."""
+        return -(-len(self.photos) // BLOCK)
+
+    def inputs_of(self, block: int) -> list[SourcePhoto]:
+        """The inputs of a block."""
+        return self.photos[block * BLOCK : (block + 1) * BLOCK]
+
+    def has(self, block: int) -> bool:
+        """Whether the rows of a block are safe."""
+        return self._file(block).is_file()
+
+    def add(self, block: int, rows: list[dict[str, Any]]) -> None:
+        """Make the rows of a block safe."""
+        assert [row["path"] for row in rows] == [photo.name for photo in self.inputs_of(block)]
+        _put(self._file(block), _parquet(results_table(rows, self.bundle)))
+
+    def rows_of(self, block: int) -> list[dict[str, Any]]:
+        """The rows of a block that is safe."""
+        return pl.read_parquet(self._file(block)).to_dicts()
+
+    def _file(self, block: int) -> Path:
+        return self._blocks / f"{block:08d}.parquet"
+
+    def merge(self) -> pl.DataFrame:
+        """Make the results of all blocks, and the tables of eyes and patients."""
+        files = [self._file(block) for block in range(self.blocks)]
+        whole = self.output / "results.parquet.partial"
+        schema = pq.read_schema(files[0])
+        with pq.ParquetWriter(whole, schema, compression="zstd") as writer:
+            for file in files:
+                writer.write_table(pq.read_table(file, schema=schema), row_group_size=BLOCK)
+        whole.replace(self.output / "results.parquet")
+        partial = self.output / "results.csv.partial"
+        with partial.open("wb") as csv:
+            for number, file in enumerate(files):
+                pl.read_parquet(file).write_csv(csv, include_header=number == 0)
+        partial.replace(self.output / "results.csv")
+        results = pl.read_parquet(self.output / "results.parquet")
+        eyes = eye_table(results, self.policy)
+        for name, table in (("eyes.csv", eyes), ("patients.csv", patient_table(eyes, self.policy))):
+            table.write_csv(self.output / f"{name}.partial")
+            (self.output / f"{name}.partial").replace(self.output / name)
+        return results
+
+    def finish(self) -> None:
+        """Say that everything is there, and take the progress away."""
+        self._note(datetime.now(UTC).isoformat(timespec="seconds"))
+        shutil.rmtree(self.output / "progress", ignore_errors=True)
+
+    def results(self) -> pl.DataFrame:
+        """The results of a finished run."""
+        return pl.read_parquet(self.output / "results.parquet")
+
+
+def _parquet(table: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _pack(photos: list[SourcePhoto]) -> bytes:
+    rows = []
+    for photo in photos:
+        size, changed = stamp(photo.path)
+        rows.append(
+            {name: getattr(photo, name, None) for name in _INPUTS}
+            # File names are bytes, and need not be UTF-8.
+            | {"path": os.fsencode(photo.path), "bytes": size, "mtime_ns": changed}
+        )
+    return _parquet(pl.DataFrame(rows, schema=_INPUTS))
+
+
+def _unpack(path: Path) -> tuple[list[SourcePhoto], list[tuple[int, int]]]:
+    photos, stamps = [], []
+    for row in pl.read_parquet(path).iter_rows(named=True):
+        stamps.append((row.pop("bytes"), row.pop("mtime_ns")))
+        photos.append(SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}))
+    return photos, stamps
