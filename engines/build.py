@@ -13,6 +13,7 @@ from typing import Any
 from fastfundus.engines.archive import is_archive, pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.export import ScreeningModel, export_onnx
+from fastfundus.engines.heatmap_export import export_heatmap
 from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
 from fastfundus.engines.trials import EIGHT_BITS, Evidence, Trials
@@ -35,6 +36,7 @@ def build_bundle(
     output: Path,
     *,
     provenance: dict[str, Any],
+    reference: dict[str, Any] | None = None,
     backend: str = "openvino",
     precision: str = "auto",
     options: dict[str, Any] | None = None,
@@ -50,6 +52,7 @@ def build_bundle(
         output: the bundle: a folder, or one file where the name ends in ".zip"; must not exist, or be a bundle, which
             is replaced when the new one passes.
         provenance: stored as it is: which run, which configuration.
+        reference: what scores and quality the photos of the run had, that drift is measured from; see `screen.drift`.
         backend: one of `BACKENDS`.
         precision: one of the backend's, or "auto": every one that this machine computes in is built and measured, and
             the fastest that passes is kept.
@@ -95,6 +98,8 @@ def build_bundle(
             raise GateRefused(_refusal(tried, refused))
         best = max(passed, key=lambda report: (report.precision in EIGHT_BITS, report.images_per_s))
         about = trials.take(best.precision) | {
+            "heatmap": export_heatmap(model, partial),
+            "reference": reference,
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
             "graph_difference": trials.graph_difference,

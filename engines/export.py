@@ -8,7 +8,7 @@ import io
 import json
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastfundus.engines.runtime import INPUT, OUTPUT
+from fastfundus.engines.runtime import FEATURES, INPUT, OUTPUT
 from fastfundus.errors import GateRefused, require
 from fastfundus.models.activation import Activation, activate
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["GRAPH_TOLERANCE", "ScreeningModel", "check_graph", "export_onnx"]
+__all__ = ["GRAPH_TOLERANCE", "FeatureTap", "ScreeningModel", "check_graph", "export_onnx", "feature_shape"]
 
 GRAPH_TOLERANCE = 1e-3
 """Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
@@ -71,14 +71,50 @@ class ScreeningModel(nn.Module):
 
     def forward(self, photos: Tensor) -> Tensor:
         """Normalise, run the network, calibrate."""
+        return self.calibrate(self.network(self.normalise(photos)))
+
+    def normalise(self, photos: Tensor) -> Tensor:
+        """Photos to what the network takes: [N, 3, S, S] in its type."""
         if self.added:
             photos = nn.functional.pad(photos, (0, 0, 0, self.added, 0, self.added))
         inputs = (photos.float() * self.scale + self.offset).permute(0, 3, 1, 2)
-        logits = self.network(inputs.to(self.dtype)).float()
+        return inputs.to(self.dtype)
+
+    def calibrate(self, logits: Tensor) -> Tensor:
+        """What the network gives to probabilities."""
+        logits = logits.float()
         if self.added:
             logits = logits[:, :, : self.size, : self.size]
         temperature = self.temperature.reshape(-1, *[1] * (logits.ndim - 2))
         return activate(logits / temperature, self.activation)
+
+
+def feature_shape(model: ScreeningModel) -> tuple[int, int, int] | None:
+    """Channels, height and width of the last maps before the network pools them; None where there are none.
+
+    Networks that map, and those whose last features are tokens (vision transformers) or lie channels last, have none.
+    """
+    network = model.network
+    if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
+        return None
+    with torch.no_grad():
+        features = network.forward_features(model.normalise(torch.zeros(1, model.size, model.size, 3)))  # type: ignore[operator]
+    shape = tuple(features.shape)
+    return shape[1:] if len(shape) == 4 and shape[1] == getattr(network, "num_features", None) else None
+
+
+class FeatureTap(nn.Module):
+    """A model that also gives its last features."""
+
+    def __init__(self, model: ScreeningModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities, and features [N, C, h, w]."""
+        network: Any = self.model.network
+        features = network.forward_features(self.model.normalise(photos))
+        return self.model.calibrate(network.forward_head(features)), features
 
 
 def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precision: str = "fp32") -> None:
@@ -96,11 +132,12 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
         model.compute_in(_TYPES[precision])
     # Two photos: the exporter would take a batch of one for a constant.
     example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
+    named = FeatureTap(model.eval()) if feature_shape(model) else model.eval()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # The exporter prints its progress and warns about its own use of torch's older tree utilities.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model.eval(),
+            named,
             (example,),
             dynamo=True,
             # The first whose convolutions know bfloat16.
@@ -108,12 +145,14 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
             # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
             optimize=precision != "bf16",
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT] if named is model else [OUTPUT, FEATURES],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             external_data=False,
             verbose=False,
         )
     graph = cast(torch.onnx.ONNXProgram, program).model_proto
+    # The features keep their name inside the graph, where heatmaps find them; its users see one output.
+    del graph.graph.output[1:]
     onnx.helper.set_model_props(graph, {"labels": json.dumps(labels)})
     onnx.save_model(graph, str(path))
     onnx.checker.check_model(str(path), full_check=True)

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import BundleError
 
-__all__ = ["BACKENDS", "GRAPH", "INPUT", "OUTPUT", "Blueprint", "Engine", "load_backend", "processor", "require_needs"]
+__all__ = [
+    "BACKENDS",
+    "FEATURES",
+    "GRAPH",
+    "INPUT",
+    "OUTPUT",
+    "Blueprint",
+    "Engine",
+    "load_backend",
+    "processor",
+    "require_needs",
+]
 
 BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt")
 """Names of the backends that can be built and run; each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
@@ -25,6 +36,8 @@ GRAPH = "model.onnx"
 """The graph that every bundle holds, whatever its engine."""
 INPUT, OUTPUT = "photos", "probabilities"
 """Names of the graph's input and output."""
+FEATURES = "features"
+"""Name, inside the graph, of the last maps before they are pooled, where the network has such."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from fastfundus.errors import CheckpointError, DataError
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.models.segmenter import STRIDE_PX
+from fastfundus.screen.drift import reference_of
 from fastfundus.train.run import Run
 from fastfundus.train.targets import read_targets
 from fastfundus.train.vessels import mask_column, masks_in_cache
@@ -94,8 +95,18 @@ def build_from_run(
     )
     return build_bundle(
         model, run.spec, labels, evidence, output,
-        provenance=provenance, backend=backend, precision=precision, options=options,
+        provenance=provenance, reference=None if maps else _reference(run, photos, run.labels),
+        backend=backend, precision=precision, options=options,
     )  # fmt: skip
+
+
+def _reference(run: Run, photos: PhotoCache, labels: tuple[str, ...]) -> dict[str, Any]:
+    """What drift is measured from: scores of photos the run did not learn from, and the quality of all of them."""
+    scores = pl.read_parquet(run.path / "predictions.parquet")
+    return {
+        "scores": {name: reference_of(scores[f"p_{name}"].drop_nulls().to_numpy()) for name in labels},
+        "quality": reference_of(photos.manifest["quality"].drop_nulls().to_numpy()),
+    }
 
 
 def _opened(run: Run, paths: list[Path]) -> PhotoCache:

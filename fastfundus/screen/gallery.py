@@ -15,16 +15,19 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.pictures import thumbnail
 from fastfundus.records import Status
 from fastfundus.screen.results import makes_maps
 
-__all__ = ["MOST_SHOWN", "ShownPhoto", "others", "worst"]
+__all__ = ["MOST_SHOWN", "ShownPhoto", "others", "with_heat", "worst"]
 
 MOST_SHOWN = 60
 """Photos shown in each of the report's two tables; `results.csv` has all."""
 _THUMB_PX = 144
+_VESSELS = (60, 255, 160)
+"""A green that no retina has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], outp
     )
     which = ranked.select(pl.concat_list(*above.values()).list.arg_max()).to_series().to_list() if len(ranked) else []
     rows = ranked.drop("_above").to_dicts()
+    mapper = Heatmapper(bundle) if rows and Heatmapper.available(bundle) else None
     shown = []
     for row, number, photo in zip(rows, which, _prepared(rows, paths, bundle), strict=True):
         name = labels[number]
@@ -73,6 +77,9 @@ def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], outp
             thumb = thumbnail(photo.image, _THUMB_PX)
             if makes_maps(bundle):
                 overlay = _with_mask(photo, output / row[f"mask_{name}"])
+            elif mapper is not None:
+                heat = mapper.heat(photo.image)[bundle.labels.index(name)]
+                overlay = thumbnail(with_heat(photo.image, heat), _THUMB_PX)
         shown.append(ShownPhoto(row, name, float(row[f"{column}_{name}"]), thumb, overlay))
     return shown
 
@@ -115,10 +122,24 @@ def _with_mask(photo: PreparedPhoto, file: Path) -> str:
     step = side / size
     matrix = np.array([[step, 0, left + step / 2 - 0.5], [0, step, top + step / 2 - 0.5]])
     seen = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return thumbnail(blend(photo.image, seen.astype(np.float32) / 255, (60, 255, 160)), _THUMB_PX)
+    return thumbnail(_blend(photo.image, seen.astype(np.float32) / 255, np.array(_VESSELS)), _THUMB_PX)
 
 
-def blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Lay a colour over a photo [S, S, 3], as strong as [S, S] says, 0 to 1."""
+def with_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Lay a heatmap over a photo.
+
+    Args:
+        image: uint8 [S, S, 3] RGB.
+        heat: [h, w], not negative; its largest value is drawn strongest.
+    """
+    size = len(image)
+    highest = float(heat.max())
+    smooth = cv2.resize(heat / highest if highest else heat, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    colours = cv2.applyColorMap((smooth * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    # Weak heat leaves the retina as it is.
+    return _blend(image, 0.6 * smooth, colours)
+
+
+def _blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colours: NDArray[Any]) -> NDArray[np.uint8]:
     share = strength[..., None]
-    return (image * (1 - share) + np.array(colour, np.float32) * share).round().astype(np.uint8)
+    return (image * (1 - share) + colours * share).round().astype(np.uint8)

@@ -15,8 +15,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.pictures import as_svg
 from fastfundus.records import Status, interval_text
+from fastfundus.screen.drift import Drift, drift_of
 from fastfundus.screen.gallery import others, worst
 from fastfundus.screen.pipeline import Timing
 from fastfundus.screen.policy import DECISIONS, ScreenPolicy
@@ -93,6 +95,7 @@ def write_report(
         for name in decided[:_MOST_HISTOGRAMS]
         if len(scored)
     ]
+    drifts = _drifts(results, scored, bundle)
     # Autoescape: file names and reasons come from outside.
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         resources.files("fastfundus.screen").joinpath("report.html").read_text(encoding="utf-8")
@@ -111,6 +114,9 @@ def write_report(
         histograms=histograms,
         more_findings=len(decided) - len(histograms) if len(scored) else 0,
         cameras=_cameras(results),
+        drifts=drifts,
+        drift_picture=_drift_picture(drifts) if drifts else "",
+        heatmap=bundle.about["heatmap"]["method"] if Heatmapper.available(bundle) else "",
         reasons=_counted(unscored, "status", "reason"),
         worst=worst(results, bundle, paths, path.parent),
         others=others(results, bundle, paths),
@@ -139,6 +145,32 @@ def _rolled(results: pl.DataFrame, policy: ScreenPolicy) -> list[tuple[str, int,
         counts = Counter(table["decision"].to_list())
         rolled.append((name, len(table), {decision: counts[decision] for decision in reversed(DECISIONS)}))
     return rolled
+
+
+def _drifts(results: pl.DataFrame, scored: pl.DataFrame, bundle: Bundle) -> list[Drift]:
+    """Scores and quality against those of the photos that the model was made from, where the bundle knows them."""
+    reference = bundle.about.get("reference") or {"scores": {}, "quality": None}
+    found = [
+        drift_of(f"probability of {name}", scored[f"p_{name}"].to_numpy(), told)
+        for name, told in reference["scores"].items()
+    ]
+    found.append(drift_of("quality", results["quality"].drop_nulls().to_numpy(), reference["quality"]))
+    return [drift for drift in found if drift is not None]
+
+
+def _drift_picture(drifts: Sequence[Drift]) -> str:
+    """The shares of each tenth of the reference, as an SVG picture."""
+    shown = [*drifts[: _MOST_HISTOGRAMS - 1], *drifts[_MOST_HISTOGRAMS - 1 :][-1:]]
+
+    def draw(plots: Sequence[Any]) -> None:
+        for axes, drift in zip(plots, shown, strict=True):
+            places = np.arange(1, len(drift.shares) + 1)
+            axes.bar(places, drift.shares, color="#0f766e", width=0.8)
+            axes.step(np.append(places - 0.5, places[-1] + 0.5), [*drift.expected, drift.expected[-1]], where="post",
+                      color="#111827", linewidth=1.2, linestyle="--")  # fmt: skip
+            axes.set(xlabel=f"{drift.what}: tenths of the reference", ylabel="share of photos")
+
+    return as_svg(draw, columns=len(shown), height_in=2.2)
 
 
 def _cameras(results: pl.DataFrame) -> list[dict[str, Any]]:
