@@ -20,6 +20,7 @@ from fastfundus.cli.evaluate import evaluate
 from fastfundus.cli.export_triton import export_triton
 from fastfundus.cli.prepare import prepare
 from fastfundus.cli.screen import screen
+from fastfundus.cli.serve import serve
 from fastfundus.cli.synthesize import synthesize
 from fastfundus.cli.train import train
 from fastfundus.errors import FastFundusError
@@ -67,6 +68,7 @@ for command in (
     build_engine,
     screen,
     audit,
+    serve,
     export_triton,
     doctor,
     synthesize,

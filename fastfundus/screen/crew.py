@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from queue import Empty, Full, Queue, SimpleQueue
 
 from fastfundus.errors import FastFundusError, PhotoError
@@ -25,8 +26,8 @@ _LOOK_S = 0.2
 class Slot:
     """The place of one photo, from when it is asked for to when it is done."""
 
-    def __init__(self, source: SourcePhoto) -> None:
-        self.source = source
+    def __init__(self, source: SourcePhoto, data: bytes | None, on_done: Callable[[], None]) -> None:
+        self.source, self.data, self._on_done = source, data, on_done
         self.done = threading.Event()
         self.stage = "read"
         self.began: float | None = None
@@ -41,6 +42,7 @@ class Slot:
                 return False
             self._prepared = prepared
         self.done.set()
+        self._on_done()
         return True
 
     @property
@@ -81,9 +83,15 @@ class Crew:
         for _ in range(self.decoders):
             self._start("decode")
 
-    def begin(self, source: SourcePhoto) -> Slot:
-        """Ask for a photo; returns at once."""
-        slot = Slot(source)
+    def begin(self, source: SourcePhoto, data: bytes | None = None, on_done: Callable[[], None] = lambda: None) -> Slot:
+        """Ask for a photo; returns at once.
+
+        Args:
+            source: where it is.
+            data: its bytes, if they are here already.
+            on_done: called when it is done, in whatever thread that was.
+        """
+        slot = Slot(source, data, on_done)
         if source.issue is not None:
             slot.settle(PreparedPhoto(Status.UNREADABLE, source.issue))
         else:
@@ -97,11 +105,19 @@ class Crew:
             FastFundusError: so many photos hang that storage, or the decoder, must be at fault.
         """
         while not slot.done.wait(_LOOK_S):
-            stage, began = slot.stage, slot.began
-            # A monotonic clock: the machine's own may be set while this runs.
-            if began is not None and time.monotonic() - began > self.hang_s:
-                self._give_up(slot, stage)
+            self.watch(slot)
         return slot.prepared
+
+    def watch(self, slot: Slot) -> None:
+        """Give a photo up that hangs; whoever waits for one calls this now and then.
+
+        Raises:
+            FastFundusError: as `take`.
+        """
+        stage, began = slot.stage, slot.began
+        # A monotonic clock: the machine's own may be set while this runs.
+        if began is not None and time.monotonic() - began > self.hang_s:
+            self._give_up(slot, stage)
 
     def close(self) -> None:
         """Let the threads end; photos that were not taken are dropped."""
@@ -137,7 +153,7 @@ class Crew:
         while (slot := self._to_read.get()) is not None and not self._closed:
             slot.began = began = time.monotonic()
             try:
-                data = read_photo(slot.source.path)
+                data = slot.data if slot.data is not None else read_photo(slot.source.path)
             except PhotoError as error:
                 if not slot.settle(PreparedPhoto(error.status, error.reason)):
                     return

@@ -19,6 +19,7 @@ from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.pictures import thumbnail
 from fastfundus.records import Status
+from fastfundus.screen.policy import NEGATIVE
 from fastfundus.screen.results import makes_maps
 
 __all__ = ["MOST_SHOWN", "ShownPhoto", "others", "with_heat", "worst"]
@@ -43,7 +44,7 @@ class ShownPhoto:
     thumb: str
     """A data URL; empty where the photo is not there any more as it was screened."""
     overlay: str = ""
-    """The same with its mask or heatmap drawn over it."""
+    """The same with its mask, or the heatmap of what is not negative, drawn over it: elsewhere it would mislead."""
 
 
 def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], output: Path) -> list[ShownPhoto]:
@@ -77,7 +78,7 @@ def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], outp
             thumb = thumbnail(photo.image, _THUMB_PX)
             if makes_maps(bundle):
                 overlay = _with_mask(photo, output / row[f"mask_{name}"])
-            elif mapper is not None:
+            elif mapper is not None and row["decision"] != NEGATIVE:
                 heat = mapper.heat(photo.image)[bundle.labels.index(name)]
                 overlay = thumbnail(with_heat(photo.image, heat), _THUMB_PX)
         shown.append(ShownPhoto(row, name, float(row[f"{column}_{name}"]), thumb, overlay))

@@ -21,19 +21,18 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
-from fastfundus.errors import BundleError
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
 from fastfundus.screen.crew import HANG_S, Crew, Slot
 from fastfundus.screen.policy import RETAKE, ScreenPolicy
+from fastfundus.screen.scorer import Answer, Scorer
 
 __all__ = ["BATCH", "BLOCK", "ScreenedPhoto", "Timing", "judged", "screen_photos"]
 
 BATCH = 16
 BLOCK = 512
 """Inputs whose rows are kept together: what a kill can cost, and what no batch reaches beyond."""
-_MOST_FAILURES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,14 @@ def screen_photos(
     crew = Crew(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = crew.decoders, crew.readers
     began, began_cpu = time.perf_counter(), time.process_time()
-    scorer = _Scorer(loaded)
+    scorer = Scorer(loaded)
+    # The engine has a thread of its own: here the next batch is gathered meanwhile.
+    thread = ThreadPoolExecutor(1, "engine")
+
+    def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
+        images = [photo.image for _, photo in group if photo.status is Status.OK and photo.image is not None]
+        return thread.submit(scorer.score, images) if images else None
+
     try:
         waiting: deque[Slot] = deque()
         under_way: deque[_Group] = deque()
@@ -161,7 +167,7 @@ def screen_photos(
                     break
                 if (source := next(inputs, None)) is not None:
                     waiting.append(crew.begin(source))
-            under_way.append(_Group(group, scorer.submit(group)))
+            under_way.append(_Group(group, begin_scoring(group)))
             # One batch is at work while the next is gathered.
             if len(under_way) > 1:
                 yield from give()
@@ -169,7 +175,7 @@ def screen_photos(
             yield from give()
     finally:
         crew.close()
-        scorer.close()
+        thread.shutdown(wait=True, cancel_futures=True)
         if engine is None:
             loaded.close()
 
@@ -177,54 +183,10 @@ def screen_photos(
 @dataclass(frozen=True, slots=True)
 class _Group:
     photos: list[tuple[SourcePhoto, PreparedPhoto]]
-    answers: Future[list[NDArray[np.float32] | str]] | None
+    answers: Future[list[Answer]] | None
 
 
-class _Scorer:
-    """The engine in a thread of its own, so that its caller gathers the next batch meanwhile."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self.seconds, self._failures = engine, 0.0, 0
-        self._thread = ThreadPoolExecutor(1, "engine")
-
-    def submit(self, group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[NDArray[np.float32] | str]] | None:
-        images = [photo.image for _, photo in group if photo.status is Status.OK and photo.image is not None]
-        return self._thread.submit(self._score, images) if images else None
-
-    def _score(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.float32] | str]:
-        """The answer to each photo, or why there is none."""
-        began = time.perf_counter()
-        try:
-            answers: list[NDArray[np.float32] | str] = list(self._engine.infer(np.stack(images)))
-            self._failures = 0
-            return answers
-        except Exception as error:
-            # Whatever the maker's library raises. One photo may be at fault, or the moment: each gets its own call.
-            return [self._again(image, error) for image in images]
-        finally:
-            self.seconds += time.perf_counter() - began
-
-    def _again(self, image: NDArray[np.uint8], first: Exception) -> NDArray[np.float32] | str:
-        try:
-            answer: NDArray[np.float32] = self._engine.infer(image[None])[0]
-        except Exception as error:
-            self._failures += 1
-            if self._failures >= _MOST_FAILURES:
-                raise BundleError(
-                    f"{self._engine.name}: the engine failed on {self._failures} photos in a row ({first}); what is "
-                    "done is kept: see to the engine, then go on"
-                ) from error
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._failures = 0
-        return answer
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _rows(
-    group: _Group, answers: Iterator[NDArray[np.float32] | str], bundle: Bundle, policy: ScreenPolicy
-) -> Iterator[ScreenedPhoto]:
+def _rows(group: _Group, answers: Iterator[Answer], bundle: Bundle, policy: ScreenPolicy) -> Iterator[ScreenedPhoto]:
     for source, prepared in group.photos:
         answer = next(answers) if prepared.status is Status.OK else None
         yield judged(source, prepared, answer, bundle, policy)
@@ -233,7 +195,7 @@ def _rows(
 def judged(
     source: SourcePhoto,
     prepared: PreparedPhoto,
-    answer: NDArray[np.float32] | str | None,
+    answer: Answer | None,
     bundle: Bundle,
     policy: ScreenPolicy,
 ) -> ScreenedPhoto:

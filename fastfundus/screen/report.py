@@ -168,9 +168,9 @@ def _drift_picture(drifts: Sequence[Drift]) -> str:
             axes.bar(places, drift.shares, color="#0f766e", width=0.8)
             axes.step(np.append(places - 0.5, places[-1] + 0.5), [*drift.expected, drift.expected[-1]], where="post",
                       color="#111827", linewidth=1.2, linestyle="--")  # fmt: skip
-            axes.set(xlabel=f"{drift.what}: tenths of the reference", ylabel="share of photos")
+            axes.set(xlabel=f"{drift.what}, low to high", ylabel="share of photos", xticks=[])
 
-    return as_svg(draw, columns=len(shown), height_in=2.2)
+    return as_svg(draw, columns=len(shown), width_in=10, height_in=2.4)
 
 
 def _cameras(results: pl.DataFrame) -> list[dict[str, Any]]:

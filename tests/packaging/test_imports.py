@@ -30,17 +30,19 @@ ALLOWED: dict[str, set[str]] = {
     "pictures": set(),
     "recipes": set(),
     "evaluate": {*FOUNDATION, "data", "models", "train", "pictures"},
+    "serve": {*FOUNDATION, "photo", "engines", "pictures", "screen"},
     "screen": {*FOUNDATION, "data", "photo", "engines", "pictures"},
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
 # These parts run where no torch is installed. Building an engine needs torch; running one does not.
-NO_TORCH = {"synthetic", "photo", "data", "screen", *FOUNDATION}
+NO_TORCH = {"synthetic", "photo", "data", "screen", "serve", *FOUNDATION}
 NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
 NO_TORCH_MODULES |= {
     "engines.onnxruntime_backend",
     "engines.archive",
     "engines.cuda_graph",
     "engines.cuda_sample",
+    "engines.heatmap",
     "engines.tensorrt_backend",
     "engines.tensorrt_build",
     "engines.tensorrt_runtime",

@@ -1,0 +1,97 @@
+"""``fastfundus serve``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="File with the token clients must bring; or set FASTFUNDUS_TOKEN.",
+)
+@click.option("--without-token", is_flag=True, help="Listen beyond this machine without a token.")
+@click.option("--abstain", type=float, default=0.0, metavar="WIDTH", help="As of screen.")
+@click.option("--backend", type=click.Choice(["openvino", "onnxruntime"]), help="As of screen.")
+@click.option("--most-megabytes", type=click.IntRange(1), default=64, show_default=True, help="Of one request.")
+@click.option("--most-seconds", type=click.FloatRange(1.0), default=60.0, show_default=True, help="For one request.")
+@click.option(
+    "--most-waiting", type=click.IntRange(1), default=128, show_default=True, help="Photos under way at once."
+)
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    without_token: bool,
+    abstain: float,
+    backend: str | None,
+    most_megabytes: int,
+    most_seconds: float,
+    most_waiting: int,
+) -> None:
+    r"""Answer photos over HTTP with BUNDLE, and show a page to drop them on.
+
+    POST /v1/screen takes multipart/form-data or one photo as the body; GET /healthz, /metrics, /v1/about. Told to stop
+    (Ctrl-C, SIGTERM), it answers what it has taken. No TLS: put a proxy before it where the network is not your own.
+    For research use only.
+
+    \b
+    Example:
+      fastfundus serve bundle/
+      curl -F photo=@eye.jpg http://127.0.0.1:8321/v1/screen
+    """
+    from fastfundus.cli.console import quiet_decoders
+    from fastfundus.engines.bundle import Bundle
+    from fastfundus.errors import ConfigError, require
+    from fastfundus.screen.policy import ScreenPolicy
+
+    for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+        require(module, extra="serve")
+    from fastfundus.serve.app import Limits, create_app
+    from fastfundus.serve.server import LOOPBACK
+    from fastfundus.serve.server import serve as run
+
+    quiet_decoders()
+    token = _token(token_file)
+    if host not in LOOPBACK and token is None and not without_token:
+        raise ConfigError(
+            f"--host {host}: others can reach this address; give --token-file FILE, or --without-token where the "
+            "network lets nobody else in"
+        )
+    opened = Bundle.open(bundle)
+    if backend:
+        opened = opened.using(backend)
+    limits = Limits(most_bytes=most_megabytes << 20, most_s=most_seconds, most_waiting=most_waiting)
+    hosts = [*LOOPBACK[:2], "[::1]"] if host in LOOPBACK else None
+    app = create_app(opened, policy=ScreenPolicy(abstain=abstain), limits=limits, token=token, hosts=hosts)
+    run(app, limits, host=host, port=port)
+
+
+def _token(file: Path | None) -> str | None:
+    from fastfundus.errors import ConfigError
+
+    if file is None:
+        token = os.environ.get("FASTFUNDUS_TOKEN")
+        if token is None:
+            return None
+        where = "FASTFUNDUS_TOKEN"
+    else:
+        where = f"--token-file {file}"
+        try:
+            token = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: cannot be read ({error})") from None
+    token = token.strip()
+    if len(token) < 16:
+        raise ConfigError(
+            f"{where}: {len(token)} characters are easily guessed; 16 are needed at least: openssl rand -hex 32"
+        )
+    return token

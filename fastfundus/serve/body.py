@@ -1,0 +1,84 @@
+"""Request bodies: bounded in size, kept in memory (photos of patients touch no disk), refused where malformed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from email.message import Message
+from urllib.parse import unquote
+
+from fastapi import HTTPException, Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+__all__ = ["MOST_FILES", "read_photos"]
+
+MOST_FILES = 32
+"""Photos a request."""
+_RAW = ("image/", "application/dicom", "application/octet-stream")
+
+
+async def read_photos(request: Request, most_bytes: int) -> list[tuple[str, bytes]]:
+    """Names and bytes of the photos of a request.
+
+    Args:
+        request: multipart/form-data with files, or one photo as the body, named by the header `Content-Disposition`.
+        most_bytes: of the whole body.
+
+    Raises:
+        HTTPException: 413 too large, 415 something else, 400 malformed or empty.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > most_bytes:
+        raise _too_large(most_bytes)
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _parts(request, most_bytes)
+    if not kind.startswith(_RAW):
+        raise HTTPException(
+            415, f"content type {kind!r}: send multipart/form-data, or a photo as image/* or application/dicom"
+        )
+    data = b"".join([chunk async for chunk in _bounded(request, most_bytes)])
+    if not data:
+        raise HTTPException(400, "the body is empty; send a photo")
+    told = Message()
+    told["content-disposition"] = request.headers.get("content-disposition", "inline")
+    return [(unquote(told.get_filename() or "photo"), data)]
+
+
+async def _parts(request: Request, most_bytes: int) -> list[tuple[str, bytes]]:
+    parser = _InMemory(request.headers, _bounded(request, most_bytes), max_files=MOST_FILES, max_fields=8)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"malformed multipart/form-data: {error.message}") from None
+    except (KeyError, ValueError, AssertionError, UnicodeError) as error:
+        # What the parser makes of headers that no client sends.
+        raise HTTPException(400, f"malformed multipart/form-data ({type(error).__name__})") from None
+    photos = []
+    for _, part in form.multi_items():
+        if isinstance(part, UploadFile):
+            photos.append((part.filename or "photo", await part.read()))
+    await form.close()
+    if not photos:
+        raise HTTPException(400, "the form holds no file; send photos as files, under any field name")
+    return photos
+
+
+class _InMemory(MultiPartParser):
+    # Never reached: the body is bounded before.
+    spool_max_size = 1 << 62
+
+
+async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body, piece by piece, which must not be trusted to be as long as it says."""
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > most_bytes:
+            raise _too_large(most_bytes)
+        yield chunk
+
+
+def _too_large(most_bytes: int) -> HTTPException:
+    # What is left of the body is not read: the connection cannot be used again.
+    return HTTPException(413, f"the body is larger than {most_bytes} bytes", headers={"Connection": "close"})

@@ -1,0 +1,61 @@
+"""Counts and times for Prometheus; nothing that could name a patient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from fastfundus import __version__
+from fastfundus.engines.bundle import Bundle
+from fastfundus.screen.pipeline import ScreenedPhoto
+from fastfundus.serve.service import MOST_AT_ONCE, Service
+
+__all__ = ["Metrics"]
+
+_SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SIZES = tuple(size for size in (1, 2, 4, 8, 16, 32) if size <= MOST_AT_ONCE)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    media_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("fastfundus_requests", "Requests to screen.", ["code"], registry=registry)
+        self._seconds = Histogram(
+            "fastfundus_request_seconds", "From request to answer.", buckets=_SECONDS, registry=registry
+        )
+        self._photos = Counter("fastfundus_photos", "Photos by what became of them.", ["status"], registry=registry)
+        self._decisions = Counter("fastfundus_decisions", "Decisions.", ["decision"], registry=registry)
+        self._batches = Histogram(
+            "fastfundus_batch_photos", "Photos an engine call.", buckets=_SIZES, registry=registry
+        )
+        self._under_way = Gauge("fastfundus_photos_under_way", "Photos that wait or are at work.", registry=registry)
+        about = Gauge(
+            "fastfundus_info", "What answers.", ["version", "bundle", "backend", "precision"], registry=registry
+        )
+        about.labels(__version__, bundle.fingerprint, bundle.backend, bundle.precision).set(1)
+
+    def answered(self, code: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests.labels(str(code)).inc()
+        self._seconds.observe(seconds)
+
+    def screened(self, photos: Iterable[ScreenedPhoto]) -> None:
+        """Count photos."""
+        for photo in photos:
+            self._photos.labels(photo.status.value).inc()
+            if photo.decision is not None:
+                self._decisions.labels(photo.decision).inc()
+
+    def batch(self, photos: int) -> None:
+        """Count an engine call."""
+        self._batches.observe(photos)
+
+    def text(self, service: Service) -> bytes:
+        """Everything as Prometheus reads it."""
+        self._under_way.set(service.under_way)
+        return generate_latest(self._registry)

@@ -1,0 +1,211 @@
+"""What answers requests: decoders ahead of one engine, whose batches are whatever waits."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.heatmap import Heatmapper
+from fastfundus.errors import ConfigError, FastFundusError
+from fastfundus.photo.memory import keep_memory
+from fastfundus.photo.prepare import PreparedPhoto
+from fastfundus.pictures import thumbnail
+from fastfundus.records import SourcePhoto, Status
+from fastfundus.screen.crew import Crew
+from fastfundus.screen.gallery import with_heat
+from fastfundus.screen.pipeline import ScreenedPhoto, judged
+from fastfundus.screen.policy import NEGATIVE, ScreenPolicy
+from fastfundus.screen.results import makes_maps
+from fastfundus.screen.scorer import Answer, Scorer
+
+__all__ = ["MOST_AT_ONCE", "Busy", "Service"]
+
+MOST_AT_ONCE = 32
+"""Photos an engine call."""
+_LOOK_S = 0.5
+_THUMB_PX = 384
+
+
+class Busy(FastFundusError):
+    """So much is under way that more would only wait; try again soon."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    image: NDArray[np.uint8]
+    answer: asyncio.Future[Answer]
+
+
+class Service:
+    """One bundle, ready to answer. Lives on one event loop; `close` ends its threads.
+
+    Args:
+        bundle: gives probabilities.
+        policy: how to decide.
+        most_waiting: photos under way at once; more are `Busy`.
+        hang_s: seconds after which a photo that cannot be decoded is given up.
+        on_batch: called with how many photos each engine call has, in a thread of its own.
+
+    Raises:
+        ConfigError: the bundle makes maps.
+        BundleError: the engine cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        policy: ScreenPolicy,
+        *,
+        most_waiting: int,
+        hang_s: float,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        if makes_maps(bundle):
+            raise ConfigError(
+                f"{bundle.path}: makes maps; serve answers with probabilities: screen photos with it instead"
+            )
+        keep_memory()
+        cv2.setNumThreads(1)  # one decoding thread a core already
+        self.bundle, self.policy, self.most_waiting = bundle, policy, most_waiting
+        self.under_way = 0
+        self.fault = ""
+        """Why nothing can be answered any more; empty while all is well."""
+        self._on_batch = on_batch
+        self._engine = bundle.load()
+        self._scorer = Scorer(self._engine)
+        self._crew = Crew(bundle.spec, readers=1, hang_s=hang_s)
+        self._mapper: Heatmapper | None = None
+        self._mapping = threading.Lock()
+        self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def screen(self, name: str, data: bytes) -> ScreenedPhoto:
+        """Answer one photo.
+
+        Args:
+            name: as its sender calls it; nothing is opened by it.
+            data: a picture file.
+
+        Raises:
+            Busy: too much is under way.
+            FastFundusError: decoders or engine do not work any more; see `fault`.
+        """
+        if self.fault:
+            raise FastFundusError(self.fault)
+        if self.under_way >= self.most_waiting:
+            raise Busy(f"{self.under_way} photos are under way, at most {self.most_waiting} are taken; try again soon")
+        self.under_way += 1
+        try:
+            source = SourcePhoto(Path("/dev/null"), name, name)
+            prepared = await self._prepared(source, data)
+            answer = None
+            if prepared.status is Status.OK and prepared.image is not None:
+                waiting = _Waiting(prepared.image, self._loop.create_future())
+                self._queue.put(waiting)
+                answer = await waiting.answer
+            return judged(source, prepared, answer, self.bundle, self.policy)
+        finally:
+            self.under_way -= 1
+
+    async def _prepared(self, source: SourcePhoto, data: bytes) -> PreparedPhoto:
+        done = asyncio.Event()
+        slot = self._crew.begin(source, data, on_done=lambda: self._tell(done.set))
+        while not slot.done.is_set():
+            try:
+                await asyncio.wait_for(done.wait(), _LOOK_S)
+            except TimeoutError:
+                try:
+                    self._crew.watch(slot)
+                except FastFundusError as error:
+                    self.fault = str(error)
+                    raise
+        return slot.prepared
+
+    async def pictures(self, photo: ScreenedPhoto) -> dict[str, str | None]:
+        """What a page shows of a photo: the crop, and where the network looks, as data URLs, where there are such."""
+        image = photo.prepared.image
+        if image is None:
+            return {"crop": None, "heatmap": None}
+        shown: dict[str, str | None] = {"crop": await asyncio.to_thread(thumbnail, image, _THUMB_PX), "heatmap": None}
+        # Where the network looks on a photo that it finds nothing on would only mislead.
+        if photo.answer is not None and photo.decision != NEGATIVE and Heatmapper.available(self.bundle):
+            shown["heatmap"] = await asyncio.to_thread(self._heatmap, image, photo.answer)
+        return shown
+
+    def _heatmap(self, image: NDArray[np.uint8], answer: NDArray[np.float32]) -> str:
+        names = self.bundle.findings or self.bundle.labels
+        numbers = [self.bundle.labels.index(name) for name in names]
+        above = [float(answer[number]) - self.bundle.thresholds[number] for number in numbers]
+        with self._mapping:
+            self._mapper = self._mapper or Heatmapper(self.bundle)
+            heat = self._mapper.heat(image)[numbers[int(np.argmax(above))]]
+        return thumbnail(with_heat(image, heat), _THUMB_PX)
+
+    def row(self, photo: ScreenedPhoto) -> dict[str, Any]:
+        """A result as plain data for JSON, in the terms of `results.csv`."""
+        answer = photo.answer
+        return {
+            "file": photo.source.name,
+            "sha256": photo.prepared.sha256 or None,
+            "status": photo.status.value,
+            "reason": photo.reason or None,
+            "eye": photo.prepared.facts.eye,
+            "camera": photo.prepared.facts.camera,
+            "quality": photo.prepared.quality,
+            "probabilities": {}
+            if answer is None
+            else {name: float(value) for name, value in zip(self.bundle.labels, answer, strict=True)},
+            "decision": photo.decision,
+        }
+
+    def close(self) -> None:
+        """End the threads and free the engine; what waits is not answered."""
+        self._queue.put(None)
+        self._thread.join()
+        self._crew.close()
+        self._engine.close()
+
+    def _tell(self, what: Any, *arguments: Any) -> None:
+        """Have the event loop call something, unless it is over."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    def _work(self) -> None:
+        """Score whatever waits, as one batch, again and again: the busier, the larger."""
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            while len(batch) < MOST_AT_ONCE:
+                try:
+                    more = self._queue.get_nowait()
+                except Empty:
+                    break
+                if more is None:
+                    self._queue.put(None)
+                    break
+                batch.append(more)
+            self._on_batch(len(batch))
+            try:
+                answers: list[Answer] = self._scorer.score([waiting.image for waiting in batch])
+            except FastFundusError as error:
+                self.fault = str(error)
+                answers = [self.fault] * len(batch)
+            for waiting, answer in zip(batch, answers, strict=True):
+                self._tell(_set, waiting.answer, answer)
+
+
+def _set(future: asyncio.Future[Answer], answer: Answer) -> None:
+    # Whoever asked may have gone.
+    if not future.done():
+        future.set_result(answer)
