@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     help="Whether one ungradable or unreadable photo keeps its eye from being negative.",
 )  # fmt: skip
 @click.option("--both-eyes", is_flag=True, help="A patient without photos of both eyes is never negative.")
+@click.option(
+    "--ray", metavar="ADDRESS", help='Deal the work to a Ray cluster: "host:6379", "auto", or "local". Extra: fleet.'
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def screen(
     bundle: Path,
@@ -50,6 +53,7 @@ def screen(
     least_images: int,
     unusable: str,
     both_eyes: bool,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     r"""Screen photos with BUNDLE: exactly one row per input, and a report.
@@ -80,12 +84,17 @@ def screen(
         opened = opened.using(backend)
     # Every picture is an input here, also the masks and spare pictures of a public data set.
     listing = list_photos(sources, adapter="folder")
+    make_blocks = None
+    if ray:
+        from fastfundus.screen.fleet import ray_blocks
+
+        make_blocks = ray_blocks(ray)
     remarks(listing.notes)
     with screening_progress() as progress:
         try:
             run = screen_to_folder(
                 listing, opened, output, sources=sources, policy=policy, resume=resume, overwrite=overwrite,
-                on_progress=progress,
+                make_blocks=make_blocks, on_progress=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise click.ClickException(

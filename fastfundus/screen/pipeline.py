@@ -68,6 +68,7 @@ class Timing:
     workers: int = 0
     """Decoding threads."""
     readers: int = 0
+    engines: int = 1
 
     @property
     def images_per_s(self) -> float:
@@ -86,7 +87,7 @@ class Timing:
         return {
             "reading": self.read / wall / max(self.readers, 1),
             "decoding": self.decode / wall / max(self.workers, 1),
-            "engine": self.engine / wall,
+            "engine": self.engine / wall / self.engines,
         }
 
     @property

@@ -15,7 +15,9 @@ from fastfundus import __version__
 from fastfundus.data.journal import locked
 from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError, DataError, FastFundusError
+from fastfundus.records import SourcePhoto
 from fastfundus.screen.audit import AuditLog
 from fastfundus.screen.masks import write_masks
 from fastfundus.screen.pipeline import BLOCK, Timing, screen_photos
@@ -24,7 +26,7 @@ from fastfundus.screen.report import write_report
 from fastfundus.screen.results import makes_maps, result_row
 from fastfundus.screen.store import Store, stamp
 
-__all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "screen_to_folder"]
+__all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "rows_of", "screen_to_folder"]
 
 Progress = Callable[[int, int, Timing], None]
 """Called with how many rows are done, those of an earlier sitting included, how many there will be, and the timing."""
@@ -105,16 +107,39 @@ def local_blocks(
     store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Screen blocks on this machine; see `BlockMaker`."""
-    bundle, rows, blocks = store.bundle, [], iter(missing)
+    rows, blocks = [], iter(missing)
     number = next(blocks)
     photos = [photo for block in missing for photo in store.inputs_of(block)]
-    for photo in screen_photos(photos, bundle, timing, policy=store.policy):
-        masks = write_masks(photo, bundle, store.output) if makes_maps(bundle) else None
-        rows.append(result_row(photo, bundle, masks))
+    for row in rows_of(photos, store.bundle, store.policy, timing, output=store.output):
+        rows.append(row)
         on_rows(1)
         if len(rows) == len(store.inputs_of(number)):
             yield number, rows
             rows, number = [], next(blocks, -1)
+
+
+def rows_of(
+    photos: Sequence[SourcePhoto],
+    bundle: Bundle,
+    policy: ScreenPolicy,
+    timing: Timing,
+    *,
+    engine: Engine | None = None,
+    output: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Screen photos to rows of the results, in order; as `screen_photos`.
+
+    Args:
+        photos: the inputs.
+        bundle: what to screen them with.
+        policy: how to decide.
+        timing: filled while the rows are taken.
+        engine: the bundle's, loaded, and left open; None loads it.
+        output: where a bundle that maps writes its masks.
+    """
+    for photo in screen_photos(photos, bundle, timing, policy=policy, engine=engine):
+        masks = write_masks(photo, bundle, output) if output is not None and makes_maps(bundle) else None
+        yield result_row(photo, bundle, masks)
 
 
 def _run(

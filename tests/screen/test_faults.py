@@ -338,3 +338,19 @@ def test_masks_stay_in_their_folder() -> None:
         assert os.path.normpath(inside) == inside
         assert inside.startswith("masks/vessel/")
         assert len(inside) == len("masks/vessel/") + 64 + 4
+
+
+@pytest.mark.slow
+def test_a_fleet_goes_on_where_one_machine_stopped_with_the_same_bytes(
+    trained: Trained, photos: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.screen.fleet_run", trained.bundle.path, photos, tmp_path],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    resumed, photos_there, engines = map(int, done.stdout.split())
+    assert (resumed, photos_there, engines >= 1) == (16, 8, True)
+    for name in SAME:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    assert verify(tmp_path / "there").faults == []

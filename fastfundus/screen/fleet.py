@@ -1,0 +1,134 @@
+"""Many machines: the blocks of a run dealt to workers by Ray Data; each does with its block what one machine does."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import polars as pl
+
+from fastfundus.engines.archive import pack
+from fastfundus.engines.bundle import Bundle
+from fastfundus.errors import BundleError, ConfigError, require
+from fastfundus.screen.pipeline import Timing
+from fastfundus.screen.policy import ScreenPolicy
+from fastfundus.screen.results import makes_maps, results_table
+from fastfundus.screen.run import BlockMaker, rows_of
+from fastfundus.screen.store import Store
+
+__all__ = ["ray_blocks"]
+
+_SUMS = ("read", "decode", "engine", "cpu", "photos")
+
+
+def ray_blocks(address: str) -> BlockMaker:
+    """Make blocks on a Ray cluster; see `run.BlockMaker`.
+
+    Photos must lie on storage that every machine sees under the same path. The bundle is sent along, and a worker holds
+    it once; rows come back here, and only this process writes. A worker that dies is replaced, and its block done
+    again.
+
+    Args:
+        address: of the cluster's head ("host:6379", "ray://host:10001", "auto"), or "local" for this machine alone.
+
+    Raises:
+        MissingDependency: Ray is not installed.
+    """
+    # It reports its use over the network unless told not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What its own parts have to say to each other is for its makers.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray: Any = require("ray", extra="fleet")
+    data: Any = require("ray.data", extra="fleet")
+
+    def make(
+        store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        if makes_maps(store.bundle):
+            raise ConfigError(
+                f"{store.bundle.path}: makes maps, whose masks are written where they are made; run it without --ray"
+            )
+        here = {"num_cpus": os.cpu_count(), "include_dashboard": False}
+        where = here if address == "local" else {"address": address}
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--ray {address}: cannot be reached ({str(error).splitlines()[0]}); does it run, and is RAY_AUTH_MODE "
+                "here what it is there?"
+            ) from None
+        try:
+            context = data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            each = min(count for count in cores if count)
+            workers = min(len(missing), sum(count // each for count in cores))
+            packed = ray.put(_packed(store.bundle))
+            items = [{"block": block, "photos": pickle.dumps(store.inputs_of(block))} for block in missing]
+            began = time.perf_counter()
+            done = data.from_items(items, override_num_blocks=len(items)).map(
+                _Worker,
+                # In a list: else every start of a worker would wait for it as an argument.
+                fn_constructor_args=([packed], store.bundle.fingerprint, store.bundle.backend, store.policy.to_dict()),
+                num_cpus=each,
+                compute=data.ActorPoolStrategy(size=workers),
+            )
+            timing.engines = workers
+            for row in done.iter_rows():
+                told = row["timing"]
+                for name in _SUMS:
+                    setattr(timing, name, getattr(timing, name) + told[name])
+                timing.workers, timing.readers = workers * told["workers"], workers * told["readers"]
+                timing.wall = time.perf_counter() - began
+                rows = pl.read_parquet(io.BytesIO(row["rows"])).to_dicts()
+                on_rows(len(rows))
+                yield int(row["block"]), rows
+        finally:
+            ray.shutdown()
+
+    return make
+
+
+class _Worker:
+    """Holds the engine, and screens blocks with every core it finds."""
+
+    def __init__(self, packed: list[Any], fingerprint: str, backend: str, policy: dict[str, Any]) -> None:
+        import ray
+
+        self._folder = TemporaryDirectory(prefix="fastfundus-")
+        path = Path(self._folder.name) / "bundle.zip"
+        path.write_bytes(ray.get(packed[0]))
+        self.bundle = Bundle.open(path)
+        if self.bundle.fingerprint != fingerprint:
+            raise BundleError(f"the bundle that arrived is {self.bundle.fingerprint[:12]}, not {fingerprint[:12]}")
+        if backend != self.bundle.backend:
+            self.bundle = self.bundle.using(backend)
+        self.policy = ScreenPolicy(**policy)
+        self.engine = self.bundle.load()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Screen one block."""
+        timing = Timing()
+        photos = pickle.loads(item["photos"])
+        rows = list(rows_of(photos, self.bundle, self.policy, timing, engine=self.engine))
+        table, buffer = results_table(rows, self.bundle), io.BytesIO()
+        table.write_parquet(buffer)
+        told = {name: getattr(timing, name) for name in (*_SUMS, "workers", "readers")}
+        return {"block": item["block"], "rows": buffer.getvalue(), "timing": told}
+
+
+def _packed(bundle: Bundle) -> bytes:
+    with TemporaryDirectory(prefix="fastfundus-") as folder:
+        file = Path(folder) / "bundle.zip"
+        pack(bundle.folder, file)
+        return file.read_bytes()

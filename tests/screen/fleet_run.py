@@ -1,0 +1,38 @@
+"""Screens a folder here, and again, half here and half on a local Ray cluster. A process of its own: Ray starts more."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+from fastfundus.data import list_photos
+from fastfundus.engines.bundle import Bundle
+from fastfundus.screen import pipeline, run, store
+from fastfundus.screen.fleet import ray_blocks
+from fastfundus.screen.pipeline import Timing
+
+
+class Stop(BaseException):
+    pass
+
+
+def stop(done: int, total: int, timing: Timing) -> None:
+    if done == 20:
+        raise Stop
+
+
+def main(bundle: Path, source: Path, work: Path) -> None:
+    for module in (pipeline, run, store):
+        module.BLOCK = 8
+    listing, opened = list_photos(source), Bundle.open(bundle)
+    run.screen_to_folder(listing, opened, work / "here", sources=[source])
+    with contextlib.suppress(Stop):
+        run.screen_to_folder(listing, opened, work / "there", sources=[source], on_progress=stop)
+    blocks = ray_blocks("local")
+    done = run.screen_to_folder(listing, opened, work / "there", sources=[source], resume=True, make_blocks=blocks)
+    print(done.resumed, done.timing.photos, done.timing.engines)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]))
