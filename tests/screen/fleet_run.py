@@ -1,4 +1,4 @@
-"""Screens a folder here, and again, half here and half on a local Ray cluster. A process of its own: Ray starts more."""
+"""Screens a folder here, and again, half here and half on a local Ray cluster. A process of its own: Ray forks."""
 
 from __future__ import annotations
 
