@@ -209,7 +209,7 @@ def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
     """What became of the inputs since the run began, in words."""
     vanished: list[str] = []
     changed: list[str] = []
-    for photo, before in zip(store.photos, store.stamps, strict=True):
+    for photo, before in zip(store.photos, store.stamps(), strict=True):
         now = stamp(photo.path)
         if now != before:
             (vanished if now[0] < 0 else changed).append(photo.name)

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ __all__ = ["FILES", "Store", "stamp"]
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
 """What a finished folder holds, beside masks."""
 _FOLDERS = ("progress", "masks")
-_INPUTS = {
-    "name": pl.String, "path": pl.Binary, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String,
-    "camera": pl.String, "issue": pl.String, "bytes": pl.Int64, "mtime_ns": pl.Int64,
+_TOLD: dict[str, Any] = {
+    "name": pl.String, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String, "camera": pl.String,
+    "issue": pl.String,
 }  # fmt: skip
+_INPUTS = {**_TOLD, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -118,12 +119,14 @@ class Store:
             return
         inputs = output / "progress" / "inputs.parquet"
         self.resumed = earlier is not None and resume and inputs.is_file()
-        if not self.resumed:
+        self.photos = listing.photos
+        """The inputs, in the order of the results."""
+        if self.resumed:
+            self.photos = _unpack(inputs)
+        else:
             self._blocks.mkdir(parents=True, exist_ok=True)
             _put(inputs, _pack(listing.photos))
             self._note(None)
-        self.photos, self.stamps = _unpack(inputs)
-        """The inputs, in the order of the results, and what `stamp` said of each before the first was read."""
 
     def _earlier(self) -> dict[str, Any] | None:
         path = self.output / "run.json"
@@ -190,6 +193,11 @@ class Store:
     def _file(self, block: int) -> Path:
         return self._blocks / f"{block:08d}.parquet"
 
+    def stamps(self) -> Iterator[tuple[int, int]]:
+        """What `stamp` said of each input before the first was read."""
+        columns = ["bytes", "mtime_ns"]
+        yield from pl.read_parquet(self.output / "progress" / "inputs.parquet", columns=columns).iter_rows()
+
     def merge(self) -> pl.DataFrame:
         """Make the results of all blocks, and the tables of eyes and patients."""
         files = [self._file(block) for block in range(self.blocks)]
@@ -228,20 +236,15 @@ def _parquet(table: pl.DataFrame) -> bytes:
 
 
 def _pack(photos: list[SourcePhoto]) -> bytes:
-    rows = []
-    for photo in photos:
-        size, changed = stamp(photo.path)
-        rows.append(
-            {name: getattr(photo, name, None) for name in _INPUTS}
-            # File names are bytes, and need not be UTF-8.
-            | {"path": os.fsencode(photo.path), "bytes": size, "mtime_ns": changed}
-        )
-    return _parquet(pl.DataFrame(rows, schema=_INPUTS))
+    # By column: rows of a million inputs would be a gigabyte for a moment.
+    columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _TOLD}
+    # File names are bytes, and need not be UTF-8.
+    columns["path"] = [os.fsencode(photo.path) for photo in photos]
+    stamps = [stamp(photo.path) for photo in photos]
+    columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
+    return _parquet(pl.DataFrame(columns, schema=_INPUTS))
 
 
-def _unpack(path: Path) -> tuple[list[SourcePhoto], list[tuple[int, int]]]:
-    photos, stamps = [], []
-    for row in pl.read_parquet(path).iter_rows(named=True):
-        stamps.append((row.pop("bytes"), row.pop("mtime_ns")))
-        photos.append(SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}))
-    return photos, stamps
+def _unpack(path: Path) -> list[SourcePhoto]:
+    rows = pl.read_parquet(path, columns=[*_TOLD, "path"]).iter_rows(named=True)
+    return [SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}) for row in rows]
