@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare bench-sample bench-train bench-engine parity kernels wheel fuzz photos odir transfer clean
+.PHONY: demo test check bench bench-prepare bench-sample bench-train bench-engine bench-screen parity kernels wheel fuzz photos odir transfer clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -33,6 +33,9 @@ bench-train: $(VENV)/.installed-dev  ## training against the peers' habit, in tu
 
 bench-engine: $(VENV)/.installed-dev  ## engines against torch, in turns (a quarter of an hour)
 	@$(BIN)/python -W ignore -m bench.bench_engine && $(BIN)/python -m bench.report
+
+bench-screen: $(VENV)/.installed-dev  ## screening against the peers' loop, memory, serving (half an hour); needs FASTFUNDUS_DATA
+	@$(BIN)/python -W ignore -m bench.bench_screen && $(BIN)/python -m bench.report
 
 parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
 	@TRITON_INTERPRET=1 $(BIN)/python -m bench.parity && $(BIN)/python -m bench.report

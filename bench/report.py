@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.screen_tables import fleet_table, screen_table
 from fastfundus.records import interval_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -318,7 +319,7 @@ def evidence_table(result: dict[str, Any]) -> str:
 def draw() -> None:
     """Put the newest tables between their markers."""
     root = README.parent
-    kernels, photos = root / "docs" / "kernels.md", root / "docs" / "photos.md"
+    kernels, photos, screening = (root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening"))
     for file, marker, source, table in [
         (README, "speed", RESULTS / "cpu_*.json", speed_table),
         (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
@@ -326,6 +327,8 @@ def draw() -> None:
         (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
         (README, "train", RESULTS / "train_cpu_*.json", train_table),
         (README, "engine", RESULTS / "engine_cpu_*.json", engine_table),
+        (README, "screen", RESULTS / "screen_cpu_*.json", screen_table),
+        (screening, "fleet", RESULTS / "screen_cpu_*.json", fleet_table),
         (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
         (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),

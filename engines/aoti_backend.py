@@ -110,8 +110,10 @@ class AotiEngine(Engine):
             return self._model(photos)
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        given = self._torch.from_numpy(np.ascontiguousarray(photos)).to(self._device)
-        return np.asarray(self.run_on_device(given).float().cpu().numpy())
+        return self._run_on_device(self._torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))
+
+    def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
+        return np.asarray(self.run_on_device(photos).float().cpu().numpy())
 
     def _free(self) -> None:
         self._model = None

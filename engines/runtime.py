@@ -90,6 +90,26 @@ class Engine(ABC):
             )
         return self._checked(self._run(photos))
 
+    def infer_on_device(self, photos: Any) -> NDArray[np.float32]:
+        """Score photos that lie on the engine's own device, and do not leave it.
+
+        Args:
+            photos: as for `infer`, contiguous: a torch tensor, or anything with `__cuda_array_interface__`. What wrote
+                it must be done.
+
+        Returns:
+            As `infer`.
+
+        Raises:
+            ValueError: the photos are something else.
+            BundleError: as `infer`, or the backend takes photos from the host only.
+        """
+        self._require_usable()
+        shape, kind = tuple(photos.shape), str(photos.dtype).removeprefix("torch.")
+        if kind != "uint8" or len(shape) != 4 or shape[1:] != (self._size, self._size, 3) or not shape[0]:
+            raise ValueError(f"photos must be uint8 [N, {self._size}, {self._size}, 3] with N >= 1, got {kind} {shape}")
+        return self._checked(self._run_on_device(photos))
+
     def _require_usable(self) -> None:
         """Refuse calls after `close`, and in a fork of the process that loaded the engine."""
         if not self._open:
@@ -123,6 +143,12 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Answer checked photos."""
+
+    def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
+        """Answer checked photos on the device; backends that cannot leave this as it is."""
+        raise BundleError(
+            f"{self.name}: its backend takes photos from the host only; build it with --backend tensorrt or aoti"
+        )
 
     @abstractmethod
     def _free(self) -> None:

@@ -99,6 +99,16 @@ class TensorRtEngine(Engine):
         rows = [slice(start, start + self._batch) for start in range(0, len(photos), self._batch)]
         return self._dealt(len(photos), rows, lambda slot, part: slot.start(photos[part]))
 
+    def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
+        start = int(photos.__cuda_array_interface__["data"][0])
+        rows = [slice(first, min(first + self._batch, len(photos))) for first in range(0, len(photos), self._batch)]
+        photo = 3 * self._size**2
+
+        def begin(slot: Slot, part: slice) -> bool:
+            return slot.start_device(start + part.start * photo, part.stop - part.start)
+
+        return self._dealt(len(photos), rows, begin)
+
     def infer_frames(self, frames: Sequence[NDArray[np.uint8]], geometry: NDArray[np.float32]) -> NDArray[np.float32]:
         """Score decoded photos, which csrc's kernel cuts and resizes on the GPU, area-exact.
 

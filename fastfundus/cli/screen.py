@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from fastfundus.data.source import SourceList
-    from fastfundus.screen.run import ScreeningRun
+    from fastfundus.screen.run import BlockMaker, ScreeningRun
 
 
 @click.command()
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--both-eyes", is_flag=True, help="A patient without photos of both eyes is never negative.")
 @click.option(
+    "--decode", type=click.Choice(["cpu", "dali"]), default="cpu", show_default=True,
+    help="dali feeds engines of TensorRT and AOTInductor on the GPU, where photos then stay.",
+)  # fmt: skip
+@click.option(
     "--ray", metavar="ADDRESS", help='Deal the work to a Ray cluster: "host:6379", "auto", or "local". Extra: fleet.'
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -53,6 +57,7 @@ def screen(
     least_images: int,
     unusable: str,
     both_eyes: bool,
+    decode: str,
     ray: str | None,
     as_json: bool,
 ) -> None:
@@ -75,6 +80,8 @@ def screen(
     from fastfundus.screen.policy import ScreenPolicy
     from fastfundus.screen.run import screen_to_folder
 
+    if ray and decode == "dali":
+        raise ConfigError("--ray and --decode dali do not go together; give one of them")
     if resume and overwrite:
         raise ConfigError("--resume goes on with what is there, --overwrite throws it away; give one of them")
     quiet_decoders()
@@ -89,12 +96,14 @@ def screen(
         from fastfundus.screen.fleet import ray_blocks
 
         make_blocks = ray_blocks(ray)
+    elif decode == "dali":
+        make_blocks = _dali()
     remarks(listing.notes)
     with screening_progress() as progress:
         try:
             run = screen_to_folder(
                 listing, opened, output, sources=sources, policy=policy, resume=resume, overwrite=overwrite,
-                make_blocks=make_blocks, on_progress=progress,
+                make_blocks=make_blocks, decode=decode, on_progress=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise click.ClickException(
@@ -110,6 +119,16 @@ def screen(
         )
     if faults:
         raise click.ClickException("\n".join(faults))
+
+
+def _dali() -> BlockMaker:
+    from fastfundus.errors import require
+
+    torch = require("torch", extra="train")
+    require("nvidia.dali", extra="dali")
+    from fastfundus.dali.screen import dali_blocks
+
+    return dali_blocks(0 if torch.cuda.is_available() else None)
 
 
 def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:

@@ -27,6 +27,7 @@ from fastfundus.photo.prepare import (
     look_at,
     plan_for_crop,
     prepare_bytes,
+    round_mask,
 )
 from fastfundus.photo.quality import QUALITY_PX
 from fastfundus.photo.resample import shrink
@@ -68,6 +69,14 @@ class DaliPreparer:
 
     def __call__(self, paths: Sequence[Path]) -> list[PreparedPhoto]:
         """Read and prepare files; never raises for what is in one, or for one that cannot be read."""
+        return self.prepare(paths)[0]
+
+    def prepare(self, paths: Sequence[Path]) -> tuple[list[PreparedPhoto], dict[int, torch.Tensor]]:
+        """As a call; and by position, what the decoder's device holds of the photos that it decoded.
+
+        Returns:
+            The photos, and uint8 [size, size, 3] on the device, equal to their `image`.
+        """
         with ThreadPoolExecutor(self._threads) as pool:
             files = list(pool.map(opened, paths))
             sound = {
@@ -75,7 +84,9 @@ class DaliPreparer:
                 for n, (data, header) in enumerate(files)
                 if isinstance(data, bytes) and header is not None and self._takes(header)
             }
-            done = dict(zip(sound, self._prepare_sound(list(sound.values()), pool), strict=True))
+            prepared, on_device = self._prepare_sound(list(sound.values()), pool)
+            done = dict(zip(sound, prepared, strict=True))
+            positions = list(sound)
 
             def finished(n: int) -> PreparedPhoto:
                 data, _ = files[n]
@@ -83,15 +94,18 @@ class DaliPreparer:
                     return PreparedPhoto(data.status, data.reason)
                 return done.get(n) or prepare_bytes(data, self.spec)
 
-            return list(pool.map(finished, range(len(paths))))
+            images = {positions[place]: image for place, image in on_device.items()}
+            return list(pool.map(finished, range(len(paths)))), images
 
     def _takes(self, header: PhotoHeader) -> bool:
         """Whether a photo goes to DALI: strips would make the squares of a whole group too large."""
         plan = plan_decode(header, least_side(self.spec))
         return max(plan.width, plan.height) <= 4 * least_side(self.spec)
 
-    def _prepare_sound(self, files: list[_Sound], pool: Executor) -> list[PreparedPhoto | None]:
-        """A result for each file; None leaves it to the CPU's decoder."""
+    def _prepare_sound(
+        self, files: list[_Sound], pool: Executor
+    ) -> tuple[list[PreparedPhoto | None], dict[int, torch.Tensor]]:
+        """A result for each file, None leaves it to the CPU's decoder; and images on the device."""
         photos, refused = self.decoder.decode([file.data for file in files])
         positions = [n for n in range(len(files)) if n not in refused]
         # The field is looked for in what a scaled decode would have given, so that both executors find the same.
@@ -100,8 +114,9 @@ class DaliPreparer:
         shapes = [tuple(shape) for shape in photos.sizes.tolist()]
         seen = list(pool.map(self._look, (files[n] for n in positions), plans, shapes, pictures))
         crops = {place: crop for place, crop in enumerate(seen) if isinstance(crop, _Crop)}
-        images = _cut(photos, crops, self.spec.size)
-        shown = images if self.spec.size >= QUALITY_PX else _cut(photos, crops, QUALITY_PX)
+        kept = _cut(photos, crops, self.spec.size)
+        images = kept.cpu().numpy()
+        shown = images if self.spec.size >= QUALITY_PX else _cut(photos, crops, QUALITY_PX).cpu().numpy()
 
         def finished(crop: _Crop, image: NDArray[np.uint8], large: NDArray[np.uint8]) -> PreparedPhoto:
             return finish(crop.known, image, large, crop.found, crop.to_full, self.spec)
@@ -112,7 +127,11 @@ class DaliPreparer:
                 results[positions[place]] = result
         for place, result in zip(crops, pool.map(finished, crops.values(), images, shown), strict=True):
             results[positions[place]] = result
-        return results
+        if self.spec.field == "circle" and self.spec.mask_outside and len(kept):
+            # As `finish` does with those on the host.
+            round_fields = [row for row, crop in enumerate(crops.values()) if crop.found is not None]
+            kept[round_fields] &= torch.from_numpy(round_mask(self.spec.size)).to(kept.device)
+        return results, {positions[place]: kept[row] for row, place in enumerate(crops)}
 
     def _look(
         self, file: _Sound, plan: DecodePlan, shape: tuple[int, ...], picture: NDArray[np.uint8]
@@ -146,13 +165,13 @@ def _shrunk(photos: RaggedPhotos, divisors: list[int]) -> Iterator[NDArray[np.ui
         return
     origin = np.zeros(len(shapes))
     scales = np.array(divisors, np.float64)
-    squares = _sampled(photos, list(range(len(shapes))), origin, origin, scales, max(map(max, shapes)))
+    squares = _sampled(photos, list(range(len(shapes))), origin, origin, scales, max(map(max, shapes))).cpu().numpy()
     for square, (height, width) in zip(squares, shapes, strict=True):
         yield np.ascontiguousarray(square[:height, :width])
 
 
-def _cut(photos: RaggedPhotos, crops: dict[int, _Crop], size: int) -> NDArray[np.uint8]:
-    """Windows by place, brought to `size`: uint8 [N, size, size, 3]."""
+def _cut(photos: RaggedPhotos, crops: dict[int, _Crop], size: int) -> torch.Tensor:
+    """Windows by place, brought to `size`: uint8 [N, size, size, 3] on the device."""
     windows = [crop.known.window for crop in crops.values()]
     left, top, side = np.array(windows, np.float64).reshape(-1, 3).T
     return _sampled(photos, list(crops), left, top, side / size, size)
@@ -165,12 +184,12 @@ def _sampled(
     top: NDArray[np.float64],
     scale: NDArray[np.float64],
     size: int,
-) -> NDArray[np.uint8]:
-    """Upright squares of photos by the ragged kernel, rounded to grey levels: uint8 [N, size, size, 3] on the host."""
+) -> torch.Tensor:
+    """Upright squares of photos by the ragged kernel, rounded to grey levels: uint8 [N, size, size, 3]."""
     geometry = torch.zeros(len(places), 2, 3)
     geometry[:, 0, 0] = geometry[:, 1, 1] = torch.from_numpy(scale)
     geometry[:, 0, 2], geometry[:, 1, 2] = torch.from_numpy(left), torch.from_numpy(top)
     colour = torch.eye(3, 4).repeat(len(places), 1, 1)
     chosen = photos.offsets[places], photos.sizes[places]
     values = sample_ragged(photos.pixels, *chosen, geometry, colour, size).permute(0, 2, 3, 1)
-    return values.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return values.round().clamp(0, 255).to(torch.uint8).contiguous()

@@ -26,7 +26,7 @@ from fastfundus.spec import PreprocessSpec
 
 __all__ = [
     "PreparedPhoto", "crop_window", "decode_at", "finish", "known_of", "least_side", "look_at", "plan_for_crop",
-    "prepare_bytes", "prepare_photo",
+    "prepare_bytes", "prepare_photo", "round_mask",
 ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def finish(
         )
         known = replace(known, field=circle, field_shape=found.shape)
         if spec.mask_outside:
-            cv2.bitwise_and(image, _round_mask(spec.size), dst=image)
+            cv2.bitwise_and(image, round_mask(spec.size), dst=image)
     quality = measure_quality(shown, *(found.completeness() if found else ()))
     known = replace(known, image=image, quality=round(quality.score, 4))
     if quality.score < LEAST_QUALITY:
@@ -264,7 +264,8 @@ def _cut(rgb: NDArray[np.uint8], roomy: NDArray[np.uint8], window: tuple[int, in
 
 
 @functools.lru_cache(maxsize=4)
-def _round_mask(size: int) -> NDArray[np.uint8]:
+def round_mask(size: int) -> NDArray[np.uint8]:
+    """255 inside the circle that fills a square, else 0: uint8 [size, size, 3]; not to be written to."""
     rows, columns = np.ogrid[:size, :size]
     distance = np.hypot(columns + 0.5 - size / 2, rows + 0.5 - size / 2)
     # For each channel: OpenCV combines whole pictures six times as fast as it looks at a mask.

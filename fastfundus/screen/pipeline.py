@@ -128,7 +128,7 @@ def screen_photos(
     crew = Crew(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = crew.decoders, crew.readers
     began, began_cpu = time.perf_counter(), time.process_time()
-    scorer = Scorer(loaded)
+    scorer = Scorer.of(loaded)
     # The engine has a thread of its own: here the next batch is gathered meanwhile.
     thread = ThreadPoolExecutor(1, "engine")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import polars as pl
 
-from fastfundus import __version__
 from fastfundus.data.journal import locked
 from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
@@ -60,6 +59,7 @@ def screen_to_folder(
     resume: bool = False,
     overwrite: bool = False,
     make_blocks: BlockMaker | None = None,
+    decode: str = "cpu",
     on_progress: Progress = lambda done, total, timing: None,
 ) -> ScreeningRun:
     """Screen every photo of a listing and write results, report and audit log.
@@ -73,6 +73,7 @@ def screen_to_folder(
         resume: go on with a run of the same sources, bundle and policy; begin if there is none.
         overwrite: replace the results of an earlier run in `output`.
         make_blocks: screens; None does it here.
+        decode: what it decodes with, if that makes a difference to the results: "cpu" or "dali".
         on_progress: see `Progress`.
 
     Raises:
@@ -89,7 +90,7 @@ def screen_to_folder(
     try:
         with locked(output, output / ".lock", "screened into"):
             store = Store(
-                output, listing, sources=sources, bundle=bundle, policy=policy, version=__version__,
+                output, listing, sources=sources, bundle=bundle, policy=policy, decode=decode,
                 resume=resume, overwrite=overwrite,
             )  # fmt: skip
             if store.finished:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,23 +23,29 @@ class Scorer:
     """Scores batches, photo by photo where a batch fails. One thread at a time may call it.
 
     Args:
-        engine: loaded, and closed by its owner.
+        name: of the engine, for messages.
+        infer: scores a batch of photos, as they are given to `score`, to [N, L] or [N, L, S, S].
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._failures = engine, 0
+    def __init__(self, name: str, infer: Callable[[Sequence[Any]], NDArray[np.float32]]) -> None:
+        self._name, self._infer, self._failures = name, infer, 0
         self.seconds = 0.0
         """The engine at work so far."""
 
-    def score(self, images: Sequence[NDArray[np.uint8]]) -> list[Answer]:
-        """Answer each of some photos [S, S, 3].
+    @classmethod
+    def of(cls, engine: Engine) -> Scorer:
+        """Make one of an engine, for photos in the host's memory; its owner closes it."""
+        return cls(engine.name, lambda images: engine.infer(np.stack(images)))
+
+    def score(self, images: Sequence[Any]) -> list[Answer]:
+        """Answer each of some photos uint8 [S, S, 3].
 
         Raises:
             BundleError: so many failed one after the other that the engine must be at fault.
         """
         began = time.perf_counter()
         try:
-            answers: list[Answer] = list(self._engine.infer(np.stack(images)))
+            answers: list[Answer] = list(self._infer(images))
             self._failures = 0
             return answers
         except Exception as error:
@@ -47,14 +54,14 @@ class Scorer:
         finally:
             self.seconds += time.perf_counter() - began
 
-    def _again(self, image: NDArray[np.uint8], first: Exception) -> Answer:
+    def _again(self, image: Any, first: Exception) -> Answer:
         try:
-            answer: NDArray[np.float32] = self._engine.infer(image[None])[0]
+            answer: NDArray[np.float32] = self._infer([image])[0]
         except Exception as error:
             self._failures += 1
             if self._failures >= _MOST_FAILURES:
                 raise BundleError(
-                    f"{self._engine.name}: the engine failed on {self._failures} photos in a row ({first}); what is "
+                    f"{self._name}: the engine failed on {self._failures} photos in a row ({first}); what is "
                     "done is kept: see to the engine, then go on"
                 ) from error
             return str(error).splitlines()[0] if str(error) else type(error).__name__

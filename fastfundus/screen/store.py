@@ -22,6 +22,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
+from fastfundus import __version__
 from fastfundus.data.source import SourceList
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError
@@ -75,6 +76,7 @@ class Store:
         sources: what the user named.
         bundle: what they are screened with.
         policy: how it is decided.
+        decode: what decodes: "cpu" or "dali", whose grey levels differ a little.
         resume: go on with a run that was not finished.
         overwrite: throw away what an earlier run left.
 
@@ -92,17 +94,18 @@ class Store:
         sources: Iterable[Path],
         bundle: Bundle,
         policy: ScreenPolicy,
-        version: str,
+        decode: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.output, self.bundle, self.policy = output, bundle, policy
         self.identity = {
-            "fastfundus": version,
+            "fastfundus": __version__,
             "bundle": bundle.fingerprint,
             "backend": bundle.backend,
             "precision": bundle.precision,
             "spec": bundle.spec.fingerprint,
+            "decode": decode,
             "policy": policy.to_dict(),
             "sources": [str(source.absolute()) for source in sources],
         }

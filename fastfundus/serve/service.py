@@ -82,7 +82,7 @@ class Service:
         """Why nothing can be answered any more; empty while all is well."""
         self._on_batch = on_batch
         self._engine = bundle.load()
-        self._scorer = Scorer(self._engine)
+        self._scorer = Scorer.of(self._engine)
         self._crew = Crew(bundle.spec, readers=1, hang_s=hang_s)
         self._mapper: Heatmapper | None = None
         self._mapping = threading.Lock()

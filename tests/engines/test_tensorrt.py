@@ -27,7 +27,7 @@ import torch
 from fastfundus.cli.building import build_from_run
 from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build
 from fastfundus.engines.cuda_graph import CudaGraph
-from fastfundus.engines.cuda_sample import OUTPUTS
+from fastfundus.engines.cuda_sample import OUTPUTS, current
 from fastfundus.engines.runtime import Blueprint
 from fastfundus.engines.tensorrt_build import PlanOptions, build_plan, profile_ranges, timing_cache_file
 from fastfundus.engines.tensorrt_runtime import TensorRtEngine
@@ -454,6 +454,35 @@ def test_frames_are_cut_and_resized_on_the_gpu(
         engine.infer_frames(frames, geometry)
 
 
+def test_photos_on_the_device_stay_there(world: World, graph: bytes, photos: np.ndarray) -> None:
+    class OnDevice:
+        """What torch's tensors on a GPU look like from outside."""
+
+        def __init__(self, values: np.ndarray) -> None:
+            self.memory = world.gpu.mem_alloc(values.nbytes)
+            world.gpu.at(int(self.memory), values.nbytes)[:] = np.frombuffer(values.tobytes(), np.uint8)
+            self.shape, self.dtype = values.shape, "torch.uint8"
+            self.__cuda_array_interface__ = {"data": (int(self.memory), False)}
+
+        def __len__(self) -> int:
+            return self.shape[0]
+
+    plan = planned(world, graph, PlanOptions((1, 4))).data
+    with TensorRtEngine(world.trt, plan, 64, "bundle") as engine:
+        expected = engine.infer(photos)
+        context = world.gpu.Device(0).retain_primary_context()
+        with current(context, cuda=world.gpu):
+            given = OnDevice(photos)
+        before = world.gpu.allocated
+        np.testing.assert_array_equal(engine.infer_on_device(given), expected)
+        assert world.gpu.allocated == before, "a call allocated"
+        with pytest.raises(ValueError, match=r"photos must be uint8 \[N, 64, 64, 3\]"):
+            engine.infer_on_device(photos.astype(np.float32))
+        with current(context, cuda=world.gpu):
+            given.memory.free()
+        context.detach()
+
+
 def test_two_engines_share_the_context(world: World, graph: bytes, photos: np.ndarray) -> None:
     plan = planned(world, graph, PlanOptions((8,))).data
     first, second = (TensorRtEngine(world.trt, plan, 64, "bundle") for _ in range(2))
@@ -510,7 +539,7 @@ def test_a_bundle_is_built_proven_and_loaded(
         "device": "NVIDIA H200 (compute capability 9.0)", "tensorrt": world.trt.__version__
     }  # fmt: skip
     names = {path.name for path in bundle.folder.iterdir()}
-    assert names - {"engine.onnx"} == {"bundle.json", "model.onnx", "engine.plan", "layers.json"}
+    assert names - {"engine.onnx"} == {"bundle.json", "model.onnx", "heatmap.onnx", "engine.plan", "layers.json"}
     assert ("engine.onnx" in names) == (precision == "fp16"), "what fills a plan without weights"
     with bundle.load() as engine:
         photos = np.zeros((3, 64, 64, 3), np.uint8)

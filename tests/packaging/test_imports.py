@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*FOUNDATION, "data", "kernels", "models"},
     # Its runtime without torch packs jobs as the kernels read them, and compiles csrc.
     "engines": {*FOUNDATION, "models", "kernels"},
-    "dali": {*FOUNDATION, "photo", "data", "kernels", "train"},
+    "dali": {*FOUNDATION, "photo", "data", "kernels", "train", "engines", "screen"},
     "pictures": set(),
     "recipes": set(),
     "evaluate": {*FOUNDATION, "data", "models", "train", "pictures"},

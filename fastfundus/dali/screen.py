@@ -1,0 +1,125 @@
+"""Screening from DALI to the engine: photos are decoded, cut and scored on one device; the host sees finished crops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.prepare import DaliPreparer
+from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.runtime import Engine
+from fastfundus.errors import ConfigError
+from fastfundus.photo.prepare import PreparedPhoto
+from fastfundus.records import SourcePhoto, Status
+from fastfundus.screen.masks import write_masks
+from fastfundus.screen.pipeline import Timing, judged
+from fastfundus.screen.results import makes_maps, result_row
+from fastfundus.screen.run import BlockMaker
+from fastfundus.screen.scorer import Answer, Scorer
+from fastfundus.screen.store import Store
+
+__all__ = ["GROUP", "dali_blocks"]
+
+_ON_DEVICE = ("tensorrt", "aoti")
+GROUP = 32
+"""Photos decoded, and scored, at once. Groups never reach beyond a block."""
+
+_Prepared = tuple[list[PreparedPhoto], dict[int, torch.Tensor]]
+
+
+def dali_blocks(device_id: int | None) -> BlockMaker:
+    """Make blocks with DALI as decoder; see `run.BlockMaker`.
+
+    One group is decoded while the one before is scored. A crop is copied to the host as well, where quality is judged;
+    what the engine reads stays on the device. Files that DALI does not take go through the CPU's decoder. Its grey
+    levels differ from the CPU's by half a level (docs/kernels.md), so results may differ in their last digits.
+
+    Args:
+        device_id: number of the GPU; None decodes on the CPU.
+
+    Raises:
+        ConfigError: by what it returns: the bundle's engine takes photos from the host only.
+    """
+
+    def make(
+        store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        bundle = store.bundle
+        if bundle.backend not in _ON_DEVICE:
+            raise ConfigError(
+                f"{bundle.path}: the backend {bundle.backend} takes photos from the host only; build it with --backend "
+                f"{' or '.join(_ON_DEVICE)}, or decode with --decode cpu"
+            )
+        began, began_cpu = time.perf_counter(), time.process_time()
+        with bundle.load() as engine, ThreadPoolExecutor(1, "decoding") as ahead:
+            device = _Device(engine, bundle, DaliDecoder(device_id=device_id, batch_size=GROUP))
+            timing.workers = timing.readers = 1
+            parts = [
+                (block, photos[first : first + GROUP])
+                for block in missing
+                for photos in [store.inputs_of(block)]
+                for first in range(0, len(photos), GROUP)
+            ]
+            rows: list[dict[str, Any]] = []
+            following = ahead.submit(device.prepare, parts[0][1])
+            for number, (block, photos) in enumerate(parts):
+                prepared, images = following.result()
+                if number + 1 < len(parts):
+                    following = ahead.submit(device.prepare, parts[number + 1][1])
+                answers = device.score(prepared, images)
+                for source, photo, answer in zip(photos, prepared, answers, strict=True):
+                    screened = judged(source, photo, answer, bundle, store.policy)
+                    masks = write_masks(screened, bundle, store.output) if makes_maps(bundle) else None
+                    rows.append(result_row(screened, bundle, masks))
+                timing.photos += len(photos)
+                timing.decode, timing.engine = device.decode_s, device.scorer.seconds
+                timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu
+                on_rows(len(photos))
+                if len(rows) == len(store.inputs_of(block)):
+                    yield block, rows
+                    rows = []
+
+    return make
+
+
+class _Device:
+    """Decoder and engine on one device."""
+
+    def __init__(self, engine: Engine, bundle: Bundle, decoder: DaliDecoder) -> None:
+        self._preparer, self._device = DaliPreparer(bundle.spec, decoder), decoder.device
+        self._engine = engine
+        self.scorer = Scorer(engine.name, self._infer)
+        self.decode_s = 0.0
+
+    def prepare(self, photos: list[SourcePhoto]) -> _Prepared:
+        """Read, decode and cut a group."""
+        began = time.perf_counter()
+        there = {n: photo.path for n, photo in enumerate(photos) if photo.issue is None}
+        found, on_device = self._preparer.prepare(list(there.values()))
+        positions = list(there)
+        known = dict(zip(positions, found, strict=True))
+        prepared = [
+            known.get(n) or PreparedPhoto(Status.UNREADABLE, photo.issue or "") for n, photo in enumerate(photos)
+        ]
+        self.decode_s += time.perf_counter() - began
+        return prepared, {positions[place]: image for place, image in on_device.items()}
+
+    def score(self, prepared: list[PreparedPhoto], images: dict[int, torch.Tensor]) -> Iterator[Answer | None]:
+        """Answer each photo of a group; None where the engine was not asked."""
+        scored = [n for n, photo in enumerate(prepared) if photo.status is Status.OK and photo.image is not None]
+        given = [images[n] if n in images else torch.from_numpy(prepared[n].image).to(self._device) for n in scored]
+        answers = iter(self.scorer.score(given)) if given else iter(())
+        asked = set(scored)
+        return iter([next(answers) if n in asked else None for n in range(len(prepared))])
+
+    def _infer(self, images: Sequence[torch.Tensor]) -> Any:
+        batch = torch.stack(list(images))
+        if batch.is_cuda:
+            # The engine's stream is not torch's.
+            torch.cuda.current_stream(self._device).synchronize()
+        return self._engine.infer_on_device(batch)
