@@ -22,19 +22,22 @@ from fastfundus.screen.pipeline import Timing, screen_photos
 CLIENTS = 64
 
 
-def serve_under_load(bundle: Bundle, files: list[Path], *, seconds: float) -> dict[str, Any]:
+def serve_under_load(
+    bundle: Bundle, files: list[Path], *, seconds: float, expected_of: list[Path] | None = None
+) -> dict[str, Any]:
     """Ask a server of its own process, and count what is lost or mixed up.
 
     Args:
         bundle: served.
         files: photos that clients choose from, in one folder.
         seconds: how long they ask.
+        expected_of: photos of the same names whose answers count as right; None takes the same.
 
     Returns:
         Answers, faults, photos/s and percentiles of the time to an answer; and photos/s of a batch of the same photos.
     """
     timing = Timing()
-    listing = list_photos(files, adapter="folder").photos
+    listing = list_photos(expected_of or files, adapter="folder").photos
     expected = {
         row.source.path.name: (row.status.value, None if row.answer is None else float(row.answer[0]), row.decision)
         for row in screen_photos(listing * 3, bundle, timing)

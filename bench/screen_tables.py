@@ -30,10 +30,11 @@ def screen_table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines += [
         "",
-        f"{speed['photos']} photos of 10 megapixels, medians of {speed['rounds']} rounds in turns. Decoding and engine "
-        "share the cores here: the last column compares with one after the other, each with all cores. Memory at its "
-        f"highest, small photos, most of them copies: {growth}. One photo takes {memory['one_photo_s']:.1f} s from "
-        "command to report.",
+        f"{speed['photos']} photos of 10 megapixels and {speed['mean_bytes'] / 1e6:.1f} MB, medians of {speed['rounds']} "
+        "rounds in turns. Decoding and engine share the cores here: the last column compares with one after the other, "
+        f"each with all cores. Memory at its highest, small photos, most of them copies: {growth}. One photo of 1024 px "
+        f"takes {result['start']['seconds']:.1f} s from command to report (ResNet-50 at 512 px, "
+        f"{result['start']['precision']}).",
         "",
         f"`serve`, {serve['backbone']} at {serve['size']} px {serve['precision']}, {serve['clients']} clients at once "
         f"for a minute: {serve['answers']:,} answers, {serve['lost_or_mixed_up']} lost or mixed up, "
@@ -53,14 +54,14 @@ def fleet_table(result: dict[str, Any]) -> str:
     size, row = speed["mean_bytes"], result["memory"]["runs"][-1]["bytes_a_row"]
     names = {f"screen, {precision}": f"screen, {precision}" for precision in speed["over_peers"]}
     lines = [
-        "| ResNet-50, 512 px | photos/s a core | core-hours | 64-core nodes for 30 days | a node reads | cost |",
+        "| ResNet-50, 512 px | photos/s a core | core-hours | hours of one 64-core node | it reads | cost |",
         "|---|---|---|---|---|---|",
     ]
     for title, name in {**names, "the peers' loop": PEERS}.items():
         rate = speed["images_per_s"][name] / cores
         hours = _MANY / rate / 3600
         lines.append(
-            f"| {title} | {rate:.2f} | {hours:,.0f} | {hours / (30 * 24 * 64):.1f} | "
+            f"| {title} | {rate:.2f} | {hours:,.0f} | {hours / 64:.0f} | "
             f"{64 * rate * size / 1e6:.0f} MB/s | ${hours * CORE_HOUR:,.0f} |"
         )
     terabytes = _MANY * size / 1e12

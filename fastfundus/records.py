@@ -77,13 +77,13 @@ class FieldCircle:
 
 @dataclass(frozen=True, slots=True)
 class PhotoFacts:
-    """What a DICOM file says about its photo; None is unknown."""
+    """What a file says about its photo, of pictures the camera only; None is unknown."""
 
     patient: str | None = None
     eye: str | None = None
     """"L" or "R"."""
     camera: str | None = None
-    """Manufacturer and model."""
+    """Manufacturer and model, as DICOM or EXIF has them."""
     pixel_spacing_mm: float | None = None
     """On the retina, as the camera states it: nominal, for the photo at full size."""
 

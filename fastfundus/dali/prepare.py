@@ -21,6 +21,7 @@ from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.photo.prepare import (
     PreparedPhoto,
     crop_window,
+    facts_of,
     finish,
     known_of,
     least_side,
@@ -137,7 +138,8 @@ class DaliPreparer:
         self, file: _Sound, plan: DecodePlan, shape: tuple[int, ...], picture: NDArray[np.uint8]
     ) -> _Crop | PreparedPhoto | None:
         """What to cut out of a photo, or why nothing; None leaves it to the CPU's decoder."""
-        known = replace(known_of(file.data), height_px=shape[0], width_px=shape[1])
+        facts = facts_of(None, file.header)
+        known = replace(known_of(file.data), height_px=shape[0], width_px=shape[1], facts=facts)
         whole, scale = shrink(picture)
         try:
             small, found = look_at(whole, picture.shape)

@@ -41,8 +41,9 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     """List every input once.
 
     Args:
-        sources: folders (searched through), photos, or CSV files that name photos. Files named here are inputs whatever
-            their ending; in folders, endings of `PHOTO_SUFFIXES` are.
+        sources: folders (searched through), photos, CSV files that name photos, or .txt files with a path a line,
+            relative to the file. Other files named here are inputs whatever their ending; in folders, endings of
+            `PHOTO_SUFFIXES` are, and DICOM files without one.
         labels: a label CSV whose file column is relative to the source, to the CSV, or a file name found once.
         adapter: one of `LAYOUTS`, or the name of a public data set, which takes one folder.
 
@@ -56,6 +57,7 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     for path in paths:
         if not path.exists():
             raise DataError("is not there; give a folder, a photo or a CSV file", path=path)
+    paths = [named for path in paths for named in (_lines(path) if path.suffix.lower() == ".txt" else [path])]
     listing = SourceList(_common_root(paths), [])
     tables = [] if labels is None else [labels]
     found: dict[str, Path] = {}
@@ -122,6 +124,18 @@ def _name(path: Path, root: Path) -> str:
     return told_name(Path(os.path.relpath(path, root)).as_posix())
 
 
+def _lines(path: Path) -> list[Path]:
+    """Paths of a list; lines that are empty, or begin with #, count for nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", path=path) from None
+    named = [path.parent / line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not named:
+        raise DataError("names no photo; give a path a line", path=path)
+    return named
+
+
 def _key(path: Path) -> str:
     return os.path.normpath(path.absolute())
 
@@ -146,7 +160,8 @@ def _is_photo_by_name(path: Path) -> bool:
     """Whether a file counts as a photo: by its ending, or as DICOM without one, as studies on disks have them."""
     # A photo may be gzipped, as STARE's are.
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    if ending or path.name == "DICOMDIR":
+    # Names that are DICOM identifiers end in a number.
+    if (ending and not ending[1:].isdigit()) or path.name == "DICOMDIR":
         return ending.lower() in PHOTO_SUFFIXES
     try:
         with path.open("rb") as file:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from fastfundus.errors import PhotoError
+from fastfundus.photo.exif import read_exif
 from fastfundus.records import Status
 
 __all__ = [
@@ -61,6 +62,8 @@ class PhotoHeader:
     """EXIF orientation that is left for us to undo, 1 (upright) to 8."""
     jpeg: JpegFrame | None = None
     """For a JPEG, its frame header."""
+    camera: str | None = None
+    """Maker and model, as EXIF has them."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -104,7 +107,7 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
             if frames > 1 and form == "TIFF":
                 frames = _full_size_pages(image)
             # `getexif` would decode the whole of a PNG, to look behind its pixels too.
-            orientation = _exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+            orientation, camera = read_exif(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
     except UnidentifiedImageError:
         kinds = "JPEG, PNG, TIFF and DICOM can be read"
         if data[:4] in (b"II*\0", b"MM\0*"):
@@ -124,7 +127,7 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
     if mode in ("CMYK", "LAB"):
         raise PhotoError(Status.UNSUPPORTED, f"{mode} colours, as for print; export as RGB")
     # OpenCV and Pillow turn TIFFs upright themselves.
-    return PhotoHeader(form, width, height, 1 if form == "TIFF" else orientation)
+    return PhotoHeader(form, width, height, 1 if form == "TIFF" else orientation, camera=camera)
 
 
 def _full_size_pages(image: Image.Image) -> int:
@@ -143,7 +146,7 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
     Raises:
         PhotoError: there is no sound frame, or it is of a kind that cannot be screened.
     """
-    at, orientation = 2, 1
+    at, exif = 2, read_exif(b"")
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             # Stray bytes between segments: decoders skip them too.
@@ -157,14 +160,14 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
             break
         (length,) = struct.unpack_from(">H", data, at + 2)
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+            exif = read_exif(data[at + 10 : at + 2 + length])
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], orientation, at + 2 + length)
+            return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], exif, at + 2 + length)
         at += 2 + length
     raise PhotoError(Status.UNREADABLE, "the header is damaged (a JPEG without a frame); copy it again")
 
 
-def _read_frame(kind: int, segment: bytes, orientation: int, end: int) -> PhotoHeader:
+def _read_frame(kind: int, segment: bytes, exif: tuple[int, str | None], end: int) -> PhotoHeader:
     if len(segment) < 6 or len(segment) < 6 + 3 * segment[5]:
         raise PhotoError(Status.UNREADABLE, "the header is damaged (its JPEG frame is cut off); copy it again")
     bits, height, width, components = struct.unpack_from(">BHHB", segment)
@@ -180,21 +183,5 @@ def _read_frame(kind: int, segment: bytes, orientation: int, end: int) -> PhotoH
     # How many luma samples there are for one of colour, across and down.
     names = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411"}
     sampling = "444" if set(others) == {first} else names.get(first, "other") if set(others) == {0x11} else "other"
-    return PhotoHeader("JPEG", width, height, orientation, JpegFrame(_CODINGS[kind], sampling, end))
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    """EXIF orientation, 1 to 8; 1 when there is none or the data is damaged. Source: EXIF 2.32, tag 0x0112."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (at,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, at)
-        for index in range(min(count, 512)):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, at + 2 + 12 * index)
-            if tag == 0x0112:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
+    orientation, camera = exif
+    return PhotoHeader("JPEG", width, height, orientation, JpegFrame(_CODINGS[kind], sampling, end), camera)

@@ -25,8 +25,8 @@ from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
 __all__ = [
-    "PreparedPhoto", "crop_window", "decode_at", "finish", "known_of", "least_side", "look_at", "plan_for_crop",
-    "prepare_bytes", "prepare_photo", "round_mask",
+    "PreparedPhoto", "crop_window", "decode_at", "facts_of", "finish", "known_of", "least_side", "look_at",
+    "plan_for_crop", "prepare_bytes", "prepare_photo", "round_mask",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class PreparedPhoto:
     quality: float | None = None
     """0 to 1; None when the photo was not preprocessed."""
     facts: PhotoFacts = _NO_FACTS
-    """What a DICOM file says about its photo."""
+    """What its file says about the photo."""
 
 
 def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
@@ -85,7 +85,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     try:
         photo, header = _opened(data)
         width, height = header.upright_size
-        known = replace(known, width_px=width, height_px=height, facts=photo.facts if photo else _NO_FACTS)
+        known = replace(known, width_px=width, height_px=height, facts=facts_of(photo, header))
         plan = plan_decode(header, least_side(spec))
         rgb, roomy = _decode(data, photo, header, plan)
         whole, scale = shrink(rgb)
@@ -207,6 +207,13 @@ def _opened(data: bytes) -> tuple[DicomPhoto | None, PhotoHeader]:
     """The DICOM file that bytes may be, and the header of the picture in them."""
     photo = read_dicom(data) if is_dicom(data) else None
     return photo, photo.header if photo else read_header(data)
+
+
+def facts_of(photo: DicomPhoto | None, header: PhotoHeader) -> PhotoFacts:
+    """What a file says about its photo: DICOM much, a picture its camera."""
+    if photo is not None:
+        return photo.facts
+    return _NO_FACTS if header.camera is None else PhotoFacts(camera=header.camera)
 
 
 def _decode(

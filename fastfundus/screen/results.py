@@ -93,6 +93,7 @@ def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
         retake=count(RETAKE),
         positive=count(POSITIVE),
         uncertain=count(UNCERTAIN),
+        undecided=((pl.col("status") == Status.OK.value) & pl.col("decision").is_null()).sum(),
         quality=pl.col("quality").max(),
         **{f"highest_{name}": pl.col(name).max() for name in chances},
     )
@@ -100,7 +101,9 @@ def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
     enough = scored >= policy.least_images
     lacking = pl.format("{} of the {} photos that are needed", scored, pl.lit(policy.least_images))
     blocks = policy.unusable == "block"
-    rules = [
+    rules: list[tuple[pl.Expr, str | None, pl.Expr | None]] = [
+        # By bundles that map, or have no finding.
+        (pl.col("undecided") > 0, None, None),
         (pl.col("positive") > 0, POSITIVE, None),
         (pl.col("uncertain") > 0, UNCERTAIN, pl.lit("a probability is close to its threshold")),
         (pl.lit(blocks) & (retake > 0), RETAKE, pl.format("{} ungradable", retake)),
@@ -111,9 +114,9 @@ def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
     ]
     decision, why = pl.lit(None, pl.String), pl.lit(None, pl.String)
     for condition, name, reason in reversed(rules):
-        decision = pl.when(condition).then(pl.lit(name)).otherwise(decision)
+        decision = pl.when(condition).then(pl.lit(name, pl.String)).otherwise(decision)
         why = pl.when(condition).then(pl.lit(None, pl.String) if reason is None else reason).otherwise(why)
-    return eyes.with_columns(decision=decision, why=why).drop("positive", "uncertain", "retake")
+    return eyes.with_columns(decision=decision, why=why).drop("positive", "uncertain", "retake", "undecided")
 
 
 def patient_table(eyes: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:

@@ -174,3 +174,20 @@ def test_dicom_files_without_an_ending_are_photos(tmp_path: Path) -> None:
     for name in ("STUDY/IM000001", "DICOMDIR"):
         (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(100))
     assert [photo.name for photo in list_photos(tmp_path).photos] == ["STUDY/IM000001"]
+
+
+def test_dicom_files_named_by_their_identifier_are_photos(tmp_path: Path) -> None:
+    (tmp_path / "1.2.840.113619.2").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "scan.001").write_bytes(b"no DICOM")
+    assert [photo.name for photo in list_photos(tmp_path).photos] == ["1.2.840.113619.2"]
+
+
+def test_a_list_names_photos_and_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1_left.jpg", "a/2.jpg", "b/3.png", "c/4.jpg")
+    chosen = tmp_path / "list.txt"
+    chosen.write_text(f"# of the day\na/1_left.jpg\n\n{tmp_path / 'b'}\nc/gone.jpg\n")
+    listing = list_photos(chosen)
+    assert [photo.name for photo in listing.photos] == ["a/1_left.jpg", "b/3.png", "c/gone.jpg"]
+    chosen.write_text("# nothing\n")
+    with pytest.raises(DataError, match="names no photo"):
+        list_photos(chosen)

@@ -15,7 +15,9 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode
 from fastfundus.photo.header import MOST_PIXELS, JpegFrame, PhotoHeader, read_header
 from fastfundus.photo.plan import DecodePlan, plan_decode
+from fastfundus.photo.prepare import prepare_bytes
 from fastfundus.records import Status
+from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
 
 
@@ -143,6 +145,30 @@ def test_orientation_equals_pillow(rgb: np.ndarray, orientation: int, form: str)
     expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert got.shape[1::-1] == header.upright_size
     assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "camera"),
+    [
+        ("Canon", "Canon EOS 5D", "Canon EOS 5D"),
+        ("TOPCON", "TRC-NW8", "TOPCON TRC-NW8"),
+        ("NIDEK", None, "NIDEK"),
+        (None, "AFC", "AFC"),
+        ("x" * 300, "m\n", f"{'x' * 64} m"),
+        ("", "", None),
+    ],
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_the_camera_is_read_from_exif(
+    rgb: np.ndarray, form: str, make: str | None, model: str | None, camera: str | None
+) -> None:
+    exif = Image.Exif()
+    for tag, value in ((0x010F, make), (0x0110, model), (0x0112, 1)):
+        if value is not None:
+            exif[tag] = value
+    data = encoded(rgb, form, exif=exif)
+    assert read_header(data).camera == camera
+    assert prepare_bytes(data, PreprocessSpec(size=64)).facts.camera == camera
 
 
 def test_sixteen_bits_map_full_scale_to_full_scale(rgb: np.ndarray) -> None:

@@ -162,6 +162,20 @@ def test_a_full_disk_keeps_what_is_done(trained: Trained, photos: Path, tmp_path
     assert verify(torn).faults == []
 
 
+def test_corrupt_inputs_cost_themselves_only(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    sound = screen(trained, photos, tmp_path / "sound").results
+    names = sorted(path.name for path in photos.iterdir())
+    # Two of 24: cut off, and overwritten in the middle.
+    data = (photos / names[4]).read_bytes()
+    (photos / names[4]).write_bytes(data[: len(data) // 2])
+    data = (photos / names[13]).read_bytes()
+    (photos / names[13]).write_bytes(data[: len(data) // 2] + bytes(4000) + data[len(data) // 2 + 4000 :])
+    torn = screen(trained, photos, tmp_path / "torn").results
+    assert torn["status"].to_list() == ["unreadable" if n in (4, 13) else "ok" for n in range(24)]
+    others = ~pl.col("path").is_in([names[4], names[13]])
+    assert torn.filter(others).equals(sound.filter(others))
+
+
 def test_an_output_that_cannot_be_written_is_refused_at_once(trained: Trained, photos: Path) -> None:
     # Linux's own view of processes: nobody can make a folder there.
     with pytest.raises(DataError, match="cannot be written to"):

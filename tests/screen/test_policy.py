@@ -40,7 +40,7 @@ def table(*photos: tuple[str, str | None, str, str | None]) -> pl.DataFrame:
 
 
 GOOD, BAD, POOR, LOST = ("ok", "negative"), ("ok", "positive"), ("ungradable", "retake"), ("unreadable", None)
-UNSURE = ("ok", "uncertain")
+UNSURE, MAPPED = ("ok", "uncertain"), ("ok", None)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,16 @@ UNSURE = ("ok", "uncertain")
         ([LOST], {}, "not screened", "1 could not be screened"),
         ([LOST], {"unusable": "ignore"}, "not screened", "no photo could be screened"),
         ([POOR], {"unusable": "ignore"}, "retake", "0 of the 1 photos that are needed"),
+        ([MAPPED, MAPPED], {}, None, None),
+        ([MAPPED, POOR], {}, None, None),
     ],
 )
-def test_eyes(photos: list[tuple[str, str | None]], policy: dict[str, object], eye: str, why: str | None) -> None:
+def test_eyes(
+    photos: list[tuple[str, str | None]], policy: dict[str, object], eye: str | None, why: str | None
+) -> None:
     rolled = eye_table(table(*[("a", "L", *photo) for photo in photos]), ScreenPolicy(**policy))  # type: ignore[arg-type]
     assert rolled.select("decision", "why", "photos").row(0) == (eye, why, len(photos))
+    assert patient_table(rolled, ScreenPolicy()).select("decision", "why").row(0) == (eye, why)
 
 
 def test_patients_have_their_worse_eye_and_its_reason() -> None:

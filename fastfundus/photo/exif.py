@@ -1,0 +1,50 @@
+"""The few fields of EXIF that matter to a retina: which way is up, and which camera it was."""
+
+from __future__ import annotations
+
+import struct
+
+__all__ = ["read_exif"]
+
+_MAKE, _MODEL, _ORIENTATION = 0x010F, 0x0110, 0x0112
+_ASCII, _SHORT = 2, 3
+_MOST_ENTRIES, _LONGEST_NAME = 512, 64
+
+
+def read_exif(tiff: bytes) -> tuple[int, str | None]:
+    """Read orientation and camera. Source: EXIF 2.32, tags 0x010F, 0x0110 and 0x0112.
+
+    Args:
+        tiff: the EXIF data, from its byte order mark on; may be empty, or damaged.
+
+    Returns:
+        Orientation 1 to 8, 1 where there is none; and maker and model, None where neither is told.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1, None
+    orientation, names = 1, {}
+    try:
+        (at,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, at)
+        for index in range(min(count, _MOST_ENTRIES)):
+            place = at + 2 + 12 * index
+            tag, kind, length = struct.unpack_from(order + "HHI", tiff, place)
+            if tag == _ORIENTATION and kind == _SHORT:
+                (value,) = struct.unpack_from(order + "H", tiff, place + 8)
+                orientation = value if 1 <= value <= 8 else 1
+            elif tag in (_MAKE, _MODEL) and kind == _ASCII:
+                # Up to four bytes lie in the entry itself.
+                start = place + 8 if length <= 4 else struct.unpack_from(order + "I", tiff, place + 8)[0]
+                names[tag] = _name(tiff[start : start + min(length, _LONGEST_NAME)])
+    except struct.error:
+        pass
+    make, model = names.get(_MAKE, ""), names.get(_MODEL, "")
+    # Many makers write their name into both.
+    camera = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
+    return orientation, camera or None
+
+
+def _name(text: bytes) -> str:
+    plain = text.split(b"\0")[0].decode("ascii", "replace")
+    return "".join(letter if letter.isprintable() else " " for letter in plain).strip()

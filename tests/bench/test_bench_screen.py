@@ -1,0 +1,38 @@
+"""The benches of screening, small: they measure what they say, and count what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.bench_serve import CLIENTS, serve_under_load
+from bench.report import RESULTS
+from bench.screen_tables import fleet_table, screen_table
+from tests.conftest import Trained
+
+
+def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_folder: Path) -> None:
+    files = sorted((photo_folder / "images").iterdir())[:6]
+    found = serve_under_load(trained.bundle, files, seconds=1.0)
+    assert found["answers"] >= CLIENTS
+    assert found["lost_or_mixed_up"] == found["exit_code"] == 0
+    assert 0 < found["p50_s"] <= found["p99_s"]
+    # The same with the names of two photos exchanged.
+    swapped = photo_folder.parent / "swapped"
+    swapped.mkdir(exist_ok=True)
+    for one, other in zip(files, [*files[1:], files[0]], strict=True):
+        (swapped / one.name).write_bytes(other.read_bytes())
+    expected = sorted(swapped.iterdir())
+    wrong = serve_under_load(trained.bundle, expected, seconds=0.5, expected_of=files)
+    assert wrong["lost_or_mixed_up"] == wrong["answers"] > 0
+
+
+def test_the_tables_are_drawn_from_the_result() -> None:
+    result = json.loads(sorted(RESULTS.glob("screen_cpu_*.json"))[-1].read_text())
+    table = screen_table(result)
+    assert f"{result['speed']['images_per_s']['screen, bf16']:.2f}" in table
+    assert "0 lost or mixed up" in table
+    fleet = fleet_table(result)
+    rate = result["speed"]["images_per_s"]["screen, bf16"] / result["machine"]["cores"]
+    assert f"| screen, bf16 | {rate:.2f} | {1e8 / rate / 3600:,.0f} |" in fleet
+    assert "extrapolated" in fleet
