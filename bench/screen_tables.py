@@ -14,7 +14,7 @@ _MANY = 100_000_000
 
 def screen_table(result: dict[str, Any]) -> str:
     """Speed against the peers and the stages, memory, and the server under load, as Markdown."""
-    speed, memory, serve = result["speed"], result["memory"], result["serve"]
+    speed, memory, serve, start = (result[part] for part in ("speed", "memory", "serve", "start"))
     rates, stamp = speed["images_per_s"], f"{result['date']}, {result['machine']['cpu']}"
     lines = ["| camera JPEGs, ResNet-50, 512 px | photos/s | over the peers | of the engine alone | of both stages |"]
     lines += ["|---|---|---|---|---|", f"| the peers' loop: {PEERS} | {rates[PEERS]:.2f} | 1 | | |"]
@@ -30,11 +30,11 @@ def screen_table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     lines += [
         "",
-        f"{speed['photos']} photos of 10 megapixels and {speed['mean_bytes'] / 1e6:.1f} MB, medians of {speed['rounds']} "
-        "rounds in turns. Decoding and engine share the cores here: the last column compares with one after the other, "
-        f"each with all cores. Memory at its highest, small photos, most of them copies: {growth}. One photo of 1024 px "
-        f"takes {result['start']['seconds']:.1f} s from command to report (ResNet-50 at 512 px, "
-        f"{result['start']['precision']}).",
+        f"{speed['photos']} photos of 10 megapixels and {speed['mean_bytes'] / 1e6:.1f} MB, medians of "
+        f"{speed['rounds']} rounds in turns. Decoding and engine share the cores here: the last column compares with "
+        "one after the other, each with all cores. Memory at its highest, small photos, most of them copies: "
+        f"{growth}. One photo of 1024 px takes {start['seconds']:.1f} s from command to report (ResNet-50 at 512 px, "
+        f"{start['precision']}).",
         "",
         f"`serve`, {serve['backbone']} at {serve['size']} px {serve['precision']}, {serve['clients']} clients at once "
         f"for a minute: {serve['answers']:,} answers, {serve['lost_or_mixed_up']} lost or mixed up, "
