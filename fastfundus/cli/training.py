@@ -12,7 +12,11 @@ from fastfundus.train.observer import EpochResult, Observer
 
 __all__ = ["TrainingBar", "metrics_lines"]
 
-_NAMES = {"auroc": "AUROC", "qwk": "quadratic kappa", "dice": "Dice", "pixels_auroc": "AUROC of all pixels"}
+_NAMES = {
+    "auroc": "AUROC", "auprc": "AUPRC", "ppv": "PPV", "npv": "NPV", "qwk": "quadratic kappa", "dice": "Dice",
+    "pixels_auroc": "AUROC of all pixels",
+}  # fmt: skip
+_IN_FILES_ONLY = ("f1", "brier", "ece")
 
 
 class TrainingBar(Observer):
@@ -51,7 +55,7 @@ class TrainingBar(Observer):
 def metrics_lines(labels: Mapping[str, Mapping[str, Any]], overall: Mapping[str, Any]) -> Iterator[str]:
     """Metrics of one set of photos: a line an output, and one of all together where there are several."""
     for name, metrics in labels.items():
-        values = [f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in metrics.items() if _is(entry)]
+        values = [f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in metrics.items() if _is(key, entry)]
         start = f"{name}: " if len(labels) > 1 else ""
         yield f"{start}{', '.join(values)}; {metrics['photos']} photos of {metrics['patients']} patients"
     if len(labels) > 1 or "pixels_auroc" in overall:
@@ -60,5 +64,5 @@ def metrics_lines(labels: Mapping[str, Mapping[str, Any]], overall: Mapping[str,
         )
 
 
-def _is(entry: object) -> bool:
-    return isinstance(entry, dict) and "low" in entry
+def _is(key: str, entry: object) -> bool:
+    return isinstance(entry, dict) and "low" in entry and key not in _IN_FILES_ONLY

@@ -1,7 +1,4 @@
-"""Metrics with patient-clustered bootstrap intervals.
-
-Photos of one patient are not independent: resampling draws patients, not photos. All resamples are computed at once.
-"""
+"""What a model is worth on photos it has not learned from, each figure with its patient-clustered interval."""
 
 from __future__ import annotations
 
@@ -12,47 +9,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastfundus.errors import DataError
+from fastfundus.evaluate.bootstrap import Floats, Interval, PatientBootstrap
 from fastfundus.train.targets import both_classes
 
 __all__ = [
-    "BinaryMetrics", "Interval", "auroc", "binary_metrics", "mean_with_interval", "overall_metrics", "quadratic_kappa",
+    "INTERVALS", "BinaryMetrics", "auroc", "binary_metrics", "mean_with_interval", "overall_metrics",
+    "quadratic_kappa",
 ]  # fmt: skip
 
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A value with its 95 % bootstrap percentile interval; NaN where it cannot be estimated."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """Return plain data for JSON, which knows no NaN: None stands for it."""
-        return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
+INTERVALS = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "f1", "brier", "ece")
+_ECE_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
 class BinaryMetrics:
-    """Metrics of one label on one set of photos."""
+    """Metrics of one label on one set of photos; NaN where a set lacks what it takes."""
 
     photos: int
     patients: int
     positives: int
     auroc: Interval
+    auprc: Interval
+    """Average precision: precision over recall, in steps."""
     sensitivity: Interval
-    """At the threshold."""
+    """At the threshold, as are the next."""
     specificity: Interval
+    ppv: Interval
+    """Share of the positive calls that are right, at the prevalence of this set, or at the one that was stated."""
+    npv: Interval
+    f1: Interval
+    brier: Interval
+    ece: Interval
+    """Expected calibration error: |share of positives - mean probability| over fifteen equal bins, by their size."""
     threshold: float | None
     """None where each photo has its own."""
-    brier: float
+    prevalence: float | None
+    """That was stated for ppv and npv; None takes this set's."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        intervals = {name: getattr(self, name).to_dict() for name in ("auroc", "sensitivity", "specificity")}
-        return asdict(self) | intervals
+        return asdict(self) | {name: getattr(self, name).to_dict() for name in INTERVALS}
 
 
 def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> Floats:
@@ -68,30 +65,30 @@ def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> Floa
     """
     weights = np.ones((1, len(scores))) if weights is None else weights
     order = np.argsort(scores, kind="stable")
-    sorted_scores, sorted_labels = scores[order], labels[order]
-    first_of_tie = np.flatnonzero(np.r_[True, np.diff(sorted_scores) > 0])
-    positive = np.add.reduceat(weights[:, order] * sorted_labels, first_of_tie, axis=1)
-    negative = np.add.reduceat(weights[:, order] * (1 - sorted_labels), first_of_tie, axis=1)
-    below = np.cumsum(negative, axis=1) - negative
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((positive * (below + negative / 2)).sum(axis=1) / pairs)
+    return _Ranked(scores[order], labels[order]).areas(weights[:, order])["auroc"]
 
 
-def _patient_weights(patients: Sequence[str], resamples: int, seed: int) -> Floats:
-    """[resamples, N]: how often each photo counts when patients are drawn with replacement."""
-    _, number = np.unique(np.asarray(patients), return_inverse=True)
-    count = int(number.max()) + 1
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    return draws[:, number].astype(np.float64)
+class _Ranked:
+    """Photos in the order of their scores, equal scores together."""
 
+    def __init__(self, scores: Floats, labels: Floats) -> None:
+        self._labels = labels
+        self._first_of_tie = np.flatnonzero(np.r_[True, np.diff(scores) > 0])
 
-def _interval(value: float, resampled: Floats) -> Interval:
-    usable = resampled[np.isfinite(resampled)]
-    if not len(usable):
-        return Interval(value, float("nan"), float("nan"))
-    low, high = np.percentile(usable, (2.5, 97.5))
-    return Interval(value, float(low), float(high))
+    def areas(self, weights: Floats) -> dict[str, Floats]:
+        """`auroc` and `auprc` of sets [B, N] in the order of the scores."""
+        positive = np.add.reduceat(weights * self._labels, self._first_of_tie, axis=1)
+        negative = np.add.reduceat(weights, self._first_of_tie, axis=1) - positive
+        below = np.cumsum(negative, axis=1) - negative
+        positives, negatives = positive.sum(axis=1), negative.sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            roc = (positive * (below + negative / 2)).sum(axis=1) / (positives * negatives)
+            # From the highest score down: precision at each step, weighted by the recall it adds.
+            right = np.cumsum(positive[:, ::-1], axis=1)
+            called = right + np.cumsum(negative[:, ::-1], axis=1)
+            precision = np.divide(right, called, out=np.zeros_like(right), where=called > 0)
+            pr = (positive[:, ::-1] * precision).sum(axis=1) / positives
+        return {"auroc": roc, "auprc": np.where(negatives > 0, pr, np.nan)}
 
 
 def binary_metrics(
@@ -100,6 +97,7 @@ def binary_metrics(
     patients: Sequence[str],
     threshold: float | Floats,
     *,
+    prevalence: float | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> BinaryMetrics:
@@ -111,28 +109,58 @@ def binary_metrics(
         patients: [N] who each photo is of.
         threshold: a photo is positive when its probability is at least this, one for all or [N]; chosen elsewhere,
             never on these photos.
+        prevalence: share of positives, 0 to 1, where the model will be used: ppv and npv are those there.
         resamples: bootstrap sets.
         seed: of the resampling.
+
+    Raises:
+        DataError: a probability is none.
     """
-    weights = _patient_weights(patients, resamples, seed)
-    called = probabilities >= threshold
-    rates = []
-    for truth in (1, 0):
-        of_class = labels == truth
-        right = (called == bool(truth)) & of_class
+    bad = np.flatnonzero(~((probabilities >= 0) & (probabilities <= 1)))
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} of {len(probabilities)} predictions are no probabilities, the first is "
+            f"{probabilities[bad[0]]} of patient {patients[bad[0]]}; see to the model that gave them"
+        )
+    order = np.argsort(probabilities, kind="stable")
+    chances, truth = probabilities[order], labels[order]
+    called = (probabilities >= threshold)[order]
+    ranked = _Ranked(chances, truth)
+    bins = np.minimum((chances * _ECE_BINS).astype(int), _ECE_BINS - 1)
+    in_bin = np.zeros((len(chances), _ECE_BINS))
+    in_bin[np.arange(len(chances)), bins] = truth - chances
+    outcomes = np.stack([called * truth, called * (1 - truth), ~called * truth, ~called * (1 - truth)], axis=1)
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        tp, fp, fn, tn = (weights @ outcomes).T
+        count = weights.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            resampled = (weights @ right) / (weights @ of_class)
-            value = float(np.float64(right.sum()) / of_class.sum())
-        rates.append(_interval(value, resampled))
+            sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+            if prevalence is None:
+                ppv, npv = tp / (tp + fp), tn / (tn + fn)
+            else:
+                sick, well = prevalence, 1 - prevalence
+                ppv = sensitivity * sick / (sensitivity * sick + (1 - specificity) * well)
+                npv = specificity * well / (specificity * well + (1 - sensitivity) * sick)
+            return {
+                **ranked.areas(weights),
+                "sensitivity": sensitivity,
+                "specificity": specificity,
+                "ppv": ppv,
+                "npv": npv,
+                "f1": np.where(tp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan),
+                "brier": weights @ np.square(chances - truth) / count,
+                "ece": np.abs(weights @ in_bin).sum(axis=1) / count,
+            }
+
+    found = PatientBootstrap(patients, resamples, seed).intervals(statistics, order)
     return BinaryMetrics(
         photos=len(labels),
         patients=len(set(patients)),
         positives=int(labels.sum()),
-        auroc=_interval(float(auroc(probabilities, labels)[0]), auroc(probabilities, labels, weights)),
-        sensitivity=rates[0],
-        specificity=rates[1],
         threshold=None if isinstance(threshold, np.ndarray) else threshold,
-        brier=float(np.mean((probabilities - labels) ** 2)),
+        prevalence=prevalence,
+        **found,
     )
 
 
@@ -173,26 +201,32 @@ def overall_metrics(
     Returns:
         `auroc`, the mean over outputs that have both classes; for classes `accuracy` too, and for grades `qwk`.
     """
-    weights = np.concatenate([np.ones((1, len(truth))), _patient_weights(patients, resamples, seed)])
-    areas = []
-    for column, known in zip(chances.T, truth.T, strict=True):
-        usable = np.isfinite(known)
-        if both_classes(known):
-            areas.append(auroc(column[usable], known[usable], weights[:, usable]))
-    # An output that a resample has left without one of its classes is left out of that resample's mean.
-    found = np.array(areas).reshape(-1, len(weights))
-    with np.errstate(invalid="ignore"):
-        area = np.nansum(found, axis=0) / np.isfinite(found).sum(axis=0)
-    result = {"auroc": area}
-    if task == "multiclass":
-        result["accuracy"] = weights @ (chances.argmax(axis=1) == truth.argmax(axis=1)) / weights.sum(axis=1)
-    if task == "ordinal":
-        reached, given = (values.sum(axis=1).astype(np.int64) for values in (np.nan_to_num(truth), chances >= 0.5))
-        result["qwk"] = quadratic_kappa(reached, given, truth.shape[1] + 1, weights)
-    return {name: _interval(float(values[0]), values[1:]) for name, values in result.items()}
+    usable = [
+        (np.isfinite(known), column, known)
+        for column, known in zip(chances.T, truth.T, strict=True)
+        if both_classes(known)
+    ]
+    reached, given = (values.sum(axis=1).astype(np.int64) for values in (np.nan_to_num(truth), chances >= 0.5))
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        areas = [auroc(column[known], labels[known], weights[:, known]) for known, column, labels in usable]
+        # An output that a resample has left without one of its classes is left out of that resample's mean.
+        found = np.array(areas).reshape(-1, len(weights))
+        with np.errstate(invalid="ignore"):
+            result = {"auroc": np.nansum(found, axis=0) / np.isfinite(found).sum(axis=0)}
+        if task == "multiclass":
+            result["accuracy"] = weights @ (chances.argmax(axis=1) == truth.argmax(axis=1)) / weights.sum(axis=1)
+        if task == "ordinal":
+            result["qwk"] = quadratic_kappa(reached, given, truth.shape[1] + 1, weights)
+        return result
+
+    return PatientBootstrap(patients, resamples, seed).intervals(statistics)
 
 
 def mean_with_interval(values: Floats, patients: Sequence[str], *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean of one value a photo."""
-    weights = _patient_weights(patients, resamples, seed)
-    return _interval(float(values.mean()), weights @ values / weights.sum(axis=1))
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        return {"mean": weights @ values / weights.sum(axis=1)}
+
+    return PatientBootstrap(patients, resamples, seed).intervals(statistics)["mean"]

@@ -170,6 +170,7 @@ def _measured(
     targets: Targets,
     thresholds: list[float],
     which: str,
+    prevalence: float | None = None,
 ) -> Measured:
     part, truth = cache.manifest[rows], targets.truth[rows]
     patients = part["patient"].to_numpy()
@@ -177,7 +178,11 @@ def _measured(
     for number, name in enumerate(run.labels):
         known = np.isfinite(truth[:, number])
         labels[name] = binary_metrics(
-            chances[known, number], truth[known, number], patients[known].tolist(), thresholds[number]
+            chances[known, number],
+            truth[known, number],
+            patients[known].tolist(),
+            thresholds[number],
+            prevalence=prevalence,
         ).to_dict()
     overall = overall_metrics(run.config.task, chances, truth, patients.tolist())
     table = _predictions(part, run.labels, truth, chances)
@@ -235,8 +240,13 @@ def rows_to_measure(run: Run, cache: PhotoCache, usable: NDArray[np.int64]) -> t
     return rows, f"external photos ({len(usable) - len(rows)} left out: the run learned from them)"
 
 
-def measure(run: Run, cache: PhotoCache) -> Measured:
+def measure(run: Run, cache: PhotoCache, *, prevalence: float | None = None) -> Measured:
     """Apply a run, as locked, to photos it has not learned from.
+
+    Args:
+        run: finished.
+        cache: its own, of which its test patients are taken, or another.
+        prevalence: as for `binary_metrics`.
 
     Raises:
         DataError: the photos show one class only.
@@ -250,4 +260,4 @@ def measure(run: Run, cache: PhotoCache) -> Measured:
     logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec).astype(np.float64)
     chances = probabilities(logits / temperatures, ACTIVATIONS[run.config.task])
     thresholds = [points[name]["threshold"] for name in run.labels]
-    return _measured(run, cache, rows, chances, targets, thresholds, which)
+    return _measured(run, cache, rows, chances, targets, thresholds, which, prevalence)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    f1_score,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 
 from fastfundus.data import PhotoCache
-from fastfundus.errors import SpecMismatch
-from fastfundus.evaluate.metrics import auroc, binary_metrics
+from fastfundus.errors import DataError, SpecMismatch
+from fastfundus.evaluate.bootstrap import PatientBootstrap
+from fastfundus.evaluate.metrics import INTERVALS, auroc, binary_metrics
 from fastfundus.evaluate.operating_point import (
     _threshold,
     fit_operating_point,
@@ -46,8 +54,84 @@ def test_rates_by_hand() -> None:
     got = binary_metrics(probabilities, labels, list("abcde"), 0.5)
     assert got.sensitivity.value == pytest.approx(2 / 3)
     assert got.specificity.value == pytest.approx(1 / 2)
-    assert got.brier == pytest.approx(np.mean([0.01, 0.36, 0.25, 0.36, 0.04]))
+    assert got.brier.value == pytest.approx(np.mean([0.01, 0.36, 0.25, 0.36, 0.04]))
     assert (got.photos, got.patients, got.positives) == (5, 5, 3)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_figure_equals_scikit_learn(ties: bool) -> None:
+    rng = np.random.default_rng(1)
+    labels = (rng.uniform(size=400) < 0.3).astype(float)
+    chances = 1 / (1 + np.exp(-rng.normal(labels - 0.5, 1.0)))
+    chances = np.round(chances, 1) if ties else chances
+    got = binary_metrics(chances, labels, [str(n) for n in range(400)], 0.45, resamples=10)
+    called = chances >= 0.45
+    expected = {
+        "auroc": roc_auc_score(labels, chances),
+        "auprc": average_precision_score(labels, chances),
+        "sensitivity": recall_score(labels, called),
+        "specificity": recall_score(labels, called, pos_label=0),
+        "ppv": precision_score(labels, called),
+        "npv": precision_score(labels, called, pos_label=0),
+        "f1": f1_score(labels, called),
+        "brier": brier_score_loss(labels, chances),
+    }
+    for name, value in expected.items():
+        assert getattr(got, name).value == pytest.approx(value, abs=1e-12), name
+        assert getattr(got, name).low <= getattr(got, name).high
+
+
+def test_calibration_error_by_hand() -> None:
+    # Two of fifteen bins: of 0.1 a half is positive, of 0.9 all are.
+    chances, labels = np.array([0.1, 0.1, 0.9, 0.9]), np.array([0.0, 1, 1, 1])
+    got = binary_metrics(chances, labels, list("abcd"), 0.5, resamples=10).ece.value
+    assert got == pytest.approx(0.5 * 0.4 + 0.5 * 0.1)
+
+
+def test_predictive_values_where_the_model_will_be_used() -> None:
+    """A published example of Bayes' rule: sensitivity 90 %, specificity 91 %, prevalence 1 %: PPV 9.2 %."""
+    chances = np.r_[np.repeat([0.9, 0.1], [90, 10]), np.repeat([0.9, 0.1], [9, 91])]
+    labels = np.repeat([1.0, 0.0], 100)
+    got = binary_metrics(chances, labels, [str(n) for n in range(200)], 0.5, prevalence=0.01, resamples=10)
+    assert got.ppv.value == pytest.approx(0.9 * 0.01 / (0.9 * 0.01 + 0.09 * 0.99))
+    assert got.npv.value == pytest.approx(0.91 * 0.99 / (0.91 * 0.99 + 0.1 * 0.01))
+    plain = binary_metrics(chances, labels, [str(n) for n in range(200)], 0.5, resamples=10)
+    assert plain.ppv.value == pytest.approx(90 / 99)
+
+
+def test_sets_without_positives_are_not_estimable_and_others_are() -> None:
+    got = binary_metrics(np.array([0.2, 0.7, 0.1]), np.zeros(3), list("abc"), 0.5, resamples=20).to_dict()
+    for name in ("auroc", "auprc", "sensitivity", "f1"):
+        assert got[name] == {"value": None, "low": None, "high": None}
+    assert got["specificity"]["value"] == pytest.approx(2 / 3)
+    assert got["ppv"]["value"] == 0.0
+    assert set(INTERVALS) <= set(got)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -0.1, 1.5, float("inf")])
+def test_predictions_that_are_no_probabilities_are_named(bad: float) -> None:
+    with pytest.raises(DataError, match=r"1 of 3 predictions are no probabilities, the first is .* of patient b"):
+        binary_metrics(np.array([0.1, bad, 0.3]), np.array([0.0, 1, 0]), list("abc"), 0.5)
+
+
+def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastfundus.evaluate import bootstrap
+
+    patients = [str(n // 2) for n in range(50)]
+    whole = np.concatenate(list(PatientBootstrap(patients, 100, 3).weights()))
+    monkeypatch.setattr(bootstrap, "_MOST_AT_ONCE", 350)
+    parts = list(PatientBootstrap(patients, 100, 3).weights())
+    assert len(parts) > 10
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert whole.shape == (101, 50)
+    assert (whole[0] == 1).all()
+    # Photos of one patient come and go together, and as many patients are drawn as there are.
+    np.testing.assert_array_equal(whole[:, ::2], whole[:, 1::2])
+    assert (whole.sum(axis=1) == 50).all()
+    order = np.random.default_rng(0).permutation(50)
+    np.testing.assert_array_equal(
+        np.concatenate(list(PatientBootstrap(patients, 100, 3).weights(order))), whole[:, order]
+    )
 
 
 def test_intervals_cover_the_truth_and_know_of_patients() -> None:

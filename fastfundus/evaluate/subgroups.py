@@ -1,0 +1,94 @@
+"""The same metrics by camera, site, sex, age, eye, quality, or whatever else a manifest knows of its photos."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fastfundus.errors import ConfigError, close_matches
+from fastfundus.evaluate.metrics import binary_metrics
+
+__all__ = ["LEAST_OF_EACH_CLASS", "subgroup_metrics"]
+
+LEAST_OF_EACH_CLASS = 20
+"""Patients with, and patients without the finding, below which a group's figures are flagged as `small`."""
+_MOST_VALUES = 12
+_UNKNOWN = "unknown"
+
+
+def subgroup_metrics(
+    predictions: pl.DataFrame,
+    manifest: pl.DataFrame,
+    columns: Sequence[str],
+    thresholds: Mapping[str, float],
+    *,
+    resamples: int = 2000,
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Measure each output in each group.
+
+    Columns of numbers with many values are cut at their quartiles, ages into bands of ten years. Photos without a value
+    are a group of their own: "unknown".
+
+    Args:
+        predictions: path, sha256, patient, label_<output>, p_<output>.
+        manifest: of the cache they are from.
+        columns: of the manifest.
+        thresholds: by output, as locked.
+        resamples: bootstrap sets.
+
+    Returns:
+        By column and output a list of groups: `group`, the metrics as plain data, and `small`.
+
+    Raises:
+        ConfigError: the manifest has no such column.
+    """
+    unknown = [name for name in columns if name not in manifest.columns]
+    if unknown:
+        raise ConfigError(f"the manifest has no column {unknown[0]!r}{close_matches(unknown[0], manifest.columns)}")
+    keys = ["path", "sha256"]
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for column in columns:
+        groups = pl.DataFrame(
+            {"path": manifest["path"], "sha256": manifest["sha256"], "_group": _groups(manifest[column])}
+        ).unique(keys)
+        table = predictions.join(groups, on=keys, how="left")
+        found[column] = {
+            name: [
+                _measured(part, name, str(group), threshold, resamples)
+                for (group,), part in sorted(table.partition_by("_group", as_dict=True).items())
+            ]
+            for name, threshold in thresholds.items()
+        }
+    return found
+
+
+def _groups(values: pl.Series) -> pl.Series:
+    """A name for each value: itself, the decade of an age, or the quarter of the numbers that it lies in."""
+    if values.dtype.is_numeric() and values.name == "age":
+        decade = (values.cast(pl.Float64) / 10).floor().cast(pl.Int64) * 10
+        return decade.map_elements(lambda low: f"{low} to {low + 9}", return_dtype=pl.String).fill_null(_UNKNOWN)
+    if values.dtype.is_numeric() and values.n_unique() > _MOST_VALUES:
+        known = values.drop_nulls().cast(pl.Float64).drop_nans().to_numpy()
+        edges = np.unique(np.quantile(known, (0.25, 0.5, 0.75)))
+        limits = [known.min(), *edges, known.max()]
+        names = [f"{n + 1}: {low:.3g} to {high:.3g}" for n, (low, high) in enumerate(itertools.pairwise(limits))]
+        numbers = values.cast(pl.Float64).fill_nan(None)
+        places = np.searchsorted(edges, numbers.fill_null(0.0).to_numpy(), side="right")
+        return pl.Series(
+            [_UNKNOWN if value is None else names[place] for value, place in zip(numbers, places, strict=True)]
+        )
+    return values.cast(pl.String).fill_null(_UNKNOWN)
+
+
+def _measured(part: pl.DataFrame, name: str, group: str, threshold: float, resamples: int) -> dict[str, Any]:
+    known = part.filter(pl.col(f"label_{name}").is_not_null())
+    truth, patients = known[f"label_{name}"].to_numpy().astype(np.float64), known["patient"]
+    if not len(known):
+        return {"group": group, "photos": 0, "patients": 0, "positives": 0, "small": True}
+    metrics = binary_metrics(known[f"p_{name}"].to_numpy(), truth, patients.to_list(), threshold, resamples=resamples)
+    of_class = [patients.filter(pl.Series(truth == value)).n_unique() for value in (0, 1)]
+    return {"group": group, **metrics.to_dict(), "small": min(of_class) < LEAST_OF_EACH_CLASS}
