@@ -6,40 +6,19 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import onnx
 import torch
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastfundus.engines.export import ScreeningModel, feature_shape
 from fastfundus.engines.heatmap import HEATMAP, METHOD
 from fastfundus.engines.runtime import FEATURES
+from fastfundus.models.cam import grad_cam
 
-__all__ = ["export_heatmap", "grad_cam"]
-
-
-def grad_cam(network: Any, features: Tensor) -> Tensor:
-    """Where the network looks: Selvaraju et al., ICCV 2017.
-
-    Args:
-        network: with a `forward_head` from features to logits; in evaluation mode.
-        features: [1, C, h, w].
-
-    Returns:
-        [1, L, h, w], not negative: by output, the maps weighted by how much each raises its logit.
-    """
-
-    def logits(maps: Tensor) -> Tensor:
-        return cast(Tensor, network.forward_head(maps)[0])
-
-    values, pull = cast(tuple[Tensor, Callable[..., tuple[Tensor]]], torch.func.vjp(logits, features))
-    # A label after the other: the exporter follows no mapping over directions.
-    weights = torch.cat([pull(direction)[0].mean((-2, -1)) for direction in torch.eye(len(values))])
-    return torch.relu(torch.einsum("lc,nchw->nlhw", weights, features))
+__all__ = ["export_heatmap"]
 
 
 def export_heatmap(model: ScreeningModel, folder: Path) -> dict[str, Any]:
@@ -55,13 +34,13 @@ def export_heatmap(model: ScreeningModel, folder: Path) -> dict[str, Any]:
     shape = feature_shape(model)
     if shape is None:
         return {"file": None, "note": "the network has no last feature maps [N, C, h, w] that are pooled"}
-    network = copy.deepcopy(model.network).eval().requires_grad_(False)
+    network: Any = copy.deepcopy(model.network).eval().requires_grad_(False)
     example = torch.rand(1, *shape)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         # The gradient as plain operators: the exporter knows no derivatives.
         plain = dict(cast(Any, torch.export.default_decompositions()).items())
-        traced = make_fx(lambda maps: grad_cam(network, maps), decomposition_table=plain)(example)
+        traced = make_fx(lambda maps: grad_cam(maps, network.forward_head), decomposition_table=plain)(example)
         try:
             program = torch.onnx.export(
                 traced,

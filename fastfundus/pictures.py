@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_svg", "thumbnail"]
+__all__ = ["as_svg", "blend", "thumbnail", "with_heat"]
 
 _THUMB_PX = 160
 
@@ -22,6 +22,27 @@ def thumbnail(image: NDArray[np.uint8], side: int = _THUMB_PX) -> str:
     small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
+
+
+def with_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Lay a heatmap over a photo.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        heat: [h, w], not negative; its largest value is drawn strongest.
+    """
+    height, width = image.shape[:2]
+    highest = float(heat.max())
+    smooth = cv2.resize(heat / highest if highest else heat, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    colours = cv2.applyColorMap((smooth * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    # Weak heat leaves the retina as it is.
+    return blend(image, 0.6 * smooth, colours)
+
+
+def blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colours: NDArray[Any]) -> NDArray[np.uint8]:
+    """Lay colours, [3] or [H, W, 3], over a picture [H, W, 3], as strong as [H, W] says, 0 to 1."""
+    share = strength[..., None]
+    return (image * (1 - share) + colours * share).round().astype(np.uint8)
 
 
 def as_svg(

@@ -17,6 +17,7 @@ from fastfundus.cli.convert import convert
 from fastfundus.cli.demo import demo
 from fastfundus.cli.doctor import doctor
 from fastfundus.cli.evaluate import evaluate
+from fastfundus.cli.explain import explain
 from fastfundus.cli.export_triton import export_triton
 from fastfundus.cli.prepare import prepare
 from fastfundus.cli.screen import screen
@@ -65,6 +66,7 @@ for command in (
     train,
     convert,
     evaluate,
+    explain,
     build_engine,
     screen,
     audit,

@@ -12,17 +12,16 @@ from typing import Any
 import cv2
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
-from fastfundus.pictures import thumbnail
+from fastfundus.pictures import blend, thumbnail, with_heat
 from fastfundus.records import Status
 from fastfundus.screen.policy import NEGATIVE
 from fastfundus.screen.results import makes_maps
 
-__all__ = ["MOST_SHOWN", "ShownPhoto", "others", "with_heat", "worst"]
+__all__ = ["MOST_SHOWN", "ShownPhoto", "others", "worst"]
 
 MOST_SHOWN = 60
 """Photos shown in each of the report's two tables; `results.csv` has all."""
@@ -123,24 +122,4 @@ def _with_mask(photo: PreparedPhoto, file: Path) -> str:
     step = side / size
     matrix = np.array([[step, 0, left + step / 2 - 0.5], [0, step, top + step / 2 - 0.5]])
     seen = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return thumbnail(_blend(photo.image, seen.astype(np.float32) / 255, np.array(_VESSELS)), _THUMB_PX)
-
-
-def with_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Lay a heatmap over a photo.
-
-    Args:
-        image: uint8 [S, S, 3] RGB.
-        heat: [h, w], not negative; its largest value is drawn strongest.
-    """
-    size = len(image)
-    highest = float(heat.max())
-    smooth = cv2.resize(heat / highest if highest else heat, (size, size), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    colours = cv2.applyColorMap((smooth * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    # Weak heat leaves the retina as it is.
-    return _blend(image, 0.6 * smooth, colours)
-
-
-def _blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colours: NDArray[Any]) -> NDArray[np.uint8]:
-    share = strength[..., None]
-    return (image * (1 - share) + colours * share).round().astype(np.uint8)
+    return thumbnail(blend(photo.image, seen.astype(np.float32) / 255, np.array(_VESSELS)), _THUMB_PX)

@@ -19,10 +19,9 @@ from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.errors import ConfigError, FastFundusError
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto
-from fastfundus.pictures import thumbnail
+from fastfundus.pictures import thumbnail, with_heat
 from fastfundus.records import SourcePhoto, Status
 from fastfundus.screen.crew import Crew
-from fastfundus.screen.gallery import with_heat
 from fastfundus.screen.pipeline import ScreenedPhoto, judged
 from fastfundus.screen.policy import NEGATIVE, ScreenPolicy
 from fastfundus.screen.results import makes_maps
