@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("cache", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for metrics.json and predictions.csv."
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for metrics.json, predictions.csv, model_card.md.",
 )
 @click.option("--by", multiple=True, metavar="COLUMN", help="Also by camera, eye, quality, ...; may be repeated.")
 @click.option(
@@ -53,6 +56,7 @@ def evaluate(
     require("torch", extra="train")
     from fastfundus.cli.training import metrics_lines
     from fastfundus.data import PhotoCache
+    from fastfundus.evaluate.card import model_card
     from fastfundus.evaluate.operating_point import measure
     from fastfundus.evaluate.vessels import measure_vessels
     from fastfundus.train.run import Run
@@ -70,6 +74,8 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     measured.predictions.write_csv(output / "predictions.csv")
+    if not vessels:
+        (output / "model_card.md").write_text(model_card(opened, document), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(document))
         return

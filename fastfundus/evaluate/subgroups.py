@@ -74,8 +74,11 @@ def _groups(values: pl.Series) -> pl.Series:
     if values.dtype.is_numeric() and values.n_unique() > _MOST_VALUES:
         known = values.drop_nulls().cast(pl.Float64).drop_nans().to_numpy()
         edges = np.unique(np.quantile(known, (0.25, 0.5, 0.75)))
-        limits = [known.min(), *edges, known.max()]
-        names = [f"{n + 1}: {low:.3g} to {high:.3g}" for n, (low, high) in enumerate(itertools.pairwise(limits))]
+        limits = [float(known.min()), *edges.tolist(), float(known.max())]
+        names = [f"{n}: {low:.3g} to below {high:.3g}" for n, (low, high) in enumerate(itertools.pairwise(limits), 1)]
+        names[-1] = (
+            names[-1].replace("below ", "") if limits[-2] < limits[-1] else f"{len(edges) + 1}: {limits[-1]:.3g}"
+        )
         numbers = values.cast(pl.Float64).fill_nan(None)
         places = np.searchsorted(edges, numbers.fill_null(0.0).to_numpy(), side="right")
         return pl.Series(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -77,6 +78,11 @@ def test_the_command_writes_groups_and_a_comparison(trained: Trained, cache: Pho
     assert {group["group"] for group in written["subgroups"]["eye"]["abnormal"]} == {"L", "R"}
     assert written["against"]["labels"]["abnormal"]["auroc"]["difference"] == 0
     assert written["labels"]["abnormal"]["prevalence"] == 0.1
+    card = (tmp_path / "model_card.md").read_text()
+    weights = hashlib.sha256((trained.run / "best.safetensors").read_bytes()).hexdigest()
+    for said in (weights, trained.bundle.spec.fingerprint, "### By eye", "at a prevalence of 0.1", "| abnormal | L |",
+                 f"### Against `{trained.run}`", "Too few photos to judge: eye L, eye R"):  # fmt: skip
+        assert said in card, said
     assert "eye L, abnormal" in result.output
     assert "(few: read with care)" in result.output
     assert "first minus second 0.000" in result.output

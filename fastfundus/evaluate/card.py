@@ -1,0 +1,176 @@
+"""A model card (Mitchell et al., FAccT 2019) from a run and its evaluation: what is known, and what is not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import polars as pl
+
+from fastfundus import __version__
+from fastfundus.data.split import side_counts
+from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.records import interval_text
+from fastfundus.train.run import Run
+
+__all__ = ["model_card"]
+
+_TASKS = {
+    "abnormality": "one probability a photo: that the eye is abnormal",
+    "multiclass": "one probability a class; they sum to one",
+    "multilabel": "one probability a finding, each by itself",
+    "ordinal": "the probability of reaching each grade",
+}
+_FIGURES = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "ece")
+_TITLES = ("AUROC", "AUPRC", "sensitivity", "specificity", "PPV", "NPV", "calibration error")
+
+
+def model_card(run: Run, document: Mapping[str, Any]) -> str:
+    """Write the card as Markdown.
+
+    Args:
+        run: of a task that gives probabilities.
+        document: of its evaluation: `labels`, `overall`, `photos`, and where they were asked for `subgroups` and
+            `against`.
+    """
+    points = read_operating_point(run)["labels"]
+    return "\n".join(
+        [
+            f"# Model card: {run.path.name}",
+            "",
+            "**For research use only. Not a medical device.** Written by FastFundus from the run and its evaluation; what",
+            "a programme must know beyond that (who was photographed, why, with which consent) must be added by hand.",
+            "",
+            "## Model",
+            "",
+            *_table(("", ""), _facts(run)),
+            "",
+            "## Intended use",
+            "",
+            f"- Colour fundus photographs of one eye, prepared as above at {run.spec.size} pixels.",
+            f"- It gives {_TASKS[run.config.task]}.",
+            "- To be used at the thresholds below, which were chosen on validation patients and are locked.",
+            "- Not for other kinds of pictures (wide-field, angiography, OCT), nor for photos that the quality check",
+            "  refuses.",
+            "- Not evaluated on other cameras or populations than those named below.",
+            "",
+            "## Data",
+            "",
+            *_data(run),
+            "",
+            f"## Performance: {document['photos']}",
+            "",
+            "95 % intervals, patients drawn with replacement."
+            + _prevalence_note(document["labels"]),
+            "",
+            *_performance(document["labels"], points),
+            *_subgroups(document.get("subgroups", {})),
+            *_against(document.get("against")),
+            "",
+            "## Limits",
+            "",
+            *_limits(document, points),
+            "",
+        ]
+    )  # fmt: skip
+
+
+def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    model, name = run.config.model, run.path / "best.safetensors"
+    with name.open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    yield "network", model.backbone
+    yield "started from", model.init
+    yield "task", f"{run.config.task}: {', '.join(run.labels)}"
+    yield "epoch kept", f"{run.epoch}, by {run.score[0]} {run.score[1]:.4f} on validation"
+    yield "weights, sha256", f"`{weights}`"
+    yield "preprocessing, fingerprint", f"`{run.spec.fingerprint}`"
+    yield "software", f"FastFundus {__version__}"
+
+
+def _data(run: Run) -> Iterator[str]:
+    splits = pl.read_parquet(run.path / "splits.parquet")
+    sides = ", ".join(f"{count} {side}" for side, count in side_counts(splits["split"]).items())
+    yield f"- From {', '.join(f'`{path.name}`' for path in run.caches)}; photos: {sides}. Patients stay on one side."
+    table = pl.read_parquet(run.path / "predictions.parquet")
+    for name in run.labels:
+        known = table[f"label_{name}"].drop_nulls()
+        yield f"- `{name}`: {int(known.sum())} of {len(known)} validation and test photos are positive."
+
+
+def _prevalence_note(labels: Mapping[str, Any]) -> str:
+    stated = {entry.get("prevalence") for entry in labels.values()} - {None}
+    return (
+        f" PPV and NPV at a prevalence of {stated.pop():g}." if stated else " PPV and NPV at these photos' prevalence."
+    )
+
+
+def _performance(labels: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        (name, entry["photos"], entry["patients"], entry["positives"], f"{points[name]['threshold']:.4f}",
+         *(interval_text(entry[key]) for key in _FIGURES))
+        for name, entry in labels.items()
+    ]  # fmt: skip
+    yield from _table(("output", "photos", "patients", "positive", "threshold", *_TITLES), rows)
+
+
+def _subgroups(subgroups: Mapping[str, Any]) -> Iterator[str]:
+    for column, outputs in subgroups.items():
+        yield from ("", f"### By {column}", "")
+        rows = []
+        for name, groups in outputs.items():
+            for group in groups:
+                figures = [interval_text(group[key]) for key in _FIGURES[:4]] if group["photos"] else [""] * 4
+                flag = "few: read with care" if group["small"] else ""
+                rows.append((name, group["group"], group["photos"], group["patients"], *figures, flag))
+        yield from _table(("output", column, "photos", "patients", *_TITLES[:4], ""), rows)
+
+
+def _against(against: Mapping[str, Any] | None) -> Iterator[str]:
+    if against is None:
+        return
+    yield from (
+        "",
+        f"### Against `{against['run']}`",
+        "",
+        f"First minus second, {against['photos']} photos of both.",
+        "",
+    )
+    rows = []
+    for name, entry in against["labels"].items():
+        for key in ("auroc", "sensitivity", "specificity"):
+            found = entry[key]
+            shown = interval_text({"value": found["difference"], "low": found["low"], "high": found["high"]})
+            p = found.get("p_holm", found["p"])
+            rows.append((name, key, shown, "not estimable" if p is None else f"{p:.3g}"))
+    yield from _table(("output", "", "difference", "p"), rows)
+
+
+def _limits(document: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:
+    if document["photos"] == "test patients":
+        yield "- Measured on patients of the set that it learned from: on other cameras and people it may do worse."
+    for name, entry in document["labels"].items():
+        if entry["positives"] < 50 or entry["photos"] - entry["positives"] < 50:
+            yield f"- `{name}`: {entry['positives']} positive of {entry['photos']} photos: intervals are wide for a reason."
+        if points[name].get("note"):
+            yield f"- `{name}`: {points[name]['note']}."
+    small = [
+        f"{column} {group['group']}"
+        for column, outputs in document.get("subgroups", {}).items()
+        for groups in outputs.values()
+        for group in groups
+        if group["small"]
+    ]
+    if small:
+        yield f"- Too few photos to judge: {', '.join(dict.fromkeys(small))}."
+    if not document.get("subgroups"):
+        yield "- Not measured by subgroup: see `fastfundus evaluate --by`."
+    yield "- Heatmaps say where the network looks, not that it is right."
