@@ -39,8 +39,8 @@ def model_card(run: Run, document: Mapping[str, Any]) -> str:
         [
             f"# Model card: {run.path.name}",
             "",
-            "**For research use only. Not a medical device.** Written by FastFundus from the run and its evaluation; what",
-            "a programme must know beyond that (who was photographed, why, with which consent) must be added by hand.",
+            "**For research use only. Not a medical device.** Written by FastFundus from the run and its evaluation.",
+            "What else a programme must know (who was photographed, why, with which consent) is to be added by hand.",
             "",
             "## Model",
             "",
@@ -159,7 +159,7 @@ def _limits(document: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[
         yield "- Measured on patients of the set that it learned from: on other cameras and people it may do worse."
     for name, entry in document["labels"].items():
         if entry["positives"] < 50 or entry["photos"] - entry["positives"] < 50:
-            yield f"- `{name}`: {entry['positives']} positive of {entry['photos']} photos: intervals are wide for a reason."
+            yield f"- `{name}`: {entry['positives']} positive of {entry['photos']} photos: the intervals are wide."
         if points[name].get("note"):
             yield f"- `{name}`: {points[name]['note']}."
     small = [
