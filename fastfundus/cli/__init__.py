@@ -22,6 +22,7 @@ from fastfundus.cli.export_triton import export_triton
 from fastfundus.cli.prepare import prepare
 from fastfundus.cli.screen import screen
 from fastfundus.cli.serve import serve
+from fastfundus.cli.study import study
 from fastfundus.cli.synthesize import synthesize
 from fastfundus.cli.train import train
 from fastfundus.errors import FastFundusError
@@ -67,6 +68,7 @@ for command in (
     convert,
     evaluate,
     explain,
+    study,
     build_engine,
     screen,
     audit,

@@ -1,0 +1,171 @@
+"""What a study declares: one TOML file.
+
+    [study]
+    folds = 5
+    fractions = [0.1, 1.0]          # shares of the training patients' labels
+    seeds = [0]
+
+    [upstream.fundus]               # runs that others start from; trained once
+    caches = ["upstream/"]
+    config.task = "abnormality"
+    config.model.backbone = "resnet50"
+
+    [tasks.dr]
+    caches = ["dr/"]
+    config.model.backbone = "resnet50"
+
+    [inits]                         # "scratch", "imagenet", a path, or "upstream:NAME"; the first is what others are
+    scratch = "scratch"             # compared with
+    fundus = "upstream:fundus"
+
+Paths are relative to the file. `config` is what `train --config` takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastfundus.config import TrainConfig, override
+from fastfundus.errors import ConfigError, close_matches
+from fastfundus.spec import fingerprint_of
+
+__all__ = ["UPSTREAM", "Cell", "Part", "StudyConfig"]
+
+UPSTREAM = "upstream:"
+_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+.")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is trained on what."""
+
+    caches: tuple[Path, ...]
+    config: dict[str, Any]
+    """Plain data of a `TrainConfig`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of the grid."""
+
+    task: str
+    init: str
+    fraction: float
+    seed: int
+    fold: int
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, below the study."""
+        return f"cells/{self.task}/{self.init}/{self.fraction:g}/seed{self.seed}/fold{self.fold}"
+
+
+@dataclass(frozen=True, slots=True)
+class StudyConfig:
+    """A study, checked as far as it can be without data."""
+
+    folds: int
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    upstream: dict[str, Part]
+    tasks: dict[str, Part]
+    inits: dict[str, str]
+    fingerprint: str
+    """Of all of it: a study is resumed only as it was begun."""
+
+    @classmethod
+    def from_toml(cls, path: Path) -> StudyConfig:
+        """Read a file.
+
+        Raises:
+            ConfigError: it cannot be read, or declares what cannot be done.
+        """
+        try:
+            plain = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        try:
+            return cls._from(plain, path.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from(cls, plain: dict[str, Any], base: Path) -> StudyConfig:
+        _known(plain, ("study", "upstream", "tasks", "inits"), "")
+        about = plain.get("study", {})
+        _known(about, ("folds", "fractions", "seeds"), "study.")
+        upstream = {name: _part(value, base, f"upstream.{name}") for name, value in plain.get("upstream", {}).items()}
+        tasks = {name: _part(value, base, f"tasks.{name}") for name, value in plain.get("tasks", {}).items()}
+        inits = plain.get("inits", {"scratch": "scratch"})
+        if not tasks:
+            raise ConfigError("tasks: names none; add a table such as [tasks.dr]")
+        for name, value in inits.items():
+            if not isinstance(value, str):
+                raise ConfigError(f"inits.{name} must be text, got {value!r}")
+            if value.startswith(UPSTREAM) and value.removeprefix(UPSTREAM) not in upstream:
+                raise ConfigError(
+                    f"inits.{name}: there is no {value!r}{close_matches(value, [UPSTREAM + n for n in upstream])}"
+                )
+        for name in (*upstream, *tasks, *inits):
+            if not name or set(name) - _SAFE or name.startswith("."):
+                raise ConfigError(f"{name!r} becomes a folder: letters, digits and _-+. are allowed")
+        inits = {name: _where(value, base) for name, value in inits.items()}
+        study = cls(
+            int(about.get("folds", 5)), tuple(sorted(map(float, about.get("fractions", [1.0])))),
+            tuple(map(int, about.get("seeds", [0]))), upstream, tasks, inits, fingerprint_of(plain),
+        )  # fmt: skip
+        for cell in study.cells():
+            study.settings(cell, "scratch")
+        return study
+
+    def cells(self) -> Iterator[Cell]:
+        """Every run, in the order they are done."""
+        for task, fraction, seed, init in itertools.product(self.tasks, self.fractions, self.seeds, self.inits):
+            for fold in range(self.folds):
+                yield Cell(task, init, fraction, seed, fold)
+
+    def settings(self, cell: Cell, init: str) -> TrainConfig:
+        """The configuration of a run.
+
+        Raises:
+            ConfigError: a value is out of its range, or the grid sets what the task's config sets too.
+        """
+        part = self.tasks[cell.task]
+        own = {
+            "data.split": "folds", "data.folds": self.folds, "data.fold": cell.fold,
+            "data.label_fraction": cell.fraction, "loop.seed": cell.seed, "model.init": init,
+        }  # fmt: skip
+        for name in own:
+            section, key = name.split(".")
+            if key in part.config.get(section, {}):
+                raise ConfigError(f"tasks.{cell.task}.config.{name} is set by the study; leave it away")
+        return TrainConfig.from_dict(override(part.config, own))
+
+
+def _known(table: Any, names: tuple[str, ...], prefix: str) -> None:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a table, got {table!r}")
+    for key in table:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting{close_matches(key, names)}")
+
+
+def _part(table: Any, base: Path, name: str) -> Part:
+    _known(table, ("caches", "config"), f"{name}.")
+    caches = table.get("caches", [])
+    if not caches or not all(isinstance(cache, str) for cache in caches):
+        raise ConfigError(f"{name}.caches must be a list of folders, got {caches!r}")
+    config = table.get("config", {})
+    TrainConfig.from_dict(config)
+    return Part(tuple((base / cache).resolve() for cache in caches), config)
+
+
+def _where(init: str, base: Path) -> str:
+    return init if init in ("scratch", "imagenet") or init.startswith(UPSTREAM) else str((base / init).resolve())

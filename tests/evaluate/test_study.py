@@ -1,0 +1,166 @@
+"""A study in miniature: complete, resumed to the bit, honest about what failed and about what was seen before."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastfundus.data import build_cache, list_photos
+from fastfundus.errors import ConfigError, DataError
+from fastfundus.evaluate.compare import compare_areas
+from fastfundus.evaluate.study import run_study
+from fastfundus.evaluate.study_config import StudyConfig
+from fastfundus.evaluate.study_tables import write_tables
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import write_dataset
+from tests.cli.test_cli import run
+
+TEXT = """
+[study]
+folds = 3
+fractions = [0.5, 1.0]
+
+[upstream.fundus]
+caches = ["upstream"]
+config.model.backbone = "test_resnet"
+config.loop.epochs = 1
+config.loop.batch_size = 8
+
+[tasks.eyes]
+caches = ["eyes"]
+config.model.backbone = "test_resnet"
+config.loop.epochs = 1
+config.loop.batch_size = 8
+
+[tasks.broken]
+caches = ["eyes"]
+config.model.backbone = "test_resnet"
+config.data.labels = ["no_such_column"]
+
+[inits]
+scratch = "scratch"
+fundus = "upstream:fundus"
+"""
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sets of different patients, and the study beside them."""
+    folder = tmp_path_factory.mktemp("study")
+    for name, seed in (("upstream", 21), ("eyes", 22)):
+        write_dataset(folder / f"{name}_photos", 18, seed=seed, poor_share=0.0, long_sides=(320,), workers=1)
+        photos = folder / f"{name}_photos"
+        listing = list_photos(photos, labels=photos / "labels.csv")
+        build_cache(listing.photos, folder / name, PreprocessSpec(size=64), source=listing.root)
+    (folder / "study.toml").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(caches: Path) -> Path:
+    """The study, run once."""
+    output = caches / "done"
+    result = run("study", caches / "study.toml", "--output", output)
+    assert result.exit_code == 1
+    assert "12 of 24 runs could not be done, the first because: " in result.output
+    assert "no_such_column" in result.output
+    return output
+
+
+def test_the_grid_is_complete_and_failures_are_named(done: Path) -> None:
+    cells = pl.read_csv(done / "cells.csv")
+    good = cells.filter(pl.col("task") == "eyes")
+    assert len(good) == 12
+    assert good["auroc"].null_count() == good.height - good["auroc"].count()
+    broken = cells.filter(pl.col("task") == "broken")
+    assert broken["error"].str.contains("no_such_column").all()
+    for path in (done / "cells" / "eyes").rglob("splits.parquet"):
+        splits = pl.read_parquet(path)
+        assert splits.group_by("patient").agg(pl.col("split").n_unique())["split"].max() == 1
+    table = pl.read_csv(done / "table.csv")
+    assert table.filter(pl.col("task") == "eyes").select("init", "fraction", "cells", "failed").rows() == [
+        ("scratch", 0.5, 3, 0), ("fundus", 0.5, 3, 0), ("scratch", 1.0, 3, 0), ("fundus", 1.0, 3, 0),
+    ]  # fmt: skip
+    page = (done / "study.html").read_text()
+    assert page.count("<svg") == 1
+    assert "no_such_column" in page
+    assert (done / "table.md").read_text().count("| eyes |") == 4
+    assert "\\toprule" in (done / "table.tex").read_text()
+    assert "50\\%" in (done / "table.tex").read_text()
+
+
+def test_comparisons_are_of_the_same_photos(done: Path) -> None:
+    def pooled(init: str) -> pl.DataFrame:
+        files = sorted((done / "cells" / "eyes" / init / "1").rglob("predictions.parquet"))
+        return pl.concat([pl.read_parquet(file).filter(pl.col("split") == "test") for file in files]).sort("path")
+
+    first, second = pooled("fundus"), pooled("scratch")
+    assert first["path"].to_list() == second["path"].to_list()
+    assert first["path"].n_unique() == 36
+    found = compare_areas(
+        first["p_abnormal"].to_numpy(), second["p_abnormal"].to_numpy(), first["label_abnormal"].to_numpy(),
+        first["patient"].to_list(),
+    )  # fmt: skip
+    row = pl.read_csv(done / "table.csv").row(
+        by_predicate=(pl.col("init") == "fundus") & (pl.col("fraction") == 1.0) & (pl.col("task") == "eyes"), named=True
+    )
+    assert row["difference"] == pytest.approx(found.difference)
+    assert row["p"] == pytest.approx(found.p)
+    assert row["p_holm"] >= row["p"]
+    assert row["photos"] == 36
+
+
+def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
+    output = tmp_path / "torn"
+    shutil.copytree(done, output)
+    cell = output / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold1"
+    before = load_file(cell / "best.safetensors")
+    shutil.rmtree(cell)
+    shutil.rmtree(output / "cells" / "broken")
+    said: list[str] = []
+    study, results = run_study(caches / "study.toml", output, say=said.append)
+    after = load_file(cell / "best.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert len([line for line in said if "eyes" in line]) == 1
+    write_tables(study, results, output)
+    for name in ("table.csv", "table.md", "table.tex", "cells.csv"):
+        assert (output / name).read_bytes() == (done / name).read_bytes(), name
+
+
+def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> None:
+    other = caches / "other.toml"
+    other.write_text(TEXT.replace("folds = 3", "folds = 4"))
+    with pytest.raises(ConfigError, match="was begun with another file"):
+        run_study(other, done)
+
+
+def test_what_was_seen_upstream_is_refused(caches: Path, tmp_path: Path) -> None:
+    file = caches / "leak.toml"
+    file.write_text(TEXT.replace('caches = ["eyes"]', 'caches = ["upstream"]', 1))
+    with pytest.raises(DataError, match="36 photos of the task eyes took part in the upstream run fundus"):
+        run_study(file, tmp_path / "leak")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("folds = 3", "fold = 3"), r"study.fold is not a setting; did you mean 'folds'"),
+        (('"upstream:fundus"', '"upstream:fundos"'), r"inits.fundus: there is no 'upstream:fundos'; did you mean"),
+        (('caches = ["eyes"]', "caches = []"), r"tasks.eyes.caches must be a list of folders"),
+        (("config.loop.epochs = 1", "config.loop.epoch = 1"), r"loop.epoch is not a setting"),
+        (("fractions = [0.5, 1.0]", "fractions = [0.0]"), r"data.label_fraction"),
+        (("[tasks.eyes]", '[tasks."../eyes"]'), r"becomes a folder: letters, digits"),
+        (('[tasks.eyes]', "[tasks.eyes]\nconfig.data.fold = 1"), r"tasks.eyes.config.data.fold is set by the study"),
+        (("[study]", "[study"), r"is not TOML"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(TEXT.replace(*change))
+    with pytest.raises(ConfigError, match=said):
+        StudyConfig.from_toml(file)
