@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare bench-sample bench-train bench-engine bench-screen parity kernels wheel fuzz photos odir transfer clean
+.PHONY: demo test check bench bench-prepare bench-sample bench-train bench-engine bench-screen parity kernels wheel fuzz photos odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -57,6 +57,9 @@ odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 min
 
 transfer: $(VENV)/.installed-dev  ## upstream, then DR and vessels, from both starts (an hour); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.transfer_evidence && $(BIN)/python -m bench.report
+
+study: $(VENV)/.installed-dev  ## the paper's question on real photographs (half an hour); needs FASTFUNDUS_DATA
+	@$(BIN)/python -m bench.study_evidence && $(BIN)/python -m bench.report
 
 # A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml

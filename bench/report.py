@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.screen_tables import fleet_table, screen_table
+from bench.study_table import study_table
 from fastfundus.records import interval_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -319,7 +320,9 @@ def evidence_table(result: dict[str, Any]) -> str:
 def draw() -> None:
     """Put the newest tables between their markers."""
     root = README.parent
-    kernels, photos, screening = (root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening"))
+    kernels, photos, screening, evidence = (
+        root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening", "evidence")
+    )
     for file, marker, source, table in [
         (README, "speed", RESULTS / "cpu_*.json", speed_table),
         (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
@@ -329,6 +332,7 @@ def draw() -> None:
         (README, "engine", RESULTS / "engine_cpu_*.json", engine_table),
         (README, "screen", RESULTS / "screen_cpu_*.json", screen_table),
         (screening, "fleet", RESULTS / "screen_cpu_*.json", fleet_table),
+        (evidence, "study", RESULTS / "study_cpu_*.json", study_table),
         (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
         (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),

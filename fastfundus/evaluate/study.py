@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import polars as pl
@@ -78,7 +79,7 @@ def run_study(
             todo = not (folder / "operating_point.json").is_file()
             if todo:
                 each = (time.monotonic() - began) / max(1, trained)
-                left = f", about {each * (len(cells) - number) / 60:.0f} min left" if trained else ""
+                left = f", about {timedelta(seconds=round(each * (len(cells) - number)))} left" if trained else ""
                 say(f"{number + 1} of {len(cells)}{left}: {cell.folder.removeprefix('cells/')}")
             results.append(_cell(study, cell, folder, caches[cell.task], upstream))
             if todo:

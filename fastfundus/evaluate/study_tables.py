@@ -167,7 +167,7 @@ _HEAD = (
     "AUROC, mean ± SD",
     "every photo once (95 %)",
     "to the first init",
-    "p",
+    "p (Holm)",
 )
 
 
@@ -216,12 +216,13 @@ def _figure(table: pl.DataFrame, pooled: dict[_Key, pl.DataFrame], study: StudyC
 
     def draw(plots: Sequence[Any]) -> None:
         efficiency, roc = plots
-        for ink, init in zip(_INK * len(study.inits), study.inits, strict=False):
+        for number, (ink, init) in enumerate(zip(_INK * len(study.inits), study.inits, strict=False)):
             mine = table.filter((pl.col("task") == task) & (pl.col("output") == name) & (pl.col("init") == init))
             mine = mine.filter(pl.col("mean").is_not_null()).sort("fraction")
             spread = mine["sd"].fill_null(0.0).to_numpy()
             efficiency.errorbar(
-                mine["fraction"].to_numpy(),
+                # Side by side, so that bars do not hide each other.
+                mine["fraction"].to_numpy() * 1.02**number,
                 mine["mean"].to_numpy(),
                 spread,
                 color=ink,
@@ -240,9 +241,9 @@ def _figure(table: pl.DataFrame, pooled: dict[_Key, pl.DataFrame], study: StudyC
         efficiency.set_xticks(study.fractions, [f"{fraction:.0%}" for fraction in study.fractions])
         efficiency.minorticks_off()
         efficiency.set(xlabel="labels of the training patients", ylabel="AUROC, mean ± SD")
-        efficiency.legend(frameon=False, fontsize=8)
         roc.plot([0, 1], [0, 1], color="#9ca3af", linestyle=":", linewidth=1)
         roc.set(xlabel="1 - specificity", ylabel="sensitivity", title=f"{study.fractions[-1]:.0%} of the labels")
         roc.title.set_fontsize(9)
+        roc.legend(frameon=False, fontsize=8, loc="lower right")
 
-    return as_svg(draw, columns=2, width_in=8.4, height_in=3.2)
+    return as_svg(draw, columns=2, width_in=10, height_in=3.4)

@@ -1,0 +1,49 @@
+"""The table of the study on real photographs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastfundus.records import interval_text
+
+__all__ = ["study_table"]
+
+
+def study_table(result: dict[str, Any]) -> str:
+    """What upstream training changed, by task, output and share of labels, as Markdown."""
+    lines = [
+        "| task | output | labels | scratch: folds, pooled | upstream: folds, pooled | difference | p (Holm) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = result["table"]
+    for row in (row for row in rows if row["init"] != "scratch"):
+        same = ("task", "output", "fraction")
+        first = next(r for r in rows if r["init"] == "scratch" and all(r[name] == row[name] for name in same))
+        difference = interval_text(
+            {"value": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}
+        )
+        p = "" if row["p_holm"] is None else f"{row['p_holm']:.3g}"
+        lines.append(
+            f"| {row['task']} | {row['output']} | {row['fraction']:.0%} | {_shown(first)} | {_shown(row)} | "
+            f"{difference} | {p} |"
+        )
+    upstream, machine = result["upstream_test"], result["machine"]
+    failed = sum(row["failed"] or 0 for row in rows)
+    lines += [
+        "",
+        f"ResNet-18 at {result['size']} px, five folds (mean ± SD of their AUROC), patients kept together; pooled: "
+        "every photo once, by the model that has not seen its patient, with a patient-clustered 95 % interval. "
+        "Upstream reached an AUROC of "
+        f"{interval_text(upstream['auroc'])} on {upstream['patients']} patients of its own that it had not seen. "
+        f"{failed} runs failed. {result['date']}, {machine['cpu']}, {machine['cores']} cores, {result['minutes']:.0f} "
+        f"minutes, commit {result['commit']}. `make study` repeats it.",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any]) -> str:
+    if row["mean"] is None:
+        return "not estimable"
+    spread = "" if row["sd"] is None else f" ± {row['sd']:.3f}"
+    pooled = interval_text({"value": row["pooled"], "low": row["low"], "high": row["high"]})
+    return f"{row['mean']:.3f}{spread}, {pooled}"
