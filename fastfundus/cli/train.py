@@ -43,6 +43,7 @@ RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
     show_default=True,
     help="Each threshold is chosen on validation to reach it.",
 )
+@click.option("--target-specificity", type=click.FloatRange(0.01, 1), help="Choose thresholds to reach this instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def train(
     caches: tuple[Path, ...],
@@ -53,6 +54,7 @@ def train(
     resume: bool,
     dry_run: bool,
     target_sensitivity: float,
+    target_specificity: float | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -104,7 +106,7 @@ def train(
     named = " ".join(map(str, caches))
     how = f"fastfundus train {named} --output {output}{f' --folds {folds}' if folds else ''} --resume"
     with joined() as world:
-        job = _Job(photos, world, how, target_sensitivity)
+        job = _Job(photos, world, how, target_sensitivity, target_specificity)
         if folds is None:
             document = job.one(output, settings, resume or again)
             if world.leads:
@@ -147,8 +149,11 @@ def _settings(flags: dict[str, Any], recipe: str | None, config: Path | None, re
 class _Job:
     """Trains, fits and measures runs."""
 
-    def __init__(self, photos: PhotoCache, world: Any, how: str, target_sensitivity: float) -> None:
-        self.photos, self.world, self.how, self.target = photos, world, how, target_sensitivity
+    def __init__(
+        self, photos: PhotoCache, world: Any, how: str, target_sensitivity: float, target_specificity: float | None
+    ) -> None:
+        self.photos, self.world, self.how = photos, world, how
+        self.targets = {"target_sensitivity": target_sensitivity, "target_specificity": target_specificity}
 
     def one(self, folder: Path, settings: TrainConfig, resume: bool) -> dict[str, Any]:
         """A run; the content of its operating_point.json, for the process that leads."""
@@ -171,7 +176,7 @@ class _Job:
         if settings.task == "vessels":
             document = fit_vessels(run, self.photos)
         else:
-            document = fit_operating_point(run, self.photos, target_sensitivity=self.target)
+            document = fit_operating_point(run, self.photos, **self.targets)  # type: ignore[arg-type]
         write_run_page(run, self.photos)
         return document
 

@@ -88,8 +88,24 @@ def _threshold(chances: NDArray[np.float64], labels: NDArray[np.float64], target
     return float((needed + (lower.max() if len(lower) else 0.0)) / 2)
 
 
-def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90) -> dict[str, Any]:
+def _threshold_by_negatives(chances: NDArray[np.float64], labels: NDArray[np.float64], target: float) -> float:
+    """Smallest threshold that spares at least `target` of the negatives; halfway to the next lower score."""
+    negative = np.sort(chances[labels == 0])
+    spared = negative[int(np.ceil(target * len(negative))) - 1]
+    higher = chances[chances > spared]
+    return float((spared + (higher.min() if len(higher) else 1.0)) / 2)
+
+
+def fit_operating_point(
+    run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90, target_specificity: float | None = None
+) -> dict[str, Any]:
     """Fit on the validation patients, measure on the test patients, write both files into the run.
+
+    Args:
+        run: finished.
+        cache: its own.
+        target_sensitivity: that each threshold reaches on validation, 0 to 1.
+        target_specificity: the same of specificity, and then in place of sensitivity.
 
     Returns:
         The content of operating_point.json.
@@ -109,6 +125,7 @@ def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: floa
     chances = {name: probabilities(values / np.array(temperatures), kind) for name, values in logits.items()}
     findings = finding_outputs(run.labels, run.config.data.findings)
     labels: dict[str, dict[str, Any]] = {}
+    lacking = "positive" if target_specificity is None else "negative"
     for number, name in enumerate(run.labels):
         known = np.isfinite(val[:, number])
         scores, truth = chances["val"][known, number], val[known, number]
@@ -117,9 +134,13 @@ def fit_operating_point(run: Run, cache: PhotoCache, *, target_sensitivity: floa
             "finding": name in findings,
             "threshold": _WITHOUT_POSITIVES,
             "target_sensitivity": None,
-            "note": "no validation photo is known to be positive: the threshold is not fitted",
+            "target_specificity": None,
+            "note": f"no validation photo is known to be {lacking}: the threshold is not fitted",
         }
-        if (truth == 1).any():
+        if target_specificity is not None and (truth == 0).any():
+            threshold = _threshold_by_negatives(scores, truth, target_specificity)
+            point |= {"threshold": threshold, "target_specificity": target_specificity, "note": None}
+        elif target_specificity is None and (truth == 1).any():
             threshold = _threshold(scores, truth, target_sensitivity)
             point |= {"threshold": threshold, "target_sensitivity": target_sensitivity, "note": None}
         labels[name] = point

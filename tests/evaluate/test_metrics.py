@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -20,6 +23,7 @@ from fastfundus.evaluate.bootstrap import PatientBootstrap
 from fastfundus.evaluate.metrics import INTERVALS, auroc, binary_metrics
 from fastfundus.evaluate.operating_point import (
     _threshold,
+    _threshold_by_negatives,
     fit_operating_point,
     fit_temperature,
     measure,
@@ -160,6 +164,20 @@ def test_temperature_is_found(truth: float) -> None:
     assert fit_temperature(logits[:, None] * truth, labels[:, None]) == pytest.approx(truth, rel=0.05)
 
 
+@pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
+def test_threshold_spares_its_share_of_negatives_and_no_lower_one_does(target: float) -> None:
+    rng = np.random.default_rng(3)
+    labels = (rng.uniform(size=300) < 0.3).astype(float)
+    chances = np.round(1 / (1 + np.exp(-rng.normal(labels, 1.0))), 2)
+    threshold = _threshold_by_negatives(chances, labels, target)
+    negative = chances[labels == 0]
+    assert (negative < threshold).mean() >= target
+    lower = chances[chances < threshold].max()
+    assert (negative < lower).mean() < target
+    assert threshold not in chances, "rounding elsewhere must not flip a photo"
+    assert _threshold_by_negatives(np.array([0.2, 0.4]), np.array([0.0, 0]), 1.0) == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.9, 1.0])
 def test_threshold_reaches_its_target_and_no_higher_one_does(target: float) -> None:
     rng = np.random.default_rng(2)
@@ -174,6 +192,14 @@ def test_threshold_reaches_its_target_and_no_higher_one_does(target: float) -> N
 
 def test_a_threshold_below_all_scores_lies_on_none_of_them() -> None:
     assert _threshold(np.array([0.2, 0.5, 0.3]), np.array([1.0, 1.0, 0.0]), 1.0) == pytest.approx(0.1)
+
+
+def test_operating_point_by_specificity(trained: Trained, cache: PhotoCache, tmp_path: Path) -> None:
+    shutil.copytree(trained.run, tmp_path / "run")
+    point = fit_operating_point(Run.open(tmp_path / "run"), cache, target_specificity=0.8)["labels"]["abnormal"]
+    assert (point["target_specificity"], point["target_sensitivity"], point["note"]) == (0.8, None, None)
+    assert point["validation"]["specificity"]["value"] >= 0.8
+    assert point["threshold"] == point["test"]["threshold"]
 
 
 def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
