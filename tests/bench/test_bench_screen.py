@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.bench_serve import CLIENTS, serve_under_load
 from bench.report import RESULTS
 from bench.screen_tables import fleet_table, screen_table
+from bench.study_table import study_table
 from tests.conftest import Trained
 
 
@@ -36,3 +37,12 @@ def test_the_tables_are_drawn_from_the_result() -> None:
     rate = result["speed"]["images_per_s"]["screen, bf16"] / result["machine"]["cores"]
     assert f"| screen, bf16 | {rate:.2f} | {1e8 / rate / 3600:,.0f} |" in fleet
     assert "extrapolated" in fleet
+
+
+def test_the_study_is_drawn_from_its_result() -> None:
+    result = json.loads(sorted(RESULTS.glob("study_cpu_*.json"))[-1].read_text())
+    table = study_table(result)
+    compared = [row for row in result["table"] if row["init"] != "scratch"]
+    assert table.count("\n| ") == len(compared)
+    row = compared[-1]
+    assert f"{row['difference']:.3f} ({row['difference_low']:.3f} to {row['difference_high']:.3f})" in table
