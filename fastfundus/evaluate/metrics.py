@@ -14,8 +14,8 @@ from fastfundus.evaluate.bootstrap import Floats, Interval, PatientBootstrap
 from fastfundus.train.targets import both_classes
 
 __all__ = [
-    "INTERVALS", "BinaryMetrics", "auroc", "binary_metrics", "mean_with_interval", "overall_metrics",
-    "quadratic_kappa",
+    "INTERVALS", "BinaryMetrics", "auroc", "binary_metrics", "mean_with_interval", "net_benefit",
+    "overall_metrics", "quadratic_kappa",
 ]  # fmt: skip
 
 INTERVALS = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "f1", "brier", "ece")
@@ -162,6 +162,24 @@ def binary_metrics(
         prevalence=prevalence,
         **found,
     )
+
+
+def net_benefit(probabilities: Floats, labels: Floats, thresholds: Floats) -> Floats:
+    """Net benefit of acting on a model's calls: right calls, less wrong ones at the odds of each threshold, a photo.
+
+    Source: Vickers and Elkin, Medical Decision Making 2006.
+
+    Args:
+        probabilities: [N]
+        labels: [N] 0 or 1.
+        thresholds: [T] below 1; a probability at which one would act is a statement of what a miss costs.
+
+    Returns:
+        [T]; acting on everybody gives `prevalence - (1 - prevalence) * threshold / (1 - threshold)`, on nobody 0.
+    """
+    called = probabilities[None, :] >= thresholds[:, None]
+    right, wrong = (called & (labels == 1)).mean(axis=1), (called & (labels == 0)).mean(axis=1)
+    return right - wrong * thresholds / (1 - thresholds)
 
 
 def quadratic_kappa(truth: NDArray[np.int64], given: NDArray[np.int64], grades: int, weights: Floats) -> Floats:

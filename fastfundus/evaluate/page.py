@@ -12,6 +12,7 @@ import polars as pl
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
+from fastfundus.evaluate.metrics import net_benefit
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
@@ -44,6 +45,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         document=document,
         curves=_curves(history, run),
         roc=None if vessels else _roc(table, run.labels),
+        decision=None if vessels else _decision(table, run.labels),
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
         counts=side_counts(pl.read_parquet(run.path / "splits.parquet")["split"]).items(),
@@ -107,6 +109,25 @@ def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
         axes[0].legend(frameon=False, fontsize=8, loc="lower right")
 
     return as_svg(draw, columns=1, width_in=3.5, height_in=2.9)
+
+
+def _decision(table: pl.DataFrame, outputs: Sequence[str]) -> str:
+    """Net benefit over the probability at which one would act, of the test photos; an output a plot."""
+    grid = np.linspace(0.01, 0.99, 99)
+
+    def draw(plots: Sequence[Any]) -> None:
+        for axes, ink, name in zip(plots, _INK, outputs, strict=False):
+            known = table.filter((pl.col("split") == "test") & pl.col(f"label_{name}").is_not_null())
+            truth = known[f"label_{name}"].to_numpy()
+            share = float(truth.mean()) if len(truth) else 0.0
+            axes.plot(grid, net_benefit(known[f"p_{name}"].to_numpy(), truth, grid), color=ink, label="by the model")
+            axes.plot(grid, share - (1 - share) * grid / (1 - grid), color="#6b7280", linestyle="--", label="everybody")
+            axes.axhline(0, color="#9ca3af", linewidth=1, linestyle=":", label="nobody")
+            axes.set(xlabel=f"act from this probability of {name}", ylabel="net benefit a photo", xlim=(0, 1))
+            axes.set_ylim(-0.05, max(0.1, 1.1 * share))
+            axes.legend(frameon=False, fontsize=8)
+
+    return as_svg(draw, columns=min(len(outputs), 3), width_in=8.4, height_in=2.6)
 
 
 def _worst(table: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from sklearn.metrics import (
 from fastfundus.data import PhotoCache
 from fastfundus.errors import DataError, SpecMismatch
 from fastfundus.evaluate.bootstrap import PatientBootstrap
-from fastfundus.evaluate.metrics import INTERVALS, auroc, binary_metrics
+from fastfundus.evaluate.metrics import INTERVALS, auroc, binary_metrics, net_benefit
 from fastfundus.evaluate.operating_point import (
     _threshold,
     _threshold_by_negatives,
@@ -101,6 +101,13 @@ def test_predictive_values_where_the_model_will_be_used() -> None:
     assert got.npv.value == pytest.approx(0.91 * 0.99 / (0.91 * 0.99 + 0.1 * 0.01))
     plain = binary_metrics(chances, labels, [str(n) for n in range(200)], 0.5, resamples=10)
     assert plain.ppv.value == pytest.approx(90 / 99)
+
+
+def test_net_benefit_by_hand() -> None:
+    chances, labels = np.array([0.9, 0.6, 0.4, 0.2]), np.array([1.0, 0, 1, 0])
+    got = net_benefit(chances, labels, np.array([0.1, 0.5, 0.8]))
+    # From 0.1 everybody is called: 2 right, 2 wrong at odds of 1 to 9. From 0.5 one of each. From 0.8 one right.
+    assert got == pytest.approx([(2 - 2 / 9) / 4, (1 - 1) / 4, 1 / 4])
 
 
 def test_sets_without_positives_are_not_estimable_and_others_are() -> None:
