@@ -264,7 +264,12 @@ def test_told_to_stop_it_answers_what_it_has_taken(trained: Trained, photo_folde
                     asyncio.create_task(http.post(f"http://127.0.0.1:{found[1]}/v1/screen?pictures=true", files=sent))
                     for _ in range(4)
                 ]
-                await asyncio.sleep(0.15)
+                # Not before all of them are taken, however slow the machine is, and while they are at work.
+                taken = 0.0
+                while taken < 64 and not any(task.done() for task in tasks):
+                    metrics = (await http.get(f"http://127.0.0.1:{found[1]}/metrics")).text
+                    taken = float(re.search(r"^fastfundus_photos_under_way (\S+)", metrics, re.MULTILINE)[1])  # type: ignore[index]
+                    await asyncio.sleep(0.01)
                 os.kill(process.pid, signal.SIGTERM)
                 return [len(answer.json()["results"]) for answer in await asyncio.gather(*tasks)]
 
