@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import PhotoError
+from fastfundus.pages import write_page
 from fastfundus.photo.file import read_photo
 from fastfundus.photo.prepare import decode_at
 
@@ -40,13 +40,15 @@ def write_preview(cache: PhotoCache, path: Path, *, most: int = MOST_TILES) -> i
     rows = _chosen(cache.manifest, most)
     tiles = [_tile(cache, int(row)) for row in rows]
     statuses = cache.manifest["status"].value_counts(sort=True).rows()
-    environment = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent))
-    page = environment.get_template("preview.html").render(
-        cache=cache.path.name, tiles=tiles, total=len(cache.manifest), statuses=statuses, size=cache.spec.size
+    write_page(
+        path,
+        "data/preview.html",
+        cache=cache.path.name,
+        tiles=tiles,
+        total=len(cache.manifest),
+        statuses=statuses,
+        size=cache.spec.size,
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
     return len(tiles)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
 
@@ -14,6 +12,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.evaluate.metrics import net_benefit
 from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
 from fastfundus.train.run import Run
@@ -36,10 +35,9 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
     table = pl.read_parquet(run.path / "predictions.parquet")
     history = pl.read_csv(run.path / "metrics.csv")
     vessels = run.config.task == "vessels"
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files("fastfundus.evaluate").joinpath("run.html").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    write_page(
+        run.path / "run.html",
+        "evaluate/run.html",
         name=run.path.name,
         run=run,
         document=document,
@@ -53,9 +51,6 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         vessels=vessels,
         text=interval_text,
     )
-    partial = run.path / "run.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(run.path / "run.html")
 
 
 def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
+
+from fastfundus.pages import write_page
 
 __all__ = ["OUTCOMES", "Shown", "outcome_rows", "write_sheet"]
 
@@ -60,8 +60,4 @@ def write_sheet(path: Path, title: str, facts: Sequence[str], groups: Sequence[t
         facts: paragraphs above the photos.
         groups: titles and photos.
     """
-    # Autoescape: names of files come from outside.
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files("fastfundus.evaluate").joinpath("sheet.html").read_text(encoding="utf-8")
-    )
-    path.write_text(template.render(title=title, facts=facts, groups=groups), encoding="utf-8")
+    write_page(path, "evaluate/sheet.html", title=title, facts=facts, groups=groups)

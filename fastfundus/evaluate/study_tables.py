@@ -9,11 +9,9 @@ table.md    the same to read; table.tex for LaTeX; study.html with label-efficie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
 from sklearn.metrics import roc_curve
@@ -24,6 +22,7 @@ from fastfundus.evaluate.metrics import auroc
 from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.evaluate.study import CellResult
 from fastfundus.evaluate.study_config import StudyConfig
+from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg
 from fastfundus.records import interval_text
 from fastfundus.train.run import Run
@@ -196,11 +195,10 @@ def _latex(table: pl.DataFrame) -> str:
 def _write_page(
     study: StudyConfig, table: pl.DataFrame, pooled: dict[_Key, pl.DataFrame], cells: pl.DataFrame, output: Path
 ) -> None:
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files("fastfundus.evaluate").joinpath("study.html").read_text(encoding="utf-8")
-    )
     pairs = list(table.select("task", "output").unique(maintain_order=True).iter_rows())
-    page = template.render(
+    write_page(
+        output / "study.html",
+        "evaluate/study.html",
         name=output.name,
         study=study,
         head=_HEAD,
@@ -208,7 +206,6 @@ def _write_page(
         figures=[(task, name, _figure(table, pooled, study, task, name)) for task, name in pairs],
         failed=cells.filter(pl.col("error").is_not_null()).rows(named=True),
     )
-    (output / "study.html").write_text(page, encoding="utf-8")
 
 
 def _figure(table: pl.DataFrame, pooled: dict[_Key, pl.DataFrame], study: StudyConfig, task: str, name: str) -> str:

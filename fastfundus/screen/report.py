@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.heatmap import Heatmapper
+from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg
 from fastfundus.records import Status, interval_text
 from fastfundus.screen.drift import Drift, drift_of
@@ -96,11 +95,9 @@ def write_report(
         if len(scored)
     ]
     drifts = _drifts(results, scored, bundle)
-    # Autoescape: file names and reasons come from outside.
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files("fastfundus.screen").joinpath("report.html").read_text(encoding="utf-8")
-    )
-    html = template.render(
+    write_page(
+        path,
+        "screen/report.html",
         bundle=bundle,
         maps=makes_maps(bundle),
         decided=decided,
@@ -127,9 +124,6 @@ def write_report(
         finished=finished.strftime("%Y-%m-%d %H:%M %Z").strip(),
         interval=interval_text,
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
 
 
 def _rolled(results: pl.DataFrame, policy: ScreenPolicy) -> list[tuple[str, int, dict[str, int]]]:

@@ -21,17 +21,18 @@ ALLOWED: dict[str, set[str]] = {
     "synthetic": FOUNDATION,
     "kernels": set(),
     "photo": FOUNDATION,
-    "data": {*FOUNDATION, "photo"},
+    "data": {*FOUNDATION, "pages", "photo"},
     "models": FOUNDATION,
     "train": {*FOUNDATION, "data", "kernels", "models"},
     # Its runtime without torch packs jobs as the kernels read them, and compiles csrc.
     "engines": {*FOUNDATION, "models", "kernels"},
     "dali": {*FOUNDATION, "photo", "data", "kernels", "train", "engines", "screen"},
     "pictures": set(),
+    "pages": set(),
     "recipes": set(),
-    "evaluate": {*FOUNDATION, "data", "models", "train", "pictures"},
+    "evaluate": {*FOUNDATION, "data", "models", "train", "pages", "pictures"},
     "serve": {*FOUNDATION, "photo", "engines", "pictures", "screen"},
-    "screen": {*FOUNDATION, "data", "photo", "engines", "pictures"},
+    "screen": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures"},
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
 # These parts run where no torch is installed. Building an engine needs torch; running one does not.
