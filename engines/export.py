@@ -21,7 +21,7 @@ from fastfundus.errors import GateRefused, require
 from fastfundus.models.activation import Activation, activate
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["GRAPH_TOLERANCE", "FeatureTap", "ScreeningModel", "check_graph", "export_onnx", "feature_shape"]
+__all__ = ["GRAPH_TOLERANCE", "FeatureTap", "ScreeningModel", "check_graph", "export_onnx", "feature_shape", "to_onnx"]
 
 GRAPH_TOLERANCE = 1e-3
 """Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
@@ -117,6 +117,37 @@ class FeatureTap(nn.Module):
         return self.model.calibrate(network.forward_head(features)), features
 
 
+def to_onnx(module: nn.Module, example: Tensor, given: str, gives: list[str], **options: Any) -> onnx.ModelProto:
+    """Translate a module of one input.
+
+    Args:
+        module: in evaluation mode.
+        example: an input.
+        given: name of the input.
+        gives: names of the outputs.
+        options: further ones of `torch.onnx.export`.
+
+    Raises:
+        torch.onnx.OnnxExporterError: it cannot be translated.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # The exporter prints its progress and warns about its own use of torch's older tree utilities.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            # The first whose convolutions know bfloat16.
+            opset_version=22,
+            input_names=[given],
+            output_names=gives,
+            external_data=False,
+            verbose=False,
+            **options,
+        )
+    return cast(torch.onnx.ONNXProgram, program).model_proto
+
+
 def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precision: str = "fp32") -> None:
     """Write the graph with a dynamic batch, the names of its outputs as metadata, and check it.
 
@@ -133,24 +164,15 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
     # Two photos: the exporter would take a batch of one for a constant.
     example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
     named = FeatureTap(model.eval()) if feature_shape(model) else model.eval()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        # The exporter prints its progress and warns about its own use of torch's older tree utilities.
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            named,
-            (example,),
-            dynamo=True,
-            # The first whose convolutions know bfloat16.
-            opset_version=22,
-            # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
-            optimize=precision != "bf16",
-            input_names=[INPUT],
-            output_names=[OUTPUT] if named is model else [OUTPUT, FEATURES],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            external_data=False,
-            verbose=False,
-        )
-    graph = cast(torch.onnx.ONNXProgram, program).model_proto
+    graph = to_onnx(
+        named,
+        example,
+        INPUT,
+        [OUTPUT] if named is model else [OUTPUT, FEATURES],
+        # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
+        optimize=precision != "bf16",
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+    )
     # The features keep their name inside the graph, where heatmaps find them; its users see one output.
     del graph.graph.output[1:]
     onnx.helper.set_model_props(graph, {"labels": json.dumps(labels)})

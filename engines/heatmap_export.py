@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +11,7 @@ import onnx
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastfundus.engines.export import ScreeningModel, feature_shape
+from fastfundus.engines.export import ScreeningModel, feature_shape, to_onnx
 from fastfundus.engines.heatmap import HEATMAP, METHOD
 from fastfundus.engines.runtime import FEATURES
 from fastfundus.models.cam import grad_cam
@@ -36,23 +34,14 @@ def export_heatmap(model: ScreeningModel, folder: Path) -> dict[str, Any]:
         return {"file": None, "note": "the network has no last feature maps [N, C, h, w] that are pooled"}
     network: Any = copy.deepcopy(model.network).eval().requires_grad_(False)
     example = torch.rand(1, *shape)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # The gradient as plain operators: the exporter knows no derivatives.
+    plain = dict(cast(Any, torch.export.default_decompositions()).items())
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The gradient as plain operators: the exporter knows no derivatives.
-        plain = dict(cast(Any, torch.export.default_decompositions()).items())
         traced = make_fx(lambda maps: grad_cam(maps, network.forward_head), decomposition_table=plain)(example)
-        try:
-            program = torch.onnx.export(
-                traced,
-                (example,),
-                dynamo=True,
-                opset_version=22,
-                input_names=[FEATURES],
-                output_names=["heat"],
-                external_data=False,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError:
-            return {"file": None, "note": "torch cannot export the gradient of the network's head"}
-    onnx.save_model(cast(torch.onnx.ONNXProgram, program).model_proto, str(folder / HEATMAP))
+    try:
+        graph = to_onnx(traced, example, FEATURES, ["heat"])
+    except torch.onnx.OnnxExporterError:
+        return {"file": None, "note": "torch cannot export the gradient of the network's head"}
+    onnx.save_model(graph, str(folder / HEATMAP))
     return {"file": HEATMAP, "note": None, "method": METHOD, "features": list(shape)}

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import tomllib
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -276,12 +277,7 @@ class TrainConfig:
         Raises:
             ConfigError: the file is missing, is not TOML, or a key or value is wrong.
         """
-        try:
-            plain = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        plain = read_toml(path)
         try:
             return cls.from_dict(override(plain, overrides or {}))
         except ConfigError as error:
@@ -290,6 +286,38 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` reads back."""
         return dataclasses.asdict(self)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file to plain data.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def check_keys(table: Any, names: Iterable[str], prefix: str) -> None:
+    """Refuse what is no table, or has a key that nobody reads.
+
+    Args:
+        table: plain data.
+        names: keys that are read.
+        prefix: dotted place of the table, with a dot at its end; empty for the whole.
+
+    Raises:
+        ConfigError: with close matches.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a table of settings, got {table!r}")
+    for key in table:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting{close_matches(key, names)}")
 
 
 def override(plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -307,13 +335,8 @@ def override(plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_dict(cls: type[_Config], plain: Any, prefix: str) -> _Config:
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a table of settings, got {plain!r}")
+    check_keys(plain, [entry.name for entry in dataclasses.fields(cls)], prefix)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
-    names = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in plain:
-        if key not in names:
-            raise ConfigError(f"{prefix}{key} is not a setting{close_matches(key, names)}")
     values = {key: _read(hints[key], value, prefix + key) for key, value in plain.items()}
     return cls(**values)
 

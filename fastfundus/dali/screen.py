@@ -16,10 +16,8 @@ from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
-from fastfundus.screen.masks import write_masks
 from fastfundus.screen.pipeline import Timing, judged
-from fastfundus.screen.results import makes_maps, result_row
-from fastfundus.screen.run import BlockMaker
+from fastfundus.screen.run import BlockMaker, row_of
 from fastfundus.screen.scorer import Answer, Scorer
 from fastfundus.screen.store import Store
 
@@ -73,9 +71,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
                     following = ahead.submit(device.prepare, parts[number + 1][1])
                 answers = device.score(prepared, images)
                 for source, photo, answer in zip(photos, prepared, answers, strict=True):
-                    screened = judged(source, photo, answer, bundle, store.policy)
-                    masks = write_masks(screened, bundle, store.output) if makes_maps(bundle) else None
-                    rows.append(result_row(screened, bundle, masks))
+                    rows.append(row_of(judged(source, photo, answer, bundle, store.policy), bundle, store.output))
                 timing.photos += len(photos)
                 timing.decode, timing.engine = device.decode_s, device.scorer.seconds
                 timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu

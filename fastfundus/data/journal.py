@@ -12,7 +12,7 @@ from typing import Any
 
 from fastfundus.errors import DataError
 
-__all__ = ["journal_rows", "locked", "mend_journal"]
+__all__ = ["journal_rows", "locked", "mend_journal", "mend_lines"]
 
 
 @contextmanager
@@ -52,10 +52,20 @@ def journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
 def mend_journal(partial: Path) -> None:
     """Take half a line away that a kill may have left: it must not glue to the next; its photo is prepared again."""
     path = partial / "rows.jsonl"
-    if not path.is_file():
-        return
+    if path.is_file():
+        mend_lines(path)
+
+
+def mend_lines(path: Path) -> None:
+    """Take half a line away at the end of a file of lines."""
     with path.open("rb+") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-        start = file.tell()
-        tail = file.read()
-        file.truncate(start + tail.rfind(b"\n") + 1)
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)

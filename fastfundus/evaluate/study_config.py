@@ -24,13 +24,12 @@ Paths are relative to the file. `config` is what `train --config` takes.
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastfundus.config import TrainConfig, override
+from fastfundus.config import TrainConfig, check_keys, override, read_toml
 from fastfundus.errors import ConfigError, close_matches
 from fastfundus.spec import fingerprint_of
 
@@ -85,12 +84,7 @@ class StudyConfig:
         Raises:
             ConfigError: it cannot be read, or declares what cannot be done.
         """
-        try:
-            plain = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: is not TOML: {error}") from None
+        plain = read_toml(path)
         try:
             return cls._from(plain, path.parent)
         except ConfigError as error:
@@ -98,9 +92,9 @@ class StudyConfig:
 
     @classmethod
     def _from(cls, plain: dict[str, Any], base: Path) -> StudyConfig:
-        _known(plain, ("study", "upstream", "tasks", "inits"), "")
+        check_keys(plain, ("study", "upstream", "tasks", "inits"), "")
         about = plain.get("study", {})
-        _known(about, ("folds", "fractions", "seeds"), "study.")
+        check_keys(about, ("folds", "fractions", "seeds"), "study.")
         upstream = {name: _part(value, base, f"upstream.{name}") for name, value in plain.get("upstream", {}).items()}
         tasks = {name: _part(value, base, f"tasks.{name}") for name, value in plain.get("tasks", {}).items()}
         inits = plain.get("inits", {"scratch": "scratch"})
@@ -149,16 +143,8 @@ class StudyConfig:
         return TrainConfig.from_dict(override(part.config, own))
 
 
-def _known(table: Any, names: tuple[str, ...], prefix: str) -> None:
-    if not isinstance(table, dict):
-        raise ConfigError(f"{prefix.rstrip('.')} must be a table, got {table!r}")
-    for key in table:
-        if key not in names:
-            raise ConfigError(f"{prefix}{key} is not a setting{close_matches(key, names)}")
-
-
 def _part(table: Any, base: Path, name: str) -> Part:
-    _known(table, ("caches", "config"), f"{name}.")
+    check_keys(table, ("caches", "config"), f"{name}.")
     caches = table.get("caches", [])
     if not caches or not all(isinstance(cache, str) for cache in caches):
         raise ConfigError(f"{name}.caches must be a list of folders, got {caches!r}")

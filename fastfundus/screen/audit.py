@@ -19,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+from fastfundus.data.journal import mend_lines
 from fastfundus.errors import DataError
 from fastfundus.records import Status
 from fastfundus.screen.policy import RETAKE, ScreenPolicy
@@ -42,7 +43,7 @@ class AuditLog:
         """Photos that are in the log."""
         self._chain = _START
         if path.is_file():
-            _mend(path)
+            mend_lines(path)
             for line in _lines(path):
                 self._chain = line["chain"]
                 self.rows += line["event"] == "photo"
@@ -69,21 +70,6 @@ class AuditLog:
         """Close the file; what a full disk does not take is dropped: it was not promised."""
         with contextlib.suppress(OSError):
             self._file.close()
-
-
-def _mend(path: Path) -> None:
-    """Take half a line away that a kill may have left."""
-    with path.open("rb+") as file:
-        data_end = file.seek(0, os.SEEK_END)
-        while data_end:
-            start = max(0, data_end - 65536)
-            file.seek(start)
-            newline = file.read(data_end - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            data_end = start
-        file.truncate(0)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

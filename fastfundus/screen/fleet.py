@@ -21,7 +21,7 @@ from fastfundus.screen.pipeline import Timing
 from fastfundus.screen.policy import ScreenPolicy
 from fastfundus.screen.results import makes_maps, results_table
 from fastfundus.screen.run import BlockMaker, rows_of
-from fastfundus.screen.store import Store
+from fastfundus.screen.store import Store, parquet_bytes
 
 __all__ = ["ray_blocks"]
 
@@ -121,10 +121,8 @@ class _Worker:
         timing = Timing()
         photos = pickle.loads(item["photos"])
         rows = list(rows_of(photos, self.bundle, self.policy, timing, engine=self.engine))
-        table, buffer = results_table(rows, self.bundle), io.BytesIO()
-        table.write_parquet(buffer)
         told = {name: getattr(timing, name) for name in (*_SUMS, "workers", "readers")}
-        return {"block": item["block"], "rows": buffer.getvalue(), "timing": told}
+        return {"block": item["block"], "rows": parquet_bytes(results_table(rows, self.bundle)), "timing": told}
 
 
 def _packed(bundle: Bundle) -> bytes:

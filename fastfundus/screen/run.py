@@ -19,13 +19,13 @@ from fastfundus.errors import ConfigError, DataError, FastFundusError
 from fastfundus.records import SourcePhoto
 from fastfundus.screen.audit import AuditLog
 from fastfundus.screen.masks import write_masks
-from fastfundus.screen.pipeline import BLOCK, Timing, screen_photos
+from fastfundus.screen.pipeline import BLOCK, ScreenedPhoto, Timing, screen_photos
 from fastfundus.screen.policy import ScreenPolicy
 from fastfundus.screen.report import write_report
 from fastfundus.screen.results import makes_maps, result_row
 from fastfundus.screen.store import Store, stamp
 
-__all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "rows_of", "screen_to_folder"]
+__all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "row_of", "rows_of", "screen_to_folder"]
 
 Progress = Callable[[int, int, Timing], None]
 """Called with how many rows are done, those of an earlier sitting included, how many there will be, and the timing."""
@@ -139,8 +139,13 @@ def rows_of(
         output: where a bundle that maps writes its masks.
     """
     for photo in screen_photos(photos, bundle, timing, policy=policy, engine=engine):
-        masks = write_masks(photo, bundle, output) if output is not None and makes_maps(bundle) else None
-        yield result_row(photo, bundle, masks)
+        yield row_of(photo, bundle, output)
+
+
+def row_of(photo: ScreenedPhoto, bundle: Bundle, output: Path | None) -> dict[str, Any]:
+    """A row of the results; what a bundle maps is written as masks into `output`."""
+    masks = write_masks(photo, bundle, output) if output is not None and makes_maps(bundle) else None
+    return result_row(photo, bundle, masks)
 
 
 def _run(

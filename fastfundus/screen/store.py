@@ -31,7 +31,7 @@ from fastfundus.screen.pipeline import BLOCK
 from fastfundus.screen.policy import ScreenPolicy
 from fastfundus.screen.results import eye_table, patient_table, results_table
 
-__all__ = ["FILES", "Store", "stamp"]
+__all__ = ["FILES", "Store", "parquet_bytes", "stamp"]
 
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
 """What a finished folder holds, beside masks."""
@@ -110,7 +110,7 @@ class Store:
             "sources": [str(source.absolute()) for source in sources],
         }
         output.mkdir(parents=True, exist_ok=True)
-        self.finished = self.resumed = False
+        self.finished = False
         earlier = self._earlier()
         if earlier is not None and resume and not overwrite:
             self._same_as(earlier["identity"])
@@ -121,10 +121,9 @@ class Store:
         if self.finished:
             return
         inputs = output / "progress" / "inputs.parquet"
-        self.resumed = earlier is not None and resume and inputs.is_file()
         self.photos = listing.photos
         """The inputs, in the order of the results."""
-        if self.resumed:
+        if earlier is not None and resume and inputs.is_file():
             self.photos = _unpack(inputs)
         else:
             self._blocks.mkdir(parents=True, exist_ok=True)
@@ -187,7 +186,7 @@ class Store:
     def add(self, block: int, rows: list[dict[str, Any]]) -> None:
         """Make the rows of a block safe."""
         assert [row["path"] for row in rows] == [photo.name for photo in self.inputs_of(block)]
-        _put(self._file(block), _parquet(results_table(rows, self.bundle)))
+        _put(self._file(block), parquet_bytes(results_table(rows, self.bundle)))
 
     def rows_of(self, block: int) -> list[dict[str, Any]]:
         """The rows of a block that is safe."""
@@ -232,7 +231,8 @@ class Store:
         return pl.read_parquet(self.output / "results.parquet")
 
 
-def _parquet(table: pl.DataFrame) -> bytes:
+def parquet_bytes(table: pl.DataFrame) -> bytes:
+    """A table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     table.write_parquet(buffer)
     return buffer.getvalue()
@@ -245,7 +245,7 @@ def _pack(photos: list[SourcePhoto]) -> bytes:
     columns["path"] = [os.fsencode(photo.path) for photo in photos]
     stamps = [stamp(photo.path) for photo in photos]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
-    return _parquet(pl.DataFrame(columns, schema=_INPUTS))
+    return parquet_bytes(pl.DataFrame(columns, schema=_INPUTS))
 
 
 def _unpack(path: Path) -> list[SourcePhoto]:
