@@ -79,7 +79,7 @@ def ray_blocks(address: str) -> BlockMaker:
             done = data.from_items(items, override_num_blocks=len(items)).map(
                 _Worker,
                 # In a list: else every start of a worker would wait for it as an argument.
-                fn_constructor_args=([packed], store.bundle.fingerprint, store.bundle.backend, store.policy.to_dict()),
+                fn_constructor_args=([packed], store.identity),
                 num_cpus=each,
                 compute=data.ActorPoolStrategy(size=workers),
             )
@@ -102,18 +102,21 @@ def ray_blocks(address: str) -> BlockMaker:
 class _Worker:
     """Holds the engine, and screens blocks with every core it finds."""
 
-    def __init__(self, packed: list[Any], fingerprint: str, backend: str, policy: dict[str, Any]) -> None:
+    def __init__(self, packed: list[Any], identity: dict[str, Any]) -> None:
         import ray
 
         self._folder = TemporaryDirectory(prefix="fastfundus-")
         path = Path(self._folder.name) / "bundle.zip"
         path.write_bytes(ray.get(packed[0]))
         self.bundle = Bundle.open(path)
-        if self.bundle.fingerprint != fingerprint:
-            raise BundleError(f"the bundle that arrived is {self.bundle.fingerprint[:12]}, not {fingerprint[:12]}")
-        if backend != self.bundle.backend:
-            self.bundle = self.bundle.using(backend)
-        self.policy = ScreenPolicy(**policy)
+        if self.bundle.fingerprint != identity["bundle"]:
+            raise BundleError(
+                f"the bundle that arrived is {self.bundle.fingerprint[:12]}, not {identity['bundle'][:12]}"
+            )
+        # The graph inside, in float32: its backend alone may be that of the engine, too.
+        if (self.bundle.backend, self.bundle.precision) != (identity["backend"], identity["precision"]):
+            self.bundle = self.bundle.using(identity["backend"])
+        self.policy = ScreenPolicy(**identity["policy"])
         self.engine = self.bundle.load()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
