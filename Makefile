@@ -58,7 +58,7 @@ odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 min
 transfer: $(VENV)/.installed-dev  ## upstream, then DR and vessels, from both starts (an hour); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.transfer_evidence && $(BIN)/python -m bench.report
 
-study: $(VENV)/.installed-dev  ## the paper's question on real photographs (half an hour); needs FASTFUNDUS_DATA
+study: $(VENV)/.installed-dev  ## the paper's question on real photographs (an hour); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.study_evidence && $(BIN)/python -m bench.report
 
 # A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.

@@ -4,7 +4,7 @@
 
 Upstream: normal or abnormal, on three fifths of ODIR's patients. Then, from scratch and from there, five folds each: DR
 or none on another set, and five findings at once on the patients of ODIR that upstream has not seen; with a tenth, a
-quarter, half and all of the labels. ResNet-18 at 128 px: what a CPU does in half an hour. No ImageNet weights are at
+quarter, half and all of the labels. ResNet-18 at 224 px: what a CPU does in an hour. No ImageNet weights are at
 hand.
 """
 
@@ -24,7 +24,7 @@ import polars as pl
 from bench.paired import environment
 from bench.real_photos import DATA, need
 
-SIZE = 128
+SIZE = 224
 FINDINGS = ("eye_D", "eye_G", "eye_C", "eye_A", "eye_M")
 TEXT = """
 [study]
