@@ -18,7 +18,7 @@ from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.quantize import MOST_CALIBRATION_PHOTOS
 from fastfundus.engines.trials import Evidence
 from fastfundus.errors import CheckpointError, DataError
-from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.models.segmenter import STRIDE_PX
 from fastfundus.screen.drift import reference_of

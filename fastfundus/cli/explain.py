@@ -159,8 +159,8 @@ def _cache(run: Run, explainer: Explainer, path: Path, output: Path, name: str, 
 
     from fastfundus.data import PhotoCache
     from fastfundus.evaluate.explain import faithfulness
+    from fastfundus.evaluate.measured import rows_to_measure
     from fastfundus.evaluate.metrics import mean_with_interval
-    from fastfundus.evaluate.operating_point import rows_to_measure
     from fastfundus.evaluate.sheets import Shown, outcome_rows, write_sheet
     from fastfundus.pictures import thumbnail, with_heat
     from fastfundus.records import interval_text

@@ -160,7 +160,6 @@ class _Job:
         from fastfundus.cli.training import TrainingBar
         from fastfundus.evaluate.operating_point import fit_operating_point
         from fastfundus.evaluate.page import write_run_page
-        from fastfundus.evaluate.vessels import fit_vessels
         from fastfundus.train.loop import Interrupted
         from fastfundus.train.loop import train as run_training
         from fastfundus.train.run import Run
@@ -173,18 +172,16 @@ class _Job:
         if not self.world.leads:
             return {}
         run = Run.open(folder)
-        if settings.task == "vessels":
-            document = fit_vessels(run, self.photos)
-        else:
-            document = fit_operating_point(run, self.photos, **self.targets)  # type: ignore[arg-type]
+        document = fit_operating_point(run, self.photos, **self.targets)  # type: ignore[arg-type]
         write_run_page(run, self.photos)
         return document
 
     def fold(self, folder: Path, settings: TrainConfig, resume: bool, name: str) -> None:
         """A run of a cross-validation, unless it is done."""
         from fastfundus.cli.console import remark
+        from fastfundus.evaluate.measured import is_measured
 
-        done = resume and (folder / "operating_point.json").is_file()
+        done = resume and is_measured(folder)
         # One process decides for all: it is the one that writes the file.
         if self.world.gather(done)[0]:
             return

@@ -7,15 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from fastfundus.cli.console import progress_bar, remark
+from fastfundus.evaluate.wording import FIGURE_NAMES
 from fastfundus.records import interval_text
 from fastfundus.train.observer import EpochResult, Observer
 
 __all__ = ["TrainingBar", "metrics_lines"]
 
-_NAMES = {
-    "auroc": "AUROC", "auprc": "AUPRC", "ppv": "PPV", "npv": "NPV", "qwk": "quadratic kappa", "dice": "Dice",
-    "pixels_auroc": "AUROC of all pixels",
-}  # fmt: skip
 _IN_FILES_ONLY = ("f1", "brier", "ece")
 
 
@@ -45,7 +42,7 @@ class TrainingBar(Observer):
 
     def epoch(self, result: EpochResult) -> None:
         """Write the epoch's line."""
-        scores = "  ".join(f"val {_NAMES.get(name, name)} {value:.4f}" for name, value in result.scores.items())
+        scores = "  ".join(f"val {FIGURE_NAMES.get(name, name)} {value:.4f}" for name, value in result.scores.items())
         remark(
             f"epoch {result.epoch}/{self._epochs}  loss {result.train_loss:.4f}  val loss {result.val_loss:.4f}  "
             f"{scores}{' *' if result.best else '  '}  {result.images_per_s:.0f} images/s  {result.seconds:.1f} s"
@@ -55,12 +52,14 @@ class TrainingBar(Observer):
 def metrics_lines(labels: Mapping[str, Mapping[str, Any]], overall: Mapping[str, Any]) -> Iterator[str]:
     """Metrics of one set of photos: a line an output, and one of all together where there are several."""
     for name, metrics in labels.items():
-        values = [f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in metrics.items() if _is(key, entry)]
+        values = [
+            f"{FIGURE_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in metrics.items() if _is(key, entry)
+        ]
         start = f"{name}: " if len(labels) > 1 else ""
         yield f"{start}{', '.join(values)}; {metrics['photos']} photos of {metrics['patients']} patients"
     if len(labels) > 1 or "pixels_auroc" in overall:
         yield "all together: " + ", ".join(
-            f"{_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in overall.items()
+            f"{FIGURE_NAMES.get(key, key)} {interval_text(entry)}" for key, entry in overall.items()
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,8 @@ import polars as pl
 
 from fastfundus import __version__
 from fastfundus.data.split import side_counts
-from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.evaluate.measured import read_operating_point, weights_hash
+from fastfundus.evaluate.wording import FIGURE_NAMES, differences, prevalence_of
 from fastfundus.records import interval_text
 from fastfundus.train.run import Run
 
@@ -23,7 +23,7 @@ _TASKS = {
     "ordinal": "the probability of reaching each grade",
 }
 _FIGURES = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "ece")
-_TITLES = ("AUROC", "AUPRC", "sensitivity", "specificity", "PPV", "NPV", "calibration error")
+_TITLES = tuple(FIGURE_NAMES[name] for name in _FIGURES)
 
 
 def model_card(run: Run, document: Mapping[str, Any]) -> str:
@@ -64,6 +64,7 @@ def model_card(run: Run, document: Mapping[str, Any]) -> str:
             "95 % intervals, patients drawn with replacement."
             + _prevalence_note(document["labels"]),
             "",
+            *_mapped(document.get("map", {})),
             *_performance(document["labels"], points),
             *_subgroups(document.get("subgroups", {})),
             *_against(document.get("against")),
@@ -84,14 +85,12 @@ def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    model, name = run.config.model, run.path / "best.safetensors"
-    with name.open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    model = run.config.model
     yield "network", model.backbone
     yield "started from", model.init
     yield "task", f"{run.config.task}: {', '.join(run.labels)}"
     yield "epoch kept", f"{run.epoch}, by {run.score[0]} {run.score[1]:.4f} on validation"
-    yield "weights, sha256", f"`{weights}`"
+    yield "weights, sha256", f"`{weights_hash(run)}`"
     yield "preprocessing, fingerprint", f"`{run.spec.fingerprint}`"
     yield "software", f"FastFundus {__version__}"
 
@@ -107,19 +106,27 @@ def _data(run: Run) -> Iterator[str]:
 
 
 def _prevalence_note(labels: Mapping[str, Any]) -> str:
-    stated = {entry.get("prevalence") for entry in labels.values()} - {None}
-    return (
-        f" PPV and NPV at a prevalence of {stated.pop():g}." if stated else " PPV and NPV at these photos' prevalence."
-    )
+    stated = prevalence_of(labels)
+    return f" PPV and NPV at a prevalence of {stated:g}." if stated else " PPV and NPV at these photos' prevalence."
+
+
+def _mapped(rules: Mapping[str, str]) -> Iterator[str]:
+    if rules:
+        yield from (f"Labels of this set: {', '.join(f'`{name}={rule}`' for name, rule in rules.items())}.", "")
 
 
 def _performance(labels: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:
     rows = [
-        (name, entry["photos"], entry["patients"], entry["positives"], f"{points[name]['threshold']:.4f}",
+        (name, entry["photos"], entry["patients"], entry["positives"], _threshold_text(points[name]),
          *(interval_text(entry[key]) for key in _FIGURES))
         for name, entry in labels.items()
     ]  # fmt: skip
     yield from _table(("output", "photos", "patients", "positive", "threshold", *_TITLES), rows)
+
+
+def _threshold_text(point: Mapping[str, Any]) -> str:
+    ends = {"low": point["threshold_low"], "high": point["threshold_high"]}
+    return interval_text({"value": point["threshold"], **ends})
 
 
 def _subgroups(subgroups: Mapping[str, Any]) -> Iterator[str]:
@@ -144,14 +151,7 @@ def _against(against: Mapping[str, Any] | None) -> Iterator[str]:
         f"First minus second, {against['photos']} photos of both.",
         "",
     )
-    rows = []
-    for name, entry in against["labels"].items():
-        for key in ("auroc", "sensitivity", "specificity"):
-            found = entry[key]
-            shown = interval_text({"value": found["difference"], "low": found["low"], "high": found["high"]})
-            p = found.get("p_holm", found["p"])
-            rows.append((name, key, shown, "not estimable" if p is None else f"{p:.3g}"))
-    yield from _table(("output", "", "difference", "p"), rows)
+    yield from _table(("output", "", "difference", "p"), differences(against))
 
 
 def _limits(document: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:

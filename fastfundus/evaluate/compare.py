@@ -17,8 +17,12 @@ from scipy.stats import norm, rankdata
 
 from fastfundus.errors import DataError
 from fastfundus.evaluate.bootstrap import Floats, PatientBootstrap, interval
+from fastfundus.evaluate.vessels import VESSEL_FIGURES
 
-__all__ = ["PairedDifference", "area_covariance", "compare_areas", "compare_predictions", "compare_rates", "holm"]
+__all__ = [
+    "PairedDifference", "area_covariance", "compare_areas", "compare_means", "compare_predictions", "compare_rates",
+    "holm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +127,29 @@ def compare_rates(
         with np.errstate(invalid="ignore", divide="ignore"):
             return {name: weights @ (side * gain) / (weights @ side) for name, (side, gain) in of.items()}
 
-    found = {}
-    for name, values in PatientBootstrap(patients, resamples, seed).values(statistics).items():
-        drawn = values[1:][np.isfinite(values[1:])]
-        least = min((drawn <= 0).sum(), (drawn >= 0).sum())
-        p = min(1.0, 2 * float(least + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
-        known = interval(values)
-        found[name] = PairedDifference(known.value, known.low, known.high, p)
-    return found
+    values = PatientBootstrap(patients, resamples, seed).values(statistics)
+    return {name: _difference(drawn) for name, drawn in values.items()}
+
+
+def compare_means(
+    first: Floats, second: Floats, patients: Sequence[str], *, resamples: int = 2000, seed: int = 0
+) -> PairedDifference:
+    """Compare the means of one value a photo, [N] each, such as its Dice; p-values as for `compare_rates`."""
+    gains = first - second
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        return {"mean": weights @ gains / weights.sum(axis=1)}
+
+    return _difference(PatientBootstrap(patients, resamples, seed).values(statistics)["mean"])
+
+
+def _difference(values: Floats) -> PairedDifference:
+    """From a difference and its resamples."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    least = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * float(least + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
+    known = interval(values)
+    return PairedDifference(known.value, known.low, known.high, p)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -149,7 +168,7 @@ def compare_predictions(
     """Compare two models on the photos that both were measured on.
 
     Args:
-        first: path, sha256, patient, label_<output>, p_<output>, as `evaluate` writes them.
+        first: predictions of `Measured`, as `evaluate` writes them.
         second: likewise.
         thresholds: of each output, the first's and the second's.
 
@@ -163,6 +182,9 @@ def compare_predictions(
     both = first.join(second, on=["path", "sha256"], how="inner", suffix="_second")
     if not len(both):
         raise DataError("the two runs were measured on no common photo; evaluate them on one cache")
+    about = {"photos": len(both), "left_out": len(first) + len(second) - 2 * len(both)}
+    if "dice" in first.columns and "dice" in second.columns:
+        return about | {"labels": {"vessel": _vessels(both)}}
     outputs = [name for name in thresholds if {f"p_{name}", f"p_{name}_second"} <= set(both.columns)]
     if not outputs:
         raise DataError(f"the two runs share no output; the first has {', '.join(thresholds)}")
@@ -186,4 +208,13 @@ def compare_predictions(
     adjusted = holm([float("nan") if p is None else p for p in values])
     for entry, p in zip(by_output.values(), adjusted, strict=True):
         entry["auroc"]["p_holm"] = p if np.isfinite(p) else None
-    return {"photos": len(both), "left_out": len(first) + len(second) - 2 * len(both), "labels": by_output}
+    return about | {"labels": by_output}
+
+
+def _vessels(both: pl.DataFrame) -> dict[str, Any]:
+    found = {}
+    for name in VESSEL_FIGURES:
+        known = both.filter(pl.col(name).is_finite() & pl.col(f"{name}_second").is_finite())
+        values = known[name].to_numpy(), known[f"{name}_second"].to_numpy()
+        found[name] = compare_means(*values, known["patient"].to_list()).to_dict()
+    return found

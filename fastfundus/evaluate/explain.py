@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS, probabilities
 from fastfundus.models.cam import grad_cam, split
 from fastfundus.train.run import Run

@@ -1,6 +1,7 @@
 """Pools the folds of a cross-validation: every photo is tested once, by the model that has not seen its patient.
 
-out_of_fold.parquet  path, sha256, patient, label_<output>, p_<output>, fold, threshold_<output>; vessels: dice, auroc
+out_of_fold.parquet  path, sha256, patient, label_<output>, p_<output>, fold, threshold_<output>; vessels: dice,
+                     cldice, auroc
 folds.json           metrics by fold on its test patients, their mean and standard deviation, and of all together
 """
 
@@ -16,9 +17,10 @@ import polars as pl
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
-from fastfundus.evaluate.metrics import binary_metrics, mean_with_interval, overall_metrics
-from fastfundus.evaluate.operating_point import measure, read_operating_point
-from fastfundus.evaluate.vessels import measure_vessels
+from fastfundus.evaluate.measured import read_operating_point
+from fastfundus.evaluate.metrics import binary_metrics, overall_metrics
+from fastfundus.evaluate.operating_point import measure
+from fastfundus.evaluate.vessels import vessel_means
 from fastfundus.train.run import Run
 
 __all__ = ["pool_folds"]
@@ -48,7 +50,7 @@ def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str
     for fold, run in enumerate(runs):
         if run.labels != outputs:
             raise CheckpointError(f"{run.path}: learned {run.labels}, {runs[0].path} {outputs}; train both anew")
-        measured = (measure_vessels if task == "vessels" else measure)(run, cache)
+        measured = measure(run, cache)
         by_fold.append(measured.to_dict())
         points = read_operating_point(run)["labels"]
         thresholds = {f"threshold_{name}": pl.lit(points[name]["threshold"]) for name in outputs}
@@ -99,6 +101,5 @@ def _together(task: str, outputs: Sequence[str], pooled: pl.DataFrame) -> dict[s
 
 
 def _vessels_together(pooled: pl.DataFrame) -> dict[str, Any]:
-    patients = pooled["patient"].to_list()
-    means = {name: mean_with_interval(pooled[name].to_numpy(), patients).to_dict() for name in ("dice", "auroc")}
-    return {"labels": {"vessel": {"photos": len(pooled), "patients": len(set(patients)), **means}}, "overall": {}}
+    about = {"photos": len(pooled), "patients": pooled["patient"].n_unique()}
+    return {"labels": {"vessel": about | vessel_means(pooled)}, "overall": {}}

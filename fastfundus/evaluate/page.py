@@ -10,8 +10,8 @@ import polars as pl
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
-from fastfundus.evaluate.metrics import net_benefit
-from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.evaluate.figures import INK, decision_curves, roc_curves
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
@@ -20,8 +20,6 @@ from fastfundus.train.run import Run
 __all__ = ["write_run_page"]
 
 _WORST = 12
-_MOST_CURVES = 8
-_INK = ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#b45309", "#be123c", "#15803d", "#475569")
 
 
 def write_run_page(run: Run, cache: PhotoCache) -> None:
@@ -35,6 +33,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
     table = pl.read_parquet(run.path / "predictions.parquet")
     history = pl.read_csv(run.path / "metrics.csv")
     vessels = run.config.task == "vessels"
+    test = table.filter(pl.col("split") == "test")
     write_page(
         run.path / "run.html",
         "evaluate/run.html",
@@ -42,12 +41,12 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         run=run,
         document=document,
         curves=_curves(history, run),
-        roc=None if vessels else _roc(table, run.labels),
-        decision=None if vessels else _decision(table, run.labels),
+        roc=None if vessels else roc_curves(test, run.labels),
+        decision=None if vessels else decision_curves(test, run.labels),
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
         counts=side_counts(pl.read_parquet(run.path / "splits.parquet")["split"]).items(),
-        worst=_worst(table, run.labels, cache, vessels),
+        worst=_worst(test, run.labels, cache, vessels),
         vessels=vessels,
         text=interval_text,
     )
@@ -55,7 +54,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
 
 def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:
     test = point["test"]
-    shown = [key for key in ("auroc", "dice", "sensitivity", "specificity") if key in test]
+    shown = [key for key in ("auroc", "dice", "cldice", "sensitivity", "specificity") if test.get(key) is not None]
     return {
         "name": name,
         "threshold": point["threshold"],
@@ -71,12 +70,12 @@ def _row(name: str, point: dict[str, Any]) -> dict[str, Any]:
 def _curves(history: pl.DataFrame, run: Run) -> str:
     def draw(axes: Sequence[Any]) -> None:
         epochs = history["epoch"].to_numpy()
-        axes[0].plot(epochs, history["train_loss"], color=_INK[0], label="training", marker=".")
-        axes[0].plot(epochs, history["val_loss"], color=_INK[1], label="validation", marker=".")
+        axes[0].plot(epochs, history["train_loss"], color=INK[0], label="training", marker=".")
+        axes[0].plot(epochs, history["val_loss"], color=INK[1], label="validation", marker=".")
         axes[0].set(xlabel="epoch", ylabel="loss")
         axes[0].legend(frameon=False, fontsize=8)
         name = f"val_{run.score[0]}"
-        axes[1].plot(epochs, history[name], color=_INK[1], marker=".")
+        axes[1].plot(epochs, history[name], color=INK[1], marker=".")
         axes[1].axvline(run.epoch, color="#111827", linewidth=1, linestyle="--")
         axes[1].annotate(f"best: epoch {run.epoch}", (run.epoch, 0), xycoords=("data", "axes fraction"), fontsize=8,
                          xytext=(4 if run.epoch <= epochs.mean() else -4, 4), textcoords="offset points",
@@ -86,48 +85,8 @@ def _curves(history: pl.DataFrame, run: Run) -> str:
     return as_svg(draw, columns=2, height_in=2.9)
 
 
-def _roc(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Of the test photos, an output a curve."""
-    from sklearn.metrics import roc_curve
-
-    def draw(axes: Sequence[Any]) -> None:
-        axes[0].plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
-        for ink, name in zip(_INK, outputs[:_MOST_CURVES], strict=False):
-            known = table.filter((pl.col("split") == "test") & pl.col(f"label_{name}").is_not_null())
-            truth = known[f"label_{name}"].to_numpy()
-            if len(set(truth.tolist())) == 2:
-                wrong, right, _ = roc_curve(truth, known[f"p_{name}"].to_numpy())
-                axes[0].plot(wrong, right, color=ink, label=name)
-        axes[0].set(
-            xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal"
-        )
-        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-
-    return as_svg(draw, columns=1, width_in=3.5, height_in=2.9)
-
-
-def _decision(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Net benefit over the probability at which one would act, of the test photos; an output a plot."""
-    grid = np.linspace(0.01, 0.99, 99)
-
-    def draw(plots: Sequence[Any]) -> None:
-        for axes, ink, name in zip(plots, _INK, outputs, strict=False):
-            known = table.filter((pl.col("split") == "test") & pl.col(f"label_{name}").is_not_null())
-            truth = known[f"label_{name}"].to_numpy()
-            share = float(truth.mean()) if len(truth) else 0.0
-            axes.plot(grid, net_benefit(known[f"p_{name}"].to_numpy(), truth, grid), color=ink, label="by the model")
-            axes.plot(grid, share - (1 - share) * grid / (1 - grid), color="#6b7280", linestyle="--", label="everybody")
-            axes.axhline(0, color="#9ca3af", linewidth=1, linestyle=":", label="nobody")
-            axes.set(xlabel=f"act from this probability of {name}", ylabel="net benefit a photo", xlim=(0, 1))
-            axes.set_ylim(-0.05, max(0.1, 1.1 * share))
-            axes.legend(frameon=False, fontsize=8)
-
-    return as_svg(draw, columns=min(len(outputs), 3), width_in=8.4, height_in=2.6)
-
-
-def _worst(table: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:
-    """The test photos that the run was most wrong about."""
-    test = table.filter(pl.col("split") == "test")
+def _worst(test: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:
+    """The photos that the run was most wrong about."""
     if vessels:
         shown = [
             (row["path"], f"Dice {row['dice']:.3f}") for row in test.sort("dice").head(_WORST).iter_rows(named=True)

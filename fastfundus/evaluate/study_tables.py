@@ -18,8 +18,8 @@ from sklearn.metrics import roc_curve
 
 from fastfundus.evaluate.bootstrap import PatientBootstrap
 from fastfundus.evaluate.compare import compare_areas, holm
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.evaluate.metrics import auroc
-from fastfundus.evaluate.operating_point import read_operating_point
 from fastfundus.evaluate.study import CellResult
 from fastfundus.evaluate.study_config import StudyConfig
 from fastfundus.pages import write_page

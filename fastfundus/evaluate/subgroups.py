@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import polars as pl
 
 from fastfundus.errors import ConfigError, close_matches
 from fastfundus.evaluate.metrics import binary_metrics
+from fastfundus.evaluate.vessels import vessel_means
 
-__all__ = ["LEAST_OF_EACH_CLASS", "subgroup_metrics"]
+__all__ = ["LEAST_PATIENTS", "subgroup_metrics"]
 
-LEAST_OF_EACH_CLASS = 20
-"""Patients with, and patients without the finding, below which a group's figures are flagged as `small`."""
+LEAST_PATIENTS = 20
+"""With, and without the finding, below which a group's figures are flagged as `small`; of vessels, in the group."""
 _MOST_VALUES = 12
 _UNKNOWN = "unknown"
 
@@ -28,13 +30,13 @@ def subgroup_metrics(
     *,
     resamples: int = 2000,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Measure each output in each group.
+    """Measure each output in each group; of vessels their means.
 
     Columns of numbers with many values are cut at their quartiles, ages into bands of ten years. Photos without a value
     are a group of their own: "unknown".
 
     Args:
-        predictions: path, sha256, patient, label_<output>, p_<output>.
+        predictions: of `Measured`.
         manifest: of the cache they are from.
         columns: of the manifest.
         thresholds: by output, as locked.
@@ -49,6 +51,11 @@ def subgroup_metrics(
     unknown = [name for name in columns if name not in manifest.columns]
     if unknown:
         raise ConfigError(f"the manifest has no column {unknown[0]!r}{close_matches(unknown[0], manifest.columns)}")
+    measures: dict[str, Callable[[pl.DataFrame], dict[str, Any]]] = {
+        name: partial(_measured, name=name, threshold=threshold, resamples=resamples)
+        if f"p_{name}" in predictions.columns else _vessels
+        for name, threshold in thresholds.items()
+    }  # fmt: skip
     keys = ["path", "sha256"]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for column in columns:
@@ -56,12 +63,10 @@ def subgroup_metrics(
             {"path": manifest["path"], "sha256": manifest["sha256"], "_group": _groups(manifest[column])}
         ).unique(keys)
         table = predictions.join(groups, on=keys, how="left")
+        parts = sorted(table.partition_by("_group", as_dict=True).items())
         found[column] = {
-            name: [
-                _measured(part, name, str(group), threshold, resamples)
-                for (group,), part in sorted(table.partition_by("_group", as_dict=True).items())
-            ]
-            for name, threshold in thresholds.items()
+            name: [{"group": str(group), **measured(part)} for (group,), part in parts]
+            for name, measured in measures.items()
         }
     return found
 
@@ -87,11 +92,16 @@ def _groups(values: pl.Series) -> pl.Series:
     return values.cast(pl.String).fill_null(_UNKNOWN)
 
 
-def _measured(part: pl.DataFrame, name: str, group: str, threshold: float, resamples: int) -> dict[str, Any]:
+def _measured(part: pl.DataFrame, *, name: str, threshold: float, resamples: int) -> dict[str, Any]:
     known = part.filter(pl.col(f"label_{name}").is_not_null())
     truth, patients = known[f"label_{name}"].to_numpy().astype(np.float64), known["patient"]
     if not len(known):
-        return {"group": group, "photos": 0, "patients": 0, "positives": 0, "small": True}
+        return {"photos": 0, "patients": 0, "positives": 0, "small": True}
     metrics = binary_metrics(known[f"p_{name}"].to_numpy(), truth, patients.to_list(), threshold, resamples=resamples)
     of_class = [patients.filter(pl.Series(truth == value)).n_unique() for value in (0, 1)]
-    return {"group": group, **metrics.to_dict(), "small": min(of_class) < LEAST_OF_EACH_CLASS}
+    return metrics.to_dict() | {"small": min(of_class) < LEAST_PATIENTS}
+
+
+def _vessels(part: pl.DataFrame) -> dict[str, Any]:
+    patients = part["patient"].n_unique()
+    return {"photos": len(part), "patients": patients, **vessel_means(part), "small": patients < LEAST_PATIENTS}

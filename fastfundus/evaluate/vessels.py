@@ -11,44 +11,82 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from skimage.morphology import skeletonize
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.masks import native_map, native_masks, photos_with_masks
-from fastfundus.evaluate.metrics import mean_with_interval
-from fastfundus.evaluate.operating_point import (
+from fastfundus.evaluate.bootstrap import Floats, PatientBootstrap
+from fastfundus.evaluate.measured import (
     Measured,
     read_operating_point,
     rows_by_split,
     rows_to_measure,
     write_operating_point,
-)  # fmt: skip
+)
+from fastfundus.evaluate.metrics import mean_with_interval
 from fastfundus.train.run import Run
 from fastfundus.train.vessels import binned, binned_auroc, mask_column, vessel_maps
 
-__all__ = ["fit_vessels", "measure_vessels"]
+__all__ = ["VESSEL_FIGURES", "centreline_dice", "fit_vessels", "measure_vessels", "vessel_means"]
 
+VESSEL_FIGURES = ("dice", "cldice", "auroc")
+"""Columns of the predictions: a value a photo."""
 _THRESHOLDS = np.linspace(0.05, 0.95, 91)
 
 
+def centreline_dice(called: NDArray[np.bool_], vessels: NDArray[np.bool_]) -> float:
+    """Agreement of two maps [H, W] on where vessels run, whatever their width (clDice): gaps cost, rims do not.
+
+    The harmonic mean of the share of the called centrelines that lie in vessels, and of the vessels' that are called;
+    NaN where there is neither. Source: Shit et al., CVPR 2021; centrelines by Zhang's thinning (scikit-image).
+    """
+    of_called, of_vessels = (skeletonize(which) for which in (called, vessels))  # type: ignore[no-untyped-call]
+    lengths = of_called.sum() + of_vessels.sum()
+    if not lengths:
+        return float("nan")
+    precision = (of_called & vessels).sum() / max(1, of_called.sum())
+    sensitivity = (of_vessels & called).sum() / max(1, of_vessels.sum())
+    return float(2 * precision * sensitivity / max(1e-12, precision + sensitivity))
+
+
 def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
-    """Choose the threshold on validation, measure on test, write both files; as `fit_operating_point`."""
-    sides = {name: _judged(run, cache, rows) for name, rows in rows_by_split(run, cache).items()}
-    best = int(np.mean([photo.dices for photo in sides["val"]], axis=0).argmax())
-    threshold = float(_THRESHOLDS[best])
-    measured = {name: _measured(cache, photos, threshold, name) for name, photos in sides.items()}
-    point = {"temperature": 1.0, "threshold": threshold, "target": "mean Dice on validation", "finding": False}
+    """As `fit_operating_point`; the threshold is that of the best mean Dice on validation."""
+    sides = rows_by_split(run, cache)
+    val = _judged(run, cache, sides["val"])
+    dices = np.stack([photo.dices for photo in val])
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        return {"threshold": _THRESHOLDS[(weights @ dices).argmax(axis=1)]}
+
+    patients = cache.manifest["patient"].gather(sides["val"]).to_list()
+    found = PatientBootstrap(patients).intervals(statistics)["threshold"].to_dict()
+    point = {
+        "temperature": 1.0,
+        "finding": False,
+        **{f"threshold{end}": found[key] for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))},
+        "target": "mean Dice on validation",
+    }
+    threshold = float(point["threshold"])  # type: ignore[arg-type]
+    measured = {
+        "val": _measured(cache, val, threshold, "val"),
+        "test": _measured(cache, _judged(run, cache, sides["test"], threshold), threshold, "test"),
+    }
     return write_operating_point(run, {"vessel": point}, measured)
 
 
 def measure_vessels(run: Run, cache: PhotoCache) -> Measured:
-    """Apply a run, as locked, to photos it has not learned from; as `measure`."""
-    threshold = read_operating_point(run)["labels"]["vessel"]["threshold"]
+    """As `measure`."""
+    threshold = float(read_operating_point(run)["labels"]["vessel"]["threshold"])
     rows, which = rows_to_measure(run, cache, photos_with_masks(cache.manifest, mask_column(run.config)))
-    return _measured(cache, _judged(run, cache, rows), threshold, which)
+    return _measured(cache, _judged(run, cache, rows, threshold), threshold, which)
+
+
+def _place(threshold: float) -> int:
+    return int(np.abs(_THRESHOLDS - threshold).argmin())
 
 
 class _Photo:
-    """What one photo's map is worth; the map itself is not kept."""
+    """What one photo's map is worth at every threshold; the maps, a byte a pixel, until the centrelines are judged."""
 
     def __init__(self, row: int, chances: NDArray[np.float32], vessels: NDArray[np.bool_], inside: NDArray[np.bool_]):
         self.row = row
@@ -60,23 +98,38 @@ class _Photo:
         no, right = above[:, place]
         self.dices = 2 * right / np.maximum(1, right + no + yes.sum())
         self.right, self.called, self.vessels, self.pixels = right, right + no, int(yes.sum()), len(yes)
+        reached = np.searchsorted(place, (chances * self.counts.shape[1]).astype(np.int32), side="right")
+        self._maps: tuple[NDArray[np.uint8], NDArray[np.bool_]] | None = (
+            np.where(inside, reached, 0).astype(np.uint8), vessels & inside,
+        )  # fmt: skip
+
+    def settle(self, threshold: float) -> None:
+        """Judge the centrelines at a threshold, and forget the maps."""
+        if self._maps is not None:
+            reached, vessels = self._maps
+            self.centrelines, self._maps = centreline_dice(reached > _place(threshold), vessels), None
 
 
-def _judged(run: Run, cache: PhotoCache, rows: NDArray[np.int64]) -> list[_Photo]:
+def _judged(run: Run, cache: PhotoCache, rows: NDArray[np.int64], threshold: float | None = None) -> list[_Photo]:
     maps = vessel_maps(run.load_model(), cache.photos, rows, cache.spec)
     photos = []
     for row, chances in zip(rows.tolist(), maps, strict=True):
         vessels, inside = native_masks(cache, row, mask_column(run.config))
         photos.append(_Photo(row, native_map(chances, cache.manifest.row(row, named=True)), vessels, inside))
+        if threshold is not None:
+            photos[-1].settle(threshold)
     return photos
 
 
 def _measured(cache: PhotoCache, photos: list[_Photo], threshold: float, which: str) -> Measured:
     part = cache.manifest[[photo.row for photo in photos]].select("path", "sha256", "patient")
     patients = part["patient"].to_list()
-    at = int(np.abs(_THRESHOLDS - threshold).argmin())
+    at = _place(threshold)
+    for photo in photos:
+        photo.settle(threshold)
     table = part.with_columns(
         dice=pl.Series([photo.dices[at] for photo in photos], dtype=pl.Float64),
+        cldice=pl.Series([photo.centrelines for photo in photos], dtype=pl.Float64),
         auroc=pl.Series([binned_auroc(photo.counts) for photo in photos], dtype=pl.Float64),
     )
     right, called, vessels, pixels = (
@@ -86,10 +139,19 @@ def _measured(cache: PhotoCache, photos: list[_Photo], threshold: float, which: 
         "photos": len(photos),
         "patients": len(set(patients)),
         "threshold": threshold,
-        "dice": mean_with_interval(table["dice"].to_numpy(), patients).to_dict(),
-        "auroc": mean_with_interval(table["auroc"].to_numpy(), patients).to_dict(),
-        "sensitivity": float(right / vessels),
+        **vessel_means(table),
+        "sensitivity": float(right / vessels) if vessels else None,
         "specificity": float(1 - (called - right) / (pixels - vessels)),
     }
     pooled = binned_auroc(np.sum([photo.counts for photo in photos], axis=0))
-    return Measured({"vessel": label}, {"pixels_auroc": {"value": pooled, "low": None, "high": None}}, table, which)
+    overall = {"pixels_auroc": {"value": pooled if np.isfinite(pooled) else None, "low": None, "high": None}}
+    return Measured({"vessel": label}, overall, table, which)
+
+
+def vessel_means(table: pl.DataFrame) -> dict[str, dict[str, float | None]]:
+    """Means over photos with their intervals, by figure; photos of which it cannot be told are left out."""
+    means = {}
+    for name in VESSEL_FIGURES:
+        known = table.filter(pl.col(name).is_finite())
+        means[name] = mean_with_interval(known[name].to_numpy(), known["patient"].to_list()).to_dict()
+    return means

@@ -34,7 +34,7 @@ from fastfundus.engines.parity import GATES, Gate, compare
 from fastfundus.engines.quantize import MOST_DRIFT, quantize_graph
 from fastfundus.engines.runtime import INPUT, Blueprint, Engine
 from fastfundus.errors import BundleError, ConfigError, GateRefused, MissingDependency
-from fastfundus.evaluate.operating_point import read_operating_point
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import fingerprint_of
 from fastfundus.train.run import Run

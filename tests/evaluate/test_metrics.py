@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -18,17 +19,12 @@ from sklearn.metrics import (
 )
 
 from fastfundus.data import PhotoCache
-from fastfundus.errors import DataError, SpecMismatch
+from fastfundus.errors import CheckpointError, DataError, SpecMismatch
 from fastfundus.evaluate.bootstrap import PatientBootstrap
+from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.evaluate.metrics import INTERVALS, auroc, binary_metrics, net_benefit
-from fastfundus.evaluate.operating_point import (
-    _threshold,
-    _threshold_by_negatives,
-    fit_operating_point,
-    fit_temperature,
-    measure,
-    read_operating_point,
-)
+from fastfundus.evaluate.operating_point import fit_operating_point, measure
+from fastfundus.evaluate.thresholds import fit_temperature, fit_threshold
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.run import Run
 from tests.conftest import Trained
@@ -171,18 +167,41 @@ def test_temperature_is_found(truth: float) -> None:
     assert fit_temperature(logits[:, None] * truth, labels[:, None]) == pytest.approx(truth, rel=0.05)
 
 
+def threshold_of(chances: np.ndarray, labels: np.ndarray, target: float, of: str = "sensitivity") -> float:
+    patients = [str(n) for n in range(len(labels))]
+    return fit_threshold(chances, labels, patients, target, of, resamples=1).value  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", ["sensitivity", "specificity"])
+def test_threshold_interval_is_that_of_thresholds_chosen_anew(of: str) -> None:
+    """The threshold's own spread over simulated validation sets, two photos a patient."""
+    thresholds, spans = [], []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat((rng.uniform(size=80) < 0.5).astype(float), 2)
+        chances = 1 / (1 + np.exp(-np.repeat(rng.normal(labels[::2], 1.0), 2) - rng.normal(0, 0.3, 160)))
+        patients = np.repeat(np.arange(80), 2).astype(str).tolist()
+        found = fit_threshold(chances, labels, patients, 0.8, of, resamples=200)  # type: ignore[arg-type]
+        thresholds.append(found.value)
+        spans.append(found.high - found.low)
+        # A resample in which all photos count once is the set itself.
+        assert found.low <= found.value <= found.high
+    # 150 sets tell a standard deviation to 6 %, quantiles of 40 patients' scores are not quite normal.
+    assert np.mean(spans) / 3.92 == pytest.approx(np.std(thresholds), rel=0.25)
+
+
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
 def test_threshold_spares_its_share_of_negatives_and_no_lower_one_does(target: float) -> None:
     rng = np.random.default_rng(3)
     labels = (rng.uniform(size=300) < 0.3).astype(float)
     chances = np.round(1 / (1 + np.exp(-rng.normal(labels, 1.0))), 2)
-    threshold = _threshold_by_negatives(chances, labels, target)
+    threshold = threshold_of(chances, labels, target, "specificity")
     negative = chances[labels == 0]
     assert (negative < threshold).mean() >= target
     lower = chances[chances < threshold].max()
     assert (negative < lower).mean() < target
     assert threshold not in chances, "rounding elsewhere must not flip a photo"
-    assert _threshold_by_negatives(np.array([0.2, 0.4]), np.array([0.0, 0]), 1.0) == pytest.approx(0.7)
+    assert threshold_of(np.array([0.2, 0.4]), np.array([0.0, 0]), 1.0, "specificity") == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.9, 1.0])
@@ -190,7 +209,7 @@ def test_threshold_reaches_its_target_and_no_higher_one_does(target: float) -> N
     rng = np.random.default_rng(2)
     labels = (rng.uniform(size=400) < 0.4).astype(float)
     probabilities = rng.beta(2 + 2 * labels, 4 - 2 * labels)
-    threshold = _threshold(probabilities, labels, target)
+    threshold = threshold_of(probabilities, labels, target)
     positive = probabilities[labels == 1]
     assert (positive >= threshold).mean() >= target
     next_higher = positive[positive > threshold].min() + 1e-12
@@ -198,7 +217,7 @@ def test_threshold_reaches_its_target_and_no_higher_one_does(target: float) -> N
 
 
 def test_a_threshold_below_all_scores_lies_on_none_of_them() -> None:
-    assert _threshold(np.array([0.2, 0.5, 0.3]), np.array([1.0, 1.0, 0.0]), 1.0) == pytest.approx(0.1)
+    assert threshold_of(np.array([0.2, 0.5, 0.3]), np.array([1.0, 1.0, 0.0]), 1.0) == pytest.approx(0.1)
 
 
 def test_operating_point_by_specificity(trained: Trained, cache: PhotoCache, tmp_path: Path) -> None:
@@ -209,10 +228,29 @@ def test_operating_point_by_specificity(trained: Trained, cache: PhotoCache, tmp
     assert point["threshold"] == point["test"]["threshold"]
 
 
+@pytest.mark.parametrize("changed", ["threshold", "weights"])
+def test_what_was_locked_cannot_be_changed_unnoticed(trained: Trained, tmp_path: Path, changed: str) -> None:
+    shutil.copytree(trained.run, tmp_path / "run")
+    file = tmp_path / "run" / "operating_point.json"
+    if changed == "threshold":
+        document = json.loads(file.read_text())
+        document["labels"]["abnormal"]["threshold"] += 0.01
+        file.write_text(json.dumps(document))
+    else:
+        with (tmp_path / "run" / "best.safetensors").open("r+b") as weights:
+            weights.seek(-1, 2)
+            last = weights.read(1)[0]
+            weights.seek(-1, 2)
+            weights.write(bytes([last ^ 1]))
+    with pytest.raises(CheckpointError, match=r"were changed after they were locked; remove operating_point\.json"):
+        read_operating_point(Run.open(tmp_path / "run"))
+
+
 def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
     run = Run.open(trained.run)
     stored = read_operating_point(run)["labels"]["abnormal"]
     assert stored["validation"]["sensitivity"]["value"] >= 0.9
+    assert stored["threshold_low"] <= stored["threshold"] <= stored["threshold_high"]
     again = fit_operating_point(run, cache)["labels"]["abnormal"]
     assert again["threshold"] == stored["threshold"]
     measured = measure(run, cache)

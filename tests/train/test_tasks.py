@@ -21,7 +21,7 @@ from fastfundus.errors import CheckpointError, ConfigError, DataError
 from fastfundus.evaluate.folds import pool_folds
 from fastfundus.evaluate.operating_point import fit_operating_point, measure
 from fastfundus.evaluate.page import write_run_page
-from fastfundus.evaluate.vessels import fit_vessels, measure_vessels
+from fastfundus.evaluate.vessels import centreline_dice
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.photo.prepare import prepare_photo
@@ -226,7 +226,7 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     train(vessel_cache, tmp_path / "run", vessels())
     run = Run.open(tmp_path / "run")
     assert run.score[0] == "auroc"
-    document = fit_vessels(run, vessel_cache)
+    document = fit_operating_point(run, vessel_cache)
     point = document["labels"]["vessel"]
     # A few seconds of training: far from chance is all that can be asked.
     assert point["test"]["auroc"]["value"] > 0.85
@@ -245,7 +245,9 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert native.shape == yes.shape == (known["height_px"], known["width_px"])
     assert roc_auc_score(yes[inside], native[inside]) == pytest.approx(auroc, abs=1e-4)
     assert f1_score(yes[inside], native[inside] >= point["threshold"]) == pytest.approx(dice, abs=1e-3)
-    assert measure_vessels(run, vessel_cache).labels["vessel"] == point["test"]
+    assert measure(run, vessel_cache).labels["vessel"] == point["test"]
+    at = native >= point["threshold"]
+    assert centreline_dice(at & inside, yes & inside) == pytest.approx(table["cldice"][0], abs=1e-3)
     write_run_page(run, vessel_cache)
     assert "Lowest Dice" in (run.path / "run.html").read_text()
     # A vessel run starts from its like whole, and from a classifier by its encoder.
@@ -336,7 +338,7 @@ def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> No
         settings = vessels(data={"split": "folds", "folds": 3, "fold": fold}, loop={"epochs": 1, "tiles": 1})
         train(free, tmp_path / f"fold{fold}", settings)
         runs.append(Run.open(tmp_path / f"fold{fold}"))
-        fit_vessels(runs[-1], free)
+        fit_operating_point(runs[-1], free)
     pooled = pool_folds(tmp_path, runs, free)
     assert pooled["out_of_fold"]["labels"]["vessel"]["photos"] == 9
     table = pl.read_parquet(tmp_path / "out_of_fold.parquet")

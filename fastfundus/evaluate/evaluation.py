@@ -1,0 +1,151 @@
+"""A run on photos it has not learned from: everything that can be said of it, in files and on one page.
+
+metrics.json      what follows as plain data
+predictions.csv   what every photo was given
+model_card.md     see `card`; runs that give probabilities
+evaluation.html   the same to read, with curves
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastfundus.data.cache import PhotoCache
+from fastfundus.evaluate.card import model_card
+from fastfundus.evaluate.compare import compare_predictions
+from fastfundus.evaluate.figures import calibration_curves, decision_curves, roc_curves
+from fastfundus.evaluate.label_map import LabelMap
+from fastfundus.evaluate.measured import Measured, read_operating_point
+from fastfundus.evaluate.operating_point import measure
+from fastfundus.evaluate.subgroups import LEAST_PATIENTS, subgroup_metrics
+from fastfundus.evaluate.wording import FIGURE_NAMES, differences, prevalence_of
+from fastfundus.pages import write_page
+from fastfundus.records import interval_text
+from fastfundus.train.run import Run
+
+__all__ = ["evaluate_run", "write_evaluation"]
+
+_OF_GROUPS = ("auroc", "auprc", "dice", "cldice", "sensitivity", "specificity")
+
+
+def evaluate_run(
+    run: Run,
+    cache: PhotoCache,
+    *,
+    by: Sequence[str] = (),
+    against: Run | None = None,
+    prevalence: float | None = None,
+    rules: Sequence[str] = (),
+) -> tuple[Measured, dict[str, Any]]:
+    """Measure a run.
+
+    Args:
+        run: finished.
+        cache: its own, of which its test patients are taken, or another.
+        by: columns of the manifest to measure groups of.
+        against: another run, to be compared on the same photos.
+        prevalence: share of positives where it will be used, 0 to 1: for the predictive values.
+        rules: what the cache's labels mean in the run's terms, as for `LabelMap.parse`.
+
+    Returns:
+        What was measured, and the content of metrics.json.
+
+    Raises:
+        As `measure`, `subgroup_metrics`, `compare_predictions`.
+    """
+    label_map = LabelMap.parse(rules, run.labels) if rules else None
+    measured = measure(run, cache, prevalence=prevalence, label_map=label_map)
+    points = read_operating_point(run)
+    thresholds = {name: float(point["threshold"]) for name, point in points["labels"].items()}
+    document: dict[str, Any] = {
+        "run": str(run.path),
+        "cache": [str(path) for path in cache.paths],
+        "lock": points["lock"],
+        "map": label_map.said if label_map else {},
+        **measured.to_dict(),
+    }
+    if by:
+        document["subgroups"] = subgroup_metrics(measured.predictions, cache.manifest, by, thresholds)
+    if against:
+        theirs = {name: float(point["threshold"]) for name, point in read_operating_point(against)["labels"].items()}
+        other_map = None
+        if label_map:
+            other_map = LabelMap.parse([rule for rule in rules if rule.split("=")[0].strip() in theirs], against.labels)
+        document["against"] = {
+            "run": str(against.path),
+            **compare_predictions(
+                measured.predictions,
+                measure(against, cache, label_map=other_map).predictions,
+                {name: (value, theirs[name]) for name, value in thresholds.items() if name in theirs},
+            ),
+        }
+    return measured, document
+
+
+def write_evaluation(run: Run, measured: Measured, document: dict[str, Any], output: Path) -> None:
+    """Write the files into a folder, which is made if absent."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    measured.predictions.write_csv(output / "predictions.csv")
+    vessels = run.config.task == "vessels"
+    if not vessels:
+        (output / "model_card.md").write_text(model_card(run, document), encoding="utf-8")
+    known = [name for name in run.labels if not vessels and measured.labels[name]["photos"]]
+    table = measured.predictions
+    write_page(
+        output / "evaluation.html",
+        "evaluate/evaluation.html",
+        run=run,
+        document=document,
+        head=[FIGURE_NAMES[key] for key in _keys(document["labels"])],
+        rows=list(_rows(document["labels"])),
+        overall=[(FIGURE_NAMES[key], interval_text(entry)) for key, entry in document["overall"].items()]
+        if vessels or len(run.labels) > 1 else [],
+        prevalence=prevalence_of(document["labels"]),
+        figures=[(title, draw(table, known), said) for title, draw, said in _CURVES] if known else [],
+        groups=[_group_table(column, outputs) for column, outputs in document.get("subgroups", {}).items()],
+        least=LEAST_PATIENTS,
+        differences=list(differences(document.get("against"))),
+    )  # fmt: skip
+
+
+_CURVES = (
+    ("Told apart", roc_curves, ""),
+    ("Are its probabilities true?", calibration_curves,
+     "Photos in tenths by the probability they were given; bars are 95 % intervals. On the line, they are."),
+    ("Is acting on it worth it?", decision_curves,
+     "Net benefit: right calls, less wrong ones at the odds of the probability from which one would act. Above both "
+     "other lines, the model helps to decide."),
+)  # fmt: skip
+
+
+def _keys(labels: Mapping[str, Any]) -> list[str]:
+    """Figures that have a value in any output, in the order of their names."""
+    return [key for key in FIGURE_NAMES if any(entry.get(key) is not None for entry in labels.values())]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else interval_text(value) if isinstance(value, dict) else f"{value:.3f}"
+
+
+def _rows(labels: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """Of each output its name, how many photos, and its figures."""
+    keys = _keys(labels)
+    for name, entry in labels.items():
+        positives = f", {entry['positives']} positive" if "positives" in entry else ""
+        count = f"{entry['photos']} photos of {entry['patients']} patients{positives}"
+        yield name, count, [_text(entry.get(key)) for key in keys]
+
+
+def _group_table(column: str, outputs: Mapping[str, Any]) -> tuple[str, list[str], list[tuple[Any, ...]]]:
+    keys = [key for key in _OF_GROUPS if any(key in group for groups in outputs.values() for group in groups)]
+    rows = [
+        (name, group["group"], group["photos"], group["patients"], group["small"],
+         [_text(group.get(key)) for key in keys])
+        for name, groups in outputs.items()
+        for group in groups
+    ]  # fmt: skip
+    return column, [FIGURE_NAMES[key] for key in keys], rows

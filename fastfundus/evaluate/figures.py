@@ -1,0 +1,88 @@
+"""Curves of predictions on photos whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from fastfundus.evaluate.metrics import net_benefit
+from fastfundus.pictures import as_svg
+
+__all__ = ["INK", "calibration_curves", "decision_curves", "roc_curves"]
+
+INK = ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#b45309", "#be123c", "#15803d", "#475569")
+_MOST_CURVES = 8
+_MOST_PLOTS = 3
+_BINS = 10
+
+
+def roc_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
+    """Draw an output a curve, from a table of label_<output> and p_<output>; SVG."""
+    from sklearn.metrics import roc_curve
+
+    def draw(axes: Sequence[Any]) -> None:
+        axes[0].plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
+        for ink, name in zip(INK, outputs[:_MOST_CURVES], strict=False):
+            known = table.filter(pl.col(f"label_{name}").is_not_null())
+            truth = known[f"label_{name}"].to_numpy()
+            if len(set(truth.tolist())) == 2:
+                wrong, right, _ = roc_curve(truth, known[f"p_{name}"].to_numpy())
+                axes[0].plot(wrong, right, color=ink, label=name)
+        axes[0].set(
+            xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal"
+        )
+        axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+
+    return as_svg(draw, columns=1, width_in=3.5, height_in=2.9)
+
+
+def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
+    """Draw net benefit over the probability at which one would act; an output a plot. SVG."""
+    grid, shown = np.linspace(0.01, 0.99, 99), outputs[:_MOST_PLOTS]
+
+    def draw(plots: Sequence[Any]) -> None:
+        for axes, ink, name in zip(plots, INK, shown, strict=False):
+            known = table.filter(pl.col(f"label_{name}").is_not_null())
+            truth = known[f"label_{name}"].to_numpy()
+            share = float(truth.mean()) if len(truth) else 0.0
+            axes.plot(grid, net_benefit(known[f"p_{name}"].to_numpy(), truth, grid), color=ink, label="by the model")
+            axes.plot(grid, share - (1 - share) * grid / (1 - grid), color="#6b7280", linestyle="--", label="everybody")
+            axes.axhline(0, color="#9ca3af", linewidth=1, linestyle=":", label="nobody")
+            axes.set(xlabel=f"act from this probability of {name}", ylabel="net benefit a photo", xlim=(0, 1))
+            axes.set_ylim(-0.05, max(0.1, 1.1 * share))
+            axes.legend(frameon=False, fontsize=8)
+
+    return as_svg(draw, columns=len(shown), width_in=8.4, height_in=2.6)
+
+
+def calibration_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
+    """Draw the share of positives over the probability that was given, in tenths of the photos; an output a plot. SVG.
+
+    Bars are 95 % intervals of the share, by Wilson.
+    """
+    from scipy.stats import binomtest
+
+    shown = outputs[:_MOST_PLOTS]
+
+    def draw(plots: Sequence[Any]) -> None:
+        for axes, ink, name in zip(plots, INK, shown, strict=False):
+            known = table.filter(pl.col(f"label_{name}").is_not_null()).sort(f"p_{name}")
+            parts = [part for part in np.array_split(np.arange(len(known)), _BINS) if len(part)]
+            given = [float(known[f"p_{name}"].gather(part).mean()) for part in parts]  # type: ignore[arg-type]
+            yes = [int(known[f"label_{name}"].gather(part).sum()) for part in parts]
+            share = np.array([count / len(part) for count, part in zip(yes, parts, strict=True)])
+            spans = [
+                binomtest(count, len(part)).proportion_ci(method="wilson")
+                for count, part in zip(yes, parts, strict=True)
+            ]
+            low, high = (np.array([getattr(span, end) for span in spans]) for end in ("low", "high"))
+            bars = np.stack([share - low, high - share]).clip(0)
+            axes.plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
+            axes.errorbar(given, share, bars, color=ink, marker="o", markersize=4, capsize=2, linewidth=1)
+            axes.set(xlabel=f"probability of {name}", ylabel="share of positives", xlim=(-0.02, 1.02),
+                     ylim=(-0.02, 1.02))  # fmt: skip
+
+    return as_svg(draw, columns=len(shown), width_in=2.9 * len(shown), height_in=2.9)
