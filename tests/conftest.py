@@ -91,6 +91,30 @@ def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Photo
     return build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)
 
 
+@pytest.fixture(scope="session")
+def vessel_cache(tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
+    """Nine synthetic photos in DRIVE's layout, prepared at their own resolution."""
+    from PIL import Image
+
+    from fastfundus.data import build_cache, list_photos
+    from fastfundus.spec import PreprocessSpec
+    from fastfundus.synthetic import draw_photo
+
+    folder = tmp_path_factory.mktemp("drive") / "training"
+    for name in ("images", "1st_manual", "mask"):
+        (folder / name).mkdir(parents=True)
+    for number in range(21, 30):
+        photo = draw_photo(number, long_side=220)
+        assert cv2.imwrite(str(folder / "images" / f"{number}_training.tif"), photo.image[..., ::-1])
+        Image.fromarray(photo.vessel_mask.astype(np.uint8) * 255).save(folder / "1st_manual" / f"{number}_manual1.gif")
+        field, (height, width) = photo.field, photo.image.shape[:2]
+        y, x = np.ogrid[:height, :width]
+        inside = np.hypot(x + 0.5 - field.x_px, y + 0.5 - field.y_px) <= field.radius_px
+        Image.fromarray(inside.astype(np.uint8) * 255).save(folder / "mask" / f"{number}_training_mask.gif")
+    listing = list_photos(folder.parent, adapter="drive")
+    return build_cache(listing.photos, folder.parent / "cache", PreprocessSpec(size=216), source=listing.root)
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run and the bundle built from it."""

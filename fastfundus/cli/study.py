@@ -10,7 +10,11 @@ import click
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for runs and results.")
-def study(file: Path, output: Path) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at a time on this machine.")
+@click.option(
+    "--ray", metavar="ADDRESS", help="Deal the runs to a Ray cluster: HOST:6379, auto, or local; one a GPU or machine."
+)
+def study(file: Path, output: Path, jobs: int, ray: str | None) -> None:
     r"""Run the grid of inits, tasks, label fractions, seeds and folds that FILE declares.
 
     Upstream runs are trained once and shared. Runs that are done are kept: the same command goes on after a stop. A run
@@ -20,18 +24,19 @@ def study(file: Path, output: Path) -> None:
     Example:
       fastfundus study study.toml --output study/
     """
-    from fastfundus.errors import require
+    from fastfundus.errors import ConfigError, require
 
     require("torch", extra="train")
     from fastfundus.cli.console import remark
     from fastfundus.evaluate.study import run_study
     from fastfundus.evaluate.study_tables import write_tables
-    from fastfundus.photo.memory import keep_memory
+    from fastfundus.evaluate.study_workers import local_runner, ray_runner
     from fastfundus.train.interrupt import Interrupted
 
-    keep_memory()
+    if ray and jobs != 1:
+        raise ConfigError("--jobs is for this machine; a cluster knows how many runs it has room for")
     try:
-        declared, results = run_study(file, output, say=remark)
+        declared, results = run_study(file, output, say=remark, runner=ray_runner(ray) if ray else local_runner(jobs))
     except Interrupted:
         raise click.ClickException(f"interrupted; go on with: fastfundus study {file} --output {output}") from None
     write_tables(declared, results, output)

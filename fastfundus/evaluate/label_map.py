@@ -21,7 +21,7 @@ __all__ = ["LabelMap"]
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
-_TERM = re.compile(r"(?P<no>!?)\s*(?P<column>.+?)\s*(?:(?P<sign>>=|<=|==|!=|>|<)\s*(?P<value>.+?))?\s*")
+_TERM = re.compile(r"(?P<no>!?)\s*(?P<column>[^<>=!|]+?)\s*(?:(?P<sign>>=|<=|==|!=|>|<)\s*(?P<value>.+?))?\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,7 @@ class _Term:
         """[N] 1, 0, or NaN where the column is empty."""
         if self.column not in manifest.columns:
             labels = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
-            raise ConfigError(
-                f"--map: the manifest has no column {self.column!r}{close_matches(self.column, labels)}; its labels "
-                f"are {', '.join(labels) or 'none'}"
-            )
+            raise ConfigError(f"--map: the manifest has no column {self.column!r}{close_matches(self.column, labels)}")
         values = manifest[self.column]
         if self.sign is None:
             wrong = values.drop_nulls().unique()
@@ -92,10 +89,7 @@ class LabelMap:
             if not equals or not rule.strip():
                 raise ConfigError(f"--map {text!r}: must be OUTPUT=COLUMN, such as abnormal=dr_grade>=1")
             if name not in outputs:
-                raise ConfigError(
-                    f"--map {text!r}: the run has no output {name!r}{close_matches(name, outputs)}; it has "
-                    f"{', '.join(outputs)}"
-                )
+                raise ConfigError(f"--map {text!r}: the run has no output {name!r}{close_matches(name, outputs)}")
             if name in rules:
                 raise ConfigError(f"--map: {name!r} is mapped twice; join the columns with |, any of them then counts")
             rules[name], said[name] = tuple(map(_term, rule.split("|"))), rule.strip()

@@ -1,32 +1,32 @@
 """A study: upstream runs, then a grid of tasks x inits x label fractions x seeds x folds, each cell a run of its own.
 
-study.toml     what was asked for
-upstream/      runs that others start from
-cells/         a run a cell, with its exact split; `error.txt` where it could not be done
-cells.csv      a row a cell and output; table.csv, table.md, table.tex, study.html: see `study_tables`
+study.toml         what was asked for
+environment.json   versions and machine; each run has its own, too
+upstream/          runs that others start from
+cells/             a run a cell, with its exact split; `error.txt` where it could not be done
+cells.csv          a row a cell and output; table.csv, table.md, table.tex, study.html: see `study_tables`
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import polars as pl
+import torch
 
-from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.journal import locked
-from fastfundus.errors import ConfigError, DataError, FastFundusError
-from fastfundus.evaluate.operating_point import fit_operating_point
+from fastfundus.errors import ConfigError, DataError
+from fastfundus.evaluate.measured import is_measured
 from fastfundus.evaluate.study_config import UPSTREAM, Cell, StudyConfig
-from fastfundus.train.interrupt import Interrupted
-from fastfundus.train.loop import train
-from fastfundus.train.run import Run
+from fastfundus.evaluate.study_workers import Job, Runner, local_runner
+from fastfundus.train.run import Run, describe_environment
 
 __all__ = ["CellResult", "run_study"]
 
@@ -42,51 +42,69 @@ class CellResult:
 
 
 def run_study(
-    file: Path, output: Path, *, say: Callable[[str], None] = lambda text: None
+    file: Path, output: Path, *, say: Callable[[str], None] = lambda text: None, runner: Runner | None = None
 ) -> tuple[StudyConfig, list[CellResult]]:
     """Do what is not done yet.
 
-    Cells that fail are noted and left out; the rest is done. Killed anywhere, the same call goes on, and ends with the
-    same weights on a CPU.
+    Cells that fail are noted and left out, and tried again by the next call; the rest is done. Killed anywhere, the
+    same call goes on, and ends with the same weights on a CPU.
 
     Args:
         file: the TOML file.
         output: the study's folder; made if absent.
         say: hears of progress, a line a run.
+        runner: who does the runs; None is this machine, one at a time.
 
     Returns:
         The study, and what became of every cell.
 
     Raises:
         ConfigError: the file is wrong, or `output` was begun with another.
-        DataError: an upstream run has seen photos of a task that starts from it, or another process is at work.
+        DataError: an upstream run failed, or has seen photos of a task that starts from it, or another process is at
+            work.
         Interrupted: SIGINT or SIGTERM came.
     """
+    runner = runner or local_runner(1)
     study = StudyConfig.from_toml(file)
+    output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     with locked(output, output / ".lock", "studied"):
         _require_same(study, file, output)
         caches = {name: PhotoCache.open(*part.caches) for name, part in study.tasks.items()}
-        upstream = {
-            name: _done(output / "upstream" / name, PhotoCache.open(*part.caches), study, name, say)
+        first = {
+            Job(output / "upstream" / name, part.caches, part.config): f"upstream {name}"
             for name, part in study.upstream.items()
         }
+        for job, error in _do(first, runner, say).items():
+            if error:
+                raise DataError(f"{first[job]} could not be done: {error}")
+        upstream = {name: Run.open(output / "upstream" / name) for name in study.upstream}
         _require_disjoint(study, upstream, caches)
-        cells, results = list(study.cells()), []
-        began, trained = time.monotonic(), 0
-        for number, cell in enumerate(cells):
-            folder = output / cell.folder
-            todo = not (folder / "operating_point.json").is_file()
-            if todo:
-                each = (time.monotonic() - began) / max(1, trained)
-                left = f", about {timedelta(seconds=round(each * (len(cells) - number)))} left" if trained else ""
-                say(f"{number + 1} of {len(cells)}{left}: {cell.folder.removeprefix('cells/')}")
-            results.append(_cell(study, cell, folder, caches[cell.task], upstream))
-            if todo:
-                trained += 1
-                if results[-1].error:
-                    say(f"  could not be done: {results[-1].error}")
-    return study, results
+        cells = {_job(study, cell, output, upstream): cell for cell in study.cells()}
+        errors = _do({job: cell.folder.removeprefix("cells/") for job, cell in cells.items()}, runner, say)
+        return study, [CellResult(cell, job.folder, errors[job]) for job, cell in cells.items()]
+
+
+def _do(jobs: dict[Job, str], runner: Runner, say: Callable[[str], None]) -> dict[Job, str]:
+    """Do what is not done of jobs and their names; errors of all, empty where there is none."""
+    todo = [job for job in jobs if not is_measured(job.folder)]
+    began, ended = time.monotonic(), 0
+    skipped, begun = len(jobs) - len(todo), 0
+
+    def begins(job: Job) -> None:
+        nonlocal begun
+        begun += 1
+        each = (time.monotonic() - began) / max(1, ended)
+        left = f", about {timedelta(seconds=round(each * (len(todo) - ended)))} left" if ended else ""
+        say(f"{skipped + begun} of {len(jobs)}{left}: {jobs[job]}")
+
+    errors = dict.fromkeys(jobs, "")
+    for job, error in runner(todo, begins) if todo else ():
+        ended += 1
+        errors[job] = error
+        if error:
+            say(f"  could not be done: {jobs[job]}: {error}")
+    return errors
 
 
 def _require_same(study: StudyConfig, file: Path, output: Path) -> None:
@@ -94,18 +112,10 @@ def _require_same(study: StudyConfig, file: Path, output: Path) -> None:
     if not told.exists():
         shutil.copyfile(file, kept)
         told.write_text(study.fingerprint + "\n")
+        about = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        (output / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
     elif told.read_text().strip() != study.fingerprint:
         raise ConfigError(f"{output}: was begun with another file, which is kept as {kept}; choose another --output")
-
-
-def _done(folder: Path, cache: PhotoCache, study: StudyConfig, name: str, say: Callable[[str], None]) -> Run:
-    """An upstream run, trained unless it is there."""
-    if not (folder / "operating_point.json").is_file():
-        say(f"upstream {name}")
-        config = TrainConfig.from_dict(study.upstream[name].config)
-        train(cache, folder, config, resume=(folder / "last.ckpt").is_file())
-        fit_operating_point(Run.open(folder), cache)
-    return Run.open(folder)
 
 
 def _require_disjoint(study: StudyConfig, upstream: dict[str, Run], caches: dict[str, PhotoCache]) -> None:
@@ -123,22 +133,8 @@ def _require_disjoint(study: StudyConfig, upstream: dict[str, Run], caches: dict
                 )
 
 
-def _cell(study: StudyConfig, cell: Cell, folder: Path, cache: PhotoCache, upstream: dict[str, Run]) -> CellResult:
-    if (folder / "operating_point.json").is_file():
-        return CellResult(cell, folder)
+def _job(study: StudyConfig, cell: Cell, output: Path, upstream: dict[str, Run]) -> Job:
     init = study.inits[cell.init]
     if init.startswith(UPSTREAM):
         init = str(upstream[init.removeprefix(UPSTREAM)].path)
-    try:
-        train(cache, folder, study.settings(cell, init), resume=(folder / "last.ckpt").is_file())
-        fit_operating_point(Run.open(folder), cache)
-    except Interrupted:
-        raise
-    except Exception as error:
-        # One cell must not cost the others; what is no fault of the data is kept whole.
-        folder.mkdir(parents=True, exist_ok=True)
-        known = isinstance(error, FastFundusError)
-        (folder / "error.txt").write_text(f"{error}\n" if known else traceback.format_exc(), encoding="utf-8")
-        return CellResult(cell, folder, str(error) if known else f"{type(error).__name__}: {error}")
-    (folder / "error.txt").unlink(missing_ok=True)
-    return CellResult(cell, folder)
+    return Job(output / cell.folder, study.tasks[cell.task].caches, study.settings(cell, init).to_dict())

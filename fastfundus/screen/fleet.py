@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from fastfundus.cluster import cores_of_machines, joined
 from fastfundus.engines.archive import pack
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import BundleError, ConfigError, require
@@ -36,17 +35,8 @@ def ray_blocks(address: str) -> BlockMaker:
     again.
 
     Args:
-        address: of the cluster's head ("host:6379", "ray://host:10001", "auto"), or "local" for this machine alone.
-
-    Raises:
-        MissingDependency: Ray is not installed.
+        address: as for `joined`.
     """
-    # It reports its use over the network unless told not to.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What its own parts have to say to each other is for its makers.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray: Any = require("ray", extra="fleet")
-    data: Any = require("ray.data", extra="fleet")
 
     def make(
         store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
@@ -55,23 +45,13 @@ def ray_blocks(address: str) -> BlockMaker:
             raise ConfigError(
                 f"{store.bundle.path}: makes maps, whose masks are written where they are made; run it without --ray"
             )
-        here = {"num_cpus": os.cpu_count(), "include_dashboard": False}
-        where = here if address == "local" else {"address": address}
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            ray.init(**where, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--ray {address}: cannot be reached ({str(error).splitlines()[0]}); does it run, and is RAY_AUTH_MODE "
-                "here what it is there?"
-            ) from None
-        try:
+        with joined(address) as ray:
+            data: Any = require("ray.data", extra="fleet")
             context = data.DataContext.get_current()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
-            cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-            each = min(count for count in cores if count)
+            cores = cores_of_machines(ray)
+            each = min(cores)
             workers = min(len(missing), sum(count // each for count in cores))
             packed = ray.put(_packed(store.bundle))
             items = [{"block": block, "photos": pickle.dumps(store.inputs_of(block))} for block in missing]
@@ -93,8 +73,6 @@ def ray_blocks(address: str) -> BlockMaker:
                 rows = pl.read_parquet(io.BytesIO(row["rows"])).to_dicts()
                 on_rows(len(rows))
                 yield int(row["block"]), rows
-        finally:
-            ray.shutdown()
 
     return make
 

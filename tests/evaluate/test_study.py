@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastfundus.data import build_cache, list_photos
+from fastfundus.data import PhotoCache, build_cache, list_photos
 from fastfundus.errors import ConfigError, DataError
 from fastfundus.evaluate.compare import compare_areas
 from fastfundus.evaluate.study import run_study
@@ -76,7 +82,7 @@ def test_the_grid_is_complete_and_failures_are_named(done: Path) -> None:
     cells = pl.read_csv(done / "cells.csv")
     good = cells.filter(pl.col("task") == "eyes")
     assert len(good) == 12
-    assert good["auroc"].null_count() == good.height - good["auroc"].count()
+    assert good["value"].null_count() == good.height - good["value"].count()
     broken = cells.filter(pl.col("task") == "broken")
     assert broken["error"].str.contains("no_such_column").all()
     for path in (done / "cells" / "eyes").rglob("splits.parquet"):
@@ -87,7 +93,8 @@ def test_the_grid_is_complete_and_failures_are_named(done: Path) -> None:
         ("scratch", 0.5, 3, 0), ("fundus", 0.5, 3, 0), ("scratch", 1.0, 3, 0), ("fundus", 1.0, 3, 0),
     ]  # fmt: skip
     page = (done / "study.html").read_text()
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 2
+    assert page.count("of the labels") == 2
     assert "no_such_column" in page
     assert (done / "table.md").read_text().count("| eyes |") == 4
     assert "\\toprule" in (done / "table.tex").read_text()
@@ -123,13 +130,128 @@ def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp
     shutil.rmtree(cell)
     shutil.rmtree(output / "cells" / "broken")
     said: list[str] = []
-    study, results = run_study(caches / "study.toml", output, say=said.append)
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "broken/scratch/1/seed0/fold0" in text and "could not" not in text:
+            # What a machine does to a process when memory runs out.
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid or 0, signal.SIGKILL)
+
+    study, results = run_study(caches / "study.toml", output, say=say)
+    (killed,) = [result for result in results if "SIGKILL" in result.error]
+    assert killed.cell.folder == "cells/broken/scratch/1/seed0/fold0"
+    assert killed.error.startswith("its process ended by SIGKILL; if memory ran out, lower loop.batch_size")
+    assert len([result for result in results if "no_such_column" in result.error]) == 11, "the rest completes"
+    study, results = run_study(caches / "study.toml", output)
     after = load_file(cell / "best.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert len([line for line in said if "eyes" in line]) == 1
     write_tables(study, results, output)
     for name in ("table.csv", "table.md", "table.tex", "cells.csv"):
         assert (output / name).read_bytes() == (done / name).read_bytes(), name
+
+
+def test_killed_outright_it_leaves_no_run_behind(done: Path, caches: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    shutil.copytree(done, output)
+    cells = output / "cells" / "eyes" / "fundus" / "1" / "seed0"
+    before = [load_file(cell / "best.safetensors") for cell in sorted(cells.iterdir())]
+    shutil.rmtree(cells)
+    command = [sys.executable, "-m", "fastfundus", "study", caches / "study.toml", "--output", output]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (cells / "fold0" / "config.toml").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while study_processes(output):
+        assert time.monotonic() < deadline, "a run goes on without its study"
+        time.sleep(0.05)
+    run_study(caches / "study.toml", output)
+    for cell, weights in zip(sorted(cells.iterdir()), before, strict=True):
+        after = load_file(cell / "best.safetensors")
+        assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def study_processes(output: Path) -> list[int]:
+    """Living processes that hold a file below a folder, or name it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            said = (process / "cmdline").read_bytes()
+            files = [os.readlink(file) for file in (process / "fd").iterdir()]
+        except OSError:
+            continue
+        if int(process.name) != os.getpid() and (
+            str(output).encode() in said or any(file.startswith(str(output)) for file in files)
+        ):
+            found.append(int(process.name))
+    return found
+
+
+def test_interrupted_it_says_how_to_go_on(done: Path, caches: Path, tmp_path: Path) -> None:
+    output = tmp_path / "interrupted"
+    shutil.copytree(done, output)
+    shutil.rmtree(output / "cells" / "eyes" / "fundus" / "1")
+    command = [sys.executable, "-m", "fastfundus", "study", caches / "study.toml", "--output", output]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "10 of 24: eyes/fundus/1/seed0/fold0" in line
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted; go on with: fastfundus study" in errors
+    assert "Traceback" not in errors
+
+
+def test_vessels_two_at_a_time(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+    free = tmp_path / "free"
+    shutil.copytree(vessel_cache.path, free)
+    manifest = pl.read_parquet(free / "manifest.parquet")
+    manifest.with_columns(split=pl.lit(None, pl.String)).write_parquet(free / "manifest.parquet")
+    (tmp_path / "study.toml").write_text("""
+[study]
+folds = 3
+
+[tasks.vessels]
+caches = ["free"]
+config.task = "vessels"
+config.model.backbone = "resnet18"
+config.loop.epochs = 1
+config.loop.tile = 96
+config.loop.tiles = 1
+
+[inits]
+scratch = "scratch"
+again = "scratch"
+""")
+    result = run("study", tmp_path / "study.toml", "--output", tmp_path / "study", "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    first, second = pl.read_csv(tmp_path / "study" / "table.csv").rows(named=True)
+    assert (first["output"], first["figure"], first["photos"], first["cells"]) == ("vessel", "dice", 9, 3)
+    assert first["mean"] > 0
+    assert second["difference"] == 0, "the same run twice"
+    assert second["p"] == 1
+    assert "Dice" in (tmp_path / "study" / "table.md").read_text()
+
+
+def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
+    """In a process of its own: Ray starts many."""
+    output = tmp_path / "cluster"
+    shutil.copytree(done, output)
+    cell = output / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold1"
+    before = load_file(cell / "best.safetensors")
+    shutil.rmtree(cell)
+    command = [sys.executable, "-m", "fastfundus", "study", caches / "study.toml", "--output", output, "--ray", "local"]
+    done_again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "12 of 24 runs could not be done, the first because: " in done_again.stderr
+    after = load_file(cell / "best.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (output / "table.csv").read_bytes() == (done / "table.csv").read_bytes()
 
 
 def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> None:

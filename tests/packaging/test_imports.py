@@ -29,10 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "dali": {*FOUNDATION, "photo", "data", "kernels", "train", "engines", "screen"},
     "pictures": set(),
     "pages": set(),
+    "cluster": FOUNDATION,
     "recipes": set(),
-    "evaluate": {*FOUNDATION, "data", "models", "train", "pages", "pictures"},
+    "evaluate": {*FOUNDATION, "photo", "data", "models", "train", "pages", "pictures", "cluster"},
     "serve": {*FOUNDATION, "photo", "engines", "pictures", "screen"},
-    "screen": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures"},
+    "screen": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures", "cluster"},
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
 # These parts run where no torch is installed. Building an engine needs torch; running one does not.

@@ -26,8 +26,6 @@ from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.screen.run import screen_to_folder
-from fastfundus.spec import PreprocessSpec
-from fastfundus.synthetic import draw_photo
 from fastfundus.train.loop import Interrupted, train
 from fastfundus.train.run import Run
 from fastfundus.train.step import build_optimiser
@@ -182,24 +180,6 @@ def test_early_layers_learn_slower() -> None:
     )
     decays = {id(value): group["weight_decay"] for group in groups for value in group["params"]}
     assert decays[id(model.bn1.weight)] == 0 < decays[id(model.fc.weight)]
-
-
-@pytest.fixture(scope="module")
-def vessel_cache(tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
-    """Nine synthetic photos in DRIVE's layout, prepared at their own resolution."""
-    folder = tmp_path_factory.mktemp("drive") / "training"
-    for name in ("images", "1st_manual", "mask"):
-        (folder / name).mkdir(parents=True)
-    for number in range(21, 30):
-        photo = draw_photo(number, long_side=220)
-        assert cv2.imwrite(str(folder / "images" / f"{number}_training.tif"), photo.image[..., ::-1])
-        Image.fromarray(photo.vessel_mask.astype(np.uint8) * 255).save(folder / "1st_manual" / f"{number}_manual1.gif")
-        field, (height, width) = photo.field, photo.image.shape[:2]
-        y, x = np.ogrid[:height, :width]
-        inside = np.hypot(x + 0.5 - field.x_px, y + 0.5 - field.y_px) <= field.radius_px
-        Image.fromarray(inside.astype(np.uint8) * 255).save(folder / "mask" / f"{number}_training_mask.gif")
-    listing = list_photos(folder.parent, adapter="drive")
-    return build_cache(listing.photos, folder.parent / "cache", PreprocessSpec(size=216), source=listing.root)
 
 
 def vessels(**sections: dict[str, object]) -> TrainConfig:

@@ -1,0 +1,151 @@
+"""A study to read: Markdown, LaTeX, and a page with label-efficiency and ROC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from sklearn.metrics import roc_curve
+
+from fastfundus.evaluate.figures import INK
+from fastfundus.evaluate.study_config import StudyConfig
+from fastfundus.evaluate.wording import FIGURE_NAMES
+from fastfundus.pages import write_page
+from fastfundus.pictures import as_svg
+from fastfundus.records import interval_text
+
+__all__ = ["Group", "write_study_page"]
+
+Group = tuple[str, str, float]
+"""Task, init, fraction."""
+
+
+def _shown(row: dict[str, Any]) -> tuple[str, ...]:
+    spread = "not estimable" if row["mean"] is None else f"{row['mean']:.3f}"
+    if row["sd"] is not None:
+        spread += f" ± {row['sd']:.3f}"
+    pooled = interval_text({"value": row["pooled"], "low": row["low"], "high": row["high"]})
+    difference = ""
+    if row["difference"] is not None:
+        ends = {"low": row["difference_low"], "high": row["difference_high"]}
+        difference = interval_text({"value": row["difference"], **ends})
+    p = "" if row["p_holm"] is None else f"{row['p_holm']:.3g}"
+    failed = f" ({row['failed']} failed)" if row["failed"] else ""
+    figure = FIGURE_NAMES.get(row["figure"], "")
+    return (
+        row["task"], row["output"], figure, f"{row['fraction']:.0%}", row["init"], f"{row['cells']}{failed}", spread,
+        pooled, difference, p,
+    )  # fmt: skip
+
+
+_HEAD = (
+    "task",
+    "output",
+    "figure",
+    "labels",
+    "init",
+    "runs",
+    "folds, mean ± SD",
+    "every photo once (95 %)",
+    "to the first init",
+    "p (Holm)",
+)
+
+
+def _markdown(table: pl.DataFrame) -> str:
+    lines = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
+    lines += ["| " + " | ".join(_shown(row)) + " |" for row in table.iter_rows(named=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _latex(table: pl.DataFrame) -> str:
+    def plain(text: str) -> str:
+        for sign in ("\\", "&", "%", "_", "#", "$"):
+            text = text.replace(sign, f"\\{sign}" if sign != "\\" else "\\textbackslash{}")
+        return text.replace("±", "$\\pm$")
+
+    lines = [
+        f"\\begin{{tabular}}{{{'l' * 6}{'r' * 4}}}",
+        "\\toprule",
+        " & ".join(map(plain, _HEAD)) + " \\\\",
+        "\\midrule",
+    ]
+    lines += [" & ".join(map(plain, _shown(row))) + " \\\\" for row in table.iter_rows(named=True)]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def write_study_page(
+    study: StudyConfig, table: pl.DataFrame, pooled: dict[Group, pl.DataFrame], cells: pl.DataFrame, output: Path
+) -> None:
+    """Write `table.md`, `table.tex` and `study.html`.
+
+    Args:
+        study: what was declared.
+        table: of `write_tables`.
+        pooled: predictions of every tested photo, by task, init and fraction.
+        cells: `cells.csv`.
+        output: where to.
+    """
+    (output / "table.md").write_text(_markdown(table), encoding="utf-8")
+    (output / "table.tex").write_text(_latex(table), encoding="utf-8")
+    pairs = list(table.select("task", "output").unique(maintain_order=True).iter_rows())
+    write_page(
+        output / "study.html",
+        "evaluate/study.html",
+        name=output.name,
+        study=study,
+        head=_HEAD,
+        rows=[_shown(row) for row in table.iter_rows(named=True)],
+        figures=[(task, name, _figures(table, pooled, study, task, name)) for task, name in pairs],
+        failed=cells.filter(pl.col("error").is_not_null()).rows(named=True),
+    )
+
+
+def _figures(
+    table: pl.DataFrame, pooled: dict[Group, pl.DataFrame], study: StudyConfig, task: str, name: str
+) -> list[str]:
+    """Label efficiency, and ROC curves of each fraction."""
+    mine = table.filter((pl.col("task") == task) & (pl.col("output") == name) & pl.col("mean").is_not_null())
+
+    def efficiency(plots: Sequence[Any]) -> None:
+        (axes,) = plots
+        for number, (ink, init) in enumerate(zip(INK * len(study.inits), study.inits, strict=False)):
+            of_init = mine.filter(pl.col("init") == init).sort("fraction")
+            axes.errorbar(
+                # Side by side, so that bars do not hide each other.
+                of_init["fraction"].to_numpy() * 1.02**number,
+                of_init["mean"].to_numpy(),
+                of_init["sd"].fill_null(0.0).to_numpy(),
+                color=ink,
+                marker="o",
+                capsize=3,
+                label=init,
+            )
+        if len(study.fractions) > 1:
+            axes.set_xscale("log")
+        axes.set_xticks(study.fractions, [f"{fraction:.0%}" for fraction in study.fractions])
+        axes.minorticks_off()
+        said = FIGURE_NAMES[mine["figure"][0]] if len(mine) else ""
+        axes.set(xlabel="labels of the training patients", ylabel=f"{said}, mean ± SD")
+        axes.legend(frameon=False, fontsize=8)
+
+    def curves(plots: Sequence[Any]) -> None:
+        for axes, fraction in zip(plots, study.fractions, strict=True):
+            axes.plot([0, 1], [0, 1], color="#9ca3af", linestyle=":", linewidth=1)
+            for ink, init in zip(INK * len(study.inits), study.inits, strict=False):
+                whole = pooled[(task, init, fraction)]
+                known = whole.filter(pl.col(f"label_{name}").is_not_null()) if len(whole) else whole
+                if len(known) and known[f"label_{name}"].n_unique() > 1:
+                    false, true, _ = roc_curve(known[f"label_{name}"].to_numpy(), known[f"p_{name}"].to_numpy())
+                    axes.plot(false, true, color=ink, label=init, linewidth=1.2)
+            axes.set(title=f"{fraction:.0%} of the labels", aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+            axes.title.set_fontsize(9)
+        plots[0].set(xlabel="1 - specificity", ylabel="sensitivity")
+
+    figures = [as_svg(efficiency, columns=1, width_in=4.4, height_in=2.7)]
+    if "dice" not in mine["figure"].to_list():
+        count = len(study.fractions)
+        figures.append(as_svg(curves, columns=count, width_in=max(2.6 * count, 3.2), height_in=2.7))
+    return figures

@@ -1,0 +1,197 @@
+"""Runs of a study, each in a process that may die without the others: on this machine, or dealt to a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfundus.cluster import cores_of_machines, joined
+from fastfundus.config import TrainConfig
+from fastfundus.data.cache import PhotoCache
+from fastfundus.errors import ConfigError, FastFundusError
+from fastfundus.evaluate.operating_point import fit_operating_point
+from fastfundus.photo.memory import keep_memory
+from fastfundus.train.interrupt import Interrupted, stop_requested
+from fastfundus.train.loop import train
+from fastfundus.train.run import Run
+
+__all__ = ["Job", "Runner", "local_runner", "ray_runner"]
+
+_STOPPED = "stopped"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to be trained, fitted and measured; plain data, which travels."""
+
+    folder: Path
+    caches: tuple[Path, ...]
+    config: dict[str, Any] = field(compare=False)
+
+
+Runner = Callable[[Sequence[Job], Callable[[Job], None]], Iterator[tuple[Job, str]]]
+"""From jobs, and who hears that one begins, to what became of each as it ends: why it could not be done, or nothing.
+
+Raises `Interrupted` on SIGINT or SIGTERM; what was begun can be resumed."""
+
+
+def _do(job: Job) -> str:
+    """Do a run, or what is left of it; say why it could not be done."""
+    note = job.folder / "error.txt"
+    try:
+        cache = PhotoCache.open(*job.caches)
+        config = TrainConfig.from_dict(job.config)
+        train(cache, job.folder, config, resume=(job.folder / "last.ckpt").is_file())
+        fit_operating_point(Run.open(job.folder), cache)
+    except Interrupted:
+        return _STOPPED
+    except Exception as error:
+        # One run must not cost the others; what is no fault of the data is kept whole.
+        job.folder.mkdir(parents=True, exist_ok=True)
+        known = isinstance(error, FastFundusError)
+        note.write_text(f"{error}\n" if known else traceback.format_exc(), encoding="utf-8")
+        return str(error) if known else f"{type(error).__name__}: {error}"
+    note.unlink(missing_ok=True)
+    return ""
+
+
+def _serve(pipe: Connection, parent: int, threads: int) -> None:
+    """Do jobs as they come, until the pipe is closed or the parent is gone."""
+    # A Ctrl-C reaches all processes of a terminal: training answers it, the rest is the parent's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Killed, the parent must not leave a run behind that goes on writing.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    torch.set_num_threads(threads)
+    keep_memory()
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            pipe.send(_do(pipe.recv()))
+
+
+class _Worker:
+    """A process and its end of the pipe."""
+
+    def __init__(self, threads: int) -> None:
+        # Forked, torch's threads would be missing in it.
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, os.getpid(), threads))
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+        self.pipe.send(job)
+
+    def take(self) -> tuple[Job, str]:
+        """What became of its job; to be called when the pipe is ready."""
+        job = self.job
+        assert job is not None
+        self.job = None
+        try:
+            return job, self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+            return job, f"its process ended {how}; if memory ran out, lower loop.batch_size or the number of --jobs"
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def local_runner(count: int) -> Runner:
+    """Run jobs on this machine, some at a time.
+
+    Args:
+        count: how many at a time; each has its share of the cores. A machine with one GPU does one at a time best.
+
+    Raises:
+        ConfigError: there are not as many cores.
+    """
+    cores = os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise ConfigError(f"--jobs must be 1 to {cores}, the number of cores, got {count}")
+    threads = torch.get_num_threads() if count == 1 else cores // count
+
+    def run(jobs: Sequence[Job], begins: Callable[[Job], None]) -> Iterator[tuple[Job, str]]:
+        left, workers = deque(jobs), []
+        with contextlib.ExitStack() as stack, stop_requested() as stop:
+            for _ in range(min(count, len(jobs))):
+                workers.append(stack.enter_context(contextlib.closing(_Worker(threads))))
+            while left or any(worker.job for worker in workers):
+                for place, worker in enumerate(workers):
+                    if left and worker.job is None and not stop.is_set():
+                        if not worker.process.is_alive():
+                            worker = workers[place] = stack.enter_context(contextlib.closing(_Worker(threads)))
+                        worker.begin(left.popleft())
+                        begins(worker.job)  # type: ignore[arg-type]
+                busy = {worker.pipe: worker for worker in workers if worker.job}
+                ready = wait(list(busy), timeout=0.5)
+                if stop.is_set():
+                    for worker in busy.values():
+                        worker.process.terminate()
+                    for worker in busy.values():
+                        worker.process.join()
+                    raise Interrupted("stopped")
+                for pipe in ready:
+                    yield busy[pipe].take()  # type: ignore[index]
+
+    return run
+
+
+def ray_runner(address: str) -> Runner:
+    """Run jobs on a Ray cluster: on machines with GPUs one a GPU, else one a machine.
+
+    Caches and the study must lie on storage that every machine sees under the same path.
+
+    Args:
+        address: as for `joined`.
+    """
+
+    def run(jobs: Sequence[Job], begins: Callable[[Job], None]) -> Iterator[tuple[Job, str]]:
+        with joined(address) as ray, stop_requested() as stop:
+            gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+            each = max(1, min(cores_of_machines(ray)) // max(1, *gpus))
+            remote = ray.remote(num_cpus=each, num_gpus=1 if any(gpus) else 0, max_retries=0)(_do_there)
+            running = {}
+            for job in jobs:
+                running[remote.remote(job, each)] = job
+                begins(job)
+            while running:
+                ready, _ = ray.wait(list(running), timeout=0.5)
+                if stop.is_set():
+                    raise Interrupted("stopped")
+                for reference in ready:
+                    try:
+                        told = ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        told = f"its process ended ({str(error).splitlines()[0]})"
+                    yield running.pop(reference), told
+
+    return run
+
+
+def _do_there(job: Job, threads: int) -> str:
+    torch.set_num_threads(threads)
+    keep_memory()
+    return _do(job)
