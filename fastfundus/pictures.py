@@ -59,7 +59,9 @@ def as_svg(
     matplotlib.use("svg")
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "fastfundus"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8.5, "svg.hashsalt": "fastfundus"}
+    ):
         figure = Figure(figsize=(width_in, height_in), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
         draw(axes)

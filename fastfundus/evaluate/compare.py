@@ -78,7 +78,9 @@ def _by_cluster(values: Floats, cluster: NDArray[np.int64], count: int) -> Float
     return np.stack([np.bincount(cluster, weights=row, minlength=count) for row in values])
 
 
-def compare_areas(first: Floats, second: Floats, labels: Floats, patients: Sequence[str]) -> PairedDifference:
+def compare_areas(
+    first: Floats, second: Floats, labels: Floats, patients: Sequence[str], strata: NDArray[np.int64] | None = None
+) -> PairedDifference:
     """Compare the areas under the ROC curves of two models on the same photos.
 
     Args:
@@ -86,11 +88,21 @@ def compare_areas(first: Floats, second: Floats, labels: Floats, patients: Seque
         second: [N] scores.
         labels: [N] 0 or 1.
         patients: [N] who each photo is of.
+        strata: [N] sets of different patients, such as folds, whose scores are of different models and must not be
+            ranked together: areas are taken within each, and averaged over those that hold both classes. None is one.
     """
-    areas, covariance = area_covariance(np.stack([first, second]), labels, patients)
-    difference = float(areas[0] - areas[1])
-    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    if not np.isfinite(variance):
+    strata = np.zeros(len(labels), np.int64) if strata is None else strata
+    scores, names = np.stack([first, second]), np.asarray(patients)
+    differences, variances = [], []
+    for stratum in np.unique(strata):
+        part = strata == stratum
+        areas, covariance = area_covariance(scores[:, part], labels[part], names[part].tolist())
+        if np.isfinite(areas).all():
+            differences.append(areas[0] - areas[1])
+            variances.append(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    difference = float(np.mean(differences)) if differences else float("nan")
+    variance = float(np.sum(variances)) / max(1, len(variances)) ** 2
+    if not differences or not np.isfinite(variance):
         return PairedDifference(difference, float("nan"), float("nan"), float("nan"))
     error = np.sqrt(max(variance, 0.0))
     # Equal scores differ by nothing, and surely.

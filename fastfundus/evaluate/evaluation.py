@@ -127,11 +127,16 @@ def _keys(labels: Mapping[str, Any]) -> list[str]:
     return [key for key in FIGURE_NAMES if any(entry.get(key) is not None for entry in labels.values())]
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else interval_text(value) if isinstance(value, dict) else f"{value:.3f}"
+def _text(value: Any) -> tuple[str, str]:
+    """A figure and its interval."""
+    if not isinstance(value, dict):
+        return "" if value is None else f"{value:.3f}", ""
+    if value["value"] is None:
+        return "not estimable", ""
+    return f"{value['value']:.3f}", "" if value["low"] is None else f"{value['low']:.3f} to {value['high']:.3f}"
 
 
-def _rows(labels: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+def _rows(labels: Mapping[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
     """Of each output its name, how many photos, and its figures."""
     keys = _keys(labels)
     for name, entry in labels.items():

@@ -55,7 +55,7 @@ def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
             axes.set_ylim(-0.05, max(0.1, 1.1 * share))
             axes.legend(frameon=False, fontsize=8)
 
-    return as_svg(draw, columns=len(shown), width_in=8.4, height_in=2.6)
+    return as_svg(draw, columns=len(shown), width_in=2.9 * len(shown), height_in=2.6)
 
 
 def calibration_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from fastfundus.evaluate.figures import INK
@@ -18,6 +20,9 @@ from fastfundus.records import interval_text
 
 __all__ = ["Group", "write_study_page"]
 
+_WIDTH_IN, _HEIGHT_IN = 3.6, 2.5
+_FALSE = np.linspace(0, 1, 201)
+
 Group = tuple[str, str, float]
 """Task, init, fraction."""
 
@@ -26,7 +31,7 @@ def _shown(row: dict[str, Any]) -> tuple[str, ...]:
     spread = "not estimable" if row["mean"] is None else f"{row['mean']:.3f}"
     if row["sd"] is not None:
         spread += f" ± {row['sd']:.3f}"
-    pooled = interval_text({"value": row["pooled"], "low": row["low"], "high": row["high"]})
+    span = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
     difference = ""
     if row["difference"] is not None:
         ends = {"low": row["difference_low"], "high": row["difference_high"]}
@@ -36,7 +41,7 @@ def _shown(row: dict[str, Any]) -> tuple[str, ...]:
     figure = FIGURE_NAMES.get(row["figure"], "")
     return (
         row["task"], row["output"], figure, f"{row['fraction']:.0%}", row["init"], f"{row['cells']}{failed}", spread,
-        pooled, difference, p,
+        span, difference, p,
     )  # fmt: skip
 
 
@@ -48,7 +53,7 @@ _HEAD = (
     "init",
     "runs",
     "folds, mean ± SD",
-    "every photo once (95 %)",
+    "95 %",
     "to the first init",
     "p (Holm)",
 )
@@ -90,7 +95,8 @@ def write_study_page(
     """
     (output / "table.md").write_text(_markdown(table), encoding="utf-8")
     (output / "table.tex").write_text(_latex(table), encoding="utf-8")
-    pairs = list(table.select("task", "output").unique(maintain_order=True).iter_rows())
+    measured = table.filter(pl.col("mean").is_not_null())
+    pairs = list(measured.select("task", "output").unique(maintain_order=True).iter_rows())
     write_page(
         output / "study.html",
         "evaluate/study.html",
@@ -103,10 +109,20 @@ def write_study_page(
     )
 
 
+def _sensitivities(table: pl.DataFrame, name: str) -> NDArray[np.float64] | None:
+    """A fold's ROC curve at given false-positive rates; None where it lacks a class."""
+    labels = table[f"label_{name}"].to_numpy()
+    if len(set(labels.tolist())) < 2:
+        return None
+    false, true, _ = roc_curve(labels, table[f"p_{name}"].to_numpy())
+    # The highest of the steps that stand at one rate.
+    return np.asarray(true[np.searchsorted(false, _FALSE, side="right") - 1])
+
+
 def _figures(
     table: pl.DataFrame, pooled: dict[Group, pl.DataFrame], study: StudyConfig, task: str, name: str
-) -> list[str]:
-    """Label efficiency, and ROC curves of each fraction."""
+) -> list[tuple[str, float]]:
+    """Label efficiency, and the mean ROC curve of the folds for each fraction; and how wide each is, in inches."""
     mine = table.filter((pl.col("task") == task) & (pl.col("output") == name) & pl.col("mean").is_not_null())
 
     def efficiency(plots: Sequence[Any]) -> None:
@@ -123,8 +139,8 @@ def _figures(
                 capsize=3,
                 label=init,
             )
-        if len(study.fractions) > 1:
-            axes.set_xscale("log")
+        axes.set_xscale("log")
+        axes.set_xlim(study.fractions[0] * 0.8, study.fractions[-1] * 1.25)
         axes.set_xticks(study.fractions, [f"{fraction:.0%}" for fraction in study.fractions])
         axes.minorticks_off()
         said = FIGURE_NAMES[mine["figure"][0]] if len(mine) else ""
@@ -137,15 +153,16 @@ def _figures(
             for ink, init in zip(INK * len(study.inits), study.inits, strict=False):
                 whole = pooled[(task, init, fraction)]
                 known = whole.filter(pl.col(f"label_{name}").is_not_null()) if len(whole) else whole
-                if len(known) and known[f"label_{name}"].n_unique() > 1:
-                    false, true, _ = roc_curve(known[f"label_{name}"].to_numpy(), known[f"p_{name}"].to_numpy())
-                    axes.plot(false, true, color=ink, label=init, linewidth=1.2)
+                of_folds = [_sensitivities(part, name) for part in known.partition_by("fold")] if len(known) else []
+                if usable := [values for values in of_folds if values is not None]:
+                    axes.plot(np.r_[0, _FALSE], np.r_[0, np.mean(usable, axis=0)], color=ink, linewidth=1.2)
             axes.set(title=f"{fraction:.0%} of the labels", aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
             axes.title.set_fontsize(9)
         plots[0].set(xlabel="1 - specificity", ylabel="sensitivity")
 
-    figures = [as_svg(efficiency, columns=1, width_in=4.4, height_in=2.7)]
+    figures = [(as_svg(efficiency, columns=1, width_in=_WIDTH_IN, height_in=_HEIGHT_IN), _WIDTH_IN)]
     if "dice" not in mine["figure"].to_list():
-        count = len(study.fractions)
-        figures.append(as_svg(curves, columns=count, width_in=max(2.6 * count, 3.2), height_in=2.7))
+        width = 2.3 * len(study.fractions)
+        svg = as_svg(curves, columns=len(study.fractions), width_in=width, height_in=_HEIGHT_IN)
+        figures.append((svg, width))
     return figures

@@ -3,9 +3,11 @@
 The figure is AUROC; of vessels, the mean Dice of photos.
 
 cells.csv   a row a cell and output: the figure on its test fold, or why there is none
-table.csv   a row a task, init, fraction and output: mean and SD over folds and seeds; the figure of every photo once,
-            with its patient-clustered interval; the paired difference to the first init, p-values adjusted over the
-            study
+table.csv   a row a task, init, fraction and output: mean and SD over folds and seeds; `value`, the mean over folds of
+            the scores averaged over seeds, with its patient-clustered interval; the paired difference to the first
+            init, p-values adjusted over the study
+
+Scores of different folds are of different models: areas are taken within folds, never across them.
 table.md    the same to read; table.tex for LaTeX; study.html with label-efficiency and ROC curves
 """
 
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastfundus.evaluate.bootstrap import Interval, PatientBootstrap
+from fastfundus.evaluate.bootstrap import Floats, Interval, PatientBootstrap
 from fastfundus.evaluate.compare import PairedDifference, compare_areas, compare_means, holm
 from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.evaluate.metrics import auroc, mean_with_interval
@@ -33,7 +35,7 @@ _COLUMNS = {
     "task": pl.String, "init": pl.String, "fraction": pl.Float64, "output": pl.String, "figure": pl.String,
     "cells": pl.Int64,
     "failed": pl.Int64, "mean": pl.Float64, "sd": pl.Float64, "photos": pl.Int64, "patients": pl.Int64,
-    "pooled": pl.Float64, "low": pl.Float64, "high": pl.Float64, "difference": pl.Float64, "difference_low": pl.Float64,
+    "value": pl.Float64, "low": pl.Float64, "high": pl.Float64, "difference": pl.Float64, "difference_low": pl.Float64,
     "difference_high": pl.Float64, "p": pl.Float64, "p_holm": pl.Float64,
 }  # fmt: skip
 
@@ -78,24 +80,27 @@ def _cells(results: Sequence[CellResult]) -> pl.DataFrame:
 
 
 def _pooled(results: Sequence[CellResult]) -> pl.DataFrame:
-    """Every tested photo once a seed, by the model that has not seen its patient; scores averaged over seeds."""
+    """Every tested photo once, by the models that have not seen its patient: scores averaged over seeds."""
     parts = [
-        pl.read_parquet(result.path / "predictions.parquet").filter(pl.col("split") == "test") for result in results
+        pl.read_parquet(result.path / "predictions.parquet")
+        .filter(pl.col("split") == "test")
+        .with_columns(fold=pl.lit(result.cell.fold))
+        for result in results
     ]
     if not parts:
         return pl.DataFrame()
     keys = ["path", "sha256", "patient"]
     table = pl.concat(parts)
-    return table.group_by(keys, maintain_order=True).agg(
+    return table.group_by([*keys, "fold"], maintain_order=True).agg(
         pl.col(name).mean() for name in table.columns if name.startswith(("label_", "p_")) or name == "dice"
     )
 
 
 def _outputs(pooled: dict[Group, pl.DataFrame], key: Group) -> list[str]:
-    """Names of the outputs of a task: of any of its groups, since this one may have failed."""
+    """Names of a task's outputs: of any of its groups, as this one may have failed; one without a name if all have."""
     tables = [table for (task, _, _), table in pooled.items() if task == key[0] and len(table)]
     if not tables:
-        return []
+        return [""]
     names = [name.removeprefix("p_") for name in tables[0].columns if name.startswith("p_")]
     return names or ["vessel"]
 
@@ -123,17 +128,20 @@ def _row(
 def _areas(table: pl.DataFrame, other: pl.DataFrame, name: str) -> dict[str, Any]:
     known = table.filter(pl.col(f"label_{name}").is_not_null())
     scores, labels = known[f"p_{name}"].to_numpy(), known[f"label_{name}"].to_numpy()
-    patients = known["patient"].to_list()
-    order = np.argsort(scores, kind="stable")
-    area = PatientBootstrap(patients).intervals(
-        lambda weights: {"auroc": auroc(scores[order], labels[order], weights)}, order
-    )["auroc"]
+    folds = [np.flatnonzero(known["fold"].to_numpy() == fold) for fold in known["fold"].unique().sort()]
+
+    def statistics(weights: Floats) -> dict[str, Floats]:
+        areas = np.stack([auroc(scores[part], labels[part], weights[:, part]) for part in folds])
+        estimable = np.isfinite(areas).sum(axis=0)
+        return {"auroc": np.nansum(areas, axis=0) / np.where(estimable, estimable, np.nan)}
+
+    area = PatientBootstrap(known["patient"].to_list()).intervals(statistics)["auroc"]
     row = {"figure": "auroc", **_described(known, area)}
     if len(other):
         both = known.join(other, on=["path", "sha256"], how="inner", suffix="_first")
         found = compare_areas(
             both[f"p_{name}"].to_numpy(), both[f"p_{name}_first"].to_numpy(), both[f"label_{name}"].to_numpy(),
-            both["patient"].to_list(),
+            both["patient"].to_list(), both["fold"].to_numpy(),
         )  # fmt: skip
         row |= _difference(found)
     return row
@@ -154,7 +162,7 @@ def _dice(table: pl.DataFrame, other: pl.DataFrame) -> dict[str, Any]:
 
 def _described(table: pl.DataFrame, found: Interval) -> dict[str, Any]:
     return {"photos": len(table), "patients": table["patient"].n_unique()} | _finite(
-        pooled=found.value, low=found.low, high=found.high
+        value=found.value, low=found.low, high=found.high
     )
 
 

@@ -22,6 +22,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.errors import CheckpointError, ConfigError, FastFundusError
 from fastfundus.models.classifier import set_training, uses_channels_last
+from fastfundus.train.ancestry import note_ancestry
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
 from fastfundus.train.distributed import World
 from fastfundus.train.feed import balanced_order, epoch_order, parts_of
@@ -105,7 +106,7 @@ def train(
     else:
         world.wait()
         if world.leads:
-            _begin(output, config, problem, device)
+            _begin(output, config, problem, device, observer)
         numbers = f"{config.loop.amp_dtype} AMP" if config.loop.amp else "float32"
         observer.say(
             f"{config.model.backbone} {init}; {numbers}, {'channels-last' if channels_last else 'channels-first'}"
@@ -254,11 +255,17 @@ def _compile_mode(config: TrainConfig, device: torch.device, world: World, obser
     return mode
 
 
-def _begin(output: Path, config: TrainConfig, problem: Problem, device: torch.device) -> None:
+def _begin(output: Path, config: TrainConfig, problem: Problem, device: torch.device, observer: Observer) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(to_toml(config.to_dict()))
     (output / "environment.json").write_text(json.dumps(describe_environment(device), indent=1) + "\n")
     problem.splits.write_parquet(output / "splits.parquet")
+    known = note_ancestry(output, config.model.init, problem.splits)
+    if known:
+        observer.say(
+            f"WARNING: {known} test photos were learned from by {config.model.init}, where this run starts: its "
+            "results will be too good; keep patients apart: fastfundus cache split --holdout"
+        )
 
 
 def _record(output: Path, history: list[dict[str, float]], events: Any) -> None:

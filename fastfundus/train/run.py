@@ -2,6 +2,7 @@
 
 config.toml          the resolved configuration
 splits.parquet       path, sha256, patient, label_<output>, split of every photo that took part
+learned_before.parquet  see `train.ancestry`
 metrics.csv          a line an epoch
 best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
 last.ckpt            everything that resuming needs

@@ -58,6 +58,25 @@ def test_no_difference_is_found_as_often_as_promised() -> None:
     assert 3 <= sum(found) <= 27
 
 
+def test_folds_are_compared_within_themselves() -> None:
+    """Two folds whose models are equally good, and calibrated apart: ranked together, they would look worse."""
+    rng = np.random.default_rng(3)
+    labels = (rng.uniform(size=400) < 0.5).astype(float)
+    folds, patients = np.repeat([0, 1], 200), [str(n) for n in range(400)]
+    first = rng.normal(labels, 1.0)
+    second = first + 3 * folds
+    assert compare_areas(second, first, labels, patients).difference < -0.05
+    found = compare_areas(second, first, labels, patients, folds)
+    assert (found.difference, found.p) == (0, 1)
+    noisy = first + rng.normal(0, 1, 400)
+    whole, parts = (compare_areas(first, noisy, labels, patients, strata) for strata in (None, folds))
+    assert parts.high - parts.low == pytest.approx(whole.high - whole.low, rel=0.1), "as many photos tell as much"
+    # A fold of one class says nothing of areas.
+    one_class = np.where(folds == 1, 1.0, labels)
+    alone = compare_areas(first[:200], noisy[:200], labels[:200], patients[:200])
+    assert compare_areas(first, noisy, one_class, patients, folds) == alone
+
+
 def test_a_difference_is_found_and_has_its_sign() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.uniform(size=400) < 0.5).astype(float)

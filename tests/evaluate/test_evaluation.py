@@ -105,7 +105,7 @@ def test_the_page_shows_what_the_file_says(trained: Trained, cache: PhotoCache, 
     assert result.exit_code == 0, result.output
     page, document = (tmp_path / "evaluation.html").read_text(), json.loads((tmp_path / "metrics.json").read_text())
     entry = document["labels"]["abnormal"]["auroc"]
-    assert f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})" in page
+    assert f'<td>{entry["value"]:.3f}<br><span class="count">{entry["low"]:.3f} to {entry["high"]:.3f}<' in page
     assert page.count("<svg") == 3
     for said in ("Told apart", "Are its probabilities true?", "By eye", "Against", document["lock"][:12]):
         assert said in page

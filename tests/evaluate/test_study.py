@@ -104,19 +104,24 @@ def test_the_grid_is_complete_and_failures_are_named(done: Path) -> None:
 def test_comparisons_are_of_the_same_photos(done: Path) -> None:
     def pooled(init: str) -> pl.DataFrame:
         files = sorted((done / "cells" / "eyes" / init / "1").rglob("predictions.parquet"))
-        return pl.concat([pl.read_parquet(file).filter(pl.col("split") == "test") for file in files]).sort("path")
+        tables = [pl.read_parquet(file).with_columns(fold=fold) for fold, file in enumerate(files)]
+        return pl.concat([table.filter(pl.col("split") == "test") for table in tables]).sort("path")
 
     first, second = pooled("fundus"), pooled("scratch")
     assert first["path"].to_list() == second["path"].to_list()
     assert first["path"].n_unique() == 36
     found = compare_areas(
         first["p_abnormal"].to_numpy(), second["p_abnormal"].to_numpy(), first["label_abnormal"].to_numpy(),
-        first["patient"].to_list(),
+        first["patient"].to_list(), first["fold"].to_numpy(),
     )  # fmt: skip
     row = pl.read_csv(done / "table.csv").row(
         by_predicate=(pl.col("init") == "fundus") & (pl.col("fraction") == 1.0) & (pl.col("task") == "eyes"), named=True
     )
     assert row["difference"] == pytest.approx(found.difference)
+    cells = pl.read_csv(done / "cells.csv").filter((pl.col("task") == "eyes") & (pl.col("fraction") == 1.0))
+    means = dict(cells.group_by("init").agg(pl.col("value").mean()).iter_rows())
+    assert row["difference"] == pytest.approx(means["fundus"] - means["scratch"]), "within folds"
+    assert row["low"] < row["value"] == pytest.approx(means["fundus"])
     assert row["p"] == pytest.approx(found.p)
     assert row["p_holm"] >= row["p"]
     assert row["photos"] == 36
@@ -252,6 +257,21 @@ def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path
     after = load_file(cell / "best.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert (output / "table.csv").read_bytes() == (done / "table.csv").read_bytes()
+
+
+def test_photos_that_were_learned_upstream_are_no_external_test(done: Path, caches: Path, tmp_path: Path) -> None:
+    cell = done / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold0"
+    result = run("evaluate", cell, caches / "upstream", "--output", tmp_path / "external")
+    splits = pl.read_parquet(done / "upstream" / "fundus" / "splits.parquet")
+    learned = int(splits["split"].is_in(["train", "val"]).sum())
+    assert f"external photos ({learned} left out: the run learned from them)" in result.output
+    # Trained on the patients of its upstream run, by hand: said when it begins, and with every result.
+    again = ("--init", done / "upstream" / "fundus", "--backbone", "test_resnet", "--epochs", "1")
+    result = run("train", caches / "upstream", "--output", tmp_path / "run", "--fold", "1", *again)
+    assert result.exit_code == 0, result.output
+    assert "test photos were learned from by" in result.output
+    result = run("evaluate", tmp_path / "run", caches / "upstream", "--output", tmp_path / "own")
+    assert "too good" in result.output
 
 
 def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> None:
