@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastfundus.data import PhotoCache
 from fastfundus.errors import ConfigError
+from fastfundus.evaluate import explain
 from fastfundus.evaluate.explain import Explainer, faithfulness, points_at
 from fastfundus.evaluate.sheets import OUTCOMES, outcome_rows
 from fastfundus.models.cam import grad_cam, split
@@ -50,6 +51,40 @@ def test_maps_equal_torchs_own_derivatives(name: str) -> None:
     for label in range(3):
         expected = by_autograd(network, maps, label, lambda maps: network.forward_head(back(maps)))
         torch.testing.assert_close(heat[:, label], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("resnet18", "layer4"), ("convnext_atto", "stages")])
+def test_maps_equal_captums(name: str, layer: str) -> None:
+    from captum.attr import LayerGradCam
+
+    torch.manual_seed(0)
+    network: Any = timm.create_model(name, num_classes=3).eval()
+    inputs = torch.randn(2, 3, SIZE, SIZE)
+    cut = split(network, inputs)
+    heat = grad_cam(cut.features, cut.head, cut.as_maps)
+    for label in range(3):
+        expected = LayerGradCam(network, getattr(network, layer)).attribute(
+            inputs, target=label, relu_attributions=True
+        )
+        torch.testing.assert_close(heat[:, label], expected[:, 0].detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_occlusion_equals_captums(trained: Trained, cache: PhotoCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a grid that divides the photo, covered with the colour that we cover with."""
+    from captum.attr import Occlusion
+
+    monkeypatch.setattr(explain, "CELLS", 8)
+    explainer = Explainer(Run.open(trained.run), "occlusion")
+    photo, cell = np.array(cache.photos[:1]), cache.photos.shape[1] // 8
+    covered = np.tile(explain._typical(photo[0]), (1, 64, 64, 1))
+    found = Occlusion(explainer._network).attribute(
+        explainer._inputs(photo), target=0, sliding_window_shapes=(3, cell, cell), strides=(3, cell, cell),
+        baselines=explainer._inputs(covered),
+    )  # fmt: skip
+    expected = found[0, 0, ::cell, ::cell].clamp(min=0).float()
+    ours = torch.from_numpy(explainer.explain(photo).heat[0, 0])
+    assert ours.max() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_tokens_of_a_transformer_make_maps() -> None:
