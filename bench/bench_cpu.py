@@ -1,6 +1,4 @@
-"""CPU stages, each alone: drawing, inferring. Peers stand in the same group, and in the same run.
-
-Preparing and sampling have benches of their own, `bench_prepare` and `bench_sample`.
+"""Drawing synthetic photos. Everything else has benches of its own.
 
     make bench                      timed
     make test                       once each, tiny, to see that they still work

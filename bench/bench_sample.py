@@ -1,7 +1,7 @@
 """`sample` on one core against its peers, all in turns in one run.
 
-    python -m bench.bench_sample        timed, at 512 px; writes bench/results
-    make test                           once, tiny, to see that it still works
+    python -m pytest bench/bench_sample.py --benchmark-enable --benchmark-json=FILE     timed
+    make test                                                                           once, tiny
 
 Augmenting ends with normalised float32 (or what a peer's row says) for the model; bringing a camera file to 512 px
 begins with decoded pixels.
@@ -9,19 +9,19 @@ begins with decoded pixels.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from torchvision.transforms import v2
 
 from bench.gpu_suite import make_case, torchvision_chain
-from bench.paired import environment, pinned_to, run_in_turns
+from bench.harness import Case, Clock, Limit, Variant, compare
+from bench.paired import pinned_to
 from fastfundus.config import AugmentConfig
 from fastfundus.kernels import host, reference
 from fastfundus.kernels.ops import sample, sample_ragged
@@ -29,11 +29,60 @@ from fastfundus.photo.memory import keep_memory
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch
 
-PACKAGES = ("torch", "torchvision", "opencv-python-headless", "numpy")
+LEVEL = 1 / 58
+"""Of the normalised output: one grey level."""
 
 
-def augmenting(size: int, count: int) -> dict[str, Callable[[], object]]:
-    """Training's augmentation of `count` photos; checked against the reference before it is timed."""
+def copy_limit(count: int) -> Limit:
+    """The time that a core takes to read and write so many bytes, half of them each."""
+    source, target = np.zeros(32 << 20, np.uint8), np.zeros(32 << 20, np.uint8)
+    clock = Clock()
+    ms = min(clock.time(lambda: np.copyto(target, source))[0] for _ in range(8))
+    return Limit("copying as many bytes", ms * count / (64 << 20))
+
+
+def albumentations_chain() -> Any:
+    """Albumentations' changes of the same kind, photo by photo."""
+    # It looks for a newer version of itself on the network otherwise.
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations as A
+
+    near = (0.85, 1.15)
+    return A.Compose(
+        [
+            A.Affine(scale=(1.0, 1.25), rotate=(-15, 15), p=1.0),
+            A.HorizontalFlip(p=0.5),
+            A.ColorJitter(near, near, near, (-6 / 360, 6 / 360), p=1.0),
+            A.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def first(images: Any) -> np.ndarray:
+    """What a variant made, as float32 [N, H, W, 3]."""
+    if isinstance(images, torch.Tensor):
+        return images.float().permute(0, 2, 3, 1).numpy()
+    return np.stack([np.asarray(image, np.float32) for image in images])
+
+
+def farthest(got: Any, want: Any) -> float:
+    """Largest difference."""
+    return float(np.abs(first(got) - first(want)).max())
+
+
+def on_average(got: Any, want: Any) -> float:
+    """Mean difference: who rounds to grey levels in between is off by half of one."""
+    return float(np.abs(first(got) - first(want)).mean())
+
+
+def in_the_mean(got: Any, want: Any) -> float:
+    """Difference of the means: who draws changes of its own."""
+    got, want = first(got), first(want)
+    return float(abs(got.mean() - want.mean())) if got.shape == want.shape else float("inf")
+
+
+def augmenting(size: int, count: int) -> tuple[Case, list[Variant]]:
+    """Training's augmentation of `count` photos; ours is checked against the specification before it is timed."""
     spec = PreprocessSpec(size=size)
     images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
     geometry, colour = map(torch.from_numpy, draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=0))
@@ -57,18 +106,28 @@ def augmenting(size: int, count: int) -> dict[str, Callable[[], object]]:
     place = torch.arange(count) * 3 * size * size, torch.tensor([[size, size]] * count, dtype=torch.int32)
     want = reference.sample(images.view(-1), *place, geometry, colour, size, torch.float32)
     assert (sample(images, geometry, colour, size) - want).abs().max() < 1e-3
-    # One grey level is 1/58 of the output: OpenCV rounds to whole ones in between.
-    assert np.abs(opencv() - want.permute(0, 2, 3, 1).numpy()).mean() < 0.5 / 58
-    return {
-        "FastFundus, float32": lambda: sample(images, geometry, colour, size),
-        "FastFundus, bfloat16": lambda: sample(images, geometry, colour, size, torch.bfloat16),
-        "OpenCV, warpAffine + transform": opencv,
-        "torchvision v2, photo by photo": lambda: torch.stack([chain(image) for image in planes]),
-        "torchvision v2, one draw for the batch": lambda: chain(planes),
-    }
+    bytes_ = count * 15 * size * size
+    case = Case(
+        f"augment at {size} px", f"{count} photos uint8 [{size}, {size}, 3] to float32", count, bytes_,
+        "3 bytes read and 12 written for each pixel", limit=copy_limit(bytes_),
+    )  # fmt: skip
+    albumentations = albumentations_chain()
+    return case, [
+        Variant("FastFundus, float32", lambda: sample(images, geometry, colour, size), True),
+        Variant("FastFundus, bfloat16", lambda: sample(images, geometry, colour, size, torch.bfloat16),
+                tolerance=2e-2, distance=farthest),
+        Variant("OpenCV, warpAffine + transform", opencv, False, "the same matrices, whole grey levels in between",
+                0.5 * LEVEL, on_average),
+        Variant("Albumentations, photo by photo", lambda: [albumentations(image=image)["image"] for image in arrays],
+                False, "one affine change, OpenCV inside", 0.5, in_the_mean),
+        Variant("torchvision v2, photo by photo", lambda: torch.stack([chain(image) for image in planes]),
+                False, "on uint8 until the end", 0.5, in_the_mean),
+        Variant("torchvision v2, one draw for the batch", lambda: chain(planes), False, "on uint8 until the end",
+                0.5, in_the_mean),
+    ]  # fmt: skip
 
 
-def minifying(height: int, width: int, size: int, count: int) -> dict[str, Callable[[], object]]:
+def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, list[Variant]]:
     """The middle square of decoded camera files, brought to `size` with exact areas."""
     case = make_case("", height, width, count, size, torch.float32, turned=False)
     colour = torch.eye(3, 4).repeat(count, 1, 1)
@@ -83,44 +142,44 @@ def minifying(height: int, width: int, size: int, count: int) -> dict[str, Calla
     def opencv() -> list[np.ndarray]:
         return [cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA) for square in squares]
 
-    ours = sample_ragged(*given).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours - np.stack(opencv())).max() < 0.51
-    return {
-        "FastFundus": lambda: sample_ragged(*given),
-        "OpenCV, INTER_AREA": opencv,
-        "torchvision v2, Resize": lambda: [resize(image) for image in planes],
-    }
+    bytes_ = count * (3 * side * side + 12 * size * size)
+    about = Case(
+        f"{width}x{height} to {size} px", f"{count} decoded photos, their middle squares", count, bytes_,
+        "3 bytes read for each pixel of the square, 12 written for each of the output", limit=copy_limit(bytes_),
+    )  # fmt: skip
+    return about, [
+        Variant("FastFundus", lambda: sample_ragged(*given), True),
+        # To whole grey levels.
+        Variant("OpenCV, INTER_AREA", opencv, False, "exact areas", 0.51, farthest),
+        Variant("torchvision v2, Resize", lambda: torch.stack([resize(image) for image in planes]), False,
+                "antialias, a triangle twice as wide as the box: another filter", 12.0, on_average),
+    ]  # fmt: skip
 
 
-def measure(size: int, count: int, camera: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Everything, as plain data."""
+@pytest.fixture(autouse=True)
+def _one_core() -> Iterator[None]:
+    """Time one core, whatever the machine has."""
     loaded = host.load()
     assert loaded.library is not None, loaded.reason
     keep_memory()
+    threads = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    few = max(2, count // 4)
     with pinned_to(1):
-        parts = {
-            f"augment at {size} px": run_in_turns(augmenting(size, count), count, rounds),
-            f"{camera[1]}x{camera[0]} to {size} px": run_in_turns(minifying(*camera, size, few), few, rounds),
-        }
-    return {"photos": count, "rounds": rounds, "parts": parts}
-
-
-def test_sample_bench_runs() -> None:
-    """Once, tiny: the checks in it hold."""
-    threads = cv2.getNumThreads(), torch.get_num_threads()
-    result = measure(64, 2, (90, 140), 1)
+        yield
     cv2.setNumThreads(threads[0])
     torch.set_num_threads(threads[1])
-    assert [len(rows) for rows in result["parts"].values()] == [5, 3]
-    assert all(row["ms"] > 0 for rows in result["parts"].values() for row in rows.values())
 
 
-if __name__ == "__main__":
-    result = {**environment(PACKAGES), **measure(512, 16, (2592, 3872), 9)}
-    target = Path(__file__).parent / "results" / f"sample_cpu_{time.strftime('%Y%m')}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["parts"], indent=1))
+@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+def test_augment(benchmark: Any) -> None:
+    """Crop, turn, mirror, tint, normalise."""
+    case, variants = augmenting(*((64, 2) if benchmark.disabled else (512, 16)))
+    assert len(compare(case, variants, rounds=9, benchmark=benchmark)["variants"]) == 6
+
+
+def test_minify(benchmark: Any) -> None:
+    """A camera's photo brought to the model's size."""
+    case, variants = minifying(*((90, 140, 64, 2) if benchmark.disabled else (2592, 3872, 512, 4)))
+    assert len(compare(case, variants, rounds=9, benchmark=benchmark)["variants"]) == 3

@@ -94,7 +94,7 @@ def main() -> None:
         ("convnext_tiny", 224, 256),
         ("vit_small_patch16_224", 224, 256),
     ]
-    run_cases("engine", measure, cases, ("resnet10t", 32, 4))
+    run_cases("engine", measure, cases, ("test_resnet", 32, 4))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: the kernel tests, the CUDA twin, and what the kernels reach of the
 # copy bandwidth; training steps and engines, where timm and onnx are installed. Needs torch >= 2.11, Triton >= 3.6, nvcc,
-# NumPy, OpenCV and pytest; no network, no installation.
+# NumPy, OpenCV and pytest; no network, no installation. Ends with one table, and one JSON of all of it.
 #
 #     bench/gpu_suite.sh [OUTPUT]         OUTPUT is a folder, default $OUT or bench/results
 #     bench/gpu_suite.sh --dry-run [OUTPUT]   tiny shapes, Triton interpreted, no GPU: does the suite itself work?
@@ -29,9 +29,11 @@ fi
 TRITON_INTERPRET=$([[ ${#dry[@]} == 0 ]] && echo 0 || echo 1) \
   "$python" -m bench.gpu_suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output"
 if "$python" -c "import timm, onnx" 2>/dev/null; then
-  "$python" -m bench.gpu_train "${dry[@]}" --output "$output"
-  "$python" -m bench.gpu_engine "${dry[@]}" --output "$output"
+  # What does not end well is missing in the table, and the rest stands.
+  "$python" -m bench.gpu_train "${dry[@]}" --output "$output" || echo "training could not be measured"
+  "$python" -m bench.gpu_engine "${dry[@]}" --output "$output" || echo "engines could not be measured"
 else
   echo "training and engines are left out: timm or onnx is not installed"
 fi
+"$python" -m bench.gpu_table "$output"
 exit "$tests"

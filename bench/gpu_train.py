@@ -214,7 +214,7 @@ def main() -> None:
         for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224")
         for size, batch in ((224, 256), (512, 64), (1024, 16))
     ]
-    run_cases("train", measure, cases, ("resnet18", 32, 4))
+    run_cases("train", measure, cases, ("test_resnet", 32, 4))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.case_tables import cost_table, loader_table, sample_table, targets_table
 from bench.screen_tables import fleet_table, screen_table
 from bench.study_table import study_table
 from fastfundus.records import interval_text
@@ -28,7 +29,10 @@ ROWS = (("test_draw_1024", "draw a synthetic photo, 1024 px, one core", 1),)
 def condense(raw: dict[str, Any]) -> dict[str, Any]:
     """Keep what identifies the run, and medians with their spread."""
     cpu = raw["machine_info"]["cpu"]
-    packages = ("torch", "torchvision", "openvino", "opencv-python-headless", "simplejpeg", "numpy", "pillow")
+    packages = (
+        "torch", "torchvision", "timm", "albumentations", "nvidia-dali-cuda130", "opencv-python-headless", "numpy",
+        "pillow",
+    )  # fmt: skip
     return {
         "date": raw["datetime"][:10],
         "commit": raw["commit_info"]["id"][:12] + ("-dirty" if raw["commit_info"]["dirty"] else ""),
@@ -37,7 +41,9 @@ def condense(raw: dict[str, Any]) -> dict[str, Any]:
         "seconds": {
             entry["name"]: {key: entry["stats"][key] for key in ("median", "iqr", "rounds")}
             for entry in raw["benchmarks"]
+            if not entry["extra_info"].get("case")
         },
+        "cases": [entry["extra_info"] for entry in raw["benchmarks"] if entry["extra_info"].get("case")],
     }
 
 
@@ -79,27 +85,6 @@ def prepare_table(result: dict[str, Any]) -> str:
         "`make bench-prepare` repeats it.",
     ]
     return "\n".join(lines)
-
-
-def sample_table(result: dict[str, Any]) -> str:
-    """Rates and ratios of sampling on one core, as Markdown."""
-    lines = ["| one core | photos/s | |", "|---|---|---|"]
-    for part, rows in result["parts"].items():
-        ours = next(iter(rows.values()))["ms"]
-        for name, row in rows.items():
-            told = f"{row['ms'] / ours:.1f} x the time" if row["ms"] != ours else ""
-            mark = "**" if row["ms"] == ours else ""
-            lines.append(f"| {part}: {mark}{name}{mark} | {1000 / row['ms']:.0f} | {told} |")
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"In turns in one run, medians of {result['rounds']} rounds of {result['photos']} photos. "
-            f"{result['date']}, {result['machine']['cpu']}, commit {result['commit']}; {versions}. `make bench-sample` "
-            "repeats it.",
-        ]
-    )
 
 
 def train_table(result: dict[str, Any]) -> str:
@@ -325,7 +310,9 @@ def draw() -> None:
     )
     for file, marker, source, table in [
         (README, "speed", RESULTS / "cpu_*.json", speed_table),
-        (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
+        (README, "sample", RESULTS / "cpu_*.json", sample_table),
+        (README, "loader", RESULTS / "cpu_*.json", loader_table),
+        (README, "cost", RESULTS / "cost_cpu_*.json", cost_table),
         (README, "prepare", RESULTS / "prepare_cpu_*.json", prepare_table),
         (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
         (README, "train", RESULTS / "train_cpu_*.json", train_table),
@@ -341,9 +328,14 @@ def draw() -> None:
     ]:
         files = sorted(source.parent.glob(source.name))
         if files:
-            begin, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
-            before, rest = file.read_text().split(begin)
-            file.write_text(before + begin + table(json.loads(files[-1].read_text())) + end + rest.split(end)[1])
+            _put(file, marker, table(json.loads(files[-1].read_text())))
+    _put(README, "targets", targets_table(RESULTS))
+
+
+def _put(file: Path, marker: str, text: str) -> None:
+    begin, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
+    before, rest = file.read_text().split(begin)
+    file.write_text(before + begin + text + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

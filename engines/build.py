@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from fastfundus.engines.archive import is_archive, pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.export import ScreeningModel, export_onnx
@@ -103,6 +106,7 @@ def build_bundle(
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
             "graph_difference": trials.graph_difference,
+            "gflop": _gflop(model, spec.size),
             "built_on": _machine(module.PACKAGE),
             "provenance": provenance,
         }
@@ -145,6 +149,14 @@ def _refusal(tried: list[ParityReport], file: Path) -> str:
         hint = f"; build with --precision {report.precision}" if report.passed else ""
         lines.append(f"tried instead: {report}{hint}")
     return "\n".join([*lines, f"{file} has the figures"])
+
+
+def _gflop(model: ScreeningModel, size: int) -> float:
+    """Of one photo, 10^9; a product and a sum are two."""
+    photo = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(photo)
+    return counter.get_total_flops() / 1e9
 
 
 def _machine(package: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import click
 
 from fastfundus import __version__
 from fastfundus.cli.audit import audit
+from fastfundus.cli.bench import bench
 from fastfundus.cli.build_engine import build_engine
 from fastfundus.cli.cache import cache
 from fastfundus.cli.convert import convert
@@ -74,6 +75,7 @@ for command in (
     audit,
     serve,
     export_triton,
+    bench,
     doctor,
     synthesize,
 ):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_suite, gpu_train
+from bench import gpu_suite, gpu_table, gpu_train
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,12 @@ def suite(*arguments: str | Path, **surroundings: str) -> subprocess.CompletedPr
 def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     done = suite("--dry-run", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("kernels_dry_run_*.json")
-    result = json.loads(path.read_text())
+    (path,) = tmp_path.glob("*.json")
+    assert path.name.startswith("gpu_dry_run_")
+    whole = json.loads(path.read_text())
+    result = whole["kernels"]
+    assert done.stdout.count("\n| triton: ") == 6
+    assert "not measured" not in done.stdout
     assert result["dry_run"] is True
     assert result["tests"]["tests"] > 20
     assert {result["tests"][name] for name in ("failures", "errors", "skipped")} == {0}
@@ -41,14 +45,12 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert result["cuda"] == {}
     assert result["peers"]["torchvision v2"]["photos_per_s"] > 0
     assert result["dali"]["hw_decoder_load 0.0"]["photos_per_s"] > 0
-    (path,) = tmp_path.glob("train_dry_run_*.json")
-    (part,) = json.loads(path.read_text())["parts"]
+    (part,) = whole["train"]["parts"]
     assert len(part["images_per_s"]) == 4
     assert all(rate > 0 for rate in part["images_per_s"].values())
     rates = part["images_per_s"]
     assert part["overlap"][gpu_train.PINNED] == rates[gpu_train.PINNED] / rates[gpu_train.COMPILED]
-    (path,) = tmp_path.glob("engine_dry_run_*.json")
-    (part,) = json.loads(path.read_text())["parts"]
+    (part,) = whole["engine"]["parts"]
     assert len(part["images_per_s"]) == 4
     assert max(part["largest_difference"].values()) < 0.05
 
@@ -56,7 +58,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
 def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
     """torch, Triton, timm, NumPy, OpenCV and pytest are all that there is."""
     absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
-    programs = "bench.gpu_suite, bench.gpu_train, bench.gpu_engine"
+    programs = "bench.gpu_suite, bench.gpu_train, bench.gpu_engine, bench.gpu_table"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {programs}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -89,6 +91,15 @@ def test_a_wrong_result_has_no_time() -> None:
     right = gpu_suite.report(case, {"ms": 1.0}, wrong=0.0, copy=100.0)
     assert right["gb_per_s"] == pytest.approx((case.source_bytes + case.output_bytes) / 1e6)
     assert right["share_of_copy"] == pytest.approx(right["limit_ms"])
+
+
+def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
+    (tmp_path / "kernels_h200_202611.json").write_text("{}")
+    (tmp_path / "train_h100_202610.json").write_text("{}")
+    with pytest.raises(SystemExit, match="parts of different runs"):
+        gpu_table.merged(tmp_path)
+    with pytest.raises(SystemExit, match="holds no kernels"):
+        gpu_table.merged(tmp_path / "nowhere")
 
 
 def test_a_crashed_test_run_is_no_success(tmp_path: Path) -> None:

@@ -1,0 +1,258 @@
+"""Feeding training: augmented, normalised batches from JPEG files or a cache, against the loaders people use.
+
+    python -m pytest bench/bench_loader.py --benchmark-enable --benchmark-json=FILE     timed
+    make test                                                                           once, tiny
+
+Files are squares around the field, twice as wide as what the model takes, as others prepare them once by hand; that
+favours those who read files: a camera's are ten times as wide.
+All cores; a worker a core where there are workers. The result that is compared is mean and spread of an epoch's
+channels: every loader draws its own changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from bench.harness import Case, Variant, compare
+from fastfundus.config import TrainConfig
+from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.stream import CameraPhoto, CameraStream
+from fastfundus.data import PhotoCache, build_cache, list_photos
+from fastfundus.photo.memory import keep_memory
+from fastfundus.photo.prepare import prepare_photo
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import write_dataset
+from fastfundus.train.augment import draw_epoch
+from fastfundus.train.feed import PhotoFeed, epoch_order, one_ahead
+
+BATCH = 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCALE, TURN, TINT, HUE = (0.64, 1.0), 15, 0.15, 6 / 360
+# Of a synthetic set's channels, in units of the normalised input: which crops were drawn moves them by a tenth.
+TOLERANCE = 0.25
+Batches = Iterable[torch.Tensor]
+
+
+def told(batches: Batches, photos: int) -> np.ndarray:
+    """Mean and spread of each channel over an epoch; endless if photos were lost."""
+    count, sums, squares = 0, torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
+    for batch in batches:
+        assert batch.shape[1] == 3, batch.shape
+        count += len(batch)
+        # A part of each is enough, and does not become a measurement of itself.
+        some = batch[:, :, ::8, ::8].double()
+        sums += some.mean((2, 3)).sum(0)
+        squares += some.square().mean((2, 3)).sum(0)
+    if count < photos // BATCH * BATCH:
+        return np.full(6, np.inf)
+    mean = sums / count
+    return torch.cat([mean, (squares / count - mean.square()).sqrt()]).numpy()
+
+
+class Files(Dataset[torch.Tensor]):
+    """JPEG files, read and changed by a function."""
+
+    def __init__(self, paths: list[Path], read: Callable[[Path], torch.Tensor]) -> None:
+        self._paths, self._read = paths, read
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._read(self._paths[index])
+
+
+def workers_of(files: Files) -> Callable[[], Batches]:
+    """Epochs of a DataLoader that keeps its workers."""
+    loader = DataLoader(
+        files, BATCH, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
+    )
+    return lambda: loader
+
+
+class TorchvisionRead:
+    """The habit of RETFound and most repositories: Pillow, transforms v2 on uint8, then float."""
+
+    def __init__(self, size: int) -> None:
+        from torchvision.transforms import InterpolationMode, v2
+
+        self._change = v2.Compose(
+            [
+                v2.PILToTensor(),
+                v2.RandomResizedCrop(size, scale=SCALE, ratio=(1.0, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomRotation(TURN, interpolation=InterpolationMode.BILINEAR),
+                v2.ColorJitter(TINT, TINT, TINT, HUE),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        """Read and change a photo."""
+        with Image.open(path) as image:
+            return self._change(image.convert("RGB"))
+
+
+class AlbumentationsRead:
+    """OpenCV reads, Albumentations changes: what wins most comparisons of libraries."""
+
+    def __init__(self, size: int) -> None:
+        # It looks for a newer version of itself on the network otherwise.
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+        import albumentations as A
+
+        cv2.setNumThreads(0)
+        self._change = A.Compose(
+            [
+                A.RandomResizedCrop((size, size), scale=SCALE, ratio=(1.0, 1.0)),
+                A.HorizontalFlip(p=0.5),
+                A.Rotate(TURN, border_mode=cv2.BORDER_CONSTANT, p=1.0),
+                A.ColorJitter((1 - TINT, 1 + TINT), (1 - TINT, 1 + TINT), (1 - TINT, 1 + TINT), (-HUE, HUE), p=1.0),
+                A.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        """Read and change a photo."""
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        return torch.from_numpy(self._change(image=image)["image"]).permute(2, 0, 1)
+
+
+def by_timm(paths: list[Path], size: int) -> Callable[[], Batches]:
+    """Timm's own loader for training."""
+    from timm.data import create_loader
+    from timm.data.dataset import ImageDataset
+
+    folder = paths[0].parent
+    dataset = ImageDataset(str(folder))
+    loader = create_loader(
+        dataset, (3, size, size), BATCH, is_training=True, use_prefetcher=False, scale=SCALE, ratio=(1.0, 1.0),
+        color_jitter=TINT, hflip=0.5, interpolation="bilinear", mean=MEAN, std=STD, num_workers=os.cpu_count() or 1,
+        persistent_workers=True, device=torch.device("cpu"), pin_memory=False,
+    )  # fmt: skip
+    return lambda: (batch for batch, _ in loader)
+
+
+def by_dali(paths: list[Path], size: int) -> Callable[[], Batches]:
+    """DALI's CPU operators, from file to normalised batch."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    # One batch ahead, as the others: it must not work for its next turn while they are timed.
+    @pipeline_def(  # type: ignore[misc]
+        batch_size=BATCH, num_threads=os.cpu_count() or 1, device_id=None, prefetch_queue_depth=1, seed=1
+    )
+    def pipeline() -> Any:
+        files, _ = fn.readers.file(files=[str(path) for path in paths], random_shuffle=True, name="files")
+        images = fn.decoders.image_random_crop(
+            files, device="cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=(1.0, 1.0)
+        )
+        images = fn.resize(images, size=[size, size], antialias=True)
+        images = fn.rotate(images, angle=fn.random.uniform(range=(-TURN, TURN)), keep_size=True, fill_value=0)
+        near = {"range": (1 - TINT, 1 + TINT)}
+        images = fn.color_twist(
+            images, brightness=fn.random.uniform(**near), contrast=fn.random.uniform(**near),
+            saturation=fn.random.uniform(**near), hue=fn.random.uniform(range=(-HUE * 360, HUE * 360)),
+        )  # fmt: skip
+        return fn.crop_mirror_normalize(
+            images, dtype=types.FLOAT, output_layout="CHW", mirror=fn.random.coin_flip(),
+            mean=[255 * value for value in MEAN], std=[255 * value for value in STD],
+        )  # fmt: skip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        iterator = DALIGenericIterator(
+            pipeline(), ["images"], reader_name="files", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
+        )
+    return lambda: (entry[0]["images"] for entry in iterator)
+
+
+def by_cache(cache: PhotoCache) -> Callable[[], Batches]:
+    """What `train` does: photos from a cache, changed by one kernel."""
+    count, size = len(cache.manifest), cache.spec.size
+    feed = PhotoFeed(cache.photos, np.arange(count), torch.device("cpu"))
+    epochs = itertools.count()
+
+    def batches() -> Iterator[torch.Tensor]:
+        epoch = next(epochs)
+        geometry, colour = draw_epoch(TrainConfig().augment, cache.spec, count, seed=0, epoch=epoch)
+
+        def make(batch: np.ndarray) -> Callable[[], torch.Tensor]:
+            return feed.begin(batch, geometry[batch], colour[batch], size)
+
+        for finish in one_ahead(make, epoch_order(count, BATCH, seed=0, epoch=epoch)):
+            yield finish()
+
+    return batches
+
+
+def by_stream(cache: PhotoCache) -> Callable[[], Batches]:
+    """Straight from the files: DALI decodes, the same kernel changes."""
+    photos = CameraPhoto.of_cache(cache, np.arange(len(cache.manifest)))
+    decoder = DaliDecoder(device_id=None, batch_size=BATCH)
+    stream = CameraStream(photos, cache.spec, TrainConfig().augment, decoder, BATCH)
+    return lambda: (batch for batch, _ in stream)
+
+
+def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Variant]]:
+    """The job and everyone's way to do it."""
+    keep_memory()
+    write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(3 * size,))
+    (folder / "squares").mkdir()
+    for path in sorted((folder / "photos" / "images").iterdir()):
+        square = prepare_photo(path, PreprocessSpec(size=2 * size)).image
+        assert square is not None, path
+        cv2.imwrite(str(folder / "squares" / path.name), square[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    listing = list_photos(folder / "squares")
+    cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
+    paths = [cache.source / name for name in cache.manifest["path"]]
+    ways: list[tuple[str, Callable[[], Batches], str, bool]] = [
+        ("FastFundus, train's feed", by_cache(cache), "from a cache, prepared once", False),
+        ("FastFundus, from files", by_stream(cache), "DALI's CPU decoder, the same kernel", False),
+        ("torchvision v2, DataLoader", workers_of(Files(paths, TorchvisionRead(size))),
+         "Pillow, uint8 until the end, a worker a core", True),
+        ("timm, create_loader", by_timm(paths, size), "bilinear, a worker a core, no rotation: it has none", False),
+        ("Albumentations, DataLoader", workers_of(Files(paths, AlbumentationsRead(size))),
+         "OpenCV, a worker a core, one thread each", False),
+        ("DALI CPU", by_dali(paths, size), "decoder with random crop, a thread a core", False),
+    ]  # fmt: skip
+    case = Case(
+        name=f"loader, {size} px",
+        what=f"{photos} square JPEG files {2 * size} pixels wide to float32 batches [{BATCH}, 3, {size}, {size}]",
+        units=photos // BATCH * BATCH,
+        bytes=photos // BATCH * BATCH * 15 * size * size,
+        bytes_how="3 bytes read and 12 written for each pixel of the output",
+    )
+    variants = [
+        Variant(name, lambda way=way: told(way(), photos), reference, settings, TOLERANCE)  # type: ignore[misc]
+        for name, way, settings, reference in ways
+    ]
+    return case, variants
+
+
+@pytest.mark.parametrize("size", [224, 512])
+@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+def test_loader(benchmark: Any, tmp_path: Path, size: int) -> None:
+    """Photos/s of an epoch."""
+    timed = not benchmark.disabled
+    threads = cv2.getNumThreads()
+    try:
+        case, variants = loader_case(tmp_path, size if timed else size // 4, 256 if timed else 2 * BATCH)
+        found = compare(case, variants, rounds=5, benchmark=benchmark)
+    finally:
+        cv2.setNumThreads(threads)
+    assert len(found["variants"]) == 6

@@ -1,0 +1,77 @@
+"""One file and one table of what `gpu_suite.sh` measured.
+
+    python -m bench.gpu_table OUTPUT
+
+Takes `kernels_*.json`, `train_*.json` and `engine_*.json` of a folder together into `gpu_<chip>_<yyyymm>.json`; what
+could not be measured is missing in it, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["gpu_table", "merged"]
+
+PARTS = ("kernels", "train", "engine")
+
+
+def merged(folder: Path) -> Path:
+    """Write the one file, and take its parts away.
+
+    Raises:
+        SystemExit: there are no kernels, or the parts are of different runs.
+    """
+    found = {part: sorted(folder.glob(f"{part}_*.json")) for part in PARTS}
+    if not found["kernels"]:
+        raise SystemExit(f"{folder}: holds no kernels_*.json; run bench/gpu_suite.sh")
+    files = {part: paths[-1] for part, paths in found.items() if paths}
+    ends = {path.name.split("_", 1)[1] for path in files.values()}
+    if len(ends) > 1:
+        raise SystemExit(f"{folder}: holds parts of different runs ({', '.join(sorted(ends))}); remove the older ones")
+    target = folder / f"gpu_{ends.pop()}"
+    target.write_text(json.dumps({part: json.loads(path.read_text()) for part, path in files.items()}, indent=1) + "\n")
+    for path in files.values():
+        path.unlink()
+    return target
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """Everything, as Markdown."""
+    kernels = result["kernels"]
+    lines = ["| | | of its limit |", "|---|---|---|"]
+    for kind in ("triton", "cuda"):
+        for name, row in kernels[kind].items():
+            told = row.get("failed") or f"{row['ms']:.3f} ms, {row['gb_per_s']:.0f} GB/s"
+            share = "" if "failed" in row else f"{row['share_of_copy']:.0%} of copying"
+            lines.append(f"| {kind}: {name} | {told} | {share} |")
+    for name, row in kernels["peers"].items():
+        lines.append(f"| {name} | {row.get('failed') or format(row['photos_per_s'], '.0f') + ' photos/s'} | |")
+    for name, row in kernels["dali"].items():
+        if isinstance(row, dict):
+            lines.append(f"| DALI, {name} | {row['photos_per_s']:.0f} photos/s | |")
+    for part in ("train", "engine"):
+        for row in result.get(part, {"parts": []})["parts"]:
+            title = f"{part}: {row['backbone']}, {row['size']} px, batch {row['batch']}"
+            if "failed" in row:
+                lines.append(f"| {title} | {row['failed'][:120]} | |")
+                continue
+            shares = row.get("share_of_peak", {})
+            for name, rate in row["images_per_s"].items():
+                share = f"{shares[name]:.0%} of matrix products" if name in shares else ""
+                if name in row.get("overlap", {}):
+                    share = f"{row['overlap'][name]:.0%} of the step alone"
+                lines.append(f"| {title}: {name} | {rate:,.0f} images/s | {share} |")
+    missing = [part for part in PARTS if part not in result]
+    tests = ", ".join(f"{count} {name}" for name, count in kernels["tests"].items())
+    told = f"{kernels['gpu'] or 'no GPU'}; copying {kernels['copy_gb_per_s']:.0f} GB/s; kernel tests: {tests}"
+    lacks = f"; not measured: {', '.join(missing)}" if missing else ""
+    return "\n".join([*lines, "", f"{told}{lacks}. {kernels['date']}, commit {kernels['commit']}."])
+
+
+if __name__ == "__main__":
+    path = merged(Path(sys.argv[1]))
+    print(gpu_table(json.loads(path.read_text())))
+    print(path)

@@ -1,0 +1,198 @@
+"""Cases, variants, and a clock that knows of devices: everything measured here is checked in the same run.
+
+    case = Case("augment", "16 photos of 512 px, uint8 to float32", units=16, bytes=..., bytes_how="...", limit=...)
+    found = compare(case, [Variant("ours", ours), Variant("reference", theirs, reference=True)], rounds=9)
+
+Variants run in turns, A/B/A/B, so that a noisy neighbour hits all of them alike; ratios are of the same round. What
+each gives is compared with what the reference gave; one that differs by more than it may ends the run without a figure.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Case", "Clock", "Limit", "Variant", "WrongResult", "compare"]
+
+_FLUSH_BYTES = 256 << 20
+"""More than any GPU's second cache holds."""
+
+
+class WrongResult(Exception):
+    """A variant gave something else than the reference."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What nothing can be faster than."""
+
+    what: str
+    """Such as "copy bandwidth", "the decoder alone"."""
+    ms: float
+    """Milliseconds that one call takes at least, measured in the same run."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One job, however it is done."""
+
+    name: str
+    what: str
+    """Shapes and types, in words."""
+    units: int
+    """Photos of one call."""
+    bytes: int = 0
+    """That cannot but be moved, of one call."""
+    bytes_how: str = ""
+    """The arithmetic of it, in words."""
+    flops: float = 0.0
+    """Of one call; a product and a sum are two."""
+    flops_how: str = ""
+    limit: Limit | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do it."""
+
+    name: str
+    job: Callable[[], Any]
+    reference: bool = False
+    settings: str = ""
+    """In words, where it is a peer: its best ones."""
+    tolerance: float = 0.0
+    """How far its result may be from the reference's."""
+    distance: Callable[[Any, Any], float] = field(default=lambda got, want: float(np.abs(got - want).max()))
+    """From its result and the reference's."""
+
+
+class Clock:
+    """Times calls on a device: on a GPU by events behind what is queued, with the second cache flushed before each."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._cuda = device.startswith("cuda")
+        if self._cuda:
+            import torch
+
+            self._torch = torch
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def time(self, job: Callable[[], Any]) -> tuple[float, Any]:
+        """Milliseconds of one call, and what it gave."""
+        if not self._cuda:
+            began = time.perf_counter()
+            result = job()
+            return 1000 * (time.perf_counter() - began), result
+        self._flush.zero_()
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        result = job()
+        end.record()
+        self._torch.cuda.synchronize()
+        return begin.elapsed_time(end), result
+
+    def forget_peak(self) -> None:
+        """Begin to watch memory anew."""
+        if self._cuda:
+            self._torch.cuda.reset_peak_memory_stats()
+        else:
+            # The kernel's own way to reset the highest size of a process.
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_mib(self) -> float:
+        """Highest memory since then: of the GPU, or of the process."""
+        if self._cuda:
+            return float(self._torch.cuda.max_memory_allocated() / 2**20)
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def compare(
+    case: Case, variants: Sequence[Variant], *, rounds: int, device: str = "cpu", benchmark: Any = None
+) -> dict[str, Any]:
+    """Time variants in turns; the first round warms up and does not count.
+
+    Args:
+        case: what they do.
+        variants: one of them the reference.
+        rounds: that are timed.
+        device: whose clock counts.
+        benchmark: pytest-benchmark's fixture, which then drives the rounds and keeps the result.
+
+    Returns:
+        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, highest memory,
+        distance from the reference, and the ratio of the reference's time to its own, round by round.
+
+    Raises:
+        WrongResult: a variant is too far from the reference; nothing is reported then.
+    """
+    (reference,) = [variant for variant in variants if variant.reference]
+    clock = Clock(device)
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    peaks, far = dict.fromkeys(times, 0.0), dict.fromkeys(times, 0.0)
+
+    def one_round() -> None:
+        results = {}
+        for variant in variants:
+            clock.forget_peak()
+            milliseconds, results[variant.name] = clock.time(variant.job)
+            times[variant.name].append(milliseconds)
+            peaks[variant.name] = max(peaks[variant.name], clock.peak_mib())
+        for variant in variants:
+            if variant is reference:
+                continue
+            distance = variant.distance(results[variant.name], results[reference.name])
+            far[variant.name] = max(far[variant.name], distance)
+            if not distance <= variant.tolerance:
+                raise WrongResult(
+                    f"{case.name}: {variant.name} is {distance:.3g} away from {reference.name}, "
+                    f"{variant.tolerance:g} are allowed: no figure is worth anything"
+                )
+
+    if benchmark is None:
+        for _ in range(rounds + 1):
+            one_round()
+    else:
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
+    # Without timing, pytest-benchmark calls once: that round is then all there is.
+    counted = {name: values[1:] or values for name, values in times.items()}
+    found = {
+        "case": {"name": case.name, "what": case.what, "units": case.units, "bytes": case.bytes,
+                 "bytes_how": case.bytes_how, "flops": case.flops, "flops_how": case.flops_how,
+                 "limit": None if case.limit is None else {"what": case.limit.what, "ms": case.limit.ms}},
+        "rounds": len(counted[reference.name]),
+        "variants": {
+            variant.name: _described(case, variant, counted, counted[reference.name])
+            | {"peak_mib": peaks[variant.name], "distance": far[variant.name]}
+            for variant in variants
+        },
+    }  # fmt: skip
+    if benchmark is not None:
+        benchmark.extra_info.update(found)
+    return found
+
+
+def _described(
+    case: Case, variant: Variant, times: Mapping[str, list[float]], reference: list[float]
+) -> dict[str, Any]:
+    values = times[variant.name]
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    ratios = [theirs / mine for theirs, mine in zip(reference, values, strict=True)]
+    return {
+        "settings": variant.settings,
+        "reference": variant.reference,
+        "ms": middle,
+        "ms_q1": low,
+        "ms_q3": high,
+        "photos_per_s": 1000 * case.units / middle,
+        "gb_per_s": case.bytes / middle / 1e6 if case.bytes else None,
+        "gflop_per_s": case.flops / middle / 1e6 if case.flops else None,
+        "share_of_limit": case.limit.ms / middle if case.limit else None,
+        "speedup": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+    }

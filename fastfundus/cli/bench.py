@@ -1,0 +1,177 @@
+"""``fastfundus bench``."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fastfundus.engines.bundle import Bundle
+    from fastfundus.records import SourcePhoto
+
+_SUITES = ("prepare", "engine", "screen", "all")
+_SOME = 64
+
+
+@click.command()
+@click.argument("suite", type=click.Choice(_SUITES), default="all")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Engine to measure; without one, preparing only.")
+@click.option(
+    "--photos", type=click.Path(path_type=Path), help="Photos to measure with; drawn ones of 8 megapixels else."
+)
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="A measurement, at least.")
+@click.option("--predict", is_flag=True, help="Say what another machine would do in an hour, and what would limit it.")
+@click.option("--cores", type=click.IntRange(1), help="Of that machine; this one's else.")
+@click.option("--gpus", type=click.IntRange(0), default=0, help="That run the engine there.")
+@click.option("--gpu-rate", type=click.FloatRange(0, min_open=True), metavar="IMAGES/S", help="Of one GPU's engine.")
+@click.option("--storage", type=click.FloatRange(0, min_open=True), metavar="MB/S", help="What its storage delivers.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench(
+    suite: str,
+    bundle: Path | None,
+    photos: Path | None,
+    seconds: float,
+    predict: bool,
+    cores: int | None,
+    gpus: int,
+    gpu_rate: float | None,
+    storage: float | None,
+    as_json: bool,
+) -> None:
+    r"""Measure this machine: preparing photos, the engine, and the whole way; each alone, and which limits.
+
+    With --predict: what a machine with other cores, GPUs and storage would do in an hour. Its cores are taken to be
+    like these here, and photos to be like those given.
+
+    \b
+    Example:
+      fastfundus bench --bundle bundle/ --photos photos/
+      fastfundus bench --bundle bundle/ --photos photos/ --predict --cores 64 --storage 1200
+      fastfundus bench --bundle bundle/ --photos photos/ --predict --cores 64 --gpus 4 --gpu-rate 9000
+    """
+    from tempfile import TemporaryDirectory
+
+    from fastfundus.engines.bundle import Bundle
+    from fastfundus.errors import ConfigError
+    from fastfundus.screen.measure import drawn_photos
+    from fastfundus.spec import PreprocessSpec
+
+    if (suite in ("engine", "screen") or predict) and bundle is None:
+        raise ConfigError(f"{'--predict' if predict else suite} needs an engine: give --bundle")
+    if not predict and (cores or gpus or gpu_rate or storage):
+        raise ConfigError("--cores, --gpus, --gpu-rate and --storage describe the machine of --predict")
+    opened = Bundle.open(bundle) if bundle else None
+    with ExitStack() as stack:
+        if photos:
+            sources = _listed(photos)
+        else:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="fastfundus-")))
+            sources = drawn_photos(folder)
+        found = _measured(suite, opened, sources, opened.spec if opened else PreprocessSpec(), seconds)
+        if predict:
+            found["prediction"] = _predicted(found, cores, gpus, gpu_rate, storage)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    _say(found)
+
+
+def _listed(source: Path) -> list[SourcePhoto]:
+    """Photos of a folder, spread over it; several times if they are few."""
+    from fastfundus.data.source import list_photos
+
+    listing = list_photos([source], adapter="folder").photos
+    step = max(1, len(listing) // _SOME)
+    some = listing[::step][:_SOME]
+    return (some * -(-_SOME // 2 // len(some)))[: max(len(some), _SOME // 2)]
+
+
+def _measured(
+    suite: str, bundle: Bundle | None, photos: list[SourcePhoto], spec: Any, seconds: float
+) -> dict[str, Any]:
+    import os
+
+    import numpy as np
+
+    from fastfundus.screen.cost import kind_of
+    from fastfundus.screen.measure import engine_rate, prepare_rate, screen_rate
+
+    kinds = [kind_of(photo.path.read_bytes(), spec) for photo in photos]
+    found: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "photos": len(photos),
+        "size": spec.size,
+        "megapixels": float(np.mean([kind.megapixels for kind in kinds])),
+        "megabytes": float(np.mean([kind.megabytes for kind in kinds])),
+    }
+    if suite in ("prepare", "all"):
+        found["prepare"] = asdict(prepare_rate(photos, spec, seconds))
+    if bundle is None:
+        return found
+    found |= {"backend": bundle.backend, "precision": bundle.precision, "gflop": bundle.about.get("gflop")}
+    if suite in ("engine", "all"):
+        pixels = np.random.default_rng(0).integers(0, 256, (32, spec.size, spec.size, 3), dtype=np.uint8)
+        with bundle.load() as engine:
+            found["engine"] = asdict(engine_rate(engine, pixels, seconds))
+    if suite in ("screen", "all"):
+        rate, timing = screen_rate(photos, bundle, seconds)
+        found["screen"] = asdict(rate) | {"busy": timing.busy}
+    return found
+
+
+def _predicted(
+    found: dict[str, Any], cores: int | None, gpus: int, gpu_rate: float | None, storage: float | None
+) -> dict[str, Any]:
+    from fastfundus.errors import ConfigError
+    from fastfundus.screen.cost import Machine, predict
+
+    if "prepare" not in found or "engine" not in found:
+        raise ConfigError("--predict takes what all suites measure: leave the suite away")
+    if found["backend"] == "tensorrt" and not gpu_rate:
+        gpu_rate = found["engine"]["photos_per_s"]
+    machine = Machine(cores or found["cores"], gpus, storage)
+    told = predict(
+        machine,
+        prepare_s=found["cores"] / found["prepare"]["photos_per_s"],
+        megabytes=found["megabytes"],
+        engine_s=found["cores"] / found["engine"]["photos_per_s"],
+        gpu_images_per_s=gpu_rate,
+    )
+    return {"machine": asdict(machine), **asdict(told), "photos_per_hour": told.photos_per_s * 3600}
+
+
+def _say(found: dict[str, Any]) -> None:
+    click.echo(
+        f"{found['photos']} photos of {found['megapixels']:.1f} megapixels and {found['megabytes']:.2f} MB, to "
+        f"{found['size']} px; {found['cores']} cores"
+    )
+    names = {"prepare": "reading, decoding, cropping", "engine": "the engine alone", "screen": "screen, end to end"}
+    for key, title in names.items():
+        if key not in found:
+            continue
+        entry = found[key]
+        rate, further = entry["photos_per_s"], ""
+        if key == "prepare":
+            further = f"; {rate * found['megapixels']:.0f} megapixels/s, {rate * found['megabytes']:.0f} MB/s"
+        elif key == "engine":
+            flops = f", {rate * found['gflop']:.0f} GFLOP/s" if found["gflop"] else ""
+            further = f"; {found['backend']} {found['precision']}{flops}"
+        elif "prepare" in found and "engine" in found:
+            alone = 1 / (1 / found["prepare"]["photos_per_s"] + 1 / found["engine"]["photos_per_s"])
+            busiest = max(entry["busy"].items(), key=lambda item: item[1])[0]
+            further = f"; {busiest} limits; {rate / alone:.0%} of both one after the other on these cores"
+        click.echo(f"{title:28} {rate:8.1f} photos/s ({entry['least']:.1f} to {entry['most']:.1f}){further}")
+    if "prediction" not in found:
+        return
+    told, machine = found["prediction"], found["prediction"]["machine"]
+    gpus = f" and {machine['gpus']} GPUs" if machine["gpus"] else ""
+    stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in told["stages"].items())
+    click.echo(
+        f"{machine['cores']} cores{gpus}: {told['photos_per_hour']:,.0f} photos an hour; {told['limit']} limits "
+        f"(photos/s of each stage alone: {stages})"
+    )

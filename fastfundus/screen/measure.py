@@ -1,0 +1,118 @@
+"""How fast this machine prepares, infers and screens: for whoever buys or tunes one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.runtime import Engine
+from fastfundus.errors import DataError
+from fastfundus.photo.memory import keep_memory
+from fastfundus.records import SourcePhoto
+from fastfundus.screen.crew import Crew
+from fastfundus.screen.pipeline import Timing, screen_photos
+from fastfundus.spec import PreprocessSpec
+
+__all__ = ["Rate", "drawn_photos", "engine_rate", "prepare_rate", "screen_rate"]
+
+_LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Photos/s with all cores: the median of some rounds, and their extremes."""
+
+    photos_per_s: float
+    least: float
+    most: float
+    rounds: int
+
+    @property
+    def core_seconds(self) -> float:
+        """That a photo takes, with every core at work."""
+        return (os.cpu_count() or 1) / self.photos_per_s
+
+
+def _timed(job: Callable[[], int], seconds: float) -> Rate:
+    """Repeat a job that says how many photos it did; the first round warms up and does not count."""
+    job()
+    rates: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(rates) < _LEAST_ROUNDS or time.perf_counter() < ends:
+        began = time.perf_counter()
+        photos = job()
+        rates.append(photos / (time.perf_counter() - began))
+    return Rate(float(np.median(rates)), min(rates), max(rates), len(rates))
+
+
+def prepare_rate(photos: Sequence[SourcePhoto], spec: PreprocessSpec, seconds: float = 5.0) -> Rate:
+    """Measure reading, decoding and cropping, as `screen` does them, with nothing else to do.
+
+    Args:
+        photos: what to prepare, again and again; a few dozen, or the cores run dry at the end of each round.
+        spec: what to make of them.
+        seconds: how long, at least.
+
+    Raises:
+        DataError: none of them can be prepared.
+    """
+    keep_memory()
+    cv2.setNumThreads(1)
+
+    def job() -> int:
+        crew = Crew(spec)
+        slots = [crew.begin(photo) for photo in photos]
+        usable = [crew.take(slot).image is not None for slot in slots]
+        crew.close()
+        if not any(usable):
+            raise DataError(f"none of the {len(photos)} photos can be prepared, the first is {photos[0].path}")
+        return len(photos)
+
+    return _timed(job, seconds)
+
+
+def engine_rate(engine: Engine, photos: NDArray[np.uint8], seconds: float = 5.0) -> Rate:
+    """Measure an engine alone, on photos uint8 [N, S, S, 3] that are in memory already."""
+
+    def job() -> int:
+        engine.infer(photos)
+        return len(photos)
+
+    return _timed(job, seconds)
+
+
+def screen_rate(photos: Sequence[SourcePhoto], bundle: Bundle, seconds: float = 5.0) -> tuple[Rate, Timing]:
+    """Measure the whole way from files to decisions; also where the time of the last round went.
+
+    Starting and writing results are left out: they are those of a long run.
+    """
+    timing = Timing()
+    with bundle.load() as engine:
+
+        def job() -> int:
+            nonlocal timing
+            timing = Timing()
+            return sum(1 for _ in screen_photos(photos, bundle, timing, engine=engine))
+
+        return _timed(job, seconds), timing
+
+
+def drawn_photos(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
+    """Draw some photographs of a camera's size into a folder, and name them several times."""
+    from fastfundus.synthetic import draw_photo
+
+    paths = []
+    for seed in range(kinds):
+        path = folder / f"{seed}.jpg"
+        image = draw_photo(seed, lesions=("exudates",), long_side=3456).image
+        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        paths.append(path)
+    return [SourcePhoto(paths[number % kinds], f"{number}.jpg", f"p{number}") for number in range(count)]

@@ -1,0 +1,68 @@
+"""The harness: what it reports, and what it refuses to report."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare
+
+WANT = np.arange(6.0)
+
+
+def after(seconds: float, result: np.ndarray = WANT, order: list[str] | None = None, name: str = "") -> Variant:
+    def job() -> np.ndarray:
+        if order is not None:
+            order.append(name)
+        time.sleep(seconds)
+        return result
+
+    return Variant(name or str(seconds), job, reference=seconds == 0.01)
+
+
+def test_rates_ratios_and_shares_are_worked_out() -> None:
+    case = Case("sleeping", "nothing", units=5, bytes=10**6, flops=2e6, limit=Limit("the clock", 5.0))
+    found = compare(case, [after(0.005), after(0.01)], rounds=5)
+    fast, slow = found["variants"]["0.005"], found["variants"]["0.01"]
+    # Sleeping takes at least as long as asked for, and on a busy machine longer.
+    assert fast["ms"] >= 5
+    assert slow["ms"] >= 10
+    assert fast["photos_per_s"] == pytest.approx(5000 / fast["ms"])
+    assert fast["gb_per_s"] == pytest.approx(1 / fast["ms"])
+    assert fast["gflop_per_s"] == pytest.approx(2 / fast["ms"])
+    assert fast["share_of_limit"] == pytest.approx(5 / fast["ms"])
+    assert slow["speedup"] == {"median": 1, "least": 1, "most": 1}
+    assert fast["speedup"]["least"] <= fast["speedup"]["median"] <= fast["speedup"]["most"]
+    assert fast["ms_q1"] <= fast["ms"] <= fast["ms_q3"]
+    assert found["rounds"] == 5
+
+
+def test_variants_run_in_turns_and_the_first_round_does_not_count() -> None:
+    order: list[str] = []
+    variants = [after(0.01, order=order, name="a"), after(0.0, order=order, name="b")]
+    found = compare(Case("turns", "", 1), variants, rounds=3)
+    assert order == ["a", "b"] * 4
+    assert found["rounds"] == 3
+
+
+def test_a_wrong_result_has_no_figure() -> None:
+    wrong = WANT.copy()
+    wrong[3] += 0.1
+    with pytest.raises(WrongResult, match=r"job: fast is 0\.1 away from 0\.01, 0 are allowed"):
+        compare(Case("job", "", 1), [after(0.01), after(0.0, wrong, name="fast")], rounds=2)
+    not_a_number = np.full(6, np.nan)
+    with pytest.raises(WrongResult):
+        compare(Case("job", "", 1), [after(0.01), after(0.0, not_a_number, name="fast")], rounds=2)
+
+
+def test_memory_is_that_of_each_variant() -> None:
+    clock = Clock()
+    clock.forget_peak()
+    before = clock.peak_mib()
+    # More than the C library keeps for later: these pages are new.
+    np.ones(400 << 20, np.uint8)
+    assert clock.peak_mib() > before + 350
+    clock.forget_peak()
+    assert clock.peak_mib() < before + 50
