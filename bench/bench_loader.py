@@ -15,6 +15,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from simplejpeg import decode_jpeg
 from torch.utils.data import DataLoader, Dataset
 
-from bench.harness import Case, Variant, compare
+from bench.harness import Case, Clock, Limit, Variant, compare
 from fastfundus.config import TrainConfig
 from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.stream import CameraPhoto, CameraStream
@@ -208,6 +210,14 @@ def by_stream(cache: PhotoCache) -> Callable[[], Batches]:
     return lambda: (batch for batch, _ in stream)
 
 
+def decoding(paths: list[Path]) -> Limit:
+    """The limit of those who read files: libjpeg-turbo alone, all cores, files in memory."""
+    files, clock = [path.read_bytes() for path in paths], Clock()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        times = [clock.time(lambda: sum(pool.map(lambda data: decode_jpeg(data).shape[0], files)))[0] for _ in range(4)]
+    return Limit("decoding the files alone", min(times))
+
+
 def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Variant]]:
     """The job and everyone's way to do it."""
     keep_memory()
@@ -236,6 +246,7 @@ def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Varian
         units=photos // BATCH * BATCH,
         bytes=photos // BATCH * BATCH * 15 * size * size,
         bytes_how="3 bytes read and 12 written for each pixel of the output",
+        limit=decoding(paths[: photos // BATCH * BATCH]),
     )
     variants = [
         Variant(name, lambda way=way: told(way(), photos), reference, settings, TOLERANCE)  # type: ignore[misc]

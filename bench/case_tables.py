@@ -75,6 +75,8 @@ def loader_table(result: dict[str, Any]) -> str:
             cells += [f"{mine['photos_per_s']:.0f}", told]
         mark = "**" if _by_us(name) else ""
         lines.append(f"| {mark}{name}{mark}: {row['settings']} | {' | '.join(cells)} |")
+    limits = " | ".join(f"{1000 * found['case']['units'] / found['case']['limit']['ms']:.0f} | " for found in cases)
+    lines.append(f"| decoding the files alone: the limit of those who read them | {limits} |")
     return "\n".join(
         [
             *lines,
