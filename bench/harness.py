@@ -126,8 +126,8 @@ def compare(
         benchmark: pytest-benchmark's fixture, which then drives the rounds and keeps the result.
 
     Returns:
-        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, highest memory,
-        distance from the reference, and the ratio of the reference's time to its own, round by round.
+        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, memory at its highest
+        beyond what was taken before, distance from the reference, and the ratio of the reference's time to its own, round by round.
 
     Raises:
         WrongResult: a variant is too far from the reference; nothing is reported then.
@@ -141,9 +141,10 @@ def compare(
         results = {}
         for variant in variants:
             clock.forget_peak()
+            there = clock.peak_mib()
             milliseconds, results[variant.name] = clock.time(variant.job)
             times[variant.name].append(milliseconds)
-            peaks[variant.name] = max(peaks[variant.name], clock.peak_mib())
+            peaks[variant.name] = max(peaks[variant.name], clock.peak_mib() - there)
         for variant in variants:
             if variant is reference:
                 continue

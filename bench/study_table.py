@@ -12,7 +12,7 @@ __all__ = ["study_table"]
 def study_table(result: dict[str, Any]) -> str:
     """What upstream training changed, by task, output and share of labels, as Markdown."""
     lines = [
-        "| task | output | labels | scratch: folds, pooled | upstream: folds, pooled | difference | p (Holm) |",
+        "| task | output | labels | from scratch | from upstream | difference | p (Holm) |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = result["table"]
@@ -31,8 +31,9 @@ def study_table(result: dict[str, Any]) -> str:
     failed = sum(row["failed"] or 0 for row in rows)
     lines += [
         "",
-        f"ResNet-18 at {result['size']} px, five folds (mean ± SD of their AUROC), patients kept together; pooled: "
-        "every photo once, by the model that has not seen its patient, with a patient-clustered 95 % interval. "
+        f"ResNet-18 at {result['size']} px, five folds: mean ± SD of their AUROC, and its patient-clustered 95 % "
+        "interval; every photo is tested once, by the model that has not seen its patient. Differences are taken "
+        "within folds (DeLong, clustered by patient, Student's t). "
         "Upstream reached an AUROC of "
         f"{interval_text(upstream['auroc'])} on {upstream['patients']} patients of its own that it had not seen. "
         f"{failed} runs failed. {result['date']}, {machine['cpu']}, {machine['cores']} cores, {result['minutes']:.0f} "
@@ -45,5 +46,5 @@ def _shown(row: dict[str, Any]) -> str:
     if row["mean"] is None:
         return "not estimable"
     spread = "" if row["sd"] is None else f" ± {row['sd']:.3f}"
-    pooled = interval_text({"value": row["pooled"], "low": row["low"], "high": row["high"]})
-    return f"{row['mean']:.3f}{spread}, {pooled}"
+    span = "" if row["low"] is None else f" ({row['low']:.3f} to {row['high']:.3f})"
+    return f"{row['mean']:.3f}{spread}{span}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata, t
 
 from fastfundus.errors import DataError
 from fastfundus.evaluate.bootstrap import Floats, PatientBootstrap, interval
@@ -93,21 +93,24 @@ def compare_areas(
     """
     strata = np.zeros(len(labels), np.int64) if strata is None else strata
     scores, names = np.stack([first, second]), np.asarray(patients)
-    differences, variances = [], []
+    differences, variances, freedom = [], [], 0
     for stratum in np.unique(strata):
         part = strata == stratum
         areas, covariance = area_covariance(scores[:, part], labels[part], names[part].tolist())
         if np.isfinite(areas).all():
             differences.append(areas[0] - areas[1])
             variances.append(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+            freedom += min(len(np.unique(names[part & (labels == side)])) for side in (0, 1)) - 1
     difference = float(np.mean(differences)) if differences else float("nan")
     variance = float(np.sum(variances)) / max(1, len(variances)) ** 2
     if not differences or not np.isfinite(variance):
         return PairedDifference(difference, float("nan"), float("nan"), float("nan"))
     error = np.sqrt(max(variance, 0.0))
+    # Of few patients the error itself is known badly: Student's t, with what the rarer class leaves of freedom.
+    student = t(max(freedom, 1))
     # Equal scores differ by nothing, and surely.
-    p = float(2 * norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
-    reach = float(norm.ppf(0.975) * error)
+    p = float(2 * student.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    reach = float(student.ppf(0.975) * error)
     return PairedDifference(difference, difference - reach, difference + reach, p)
 
 
