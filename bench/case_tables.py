@@ -30,10 +30,7 @@ def _by_us(name: str) -> bool:
 
 def sample_table(result: dict[str, Any]) -> str:
     """Sampling on one core, as Markdown."""
-    lines = [
-        "| one core | photos/s | | of copying as many bytes | GB/s | highest memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| one core | photos/s | | of copying as many bytes | GB/s |", "|---|---|---|---|---|"]
     cases = [*_cases(result, "augment"), *(found for found in result["cases"] if " to " in found["case"]["name"])]
     for found in cases:
         ours = next(row for name, row in found["variants"].items() if _by_us(name))["ms"]
@@ -41,7 +38,7 @@ def sample_table(result: dict[str, Any]) -> str:
             mark, told = ("**", "") if row["ms"] == ours else ("", f"{row['ms'] / ours:.1f} x the time")
             lines.append(
                 f"| {found['case']['name']}: {mark}{name}{mark} | {row['photos_per_s']:.0f} | {told} | "
-                f"{row['share_of_limit']:.0%} | {row['gb_per_s']:.2f} | {row['peak_mib']:,.0f} MiB |"
+                f"{row['share_of_limit']:.0%} | {row['gb_per_s']:.2f} |"
             )
     peers = "; ".join(
         f"{name}: {row['settings']}"
@@ -53,7 +50,8 @@ def sample_table(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"In turns in one run, medians of {cases[0]['rounds']} rounds; each result was compared with ours in every "
-            f"round, and ours with the float64 reference. Memory: the most beyond what was there before. Bytes: {arithmetic}. Settings: {peers}. "
+            "round, and ours with the float64 reference. "
+            f"Bytes: {arithmetic}. Settings: {peers}. "
             + _stamp(
                 result, ("torch", "torchvision", "opencv-python-headless", "albumentations", "numpy"), "make bench"
             ),

@@ -126,8 +126,9 @@ def compare(
         benchmark: pytest-benchmark's fixture, which then drives the rounds and keeps the result.
 
     Returns:
-        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, memory at its highest
-        beyond what was taken before, distance from the reference, and the ratio of the reference's time to its own, round by round.
+        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, memory at its
+        highest beyond what was taken before, distance from the reference, and the ratio of the reference's time to its
+        own, round by round.
 
     Raises:
         WrongResult: a variant is too far from the reference; nothing is reported then.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_tables import cost_table, loader_table, sample_table, targets_table
+from bench.plots import draw_speed
 from bench.screen_tables import fleet_table, screen_table
 from bench.study_table import study_table
 from fastfundus.records import interval_text
@@ -330,6 +331,7 @@ def draw() -> None:
         if files:
             _put(file, marker, table(json.loads(files[-1].read_text())))
     _put(README, "targets", targets_table(RESULTS))
+    draw_speed(RESULTS, root / "docs" / "speed.svg")
 
 
 def _put(file: Path, marker: str, text: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from bench import bench_cost
+from bench.case_tables import cost_table, loader_table, sample_table, targets_table
+from bench.report import RESULTS
 from fastfundus.data import PhotoCache
 from fastfundus.spec import PreprocessSpec
 
@@ -18,6 +21,40 @@ def test_costs_are_fitted_on_what_was_measured(tmp_path: Path, monkeypatch: pyte
     assert len(rows) == 6
     assert all(row["measured_s"] > 0 and row["fitted_s"] > 0 for row in rows)
     assert cost.fixed_s >= 0
+
+
+def test_what_was_not_fitted_is_predicted_and_measured(
+    tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_cost, "WIDTHS", (160, 320))
+    monkeypatch.setattr(bench_cost, "QUALITIES", (75, 97))
+    monkeypatch.setattr(bench_cost, "FITTED", (("test_resnet", 32),))
+    monkeypatch.setattr(bench_cost, "CHECKED", (("test_resnet", 64),))
+    monkeypatch.setattr(bench_cost, "DATA", tmp_path)
+    (tmp_path / "fullres_dr").symlink_to(photo_folder / "images")
+    found = bench_cost.predictions(tmp_path, "fp32", 0.01)
+    (check,) = found["checks"]
+    assert check["gflop"] == pytest.approx(4 * found["fitted_on"][0]["gflop"], rel=0.2), "four times the pixels"
+    assert check["engine"]["predicted_s"] == pytest.approx(found["s_per_gflop"] * check["gflop"])
+    told = check["predicted"]["photos_per_s"]
+    expected = bench_cost.CORES / (check["prepare"]["predicted_s"] + check["engine"]["predicted_s"])
+    assert told == pytest.approx(expected)
+    assert check["measured"]["photos_per_s"] > 0
+    assert json.dumps(found), "plain data"
+
+
+def test_the_tables_are_drawn_from_the_results() -> None:
+    result = json.loads(sorted(RESULTS.glob("cost_cpu_*.json"))[-1].read_text())
+    table = cost_table(result)
+    for check in result["model"]["checks"]:
+        assert f"{check['predicted']['photos_per_s'] / check['measured']['photos_per_s'] - 1:+.0%}" in table
+    cases = json.loads(sorted(RESULTS.glob("cpu_*.json"))[-1].read_text())
+    assert loader_table(cases).count("\n| ") == 7
+    assert "**FastFundus, float32**" in sample_table(cases)
+    targets = targets_table(RESULTS)
+    assert targets.count("| open |") == 3
+    screen = json.loads(sorted(RESULTS.glob("screen_cpu_*.json"))[-1].read_text())
+    assert f"int8 {screen['speed']['over_peers']['int8']['median']:.1f} x" in targets
 
 
 def test_large_manifests_are_caches(tmp_path: Path) -> None:

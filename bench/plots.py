@@ -1,0 +1,79 @@
+"""The picture of the README: photos/s beside the peers', from the results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastfundus.pictures import as_svg
+
+__all__ = ["draw_speed"]
+
+OURS, THEIRS, LIMIT = "#0f766e", "#94a3b8", "#d6d3d1"
+
+
+def _newest(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads(sorted(folder.glob(f"{name}_2*.json"))[-1].read_text())
+
+
+def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
+    """Titles, and bars of name, photos/s and colour."""
+    prepare, screen, cpu = (_newest(folder, name) for name in ("prepare_cpu", "screen_cpu", "cpu"))
+    one = {name: 1000 / row["ms"] for name, row in prepare["cores_1"].items()}
+    rates = screen["speed"]["images_per_s"]
+    loader = next(found for found in cpu["cases"] if found["case"]["name"] == "loader, 512 px")["variants"]
+    fed = {name: row["photos_per_s"] for name, row in loader.items()}
+    return [
+        (
+            "Preparing camera JPEGs, one core",
+            [
+                ("FastFundus", one["fastfundus"], OURS),
+                ("Pillow + torchvision", one["Pillow + torchvision, bilinear"], THEIRS),
+                ("OpenCV", one["OpenCV, full decode + area"], THEIRS),
+                ("DALI CPU", one["DALI CPU, decode + resize"], THEIRS),
+                ("the decoder alone", one["decoder alone"], LIMIT),
+            ],
+        ),
+        (
+            "Feeding training, 512 px",
+            [
+                ("FastFundus, cache", fed["FastFundus, train's feed"], OURS),
+                ("torchvision v2", fed["torchvision v2, DataLoader"], THEIRS),
+                ("timm", fed["timm, create_loader"], THEIRS),
+                ("Albumentations", fed["Albumentations, DataLoader"], THEIRS),
+                ("DALI CPU", fed["DALI CPU"], THEIRS),
+            ],
+        ),
+        (
+            "Screening, ResNet-50, 512 px",
+            [
+                ("FastFundus, int8", rates["screen, int8"], OURS),
+                ("FastFundus, bf16", rates["screen, bf16"], OURS),
+                ("FastFundus, fp32", rates["screen, fp32"], OURS),
+                ("the peers' loop", rates["PIL, torchvision, torch eager float32"], THEIRS),
+            ],
+        ),
+    ]
+
+
+def draw_speed(folder: Path, output: Path) -> None:
+    """Draw the newest results of a folder into an SVG."""
+    panels = _panels(folder)
+
+    def draw(plots: Sequence[Any]) -> None:
+        for axes, (title, bars) in zip(plots, panels, strict=True):
+            names, values, colours = zip(*bars, strict=True)
+            drawn = axes.barh(range(len(bars)), values, color=colours, height=0.7)
+            axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+            axes.set_yticks(range(len(bars)), names)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 1.18 * max(values))
+            axes.set_xticks([])
+            axes.spines["bottom"].set_visible(False)
+            axes.tick_params(left=False)
+            axes.set_title(title, fontsize=9, loc="left")
+            axes.set_xlabel("photos/s", loc="left")
+
+    output.write_text(as_svg(draw, columns=len(panels), width_in=11, height_in=2.2), encoding="utf-8")
