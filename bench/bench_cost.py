@@ -77,11 +77,17 @@ def engine_seconds(bundle: Bundle, seconds: float) -> float:
         return engine_rate(engine, pixels_of(bundle.spec.size), seconds).core_seconds
 
 
+def built(folder: Path, backbone: str, size: int, precision: str) -> Bundle:
+    """A bundle of random weights; built once."""
+    place = folder / f"{backbone}_{size}_{precision}"
+    return Bundle.open(place) if place.exists() else bundle_of(backbone, size, precision, place)[0]
+
+
 def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
     """Fit on drawn photos and small networks; predict and measure others."""
     of_gflop, rows = [], []
     for backbone, size in FITTED:
-        bundle, _ = bundle_of(backbone, size, precision, folder / f"{backbone}_{size}_{precision}")
+        bundle = built(folder, backbone, size, precision)
         cost, gflop = engine_seconds(bundle, seconds), float(bundle.about["gflop"])
         of_gflop.append(cost / gflop)
         rows.append({"backbone": backbone, "size": size, "gflop": gflop, "core_s": cost})
@@ -90,7 +96,7 @@ def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
     cameras = sorted((DATA / "fullres_dr").rglob("*.jp*g"))
     checks = []
     for backbone, size in CHECKED:
-        bundle, _ = bundle_of(backbone, size, precision, folder / f"{backbone}_{size}_{precision}")
+        bundle = built(folder, backbone, size, precision)
         drawn = folder / f"drawn_{size}"
         drawn.mkdir(exist_ok=True)
         cost, fit = fit_preparing(drawn, bundle.spec, seconds / 4)
@@ -121,7 +127,7 @@ def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
 
 def over_cores(folder: Path, precision: str, seconds: float) -> list[dict[str, Any]]:
     """Photos/s of preparing and of the engine by cores, each in a process that has no more."""
-    bundle, _ = bundle_of("resnet50", 512, precision, folder / "cores")
+    bundle = built(folder, "resnet50", 512, precision)
     found = []
     for cores in range(1, CORES + 1):
         for part in ("prepare", "engine"):
@@ -242,8 +248,7 @@ def main() -> None:
             "model": predictions(folder, precision, options.seconds),
             "cores": over_cores(folder, precision, options.seconds),
         }
-        bundle = Bundle.open(folder / f"resnet50_512_{precision}")
-        document["batch"] = over_batch(bundle, options.seconds)
+        document["batch"] = over_batch(built(folder, "resnet50", 512, precision), options.seconds)
         document["manifest"] = over_manifest(folder, SmallCache(folder))
     options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(options.output)

@@ -87,7 +87,8 @@ def timed(job: Callable[[], object], device: torch.device, rounds: int) -> dict[
     """Milliseconds of a call on the device: median and quartiles; caches are flushed before each."""
     flush = torch.empty(256 << 20 if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
     values = []
-    for number in range(rounds + 3):
+    warm = 3 if device.type == "cuda" else 1
+    for number in range(rounds + warm):
         flush.zero_()
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -100,7 +101,7 @@ def timed(job: Callable[[], object], device: torch.device, rounds: int) -> dict[
             began = time.perf_counter()
             job()
             milliseconds = 1000 * (time.perf_counter() - began)
-        if number >= 3:
+        if number >= warm:
             values.append(milliseconds)
     low, middle, high = statistics.quantiles(values, n=4)
     return {"ms": middle, "ms_q1": low, "ms_q3": high}
@@ -259,7 +260,7 @@ def main() -> int:
     dry_run: bool = options.dry_run
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
-    device, rounds = torch.device("cpu" if dry_run else "cuda"), 3 if dry_run else 30
+    device, rounds = torch.device("cpu" if dry_run else "cuda"), 2 if dry_run else 30
     copy = copy_bandwidth(device, dry_run)
     result: dict[str, Any] = {
         "dry_run": dry_run,

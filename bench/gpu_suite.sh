@@ -16,6 +16,16 @@ output=${1:-${OUT:-bench/results}}
 mkdir -p "$output"
 python=${PYTHON:-python3}
 
+models() {
+  if "$python" -c "import timm, onnx" 2>/dev/null; then
+    # What does not end well is missing in the table, and the rest stands.
+    "$python" -m bench.gpu_train "${dry[@]}" --output "$output" || echo "training could not be measured"
+    "$python" -m bench.gpu_engine "${dry[@]}" --output "$output" || echo "engines could not be measured"
+  else
+    echo "training and engines are left out: timm or onnx is not installed"
+  fi
+}
+
 rm -f "$output/kernel_tests.xml"
 tests=0
 if [[ ${#dry[@]} == 0 ]]; then
@@ -23,17 +33,19 @@ if [[ ${#dry[@]} == 0 ]]; then
   FASTFUNDUS_REQUIRE_GPU=1 "$python" -m pytest -o addopts= -q -m "kernel and not slow" --junitxml="$output/kernel_tests.xml" \
     tests/kernels tests/engines/test_cuda_sample.py || tests=$?
 else
+  # Nothing is measured in earnest: both halves at once.
+  models > "$output/models.log" 2>&1 &
   TRITON_INTERPRET=1 "$python" -m pytest -o addopts= -q -m kernel --junitxml="$output/kernel_tests.xml" \
     tests/kernels/test_sample.py -k "one-pixel or minify-2" || tests=$?
 fi
 TRITON_INTERPRET=$([[ ${#dry[@]} == 0 ]] && echo 0 || echo 1) \
   "$python" -m bench.gpu_suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output"
-if "$python" -c "import timm, onnx" 2>/dev/null; then
-  # What does not end well is missing in the table, and the rest stands.
-  "$python" -m bench.gpu_train "${dry[@]}" --output "$output" || echo "training could not be measured"
-  "$python" -m bench.gpu_engine "${dry[@]}" --output "$output" || echo "engines could not be measured"
+if [[ ${#dry[@]} == 0 ]]; then
+  models
 else
-  echo "training and engines are left out: timm or onnx is not installed"
+  wait
+  cat "$output/models.log"
+  rm "$output/models.log"
 fi
 "$python" -m bench.gpu_table "$output"
 exit "$tests"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,6 +140,24 @@ def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trai
     fit_operating_point(run, cache)
     bundle, _ = build_from_run(run, folder / "bundle", precision="fp32")
     return Trained(run.path, bundle)
+
+
+@pytest.fixture(scope="session")
+def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A bundle of another backend; compiling ahead of time takes its time, so there is one for all tests."""
+
+    from fastfundus.cli.building import build_from_run
+    from fastfundus.train.run import Run
+
+    @functools.cache
+    def build(backend: str) -> Path:
+        output = tmp_path_factory.mktemp(backend) / "bundle"
+        bundle, report = build_from_run(Run.open(trained.run), output, backend=backend, precision="fp32")
+        assert report.passed
+        assert bundle.about["tried"] == [report.to_dict()]
+        return output
+
+    return build
 
 
 def write_rgb(path: Path, rgb: np.ndarray, *options: int) -> Path:

@@ -58,7 +58,6 @@ def bench(
 
     from fastfundus.engines.bundle import Bundle
     from fastfundus.errors import ConfigError
-    from fastfundus.screen.measure import drawn_photos
     from fastfundus.spec import PreprocessSpec
 
     if (suite in ("engine", "screen") or predict) and bundle is None:
@@ -71,7 +70,7 @@ def bench(
             sources = _listed(photos)
         else:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="fastfundus-")))
-            sources = drawn_photos(folder)
+            sources = _drawn(folder)
         found = _measured(suite, opened, sources, opened.spec if opened else PreprocessSpec(), seconds)
         if predict:
             found["prediction"] = _predicted(found, cores, gpus, gpu_rate, storage)
@@ -89,6 +88,22 @@ def _listed(source: Path) -> list[SourcePhoto]:
     step = max(1, len(listing) // _SOME)
     some = listing[::step][:_SOME]
     return (some * -(-_SOME // 2 // len(some)))[: max(len(some), _SOME // 2)]
+
+
+def _drawn(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
+    """Draw some photographs of a camera's size into a folder, and name them several times."""
+    import cv2
+
+    from fastfundus.records import SourcePhoto
+    from fastfundus.synthetic import draw_photo
+
+    paths = []
+    for seed in range(kinds):
+        path = folder / f"{seed}.jpg"
+        image = draw_photo(seed, lesions=("exudates",), long_side=3456).image
+        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        paths.append(path)
+    return [SourcePhoto(paths[number % kinds], f"{number}.jpg", f"p{number}") for number in range(count)]
 
 
 def _measured(

@@ -72,7 +72,8 @@ def build_from_run(
     else:
         teaching, pool = photos, _rows(photos, usable & pl.col("sha256").is_in(learned.implode()))
     teachers = _spread(pool, MOST_CALIBRATION_PHOTOS)
-    labels = read_operating_point(run)["labels"]
+    point = read_operating_point(run)
+    labels = point["labels"]
     model = ScreeningModel(
         run.load_model(),
         run.spec,
@@ -85,6 +86,8 @@ def build_from_run(
         "backbone": run.config.model.backbone,
         "config": run.config.to_dict(),
         "epoch": run.epoch,
+        # Of weights and thresholds: a bundle is traced to the very operating point that was locked.
+        "lock": point["lock"],
         "parity_photos": [str(path.absolute()) for path in photos.paths],
         "calibration_photos": [str(path.absolute()) for path in teaching.paths],
     }

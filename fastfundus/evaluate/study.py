@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +43,11 @@ class CellResult:
 
 
 def run_study(
-    file: Path, output: Path, *, say: Callable[[str], None] = lambda text: None, runner: Runner | None = None
+    file: Path,
+    output: Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    runner: AbstractContextManager[Runner] | None = None,
 ) -> tuple[StudyConfig, list[CellResult]]:
     """Do what is not done yet.
 
@@ -53,7 +58,7 @@ def run_study(
         file: the TOML file.
         output: the study's folder; made if absent.
         say: hears of progress, a line a run.
-        runner: who does the runs; None is this machine, one at a time.
+        runner: does the runs, is entered and left here; None is this machine, one at a time.
 
     Returns:
         The study, and what became of every cell.
@@ -64,24 +69,23 @@ def run_study(
             work.
         Interrupted: SIGINT or SIGTERM came.
     """
-    runner = runner or local_runner(1)
     study = StudyConfig.from_toml(file)
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    with locked(output, output / ".lock", "studied"):
+    with locked(output, output / ".lock", "studied"), runner or local_runner(1) as run:
         _require_same(study, file, output)
         caches = {name: PhotoCache.open(*part.caches) for name, part in study.tasks.items()}
         first = {
             Job(output / "upstream" / name, part.caches, part.config): f"upstream {name}"
             for name, part in study.upstream.items()
         }
-        for job, error in _do(first, runner, say).items():
+        for job, error in _do(first, run, say).items():
             if error:
                 raise DataError(f"{first[job]} could not be done: {error}")
         upstream = {name: Run.open(output / "upstream" / name) for name in study.upstream}
         _require_disjoint(study, upstream, caches)
         cells = {_job(study, cell, output, upstream): cell for cell in study.cells()}
-        errors = _do({job: cell.folder.removeprefix("cells/") for job, cell in cells.items()}, runner, say)
+        errors = _do({job: cell.folder.removeprefix("cells/") for job, cell in cells.items()}, run, say)
         return study, [CellResult(cell, job.folder, errors[job]) for job, cell in cells.items()]
 
 

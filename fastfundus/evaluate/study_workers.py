@@ -119,7 +119,8 @@ class _Worker:
         self.process.join()
 
 
-def local_runner(count: int) -> Runner:
+@contextlib.contextmanager
+def local_runner(count: int) -> Iterator[Runner]:
     """Run jobs on this machine, some at a time.
 
     Args:
@@ -132,17 +133,19 @@ def local_runner(count: int) -> Runner:
     if not 1 <= count <= cores:
         raise ConfigError(f"--jobs must be 1 to {cores}, the number of cores, got {count}")
     threads = torch.get_num_threads() if count == 1 else cores // count
+    workers: list[_Worker] = []
 
     def run(jobs: Sequence[Job], begins: Callable[[Job], None]) -> Iterator[tuple[Job, str]]:
-        left, workers = deque(jobs), []
-        with contextlib.ExitStack() as stack, stop_requested() as stop:
-            for _ in range(min(count, len(jobs))):
-                workers.append(stack.enter_context(contextlib.closing(_Worker(threads))))
+        left = deque(jobs)
+        with stop_requested() as stop:
+            while len(workers) < min(count, len(jobs)):
+                workers.append(_Worker(threads))
             while left or any(worker.job for worker in workers):
                 for place, worker in enumerate(workers):
                     if left and worker.job is None and not stop.is_set():
                         if not worker.process.is_alive():
-                            worker = workers[place] = stack.enter_context(contextlib.closing(_Worker(threads)))
+                            worker.close()
+                            worker = workers[place] = _Worker(threads)
                         worker.begin(left.popleft())
                         begins(worker.job)  # type: ignore[arg-type]
                 busy = {worker.pipe: worker for worker in workers if worker.job}
@@ -156,10 +159,15 @@ def local_runner(count: int) -> Runner:
                 for pipe in ready:
                     yield busy[pipe].take()  # type: ignore[index]
 
-    return run
+    try:
+        yield run
+    finally:
+        for worker in workers:
+            worker.close()
 
 
-def ray_runner(address: str) -> Runner:
+@contextlib.contextmanager
+def ray_runner(address: str) -> Iterator[Runner]:
     """Run jobs on a Ray cluster: on machines with GPUs one a GPU, else one a machine.
 
     Caches and the study must lie on storage that every machine sees under the same path.
@@ -167,28 +175,29 @@ def ray_runner(address: str) -> Runner:
     Args:
         address: as for `joined`.
     """
+    with joined(address) as ray:
+        gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
+        each = max(1, min(cores_of_machines(ray)) // max(1, *gpus))
+        remote = ray.remote(num_cpus=each, num_gpus=1 if any(gpus) else 0, max_retries=0)(_do_there)
 
-    def run(jobs: Sequence[Job], begins: Callable[[Job], None]) -> Iterator[tuple[Job, str]]:
-        with joined(address) as ray, stop_requested() as stop:
-            gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-            each = max(1, min(cores_of_machines(ray)) // max(1, *gpus))
-            remote = ray.remote(num_cpus=each, num_gpus=1 if any(gpus) else 0, max_retries=0)(_do_there)
-            running = {}
-            for job in jobs:
-                running[remote.remote(job, each)] = job
-                begins(job)
-            while running:
-                ready, _ = ray.wait(list(running), timeout=0.5)
-                if stop.is_set():
-                    raise Interrupted("stopped")
-                for reference in ready:
-                    try:
-                        told = ray.get(reference)
-                    except ray.exceptions.RayError as error:
-                        told = f"its process ended ({str(error).splitlines()[0]})"
-                    yield running.pop(reference), told
+        def run(jobs: Sequence[Job], begins: Callable[[Job], None]) -> Iterator[tuple[Job, str]]:
+            with stop_requested() as stop:
+                running = {}
+                for job in jobs:
+                    running[remote.remote(job, each)] = job
+                    begins(job)
+                while running:
+                    ready, _ = ray.wait(list(running), timeout=0.5)
+                    if stop.is_set():
+                        raise Interrupted("stopped")
+                    for reference in ready:
+                        try:
+                            told = ray.get(reference)
+                        except ray.exceptions.RayError as error:
+                            told = f"its process ended ({str(error).splitlines()[0]})"
+                        yield running.pop(reference), told
 
-    return run
+        yield run
 
 
 def _do_there(job: Job, threads: int) -> str:

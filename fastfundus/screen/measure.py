@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,7 +20,7 @@ from fastfundus.screen.crew import Crew
 from fastfundus.screen.pipeline import Timing, screen_photos
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["Rate", "drawn_photos", "engine_rate", "prepare_rate", "screen_rate"]
+__all__ = ["Rate", "engine_rate", "prepare_rate", "screen_rate"]
 
 _LEAST_ROUNDS = 3
 
@@ -103,16 +102,3 @@ def screen_rate(photos: Sequence[SourcePhoto], bundle: Bundle, seconds: float = 
             return sum(1 for _ in screen_photos(photos, bundle, timing, engine=engine))
 
         return _timed(job, seconds), timing
-
-
-def drawn_photos(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
-    """Draw some photographs of a camera's size into a folder, and name them several times."""
-    from fastfundus.synthetic import draw_photo
-
-    paths = []
-    for seed in range(kinds):
-        path = folder / f"{seed}.jpg"
-        image = draw_photo(seed, lesions=("exudates",), long_side=3456).image
-        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-        paths.append(path)
-    return [SourcePhoto(paths[number % kinds], f"{number}.jpg", f"p{number}") for number in range(count)]

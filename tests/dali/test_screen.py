@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastfundus.cli.building import build_from_run
 from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.prepare import DaliPreparer
 from fastfundus.dali.screen import dali_blocks
@@ -18,15 +18,13 @@ from fastfundus.errors import ConfigError
 from fastfundus.screen import pipeline, run, store
 from fastfundus.screen.audit import verify
 from fastfundus.screen.run import screen_to_folder
-from fastfundus.train.run import Run
 from tests.conftest import Trained
 
 
 @pytest.fixture(scope="module")
-def compiled(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def compiled(built: Callable[[str], Path]) -> Bundle:
     """The trained run as an AOTInductor engine, which takes tensors."""
-    folder = tmp_path_factory.mktemp("aoti") / "bundle"
-    return build_from_run(Run.open(trained.run), folder, backend="aoti", precision="fp32")[0]
+    return Bundle.open(built("aoti"))
 
 
 def test_what_stays_on_the_device_is_what_the_host_sees(photo_folder: Path, trained: Trained) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -82,21 +81,6 @@ def test_onnx_answers_as_the_model_at_any_batch(trained: Trained, photos: np.nda
     for count in (1, 2, 5, len(photos)):
         (got,) = session.run(None, {INPUT: photos[:count]})
         np.testing.assert_allclose(got, expected[:count], atol=ENGINE_FP32)
-
-
-@pytest.fixture(scope="module")
-def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A bundle of another backend; compiling ahead of time takes its time, so there is one for all tests."""
-
-    @functools.cache
-    def build(backend: str) -> Path:
-        output = tmp_path_factory.mktemp(backend) / "bundle"
-        bundle, report = build_from_run(Run.open(trained.run), output, backend=backend, precision="fp32")
-        assert report.passed
-        assert bundle.about["tried"] == [report.to_dict()]
-        return output
-
-    return build
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])

@@ -143,7 +143,7 @@ def test_vessels_by_group_and_against_another_run(vessel_cache: PhotoCache, tmp_
     for seed in (0, 1):
         settings = {
             "task": "vessels", "model": {"backbone": "resnet18"},
-            "loop": {"epochs": 2, "batch_size": 4, "tile": 96, "tiles": 2, "seed": seed},
+            "loop": {"epochs": 1, "batch_size": 4, "tile": 96, "tiles": 2, "seed": seed},
             "data": {"split": "holdout", "test_share": 0.5, "val_share": 0.2},
         }  # fmt: skip
         train(vessel_cache, tmp_path / str(seed), TrainConfig.from_dict(settings))

@@ -277,9 +277,10 @@ def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> 
         run_study(other, done)
 
 
-def test_what_was_seen_upstream_is_refused(caches: Path, tmp_path: Path) -> None:
+def test_what_was_seen_upstream_is_refused(done: Path, caches: Path, tmp_path: Path) -> None:
     file = caches / "leak.toml"
     file.write_text(TEXT.replace('caches = ["eyes"]', 'caches = ["upstream"]', 1))
+    shutil.copytree(done / "upstream", tmp_path / "leak" / "upstream")
     with pytest.raises(DataError, match="36 photos of the task eyes took part in the upstream run fundus"):
         run_study(file, tmp_path / "leak")
 
