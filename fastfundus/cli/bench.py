@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,16 +113,25 @@ def _measured(
 
     import numpy as np
 
+    from fastfundus.errors import DataError, PhotoError
     from fastfundus.screen.cost import kind_of
     from fastfundus.screen.measure import engine_rate, prepare_rate, screen_rate
 
-    kinds = [kind_of(photo.path.read_bytes(), spec) for photo in photos]
+    kinds = []
+    for photo in photos:
+        # What is no photo costs next to nothing, and would spoil the rates.
+        with suppress(PhotoError, OSError):
+            kinds.append((photo, kind_of(photo.path.read_bytes(), spec)))
+    if not kinds:
+        raise DataError(f"holds no photo that can be read, the first of {len(photos)} inputs is {photos[0].path}")
+    left_out, photos = len(photos) - len(kinds), [photo for photo, _ in kinds]
     found: dict[str, Any] = {
         "cores": os.cpu_count(),
         "photos": len(photos),
+        "left_out": left_out,
         "size": spec.size,
-        "megapixels": float(np.mean([kind.megapixels for kind in kinds])),
-        "megabytes": float(np.mean([kind.megabytes for kind in kinds])),
+        "megapixels": float(np.mean([kind.megapixels for _, kind in kinds])),
+        "megabytes": float(np.mean([kind.megabytes for _, kind in kinds])),
     }
     if suite in ("prepare", "all"):
         found["prepare"] = asdict(prepare_rate(photos, spec, seconds))
@@ -164,6 +173,7 @@ def _say(found: dict[str, Any]) -> None:
     click.echo(
         f"{found['photos']} photos of {found['megapixels']:.1f} megapixels and {found['megabytes']:.2f} MB, to "
         f"{found['size']} px; {found['cores']} cores"
+        + (f"; {found['left_out']} inputs are no photos and were left out" if found["left_out"] else "")
     )
     names = {"prepare": "reading, decoding, cropping", "engine": "the engine alone", "screen": "screen, end to end"}
     for key, title in names.items():

@@ -253,6 +253,8 @@ def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
     assert stored["threshold_low"] <= stored["threshold"] <= stored["threshold_high"]
     again = fit_operating_point(run, cache)["labels"]["abnormal"]
     assert again["threshold"] == stored["threshold"]
+    # A bundle is traced to the operating point that was locked.
+    assert trained.bundle.about["provenance"]["lock"] == read_operating_point(run)["lock"]
     measured = measure(run, cache)
     predictions = measured.predictions
     assert measured.which == "test patients"

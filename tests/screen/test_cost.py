@@ -94,6 +94,17 @@ def test_photos_that_cannot_be_prepared_are_no_measurement(tmp_path: Path) -> No
         prepare_rate([SourcePhoto(path, "broken.jpg", "p")], PreprocessSpec(size=64), 0.1)
 
 
+def test_the_command_leaves_out_what_is_no_photo(broken_photos: Path, tmp_path: Path) -> None:
+    result = run("bench", "prepare", "--photos", broken_photos, "--seconds", "0.1")
+    assert result.exit_code == 0, result.output
+    assert "inputs are no photos and were left out" in result.output
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "junk.jpg").write_bytes(b"junk")
+    refused = run("bench", "prepare", "--photos", tmp_path / "none")
+    assert refused.exit_code == 1
+    assert "holds no photo that can be read, the first of " in refused.output
+
+
 def test_the_command_measures_and_predicts(trained: Trained, photo_folder: Path) -> None:
     assert trained.bundle.about["gflop"] == pytest.approx(2 * 1.82 / 12.25, rel=0.02), "1.82 at 224 px, sums too"
     common = ("bench", "--bundle", trained.bundle.path, "--photos", photo_folder / "images", "--seconds", "0.2")
