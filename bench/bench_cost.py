@@ -164,7 +164,7 @@ def over_batch(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
 
 
 MANIFEST = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from fastfundus.config import DataConfig
 from fastfundus.data import PhotoCache
@@ -190,10 +190,7 @@ def over_manifest(folder: Path, small: SmallCache, counts: tuple[int, ...] = MAN
         done = subprocess.run([sys.executable, "-c", MANIFEST, place], capture_output=True, text=True, check=True)
         opened, split, mib, names = map(float, done.stdout.split())
         assert names == count
-        size = (place / "manifest.parquet").stat().st_size
-        found.append(
-            {"photos": count, "open_s": opened, "split_s": split, "peak_mib": mib, "bytes_a_row": size / count}
-        )
+        found.append({"photos": count, "open_s": opened, "split_s": split, "peak_mib": mib})
         print(found[-1], flush=True)
     return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
-from bench.paired import environment
+from bench.harness import Clock
+from bench.paired import environment, quartiles
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
 from fastfundus.kernels import sample as triton_sample
@@ -85,26 +85,8 @@ def cases(dry_run: bool) -> list[Case]:
 
 def timed(job: Callable[[], object], device: torch.device, rounds: int) -> dict[str, float]:
     """Milliseconds of a call on the device: median and quartiles; caches are flushed before each."""
-    flush = torch.empty(256 << 20 if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
-    values = []
-    warm = 3 if device.type == "cuda" else 1
-    for number in range(rounds + warm):
-        flush.zero_()
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            job()
-            end.record()
-            torch.cuda.synchronize()
-            milliseconds = begin.elapsed_time(end)
-        else:
-            began = time.perf_counter()
-            job()
-            milliseconds = 1000 * (time.perf_counter() - began)
-        if number >= warm:
-            values.append(milliseconds)
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"ms": middle, "ms_q1": low, "ms_q3": high}
+    clock, warm = Clock(device.type), 3 if device.type == "cuda" else 1
+    return quartiles([clock.time(job)[0] for _ in range(rounds + warm)][warm:])
 
 
 def copy_bandwidth(device: torch.device, dry_run: bool) -> float:

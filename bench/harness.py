@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.paired import quartiles
+
 __all__ = ["Case", "Clock", "Limit", "Variant", "WrongResult", "compare"]
 
 _FLUSH_BYTES = 256 << 20
@@ -184,14 +186,13 @@ def _described(
     case: Case, variant: Variant, times: Mapping[str, list[float]], reference: list[float]
 ) -> dict[str, Any]:
     values = times[variant.name]
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    spread = quartiles(values)
+    middle = spread["ms"]
     ratios = [theirs / mine for theirs, mine in zip(reference, values, strict=True)]
     return {
         "settings": variant.settings,
         "reference": variant.reference,
-        "ms": middle,
-        "ms_q1": low,
-        "ms_q3": high,
+        **spread,
         "photos_per_s": 1000 * case.units / middle,
         "gb_per_s": case.bytes / middle / 1e6 if case.bytes else None,
         "gflop_per_s": case.flops / middle / 1e6 if case.flops else None,

@@ -7,13 +7,13 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "pinned_to", "run_in_turns"]
+__all__ = ["environment", "pinned_to", "quartiles", "run_in_turns"]
 
 
 def run_in_turns(variants: Mapping[str, Callable[[], object]], units: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -36,10 +36,14 @@ def run_in_turns(variants: Mapping[str, Callable[[], object]], units: int, round
                 seconds[name].append(time.perf_counter() - began)
     result = {}
     for name, values in seconds.items():
-        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-        scale = 1000 / units
-        result[name] = {"ms": middle * scale, "ms_q1": low * scale, "ms_q3": high * scale}
+        result[name] = quartiles([1000 * value / units for value in values])
     return result
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of milliseconds; of a single one, itself."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    return {"ms": middle, "ms_q1": low, "ms_q3": high}
 
 
 @contextmanager

@@ -117,21 +117,22 @@ def _measured(
     from fastfundus.screen.cost import kind_of
     from fastfundus.screen.measure import engine_rate, prepare_rate, screen_rate
 
-    kinds = []
-    for photo in photos:
+    known = {}
+    for path in {photo.path for photo in photos}:
         # What is no photo costs next to nothing, and would spoil the rates.
         with suppress(PhotoError, OSError):
-            kinds.append((photo, kind_of(photo.path.read_bytes(), spec)))
-    if not kinds:
+            known[path] = kind_of(path.read_bytes(), spec)
+    if not known:
         raise DataError(f"holds no photo that can be read, the first of {len(photos)} inputs is {photos[0].path}")
-    left_out, photos = len(photos) - len(kinds), [photo for photo, _ in kinds]
+    inputs, photos = len(photos), [photo for photo in photos if photo.path in known]
+    kinds = [known[photo.path] for photo in photos]
     found: dict[str, Any] = {
         "cores": os.cpu_count(),
         "photos": len(photos),
-        "left_out": left_out,
+        "left_out": inputs - len(photos),
         "size": spec.size,
-        "megapixels": float(np.mean([kind.megapixels for _, kind in kinds])),
-        "megabytes": float(np.mean([kind.megabytes for _, kind in kinds])),
+        "megapixels": float(np.mean([kind.megapixels for kind in kinds])),
+        "megabytes": float(np.mean([kind.megabytes for kind in kinds])),
     }
     if suite in ("prepare", "all"):
         found["prepare"] = asdict(prepare_rate(photos, spec, seconds))
@@ -144,7 +145,7 @@ def _measured(
             found["engine"] = asdict(engine_rate(engine, pixels, seconds))
     if suite in ("screen", "all"):
         rate, timing = screen_rate(photos, bundle, seconds)
-        found["screen"] = asdict(rate) | {"busy": timing.busy}
+        found["screen"] = asdict(rate) | {"busy": timing.busy, "limit": timing.limit}
     return found
 
 
@@ -188,8 +189,7 @@ def _say(found: dict[str, Any]) -> None:
             further = f"; {found['backend']} {found['precision']}{flops}"
         elif "prepare" in found and "engine" in found:
             alone = 1 / (1 / found["prepare"]["photos_per_s"] + 1 / found["engine"]["photos_per_s"])
-            busiest = max(entry["busy"].items(), key=lambda item: item[1])[0]
-            further = f"; {busiest} limits; {rate / alone:.0%} of both one after the other on these cores"
+            further = f"; {entry['limit']} limits; {rate / alone:.0%} of both one after the other on these cores"
         click.echo(f"{title:28} {rate:8.1f} photos/s ({entry['least']:.1f} to {entry['most']:.1f}){further}")
     if "prediction" not in found:
         return

@@ -71,14 +71,11 @@ def evaluate_run(
         document["subgroups"] = subgroup_metrics(measured.predictions, cache.manifest, by, thresholds)
     if against:
         theirs = {name: float(point["threshold"]) for name, point in read_operating_point(against)["labels"].items()}
-        other_map = None
-        if label_map:
-            other_map = LabelMap.parse([rule for rule in rules if rule.split("=")[0].strip() in theirs], against.labels)
         document["against"] = {
             "run": str(against.path),
             **compare_predictions(
                 measured.predictions,
-                measure(against, cache, label_map=other_map).predictions,
+                measure(against, cache, label_map=label_map).predictions,
                 {name: (value, theirs[name]) for name, value in thresholds.items() if name in theirs},
             ),
         }

@@ -19,7 +19,7 @@ from fastfundus.evaluate.measured import (
     write_operating_point,
 )
 from fastfundus.evaluate.metrics import binary_metrics, overall_metrics
-from fastfundus.evaluate.thresholds import fit_temperatures, fit_threshold
+from fastfundus.evaluate.thresholds import fit_temperatures, fit_threshold, threshold_entry
 from fastfundus.models.activation import ACTIVATIONS, probabilities
 from fastfundus.train.run import Run
 from fastfundus.train.step import predict_logits
@@ -67,9 +67,8 @@ def fit_grading(
             "fitted",
         }
         if (truth == counted).any():
-            found = fit_threshold(chances["val"][known, number], truth, patients[known].tolist(), target, of).to_dict()
-            point |= {f"threshold{end}": found[key] for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
-            point |= {f"target_{of}": target, "note": None}
+            found = fit_threshold(chances["val"][known, number], truth, patients[known].tolist(), target, of)
+            point |= {**threshold_entry(found), f"target_{of}": target, "note": None}
         labels[name] = point
     thresholds = [entry["threshold"] for entry in labels.values()]
     measured = {

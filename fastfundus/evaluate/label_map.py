@@ -12,9 +12,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.errors import ConfigError, DataError, close_matches
-from fastfundus.train.targets import Targets
+from fastfundus.train.targets import Targets, label_columns
 
 __all__ = ["LabelMap"]
 
@@ -34,8 +33,8 @@ class _Term:
     def truth(self, manifest: pl.DataFrame) -> NDArray[np.float64]:
         """[N] 1, 0, or NaN where the column is empty."""
         if self.column not in manifest.columns:
-            labels = [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
-            raise ConfigError(f"--map: the manifest has no column {self.column!r}{close_matches(self.column, labels)}")
+            close = close_matches(self.column, label_columns(manifest))
+            raise ConfigError(f"--map: the manifest has no column {self.column!r}{close}")
         values = manifest[self.column]
         if self.sign is None:
             wrong = values.drop_nulls().unique()
@@ -98,7 +97,8 @@ class LabelMap:
     def targets(self, manifest: pl.DataFrame, outputs: tuple[str, ...]) -> Targets:
         """Truth of every photo: yes where any term says yes, no where all say no, else not known.
 
-        An output without a rule is the column of its name where there is one, and else not known.
+        An output without a rule is the column of its name where there is one, and else not known; rules of other
+        outputs are left alone.
         """
         truth = np.full((len(manifest), len(outputs)), np.nan)
         for number, name in enumerate(outputs):

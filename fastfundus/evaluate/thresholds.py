@@ -15,7 +15,7 @@ from fastfundus.models.activation import Activation
 from fastfundus.train.loss import LOSSES
 from fastfundus.train.targets import both_classes
 
-__all__ = ["fit_temperature", "fit_temperatures", "fit_threshold"]
+__all__ = ["fit_temperature", "fit_temperatures", "fit_threshold", "threshold_entry"]
 
 
 def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.float64], kind: Activation = "sigmoid") -> float:
@@ -90,3 +90,9 @@ def fit_threshold(
         return {"threshold": np.where(reached[:, -1] > 0, chosen, np.nan)}
 
     return PatientBootstrap(patients, resamples, seed).intervals(statistics, order)["threshold"]
+
+
+def threshold_entry(found: Interval) -> dict[str, float | None]:
+    """A threshold and its interval as operating points hold them."""
+    plain = found.to_dict()
+    return {"threshold": plain["value"], "threshold_low": plain["low"], "threshold_high": plain["high"]}

@@ -24,6 +24,7 @@ from fastfundus.evaluate.measured import (
     write_operating_point,
 )
 from fastfundus.evaluate.metrics import mean_with_interval
+from fastfundus.evaluate.thresholds import threshold_entry
 from fastfundus.train.run import Run
 from fastfundus.train.vessels import binned, binned_auroc, mask_column, vessel_maps
 
@@ -59,14 +60,14 @@ def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
         return {"threshold": _THRESHOLDS[(weights @ dices).argmax(axis=1)]}
 
     patients = cache.manifest["patient"].gather(sides["val"]).to_list()
-    found = PatientBootstrap(patients).intervals(statistics)["threshold"].to_dict()
+    found = PatientBootstrap(patients).intervals(statistics)["threshold"]
     point = {
         "temperature": 1.0,
         "finding": False,
-        **{f"threshold{end}": found[key] for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))},
+        **threshold_entry(found),
         "target": "mean Dice on validation",
     }
-    threshold = float(point["threshold"])  # type: ignore[arg-type]
+    threshold = found.value
     measured = {
         "val": _measured(cache, val, threshold, "val"),
         "test": _measured(cache, _judged(run, cache, sides["test"], threshold), threshold, "test"),

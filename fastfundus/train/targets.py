@@ -13,7 +13,7 @@ from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.errors import ConfigError, DataError, close_matches
 from fastfundus.records import NORMAL_NAMES, Status
 
-__all__ = ["Targets", "both_classes", "finding_outputs", "grades", "read_targets", "usable_rows"]
+__all__ = ["Targets", "both_classes", "finding_outputs", "grades", "label_columns", "read_targets", "usable_rows"]
 
 _NORMAL_OUTPUTS = NORMAL_NAMES | {"no_finding", "no finding", "eye_n"}
 """Names, lower case, of outputs that say that nothing was found."""
@@ -94,12 +94,13 @@ def _one(labels: tuple[str, ...], task: str, default: str) -> str:
     return labels[0] if labels else default
 
 
-def _label_columns(manifest: pl.DataFrame) -> list[str]:
+def label_columns(manifest: pl.DataFrame) -> list[str]:
+    """Columns that the label file or an adapter brought."""
     return [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
 
 
 def _column(manifest: pl.DataFrame, label: str) -> pl.Series:
-    choices = _label_columns(manifest)
+    choices = label_columns(manifest)
     if not choices:
         raise DataError("the cache was prepared without labels; prepare it with --labels or an adapter")
     if label not in choices:
@@ -129,7 +130,7 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
     if not label:
         label = next((name for name in ("abnormal", "normal") if name in manifest.columns), "")
     if not label:
-        have = _label_columns(manifest)
+        have = label_columns(manifest)
         said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
         raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); name one with --label")
     truth, told = _yes_or_no(manifest, label), label
@@ -141,7 +142,7 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
 def _multilabel(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
     labels = outputs or labels
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        numbers = [name for name in _label_columns(manifest) if manifest[name].dtype.is_numeric()]
+        numbers = [name for name in label_columns(manifest) if manifest[name].dtype.is_numeric()]
         fit = [name for name in numbers if manifest[name].drop_nulls().is_in([0.0, 1.0]).all()]
         raise ConfigError(
             "multilabel needs the names of its columns, two or more, each once: give --label for each; columns of 0 "
