@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-prepare bench-cost bench-train bench-engine bench-screen parity kernels wheel fuzz photos odir transfer study clean
+.PHONY: demo test check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -18,21 +18,14 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## sampling and loading against peers, in turns (ten minutes); results go to README
-	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS)
-	@$(BIN)/python -m bench.report $(VENV)/bench.json
+SUITES ?= prepare sample loader train engine screen
+bench: $(VENV)/.installed-dev  ## against peers, in turns (an hour; SUITES="sample loader" ten minutes); prepare, screen need FASTFUNDUS_DATA
+	@for suite in $(SUITES); do \
+		$(BIN)/python -m pytest bench/bench_$$suite.py --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
+		$(BIN)/python -m bench.report $$suite $(VENV)/bench.json || exit 1; done
 
-bench-prepare: $(VENV)/.installed-dev  ## preparing camera JPEGs against peers, in turns; needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.bench_prepare && $(BIN)/python -m bench.report
-
-bench-train: $(VENV)/.installed-dev  ## training against the peers' habit, in turns (ten minutes)
-	@$(BIN)/python -m bench.bench_train && $(BIN)/python -m bench.report
-
-bench-engine: $(VENV)/.installed-dev  ## engines against torch, in turns (a quarter of an hour)
-	@$(BIN)/python -W ignore -m bench.bench_engine && $(BIN)/python -m bench.report
-
-bench-screen: $(VENV)/.installed-dev  ## screening against the peers' loop, memory, serving (half an hour); needs FASTFUNDUS_DATA
-	@$(BIN)/python -W ignore -m bench.bench_screen && $(BIN)/python -m bench.report
+bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under load (twenty minutes)
+	@$(BIN)/python -W ignore -m bench.bench_serve && $(BIN)/python -m bench.report
 
 bench-cost: $(VENV)/.installed-dev  ## scaling, and the cost model where it was not fitted (ten minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -W ignore -m bench.bench_cost && $(BIN)/python -m bench.report

@@ -26,7 +26,7 @@ import numpy as np
 import polars as pl
 
 from bench.bench_screen import bundle_of
-from bench.paired import environment
+from bench.machine import environment
 from bench.real_photos import DATA, need
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.openvino_backend import precisions

@@ -1,35 +1,34 @@
 """Engines on the CPU against torch, in turns in one run: throughput, latency of one photo, and what our calls add.
 
-    python -m bench.bench_engine [--output bench/results/engine_cpu_YYYYMM.json]
+    make bench SUITES=engine        timed
+    make test                       once, tiny, without what is compiled
 
-Every variant takes the same uint8 photos and gives probabilities; each is compared with torch in float32 in this run,
-and a variant that differs by more than its gate ends it. The peers' habit is torch, eager, float32, channels first, in
-batches of 16. Weights are random: speed does not depend on them, and differences are then smaller than a trained
-model's, whose figures are in the parity report of its bundle.
+Every variant takes the same uint8 photos and gives probabilities; each is compared with torch in float32 in every
+round, and one that differs by more than its gate ends the run. The peers' habit is torch, eager, float32, channels
+first, in batches of 16. Weights are random: speed does not depend on them, and differences are then smaller than a
+trained model's, whose figures are in the parity report of its bundle.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from numpy.typing import NDArray
 
-from bench.paired import environment
+from bench.harness import Case, Clock, Limit, Variant, compare
 from fastfundus.engines import aoti_backend, onnxruntime_backend, openvino_backend
 from fastfundus.engines.export import ScreeningModel, export_onnx
 from fastfundus.engines.parity import GATES
 from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
+from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import write_dataset
@@ -37,7 +36,14 @@ from fastfundus.synthetic import write_dataset
 Job = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 EAGER, COMPILED, RAW = "torch eager, float32", "torch.compile, bfloat16", "OpenVINO bf16, by its own queue"
 BATCH = 16
-COMPILED_AHEAD = (("AOTInductor", aoti_backend),)
+SETTINGS = {
+    EAGER: f"the peers' habit, batches of {BATCH}", COMPILED: f"batches of {BATCH}",
+    RAW: "the settings of our engine",
+}  # fmt: skip
+CASES = (("resnet50", 224, 32, 7), ("resnet50", 512, 16, 5), ("convnext_tiny", 224, 32, 5),
+         ("vit_small_patch16_224", 224, 32, 5))  # fmt: skip
+"""Backbone, size, photos of a call, rounds."""
+TINY = (("resnet18", 32, 2, 1),)
 
 
 def drawn(size: int, count: int) -> NDArray[np.uint8]:
@@ -89,8 +95,10 @@ def by_own_queue(file: Path, size: int) -> Job:
     return job
 
 
-def variants(backbone: str, size: int, photos: NDArray[np.uint8], folder: Path) -> dict[str, tuple[str, Job]]:
-    """Jobs by name, each with the precision whose gate it must pass."""
+def ways(
+    backbone: str, size: int, photos: NDArray[np.uint8], folder: Path, *, compiled: bool
+) -> dict[str, tuple[str, Job]]:
+    """Jobs by name, each with the precision whose gate it must pass; compiling takes half a minute each."""
     torch.manual_seed(0)
     sized = {"img_size": size} if backbone.startswith("vit") else {}
     network = timm.create_model(backbone, num_classes=1, **sized).eval()
@@ -100,11 +108,11 @@ def variants(backbone: str, size: int, photos: NDArray[np.uint8], folder: Path) 
     fast = copy.deepcopy(model)
     fast.compute_in(torch.bfloat16)
     made: dict[str, tuple[str, Job]] = {EAGER: ("fp32", by_torch(model))}
-    if "bf16" in openvino_backend.precisions():
+    if compiled and "bf16" in openvino_backend.precisions():
         made[COMPILED] = ("bf16", by_torch(torch.compile(fast)))  # type: ignore[arg-type]
-    backends = (("ONNX Runtime", onnxruntime_backend), *COMPILED_AHEAD, ("OpenVINO", openvino_backend))
+    backends = (("ONNX Runtime", onnxruntime_backend), ("AOTInductor", aoti_backend), ("OpenVINO", openvino_backend))
     for title, module in backends:
-        for precision in module.precisions():
+        for precision in module.precisions() if compiled or module is not aoti_backend else ():
             if module is aoti_backend and precision == "fp32" and "bf16" in module.precisions():
                 continue
             place = folder / f"{title}_{precision}"
@@ -117,15 +125,14 @@ def variants(backbone: str, size: int, photos: NDArray[np.uint8], folder: Path) 
     return made
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a product of 2048 x 2048 matrices, the best of some: what the processor gives at most."""
-    left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best / 1e9
+def matmul_ms(precision: str, flops: float) -> Limit:
+    """What so many operations take as a product of 2048 x 2048 matrices, the best of some."""
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    left, right = (torch.randint(-99, 99, (2048, 2048)).to(kinds[precision]) for _ in range(2))
+    multiply = torch._int_mm if precision == "int8" else torch.matmul
+    clock = Clock()
+    best = min(clock.time(lambda: multiply(left, right))[0] for _ in range(8))
+    return Limit(f"matrix products in {precision}", best * flops / (2 * 2048**3))
 
 
 def gflop(backbone: str, size: int) -> float:
@@ -139,79 +146,36 @@ def gflop(backbone: str, size: int) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def measure(backbone: str, size: int, *, photos: int, rounds: int, singles: int) -> dict[str, Any]:
-    """Images/s of every variant in turns, ratios round by round, and milliseconds of single photos."""
-    inputs = drawn(size, photos)
-    with tempfile.TemporaryDirectory() as name:
-        jobs = variants(backbone, size, inputs, Path(name))
-        times: dict[str, list[float]] = {label: [] for label in jobs}
-        differences: dict[str, float] = {}
-        expected: NDArray[np.float32] | None = None
-        for number in range(rounds + 1):
-            for label, (precision, job) in jobs.items():
-                began = time.perf_counter()
-                got = job(inputs)
-                seconds = time.perf_counter() - began
-                expected = got if expected is None else expected
-                differences[label] = float(np.abs(got - expected).max())
-                if differences[label] > GATES[precision].probability:
-                    raise SystemExit(f"{label}: differs by {differences[label]:.2e}; no figure is worth anything")
-                if number:  # the first round compiles and warms up
-                    times[label].append(seconds / len(inputs))
-            print(backbone, size, number, {k: f"{1 / v[-1]:.1f}" for k, v in times.items() if v}, flush=True)
-        latency = {label: _latency(job, inputs, singles) for label, (_, job) in jobs.items() if label != RAW}
-
-    def ratio(slow: str, fast: str) -> dict[str, float] | None:
-        if slow not in times or fast not in times:
-            return None
-        values = np.array(times[slow]) / np.array(times[fast])
-        return {"median": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
-
-    return {
-        "backbone": backbone,
-        "size": size,
-        "gflop": gflop(backbone, size),
-        "photos": len(inputs),
-        "rounds": rounds,
-        "images_per_s": {label: float(1 / np.median(values)) for label, values in times.items()},
-        "largest_difference": differences,
-        "latency_ms": latency,
-        "bf16_over_eager": ratio(EAGER, "OpenVINO bf16"),
-        "bf16_over_compiled": ratio(COMPILED, "OpenVINO bf16"),
-        "int8_over_bf16": ratio("OpenVINO bf16", "OpenVINO int8"),
-        "int8_over_eager": ratio(EAGER, "OpenVINO int8"),
-        "own_queue_over_call": ratio(RAW, "OpenVINO bf16"),
-    }
+def inferring(
+    backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8]
+) -> tuple[Case, list[Variant]]:
+    """The job of a call with these photos, and everyone's way to do it."""
+    flops = 1e9 * gflop(backbone, size) * len(photos)
+    limits = {precision: matmul_ms(precision, flops) for precision in {kind for kind, _ in jobs.values()}}
+    alone = ", one photo" if len(photos) == 1 else ""
+    case = Case(
+        f"{backbone}, {size} px{alone}", f"uint8 [{len(photos)}, {size}, {size}, 3] to probabilities", len(photos),
+        photos.nbytes, "the photos read", flops, "two for each multiplication with addition",
+    )  # fmt: skip
+    return case, [
+        Variant(label, lambda job=job: job(photos), label == EAGER, SETTINGS.get(label, ""),  # type: ignore[misc]
+                GATES[precision].probability, limit=limits[precision])
+        for label, (precision, job) in jobs.items()
+    ]  # fmt: skip
 
 
-def _latency(job: Job, photos: NDArray[np.uint8], count: int) -> dict[str, float]:
-    times = []
-    for number in range(count + 3):
-        began = time.perf_counter()
-        job(photos[number % len(photos)][None])
-        if number >= 3:
-            times.append(1000 * (time.perf_counter() - began))
-    return {"p50": float(np.percentile(times, 50)), "p99": float(np.percentile(times, 99)), "calls": count}
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All networks where it is timed."""
+    cases = CASES if metafunc.config.getoption("benchmark_enable") else TINY
+    metafunc.parametrize(("backbone", "size", "count", "rounds"), cases)
 
 
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser()
-    default = Path(__file__).parent / "results" / f"engine_cpu_{date.today():%Y%m}.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
-    about = environment(("torch", "timm", "openvino", "nncf", "onnxruntime", "numpy"))
-    about["matmul_gflops"] = {name: matmul_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    print(about["matmul_gflops"], flush=True)
-    parts = [
-        measure("resnet50", 224, photos=32, rounds=7, singles=100),
-        measure("resnet50", 512, photos=16, rounds=5, singles=50),
-        measure("convnext_tiny", 224, photos=32, rounds=5, singles=50),
-        measure("vit_small_patch16_224", 224, photos=32, rounds=5, singles=50),
-    ]
-    options.output.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
-    print(options.output)
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.filterwarnings("ignore")  # of the exporters, about themselves
+def test_engine(benchmark: Any, tmp_path: Path, backbone: str, size: int, count: int, rounds: int) -> None:
+    """Photos/s of a call with many, and the time of a call with one."""
+    keep_memory()
+    photos = drawn(size, count)
+    jobs = ways(backbone, size, photos, tmp_path, compiled=not benchmark.disabled)
+    one = compare(*inferring(backbone, size, jobs, photos[:1]), rounds=1 if benchmark.disabled else 50)
+    compare(*inferring(backbone, size, jobs, photos), rounds=rounds, benchmark=benchmark)
+    benchmark.extra_info["one_photo"] = one

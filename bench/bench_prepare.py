@@ -1,18 +1,15 @@
 """`prepare` on camera JPEGs against its peers and against its own decoder: one core and two, all in turns in one run.
 
-    python -m bench.bench_prepare       timed, on the real camera JPEGs of FASTFUNDUS_DATA; writes bench/results
-    make test                           once, tiny, on drawn photos, to see that it still works
+    make bench SUITES=prepare       timed, on the real camera JPEGs of FASTFUNDUS_DATA
+    make test                       once, tiny, on drawn photos, to see that it still works
 
-Every variant ends with uint8 at 512 px. Only FastFundus also finds the field, cuts it out, judges kind and quality, and
-hashes the file.
+Every variant ends with uint8 at the model's size. Only FastFundus also finds the field, cuts it out, judges kind and
+quality, and hashes the file; its crops are compared with exact areas of a full decode, the peers' with each other.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,9 +21,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from bench.paired import environment, pinned_to, run_in_turns
+from bench.harness import Case, Variant, compare
+from bench.machine import pinned_to
 from bench.parity import arguments
-from bench.real_photos import DATA
+from bench.real_photos import camera_jpegs
 from fastfundus.kernels import reference
 from fastfundus.photo.decode import decode
 from fastfundus.photo.header import read_header
@@ -36,54 +34,63 @@ from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, draw_photo
 
-PACKAGES = (
-    "torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "nvidia-dali-cuda130", "numpy"
-)  # fmt: skip
-BILINEAR = v2.Resize((512, 512), antialias=True)
-BICUBIC = v2.Resize((512, 512), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+Images = Sequence[np.ndarray]
+DECODER = "the decoder alone, same plan"
+OTHER_FILTER = 4.0
+"""Grey levels, on average, between an area, a triangle, a cubic, and a photo scaled in the DCT."""
 
 
-def camera_jpegs() -> list[Path]:
-    """The real camera files of 5 to 12 megapixels."""
-    folders = ("fullres_dr", "hrf/images", "idrid/images", "eyepacs")
-    paths = [path for folder in folders for path in sorted((DATA / folder).glob("*.jp*g"))]
-    if len(paths) < 15:
-        raise SystemExit(f"no camera photographs at {DATA}: set FASTFUNDUS_DATA to their folder")
-    return paths
+def by_pillow(size: int, interpolation: v2.InterpolationMode, *, draft: bool = False) -> Callable[[Path], np.ndarray]:
+    """Pillow decodes, everything or as small as libjpeg can without loss for the size; an antialiased resize."""
+    resize = v2.Resize((size, size), interpolation=interpolation, antialias=True)
+
+    def job(path: Path) -> np.ndarray:
+        with Image.open(path) as image:
+            if draft:
+                image.draft("RGB", (size, size))
+            return v2.functional.pil_to_tensor(resize(image.convert("RGB"))).permute(1, 2, 0).numpy()
+
+    return job
 
 
-def pillow_torchvision(path: Path) -> np.ndarray:
-    """Everything decoded, then an antialiased resize, at its fastest setting."""
-    with Image.open(path) as image:
-        return v2.functional.pil_to_tensor(BILINEAR(image.convert("RGB"))).numpy()
+def by_opencv(size: int, *, reduced: bool = False) -> Callable[[Path], np.ndarray]:
+    """OpenCV decodes, everything or at half of it as often as that leaves enough; then an area average."""
+
+    def job(path: Path) -> np.ndarray:
+        flags = cv2.IMREAD_COLOR
+        if reduced:
+            with Image.open(path) as image:  # reads the header only
+                scale = min(image.size) // size
+            steps = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
+            flags = next((flag for step, flag in steps if scale >= step), flags)
+        return cv2.resize(cv2.imread(str(path), flags), (size, size), interpolation=cv2.INTER_AREA)[..., ::-1]
+
+    return job
 
 
-def pillow_torchvision_bicubic(path: Path) -> np.ndarray:
-    """The same as RETFound and many others have it: bicubic."""
-    with Image.open(path) as image:
-        return v2.functional.pil_to_tensor(BICUBIC(image.convert("RGB"))).numpy()
-
-
-def opencv_area(path: Path) -> np.ndarray:
-    """Everything decoded, then an area average."""
-    return cv2.resize(cv2.imread(str(path)), (512, 512), interpolation=cv2.INTER_AREA)
-
-
-def decode_alone(path: Path) -> np.ndarray:
+def decode_alone(size: int) -> Callable[[Path], np.ndarray]:
     """The limit: read and decode by the very plan of `prepare`."""
-    data = path.read_bytes()
-    header = read_header(data)
-    return decode(data, header, plan_decode(header, 512))
+
+    def job(path: Path) -> np.ndarray:
+        data = path.read_bytes()
+        header = read_header(data)
+        return decode(data, header, plan_decode(header, size))
+
+    return job
 
 
-def fastfundus(path: Path) -> np.ndarray:
+def ours(spec: PreprocessSpec) -> Callable[[Path], np.ndarray]:
     """The whole of `prepare` for one file."""
-    result = prepare_photo(path, PreprocessSpec(size=512))
-    assert result.image is not None, f"{path}: {result.reason}"
-    return result.image
+
+    def job(path: Path) -> np.ndarray:
+        result = prepare_photo(path, spec)
+        assert result.image is not None, f"{path}: {result.reason}"
+        return result.image
+
+    return job
 
 
-def dali(paths: Sequence[Path], threads: int) -> Callable[[], object]:
+def by_dali(paths: Sequence[Path], size: int, threads: int) -> Callable[[], Images]:
     """DALI's CPU operators: decode, then an antialiased resize."""
     from nvidia.dali import fn, pipeline_def, types
 
@@ -98,101 +105,111 @@ def dali(paths: Sequence[Path], threads: int) -> Callable[[], object]:
     )
     def pipeline() -> Any:
         files, _ = fn.readers.file(files=[str(path) for path in paths])
-        return fn.resize(fn.decoders.image(files, device="cpu", output_type=types.RGB), size=[512, 512], antialias=True)
+        decoded = fn.decoders.image(files, device="cpu", output_type=types.RGB)
+        return fn.resize(decoded, size=[size, size], antialias=True)
 
     built = pipeline()
     built.build()
 
-    def run() -> object:
+    def run() -> Images:
         (images,) = built.run()
-        assert images.as_cpu().as_array().shape == (len(paths), 512, 512, 3)
-        return images
+        return images.as_cpu().as_array()
 
     return run
 
 
-def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int) -> Callable[[], object]:
-    """Run a job on every file, in so many threads."""
-    if threads == 1:
-        return lambda: [job(path).shape for path in paths]
+def exact_crops(paths: Sequence[Path], size: int) -> Images:
+    """The piece of retina that `prepare` cuts out, from a full decode, with exact areas; float32 [S, S, 3] each."""
+    spec = PreprocessSpec(size=size)
+    return [reference.sample(*arguments(path, spec), torch.float32)[0].permute(1, 2, 0).numpy() for path in paths]
+
+
+def from_exact(exact: Images) -> Callable[[Images, Images], float]:
+    """Mean difference in grey levels of the worst photo, where it is not painted over; endless if most is."""
+
+    def distance(images: Images, _: Images) -> float:
+        worst = 0.0
+        for image, want in zip(images, exact, strict=True):
+            kept = image.any(axis=-1)
+            worst = max(worst, float(np.abs(image - want)[kept].mean()) if kept.mean() > 0.5 else np.inf)
+        return worst
+
+    return distance
+
+
+def apart(images: Images, want: Images) -> float:
+    """Mean difference in grey levels of the worst photo."""
+    pairs = zip(images, want, strict=True)
+    return max(float(np.abs(np.subtract(image, other, dtype=np.float32)).mean()) for image, other in pairs)
+
+
+def in_colour(images: Images, want: Images) -> float:
+    """Difference of the mean colours, in grey levels: what is decoded in another size."""
+    pairs = zip(images, want, strict=True)
+    return max(float(np.abs(image.mean((0, 1)) - other.mean((0, 1))).max()) for image, other in pairs)
+
+
+def preparing(paths: Sequence[Path], size: int, threads: int) -> tuple[Case, list[Variant]]:
+    """The job and everyone's way to do it."""
     pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(lambda path: job(path).shape, paths))
+
+    def each(job: Callable[[Path], np.ndarray]) -> Callable[[], Images]:
+        return (lambda: [job(path) for path in paths]) if threads == 1 else lambda: list(pool.map(job, paths))
+
+    bilinear, bicubic = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
+    megapixels = np.mean([np.prod(read_header(path.read_bytes()).upright_size) for path in paths]) / 1e6
+    total = sum(path.stat().st_size for path in paths)
+    case = Case(
+        f"prepare, {threads} {'core' if threads == 1 else 'cores'}",
+        f"{len(paths)} camera JPEGs of {megapixels:.1f} megapixels and {total / len(paths) / 1e6:.1f} MB on average to "
+        f"uint8 [{size}, {size}, 3]",
+        units=len(paths), bytes=total + len(paths) * 3 * size * size,
+        bytes_how="the files read, 3 bytes written for each pixel of the output", limit=DECODER,
+    )  # fmt: skip
+    peers = [
+        ("Pillow + torchvision, bicubic", each(by_pillow(size, bicubic)), "RETFound's and many others' resize"),
+        ("Pillow by draft + torchvision", each(by_pillow(size, bilinear, draft=True)), "scaled in the DCT; few do"),
+        ("OpenCV + area", each(by_opencv(size)), "everything decoded"),
+        ("OpenCV reduced + area", each(by_opencv(size, reduced=True)), "scaled in the DCT; few do"),
+        ("DALI CPU", by_dali(paths, size, threads), "everything decoded, antialiased resize"),
+    ]
+    habit = each(by_pillow(size, bilinear))
+    return case, [
+        Variant("FastFundus", each(ours(PreprocessSpec(size=size))), False, "decode, field, crop, quality, hash", 1.5,
+                from_exact(exact_crops(paths, size))),
+        Variant(DECODER, each(decode_alone(size)), False, "the limit", 1.5, in_colour),
+        Variant("Pillow + torchvision, bilinear", habit, True, "the peers' habit", distance=apart),
+        *(Variant(name, job, False, settings, OTHER_FILTER, apart) for name, job, settings in peers),
+    ]  # fmt: skip
 
 
-def parity(paths: Sequence[Path]) -> dict[str, dict[str, float]]:
-    """Mean absolute difference in grey levels between a crop by the plan and one from a full decode, by file.
-
-    The reference cuts the same piece of retina from a full decode and averages areas exactly.
-    """
-    found = {}
-    spec = PreprocessSpec(size=512, mask_outside=False)
-    for path in paths:
-        result = prepare_photo(path, spec)
-        exact = reference.sample(*arguments(path, spec), torch.float32)[0].permute(1, 2, 0).numpy()
-        divisor = plan_decode(read_header(path.read_bytes()), 512).divisor
-        found[path.name] = {"divisor": divisor, "grey_levels": float(np.abs(result.image - exact).mean())}
-    return found
-
-
-def measure(paths: Sequence[Path], rounds: int, *, with_dali: bool = True) -> dict[str, Any]:
-    """Everything, as plain data."""
-    keep_memory()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {"photos": len(paths), "rounds": rounds}
-    result["megapixels"] = float(
-        np.mean([np.prod(read_header(path.read_bytes()).upright_size) for path in paths]) / 1e6
-    )
-    result["megabytes"] = float(np.mean([path.stat().st_size for path in paths]) / 1e6)
-    for cores in (1, 2):
-        with pinned_to(cores):
-            variants = {
-                "fastfundus": each(fastfundus, paths, cores),
-                "decoder alone": each(decode_alone, paths, cores),
-                "Pillow + torchvision, bilinear": each(pillow_torchvision, paths, cores),
-                "Pillow + torchvision, bicubic": each(pillow_torchvision_bicubic, paths, cores),
-                "OpenCV, full decode + area": each(opencv_area, paths, cores),
-            }
-            if with_dali:
-                variants["DALI CPU, decode + resize"] = dali(paths, cores)
-            result[f"cores_{cores}"] = run_in_turns(variants, len(paths), rounds)
-    result["parity"] = parity(paths)
-    return result
-
-
-def test_prepare_bench_runs(tmp_path: Path) -> None:
-    """Once, on small drawn photos; the sums that the report makes of it hold."""
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
+def drawn_jpegs(folder: Path) -> list[Path]:
+    """Two small ones."""
     paths = []
     for seed in range(2):
-        path = tmp_path / f"{seed}.jpg"
-        photo = draw_photo(seed, camera=CAMERAS[1], long_side=2600)
-        cv2.imwrite(str(path), photo.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-        paths.append(path)
+        photo = draw_photo(seed, camera=CAMERAS[1], long_side=640)
+        paths.append(folder / f"{seed}.jpg")
+        cv2.imwrite(str(paths[-1]), photo.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Libraries use the threads that a variant starts, and none of their own."""
+    keep_memory()
     threads = cv2.getNumThreads(), torch.get_num_threads()
-    result = measure(paths, 1)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    yield
     cv2.setNumThreads(threads[0])
     torch.set_num_threads(threads[1])
-    assert set(result["cores_1"]) == set(result["cores_2"])
-    assert len(result["cores_1"]) == 6
-    for entry in result["parity"].values():
-        assert entry["divisor"] == 2
-        assert entry["grey_levels"] < 1.5
 
 
-def main() -> None:
-    """Measure on the real files and write the JSON."""
-    result = {"what": "prepare to 512 px", **environment(PACKAGES), **measure(camera_jpegs(), rounds=9)}
-    name = f"prepare_cpu_{time.strftime('%Y%m')}.json"
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / name
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    for cores in (1, 2):
-        ours = result[f"cores_{cores}"]["fastfundus"]["ms"]
-        for name, entry in result[f"cores_{cores}"].items():
-            print(f"{cores} core(s)  {name:28} {entry['ms']:7.2f} ms  {entry['ms'] / ours:5.2f} x")
-    worst = max(entry["grey_levels"] for entry in result["parity"].values())
-    print(f"parity: {worst:.2f} grey levels at most; {target}")
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("cores", [1, 2])
+def test_prepare(benchmark: Any, tmp_path: Path, cores: int) -> None:
+    """From file to uint8 photo."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
+    paths, size = (drawn_jpegs(tmp_path), 128) if benchmark.disabled else (camera_jpegs(), 512)
+    with pinned_to(cores):
+        found = compare(*preparing(paths, size, cores), rounds=9, benchmark=benchmark)
+    assert len(found["variants"]) == 8

@@ -1,25 +1,43 @@
-"""The server under load: 64 clients at once for a minute, each answer compared with what a batch says of the photo."""
+"""Screening at length and the server under load: memory over many photos, the start of the program, 64 clients at once.
+
+    python -m bench.bench_serve [--output bench/results/serve_cpu_YYYYMM.json] [--only memory start serve]
+
+Every answer of the server is compared with what a batch says of the photo.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
+import json
+import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import polars as pl
 
+from bench.bench_screen import bundle_of
+from bench.machine import environment
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.openvino_backend import precisions
+from fastfundus.screen.audit import verify
 from fastfundus.screen.pipeline import Timing, screen_photos
+from fastfundus.synthetic import write_dataset
 
 CLIENTS = 64
+MANY = (1_000, 10_000, 50_000)
 
 
 def serve_under_load(
@@ -110,3 +128,91 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
         "answers": len(latencies), "lost_or_mixed_up": int(faults), "refused": refused,
         "images_per_s": len(latencies) / lasted, "p50_s": p50, "p95_s": p95, "p99_s": p99,
     }  # fmt: skip
+
+
+def run_command(*arguments: object) -> tuple[float, float, str]:
+    """Seconds and highest memory in GiB of a command of ours, and what it printed."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as printed:
+        command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL)
+        highest = 0
+        while process.poll() is None:
+            # Not what the system tells afterwards: that begins with the memory of the process that started it.
+            with contextlib.suppress(OSError, TypeError):
+                told = Path(f"/proc/{process.pid}/status").read_text()
+                highest = max(highest, int(re.search(r"VmHWM:\s+(\d+) kB", told)[1]))  # type: ignore[index]
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise SystemExit(f"{arguments} failed")
+        printed.seek(0)
+        return seconds, highest / (1 << 20), printed.read()
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Highest memory of screening more and more photos, most of them copies of one another; and the start-up."""
+    bundle, _ = bundle_of("resnet18", 64, "fp32", folder / "small")
+    write_dataset(folder / "drawn", 100, seed=3, long_sides=(320,))
+    originals = sorted((folder / "drawn" / "images").iterdir())
+    found: dict[str, Any] = {"originals": len(originals), "runs": []}
+    for count in MANY:
+        photos = folder / f"{count}"
+        for number in range(count):
+            place = photos / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.link(originals[number % len(originals)], place)
+        output = folder / f"out{count}"
+        seconds, gib, printed = run_command("screen", bundle.path, photos, "--output", output, "--json")
+        results = pl.read_parquet(output / "results.parquet")
+        # Copies of one photo are each an input, and equal in everything but their name.
+        same = results.group_by("sha256").agg(pl.col("p_abnormal").n_unique(), pl.col("status").n_unique())
+        if len(results) != count or same["p_abnormal"].max() != 1 or same["status"].max() != 1:
+            raise SystemExit(f"{count} inputs gave {len(results)} rows, or copies differ")
+        faults = verify(output).faults
+        told = json.loads(printed)
+        row = {"inputs": count, "seconds": seconds, "images_per_s": told["images_per_s"], "peak_gib": gib}
+        size = sum((output / name).stat().st_size for name in ("results.parquet", "results.csv", "audit.jsonl"))
+        row["bytes_a_row"] = size / count
+        found["runs"].append(row | {"audit_faults": len(faults), "row_groups": -(-count // 512)})
+        print(found["runs"][-1], flush=True)
+    return found
+
+
+def start(folder: Path) -> dict[str, Any]:
+    """From the command to the report of one photo, and how long the program itself takes to be ready."""
+    precision = precisions()[0]
+    bundle, _ = bundle_of("resnet50", 512, precision, folder / "bundle")
+    write_dataset(folder / "drawn", 1, seed=3, long_sides=(1024,))
+    photo = next((folder / "drawn" / "images").iterdir())
+    output = folder / "one"
+    times = [run_command("screen", bundle.path, photo, "--output", output, "--overwrite")[0] for _ in range(7)]
+    return {"precision": precision, "seconds": statistics.median(times), "most": max(times)}
+
+
+def serve(folder: Path) -> dict[str, Any]:
+    """The server under load."""
+    bundle, _ = bundle_of("resnet18", 224, "fp32", folder / "served")
+    write_dataset(folder / "asked", 60, seed=4, long_sides=(1024,), poor_share=0.1)
+    return serve_under_load(bundle, sorted((folder / "asked" / "images").iterdir()), seconds=60)
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser()
+    default = Path(__file__).parent / "results" / f"serve_cpu_{date.today():%Y%m}.json"
+    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--only", nargs="+", default=["memory", "start", "serve"])
+    options = parser.parse_args()
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    document = kept | environment(("torch", "openvino", "simplejpeg", "numpy", "fastapi", "uvicorn"))
+    for part, job in {"memory": memory, "start": start, "serve": serve}.items():
+        if part in options.only:
+            with tempfile.TemporaryDirectory() as name:
+                document[part] = job(Path(name))
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            print(part, document[part], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,33 +1,32 @@
 """Training ResNet-50 on the CPU: `train --amp` against the peers' habit, in turns in one run.
 
-    python -m bench.bench_train [--output bench/results/train_cpu_YYYYMM.json]
+    make bench SUITES=train         timed
+    make test                       once, tiny
 
 The peers' habit: JPEG files, Pillow, torchvision's transforms, a DataLoader with a worker a core, float32, channels
 first, the loss read after every step. Ours: the loop's own feed, step and averaged weights, on a cache of the same
 photos. Each variant starts with untimed steps, so that loaders are as full at the end of a turn as at its beginning.
 Files are twice as wide as the model's input, which favours the peers: cameras' are ten times as wide.
+What is compared is the loss: each sees batches of its own, but one that does not learn, or not a number, is far off.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import date
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from bench.paired import environment
+from bench.bench_engine import gflop, matmul_ms
+from bench.harness import Case, Variant, compare
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache, build_cache, list_photos
 from fastfundus.models.classifier import uses_channels_last
@@ -37,8 +36,10 @@ from fastfundus.synthetic import write_dataset
 from fastfundus.train.problem import Grading
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser
 
-Turn = Callable[[int], float]
-"""Takes a number of steps, returns the seconds they took."""
+CASES, TINY = (("resnet50", 224, 16, 3, 7), ("resnet50", 512, 8, 2, 5)), (("resnet18", 32, 4, 1, 1),)
+"""Backbone, size, batch, steps of a turn, rounds."""
+LOSS = 2.0
+"""Three times a coin's: losses of different batches of the first steps lie within."""
 PEER, OURS, RESIDENT, SINGLE = (
     "Pillow + torchvision + DataLoader, float32, channels first",
     "FastFundus, train --amp",
@@ -76,40 +77,65 @@ class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             return self.change(image.convert("RGB")), torch.tensor([self.labels[index]])
 
 
-def peer(cache: PhotoCache, backbone: str, size: int, batch: int) -> Turn:
+class Turns:
+    """Steps of one variant: one call takes some of them, and gives the mean loss.
+
+    Args:
+        step: learns from a batch, gives its loss.
+        batches: without end, begun anew for each turn.
+        steps: of a call.
+    """
+
+    def __init__(
+        self, step: Callable[[Any], torch.Tensor], batches: Callable[[], AbstractContextManager[Iterator[Any]]],
+        steps: int,
+    ) -> None:  # fmt: skip
+        self._step, self._batches, self._steps = step, batches, steps
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """The workers' queues are full after the first of these steps."""
+        with self._batches() as self._given:
+            for _ in range(2):
+                self._step(next(self._given))
+            yield
+
+    def __call__(self) -> np.ndarray:
+        """Take the steps."""
+        return np.array([float(sum(self._step(next(self._given)) for _ in range(self._steps))) / self._steps])
+
+
+def peer(cache: PhotoCache, backbone: str, size: int, batch: int, steps: int) -> Turns:
     """The peers' habit."""
     model = timm.create_model(backbone, num_classes=1).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loss_of = nn.BCEWithLogitsLoss()
-    workers = os.cpu_count() or 1
-    loader = DataLoader(Files(cache, size), batch, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(Files(cache, size), batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
 
-    def forever() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        while True:
-            yield from loader
+    @contextmanager
+    def batches() -> Iterator[Iterator[Any]]:
+        def forever() -> Iterator[Any]:
+            while True:
+                yield from loader
 
-    def turn(steps: int) -> float:
-        batches = forever()
-        began = 0.0
-        # The workers' queues are full after the first of these.
-        for number in range(steps + 2):
-            if number == 2:
-                began = time.perf_counter()
-            inputs, labels = next(batches)
-            optimiser.zero_grad()
-            loss = loss_of(model(inputs), labels.float())
-            loss.backward()
-            optimiser.step()
-            loss.item()
-        seconds = time.perf_counter() - began
-        batches.close()  # type: ignore[attr-defined]
-        return seconds
+        given = forever()
+        yield given
+        # Ends the workers: they must not read ahead in the turns of others.
+        given.close()  # type: ignore[attr-defined]
 
-    return turn
+    def step(given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        inputs, labels = given
+        optimiser.zero_grad()
+        loss = loss_of(model(inputs), labels.float())
+        loss.backward()
+        optimiser.step()
+        loss.item()
+        return loss.detach()
+
+    return Turns(step, batches, steps)
 
 
-@contextmanager
-def ours(cache: PhotoCache, backbone: str, batch: int, *, amp: bool, resident: bool) -> Iterator[Turn]:
+def ours(cache: PhotoCache, backbone: str, batch: int, steps: int, *, amp: bool, resident: bool) -> Turns:
     """The loop's own parts: feed, step, averaged weights."""
     settings = {"model": {"backbone": backbone}, "data": {"folds": 3}, "loop": {"batch_size": batch, "amp": amp}}
     config = TrainConfig.from_dict(settings)
@@ -121,78 +147,58 @@ def ours(cache: PhotoCache, backbone: str, batch: int, *, amp: bool, resident: b
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     averaged = AveragedModel(model, config.optimiser.ema_decay)
     optimiser = build_optimiser(model, config.optimiser)
-    step = TrainStep(model, model, optimiser, config.loop, problem.loss(cpu), clip_norm=1.0, device=cpu)
+    learn = TrainStep(model, model, optimiser, config.loop, problem.loss(cpu), clip_norm=1.0, device=cpu)
     problem.load(cpu, 0)
     order = np.random.default_rng(0)
 
-    def parts() -> list[np.ndarray]:
-        return [order.permutation(len(problem.strata))[:batch] for _ in range(1000)]
+    @contextmanager
+    def batches() -> Iterator[Iterator[Any]]:
+        parts = [order.permutation(len(problem.strata))[:batch] for _ in range(1000)]
+        given = problem.batches(parts, 0, cpu)
+        first = next(given)
+        yield iter(lambda: first, None) if resident else given
+        given.close()  # type: ignore[attr-defined]
 
-    batches = problem.batches(parts(), 0, cpu)
-    first = next(batches)
+    def step(given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        loss = learn([given], batch, 1e-4)
+        averaged.update(model)
+        return loss
 
-    def turn(steps: int) -> float:
-        began = 0.0
-        for number in range(steps + 1):
-            if number == 1:
-                began = time.perf_counter()
-            step([first if resident else next(batches)], batch, 1e-4)
-            averaged.update(model)
-        return time.perf_counter() - began
-
-    yield turn
-    batches.close()
+    return Turns(step, batches, steps)
 
 
-def measure(backbone: str, size: int, batch: int, *, steps: int, rounds: int, photos: int) -> dict[str, Any]:
-    """Milliseconds a photo of each variant, medians over rounds, and the ratios round by round."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        folder = Path(name)
-        write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(2 * size,))
-        listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
-        cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
-        turns = {PEER: peer(cache, backbone, size, batch)}
-        for label, amp, resident in ((OURS, True, False), (RESIDENT, True, True), (SINGLE, False, False)):
-            turns[label] = stack.enter_context(ours(cache, backbone, batch, amp=amp, resident=resident))
-        times: dict[str, list[float]] = {label: [] for label in turns}
-        for number in range(rounds + 1):
-            for label, turn in turns.items():
-                seconds = turn(steps) / (steps * batch)
-                if number:  # the first round warms up
-                    times[label].append(1000 * seconds)
-            print(number, {label: f"{values[-1]:.1f}" for label, values in times.items() if values}, flush=True)
-
-    def ratio(left: str, right: str) -> dict[str, float]:
-        values = np.array(times[left]) / np.array(times[right])
-        return {"median": float(np.median(values)), "least": float(values.min()), "most": float(values.max())}
-
-    return {
-        "backbone": backbone,
-        "size": size,
-        "batch": batch,
-        "steps": steps,
-        "rounds": rounds,
-        "ms": {label: float(np.median(values)) for label, values in times.items()},
-        "speedup": ratio(PEER, OURS),
-        "of_step": ratio(RESIDENT, OURS),
-    }
-
-
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser()
-    default = Path(__file__).parent / "results" / f"train_cpu_{date.today():%Y%m}.json"
-    parser.add_argument("--output", type=Path, default=default)
-    options = parser.parse_args()
-    keep_memory()
-    about = environment(("torch", "torchvision", "timm", "pillow", "numpy"))
-    parts = [
-        measure("resnet50", 224, 16, steps=3, rounds=7, photos=96),
-        measure("resnet50", 512, 8, steps=2, rounds=5, photos=96),
+def training(folder: Path, backbone: str, size: int, batch: int, steps: int, photos: int) -> tuple[Case, list[Variant]]:
+    """The job of a turn, and everyone's way to do it."""
+    write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(2 * size,))
+    listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
+    cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
+    flops = 3e9 * gflop(backbone, size) * steps * batch
+    exact, autocast = matmul_ms("fp32", flops), matmul_ms("bf16", flops)
+    case = Case(
+        f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
+        flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,
+    )  # fmt: skip
+    ways = [
+        (PEER, peer(cache, backbone, size, batch, steps), "float32, channels first, a worker a core", exact),
+        (OURS, ours(cache, backbone, batch, steps, amp=True, resident=False), "", None),
+        (RESIDENT, ours(cache, backbone, batch, steps, amp=True, resident=True), "the limit of feeding", autocast),
+        (SINGLE, ours(cache, backbone, batch, steps, amp=False, resident=False), "", exact),
     ]
-    options.output.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
-    print(options.output)
+    return case, [
+        Variant(name, turns, name == PEER, settings, LOSS, within=turns.within, limit=limit)
+        for name, turns, settings, limit in ways
+    ]
 
 
-if __name__ == "__main__":
-    main()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All sizes where it is timed."""
+    cases = CASES if metafunc.config.getoption("benchmark_enable") else TINY
+    metafunc.parametrize(("backbone", "size", "batch", "steps", "rounds"), cases)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+def test_train(benchmark: Any, tmp_path: Path, backbone: str, size: int, batch: int, steps: int, rounds: int) -> None:
+    """Photos/s of steps with data."""
+    keep_memory()
+    torch.manual_seed(0)
+    compare(*training(tmp_path, backbone, size, batch, steps, 96), rounds=rounds, benchmark=benchmark)

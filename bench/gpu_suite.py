@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
-from bench.harness import Clock
-from bench.paired import environment, quartiles
+from bench.harness import Clock, quartiles
+from bench.machine import environment
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
 from fastfundus.kernels import sample as triton_sample

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_suite import gpu_environment
-from bench.paired import environment
+from bench.machine import environment
 from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch

@@ -12,15 +12,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.paired import quartiles
-
-__all__ = ["Case", "Clock", "Limit", "Variant", "WrongResult", "compare"]
+__all__ = ["Case", "Clock", "Limit", "Variant", "WrongResult", "compare", "quartiles", "ratio"]
 
 _FLUSH_BYTES = 256 << 20
 """More than any GPU's second cache holds."""
@@ -56,7 +55,8 @@ class Case:
     flops: float = 0.0
     """Of one call; a product and a sum are two."""
     flops_how: str = ""
-    limit: Limit | None = None
+    limit: Limit | str | None = None
+    """Or the name of the variant that sets it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,11 @@ class Variant:
     tolerance: float = 0.0
     """How far its result may be from the reference's."""
     distance: Callable[[Any, Any], float] = field(default=lambda got, want: float(np.abs(got - want).max()))
-    """From its result and the reference's."""
+    """From its result and the reference's; the reference's own is asked for too."""
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Entered around each call, untimed: fills queues, loads, and puts away again."""
+    limit: Limit | None = None
+    """Where it is not the case's."""
 
 
 class Clock:
@@ -128,9 +132,8 @@ def compare(
         benchmark: pytest-benchmark's fixture, which then drives the rounds and keeps the result.
 
     Returns:
-        The case, and by variant: ms (median, quartiles), photos/s, GB/s, GFLOP/s, share of the limit, memory at its
-        highest beyond what was taken before, distance from the reference, and the ratio of the reference's time to its
-        own, round by round.
+        The case, and by variant: ms (median, quartiles, each round), photos/s, GB/s, GFLOP/s, share of the limit,
+        memory at its highest beyond what was taken before, and distance from the reference. `ratio` has the rest.
 
     Raises:
         WrongResult: a variant is too far from the reference; nothing is reported then.
@@ -143,14 +146,13 @@ def compare(
     def one_round() -> None:
         results = {}
         for variant in variants:
-            clock.forget_peak()
-            there = clock.peak_mib()
-            milliseconds, results[variant.name] = clock.time(variant.job)
+            with variant.within():
+                clock.forget_peak()
+                there = clock.peak_mib()
+                milliseconds, results[variant.name] = clock.time(variant.job)
             times[variant.name].append(milliseconds)
             peaks[variant.name] = max(peaks[variant.name], clock.peak_mib() - there)
         for variant in variants:
-            if variant is reference:
-                continue
             distance = variant.distance(results[variant.name], results[reference.name])
             far[variant.name] = max(far[variant.name], distance)
             if not distance <= variant.tolerance:
@@ -166,13 +168,16 @@ def compare(
         benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
     # Without timing, pytest-benchmark calls once: that round is then all there is.
     counted = {name: values[1:] or values for name, values in times.items()}
+    limit = case.limit
+    if isinstance(limit, str):
+        limit = Limit(limit, statistics.median(counted[limit]))
     found = {
         "case": {"name": case.name, "what": case.what, "units": case.units, "bytes": case.bytes,
                  "bytes_how": case.bytes_how, "flops": case.flops, "flops_how": case.flops_how,
-                 "limit": None if case.limit is None else {"what": case.limit.what, "ms": case.limit.ms}},
+                 "limit": limit and asdict(limit)},
         "rounds": len(counted[reference.name]),
         "variants": {
-            variant.name: _described(case, variant, counted, counted[reference.name])
+            variant.name: _described(case, variant, counted[variant.name], variant.limit or limit)
             | {"peak_mib": peaks[variant.name], "distance": far[variant.name]}
             for variant in variants
         },
@@ -182,20 +187,36 @@ def compare(
     return found
 
 
-def _described(
-    case: Case, variant: Variant, times: Mapping[str, list[float]], reference: list[float]
-) -> dict[str, Any]:
-    values = times[variant.name]
-    spread = quartiles(values)
+def _described(case: Case, variant: Variant, times: Sequence[float], limit: Limit | None) -> dict[str, Any]:
+    spread = quartiles(times)
     middle = spread["ms"]
-    ratios = [theirs / mine for theirs, mine in zip(reference, values, strict=True)]
     return {
         "settings": variant.settings,
         "reference": variant.reference,
         **spread,
+        "times_ms": list(times),
         "photos_per_s": 1000 * case.units / middle,
         "gb_per_s": case.bytes / middle / 1e6 if case.bytes else None,
         "gflop_per_s": case.flops / middle / 1e6 if case.flops else None,
-        "share_of_limit": case.limit.ms / middle if case.limit else None,
-        "speedup": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "limit": variant.limit and asdict(variant.limit),
+        "share_of_limit": limit.ms / middle if limit else None,
     }
+
+
+def ratio(found: Mapping[str, Any], slow: str, fast: str) -> dict[str, float]:
+    """How many times as long one variant takes as another: median, least and most over the rounds.
+
+    Args:
+        found: what `compare` gave.
+        slow: a variant's name.
+        fast: another's.
+    """
+    times = (found["variants"][name]["times_ms"] for name in (slow, fast))
+    values = [one / other for one, other in zip(*times, strict=True)]
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of milliseconds; of a single one, itself."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    return {"ms": middle, "ms_q1": low, "ms_q3": high}

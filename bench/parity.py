@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.paired import environment
+from bench.machine import environment
 from bench.real_photos import DATA, need
 from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.prepare import DaliPreparer

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from bench.paired import environment
+from bench.machine import environment
 from bench.real_photos import DATA, need
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes, prepare_photo
 from fastfundus.spec import PreprocessSpec

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.case_tables import cases_of
+from bench.model_tables import SCREEN_PEERS
+from bench.targets import DECODER, HABIT, newest
 from fastfundus.pictures import as_svg
 
 __all__ = ["draw_speed"]
@@ -14,26 +16,20 @@ __all__ = ["draw_speed"]
 OURS, THEIRS, LIMIT = "#0f766e", "#94a3b8", "#d6d3d1"
 
 
-def _newest(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads(sorted(folder.glob(f"{name}_2*.json"))[-1].read_text())
-
-
 def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
     """Titles, and bars of name, photos/s and colour."""
-    prepare, screen, cpu = (_newest(folder, name) for name in ("prepare_cpu", "screen_cpu", "cpu"))
-    one = {name: 1000 / row["ms"] for name, row in prepare["cores_1"].items()}
-    rates = screen["speed"]["images_per_s"]
-    loader = next(found for found in cpu["cases"] if found["case"]["name"] == "loader, 512 px")["variants"]
-    fed = {name: row["photos_per_s"] for name, row in loader.items()}
+    loaders = cases_of(newest(folder, "loader"), "loader, 512 px")
+    cases = (newest(folder, "prepare")["cases"][0], newest(folder, "screen")["cases"][0], loaders[0])
+    one, rates, fed = ({name: row["photos_per_s"] for name, row in found["variants"].items()} for found in cases)
     return [
         (
             "Preparing camera JPEGs, one core",
             [
-                ("FastFundus", one["fastfundus"], OURS),
-                ("Pillow + torchvision", one["Pillow + torchvision, bilinear"], THEIRS),
-                ("OpenCV", one["OpenCV, full decode + area"], THEIRS),
-                ("DALI CPU", one["DALI CPU, decode + resize"], THEIRS),
-                ("the decoder alone", one["decoder alone"], LIMIT),
+                ("FastFundus", one["FastFundus"], OURS),
+                ("Pillow + torchvision", one[HABIT], THEIRS),
+                ("OpenCV", one["OpenCV + area"], THEIRS),
+                ("DALI CPU", one["DALI CPU"], THEIRS),
+                ("the decoder alone", one[DECODER], LIMIT),
             ],
         ),
         (
@@ -52,7 +48,7 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
                 ("FastFundus, int8", rates["screen, int8"], OURS),
                 ("FastFundus, bf16", rates["screen, bf16"], OURS),
                 ("FastFundus, fp32", rates["screen, fp32"], OURS),
-                ("the peers' loop", rates["PIL, torchvision, torch eager float32"], THEIRS),
+                ("the peers' loop", rates[SCREEN_PEERS], THEIRS),
             ],
         ),
     ]

@@ -1,7 +1,7 @@
 """Condenses pytest-benchmark's JSON into `bench/results/`, and draws the tables of README and docs from what is there.
 
-    python -m bench.report RAW.json     condense a run, then draw
-    python -m bench.report              draw only
+    python -m bench.report SUITE RAW.json   condense a run of a suite, then draw
+    python -m bench.report                  draw only
 
 Measuring and drawing are separate; numbers in the README are never typed by hand.
 """
@@ -15,152 +15,47 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.case_tables import cost_table, loader_table, sample_table, targets_table
+from bench.case_tables import loader_table, prepare_table, sample_table
+from bench.cost_tables import cost_table, fleet_table, serve_table
+from bench.model_tables import engine_table, screen_table, train_table
 from bench.plots import draw_speed
-from bench.screen_tables import fleet_table, screen_table
 from bench.study_table import study_table
+from bench.targets import newest, targets_table
 from fastfundus.records import interval_text
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-# Benchmark, the work of one call, and how many units of it that is.
-ROWS = (("test_draw_1024", "draw a synthetic photo, 1024 px, one core", 1),)
+PACKAGES = {
+    "prepare": ("torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "nvidia-dali-cuda130"),
+    "sample": ("torch", "torchvision", "opencv-python-headless", "albumentations"),
+    "loader": ("torch", "torchvision", "timm", "albumentations", "nvidia-dali-cuda130", "pillow"),
+    "train": ("torch", "torchvision", "timm", "pillow"),
+    "engine": ("torch", "timm", "openvino", "nncf", "onnxruntime"),
+    "screen": ("torch", "torchvision", "openvino", "pillow", "simplejpeg"),
+}
+"""Suites, and what their results depend on."""
 
 
-def condense(raw: dict[str, Any]) -> dict[str, Any]:
-    """Keep what identifies the run, and medians with their spread."""
-    cpu = raw["machine_info"]["cpu"]
-    packages = (
-        "torch", "torchvision", "timm", "albumentations", "nvidia-dali-cuda130", "opencv-python-headless", "numpy",
-        "pillow",
-    )  # fmt: skip
+def condense(raw: dict[str, Any], suite: str) -> dict[str, Any]:
+    """Keep what identifies the run, and its cases.
+
+    Args:
+        raw: pytest-benchmark's.
+        suite: one of `PACKAGES`.
+
+    Raises:
+        SystemExit: the run is not one of the whole suite.
+    """
+    cases = [entry["extra_info"] for entry in raw["benchmarks"]]
+    if not cases or any("case" not in found for found in cases):
+        raise SystemExit(f"{suite}: the run holds no cases; run bench/bench_{suite}.py with --benchmark-enable")
     return {
         "date": raw["datetime"][:10],
         "commit": raw["commit_info"]["id"][:12] + ("-dirty" if raw["commit_info"]["dirty"] else ""),
-        "machine": {"cpu": cpu.get("brand_raw", ""), "cores": os.cpu_count()},
-        "versions": {name: metadata.version(name) for name in packages},
-        "seconds": {
-            entry["name"]: {key: entry["stats"][key] for key in ("median", "iqr", "rounds")}
-            for entry in raw["benchmarks"]
-            if not entry["extra_info"].get("case")
-        },
-        "cases": [entry["extra_info"] for entry in raw["benchmarks"] if entry["extra_info"].get("case")],
+        "machine": {"cpu": raw["machine_info"]["cpu"].get("brand_raw", ""), "cores": os.cpu_count()},
+        "versions": {name: metadata.version(name) for name in (*PACKAGES[suite], "numpy")},
+        "cases": cases,
     }
-
-
-def speed_table(result: dict[str, Any]) -> str:
-    """Rates and ratios of one run, as Markdown."""
-    lines = ["| | images/s |", "|---|---|"]
-    lines += [f"| {work} | {units / result['seconds'][name]['median']:.1f} |" for name, work, units in ROWS]
-    machine, versions = result["machine"], result["versions"]
-    told = f"{machine['cpu']}, {machine['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items())
-    return "\n".join(
-        [*lines, "", f"Medians, {result['date']}, commit {result['commit']}; {told}. `make bench` repeats it."]
-    )
-
-
-def prepare_table(result: dict[str, Any]) -> str:
-    """Rates and ratios of preparing camera JPEGs, as Markdown."""
-    lines = ["| to 512 px | one core, photos/s | | two cores, photos/s | |", "|---|---|---|---|---|"]
-    ours = [result[f"cores_{cores}"]["fastfundus"]["ms"] for cores in (1, 2)]
-    names = {
-        "fastfundus": "**FastFundus**: decode, field, crop, quality, hash",
-        "decoder alone": "the decoder alone, same plan (the limit)",
-    }
-    for name in result["cores_1"]:
-        cells = []
-        for cores, mine in zip((1, 2), ours, strict=True):
-            ms = result[f"cores_{cores}"][name]["ms"]
-            told = "" if name == "fastfundus" else f"{ms / mine:.1f} x slower" if ms > mine else f"{ms / mine:.0%}"
-            cells += [f"{1000 / ms:.0f}", told]
-        lines.append(f"| {names.get(name, name)} | {' | '.join(cells)} |")
-    levels = [entry["grey_levels"] for entry in result["parity"].values()]
-    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines += [
-        "",
-        f"{result['photos']} camera JPEGs of {result['megapixels']:.1f} megapixels and {result['megabytes']:.1f} MB on "
-        f"average, in turns in one run, medians of {result['rounds']} rounds. A percentage is the share of the time "
-        f"that the decoder takes. Two threads do {ours[0] / ours[1]:.2f} times what one does. The crops differ from a "
-        f"full decode with an exact area average by {sum(levels) / len(levels):.2f} grey levels (mean over photos; "
-        f"{max(levels):.2f} at most). {result['date']}, {machine['cpu']}, commit {result['commit']}; {versions}. "
-        "`make bench-prepare` repeats it.",
-    ]
-    return "\n".join(lines)
-
-
-def train_table(result: dict[str, Any]) -> str:
-    """Training against the peers' habit, as Markdown."""
-    lines = [
-        "| on the CPU | peers' habit, images/s | **FastFundus** `train --amp` | faster by | of its step alone |",
-        "|---|---|---|---|---|",
-    ]
-    for part in result["parts"]:
-        peer, ours = (1000 / value for value in list(part["ms"].values())[:2])
-        spread = f"{part['speedup']['median']:.1f} x ({part['speedup']['least']:.1f} to {part['speedup']['most']:.1f})"
-        job = f"{part['backbone']}, {part['size']} px, batch {part['batch']}"
-        lines.append(f"| {job} | {peer:.2f} | {ours:.2f} | {spread} | {part['of_step']['median']:.0%} |")
-    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Training. The peers' habit: Pillow, torchvision's transforms and a DataLoader, a worker a core, on JPEG "
-            "files twice as wide as the input, float32, channels first. The last column: what feeding leaves of the "
-            "step on a batch that is there already. In turns in one run, medians of "
-            f"{' and '.join(str(part['rounds']) for part in result['parts'])} rounds. {result['date']}, "
-            f"{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}; {versions}. `make bench-train` "
-            "repeats it.",
-        ]
-    )
-
-
-def engine_table(result: dict[str, Any]) -> str:
-    """Engines against torch, as Markdown."""
-    parts = result["parts"]
-    titles = [f"{part['backbone'].split('_patch')[0]}, {part['size']} px" for part in parts]
-    lines = ["| images/s | " + " | ".join(titles) + " |", "|---" * (len(parts) + 1) + "|"]
-    names = {"torch eager, float32": "torch eager, float32 (the peers' habit)", "OpenVINO bf16": "**OpenVINO bf16**"}
-    names["OpenVINO int8"] = "**OpenVINO int8**"
-    for label in parts[0]["images_per_s"]:
-        cells = [f"{part['images_per_s'][label]:.1f}" for part in parts]
-        lines.append(f"| {names.get(label, label)} | {' | '.join(cells)} |")
-    for key, told in (
-        ("bf16_over_eager", "bf16 over torch eager"),
-        ("bf16_over_compiled", "bf16 over torch.compile bf16"),
-        ("int8_over_bf16", "int8 over bf16"),
-        ("int8_over_eager", "int8 over torch eager"),
-        ("own_queue_over_call", "our call over OpenVINO's own queue"),
-    ):
-        cells = [
-            "" if (ratio := part[key]) is None
-            else f"{ratio['median']:.2f} x ({ratio['least']:.2f} to {ratio['most']:.2f})" for part in parts
-        ]  # fmt: skip
-        lines.append(f"| {told} | {' | '.join(cells)} |")
-    for label, kind in (
-        ("torch eager, float32", "float32"),
-        ("OpenVINO fp32", "float32"),
-        ("OpenVINO bf16", "bfloat16"),
-    ):
-        limit = result["matmul_gflops"][kind]
-        cells = [f"{part['images_per_s'][label] * part['gflop'] / limit:.0%}" for part in parts]
-        lines.append(f"| of {kind} matrix products' {limit:.0f} GFLOP/s: {label} | {' | '.join(cells)} |")
-    for label in ("torch eager, float32", "OpenVINO bf16", "OpenVINO int8"):
-        entries = [part["latency_ms"].get(label) for part in parts]
-        cells = ["" if entry is None else f"{entry['p50']:.0f} / {entry['p99']:.0f} ms" for entry in entries]
-        lines.append(f"| one photo, p50 / p99: {label} | {' | '.join(cells)} |")
-    machine, versions = result["machine"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    most = max(value for part in parts for value in part["largest_difference"].values())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Engines: uint8 photos in memory to probabilities, all cores, in turns in one run, medians of "
-            f"{' / '.join(str(part['rounds']) for part in parts)} rounds. torch takes batches of 16. Every variant "
-            f"was compared with torch float32 in the run (random weights: at most {most:.0e}). {result['date']}, "
-            f"{machine['cpu']}, {machine['cores']} cores, commit {result['commit']}; {versions}. `make bench-engine` "
-            "repeats it.",
-        ]
-    )
 
 
 def transfer_table(result: dict[str, Any]) -> str:
@@ -310,16 +205,15 @@ def draw() -> None:
         root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening", "evidence")
     )
     for file, marker, source, table in [
-        (README, "speed", RESULTS / "cpu_*.json", speed_table),
-        (README, "sample", RESULTS / "cpu_*.json", sample_table),
-        (README, "loader", RESULTS / "cpu_*.json", loader_table),
+        (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
+        (README, "loader", RESULTS / "loader_cpu_*.json", loader_table),
         (README, "cost", RESULTS / "cost_cpu_*.json", cost_table),
         (README, "prepare", RESULTS / "prepare_cpu_*.json", prepare_table),
         (README, "evidence", RESULTS / "odir_cpu_*.json", evidence_table),
         (README, "train", RESULTS / "train_cpu_*.json", train_table),
         (README, "engine", RESULTS / "engine_cpu_*.json", engine_table),
         (README, "screen", RESULTS / "screen_cpu_*.json", screen_table),
-        (screening, "fleet", RESULTS / "screen_cpu_*.json", fleet_table),
+        (README, "serve", RESULTS / "serve_cpu_*.json", serve_table),
         (evidence, "study", RESULTS / "study_cpu_*.json", study_table),
         (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
@@ -330,6 +224,7 @@ def draw() -> None:
         files = sorted(source.parent.glob(source.name))
         if files:
             _put(file, marker, table(json.loads(files[-1].read_text())))
+    _put(screening, "fleet", fleet_table(newest(RESULTS, "screen"), newest(RESULTS, "serve")))
     _put(README, "targets", targets_table(RESULTS))
     draw_speed(RESULTS, root / "docs" / "speed.svg")
 
@@ -342,8 +237,8 @@ def _put(file: Path, marker: str, text: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        result = condense(json.loads(Path(sys.argv[1]).read_text()))
+        result = condense(json.loads(Path(sys.argv[2]).read_text()), sys.argv[1])
         RESULTS.mkdir(exist_ok=True)
-        target = RESULTS / f"cpu_{result['date'][:7].replace('-', '')}.json"
+        target = RESULTS / f"{sys.argv[1]}_cpu_{result['date'][:7].replace('-', '')}.json"
         target.write_text(json.dumps(result, indent=1) + "\n")
     draw()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import polars as pl
 
-from bench.paired import environment
+from bench.machine import environment
 from bench.real_photos import DATA, need
 
 SIZE = 224

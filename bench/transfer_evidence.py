@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from bench.paired import environment
+from bench.machine import environment
 from bench.real_photos import DATA, need
 from fastfundus.evaluate.metrics import auroc
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from bench.bench_serve import CLIENTS, serve_under_load
 from bench.report import RESULTS
-from bench.screen_tables import fleet_table, screen_table
 from bench.study_table import study_table
 from tests.conftest import Trained
 
@@ -26,17 +25,6 @@ def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_f
     expected = sorted(swapped.iterdir())
     wrong = serve_under_load(trained.bundle, expected, seconds=0.5, expected_of=files)
     assert wrong["lost_or_mixed_up"] == wrong["answers"] > 0
-
-
-def test_the_tables_are_drawn_from_the_result() -> None:
-    result = json.loads(sorted(RESULTS.glob("screen_cpu_*.json"))[-1].read_text())
-    table = screen_table(result)
-    assert f"{result['speed']['images_per_s']['screen, bf16']:.2f}" in table
-    assert "0 lost or mixed up" in table
-    fleet = fleet_table(result)
-    rate = result["speed"]["images_per_s"]["screen, bf16"] / result["machine"]["cores"]
-    assert f"| screen, bf16 | {rate:.2f} | {1e8 / rate / 3600:,.0f} |" in fleet
-    assert "extrapolated" in fleet
 
 
 def test_the_study_is_drawn_from_its_result() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare
+from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare, ratio
 
 WANT = np.arange(6.0)
 
@@ -33,8 +36,10 @@ def test_rates_ratios_and_shares_are_worked_out() -> None:
     assert fast["gb_per_s"] == pytest.approx(1 / fast["ms"])
     assert fast["gflop_per_s"] == pytest.approx(2 / fast["ms"])
     assert fast["share_of_limit"] == pytest.approx(5 / fast["ms"])
-    assert slow["speedup"] == {"median": 1, "least": 1, "most": 1}
-    assert fast["speedup"]["least"] <= fast["speedup"]["median"] <= fast["speedup"]["most"]
+    assert ratio(found, "0.01", "0.01") == {"median": 1, "least": 1, "most": 1}
+    speed = ratio(found, "0.01", "0.005")
+    each = [one / other for one, other in zip(slow["times_ms"], fast["times_ms"], strict=True)]
+    assert speed == {"median": sorted(each)[2], "least": min(each), "most": max(each)}
     assert fast["ms_q1"] <= fast["ms"] <= fast["ms_q3"]
     assert found["rounds"] == 5
 
@@ -66,3 +71,35 @@ def test_memory_is_that_of_each_variant() -> None:
     assert clock.peak_mib() > before + 350
     clock.forget_peak()
     assert clock.peak_mib() < before + 50
+
+
+def test_a_variant_sets_the_limit_and_one_may_have_its_own() -> None:
+    variants = [after(0.01), after(0.002, name="the step alone"), replace(after(0.004), limit=Limit("another", 1.0))]
+    found = compare(Case("job", "", 1, limit="the step alone"), variants, rounds=3)
+    rows = found["variants"]
+    assert found["case"]["limit"] == {"what": "the step alone", "ms": rows["the step alone"]["ms"]}
+    assert rows["the step alone"]["share_of_limit"] == 1
+    assert rows["0.01"]["share_of_limit"] == pytest.approx(rows["the step alone"]["ms"] / rows["0.01"]["ms"])
+    assert rows["0.004"]["share_of_limit"] == pytest.approx(1 / rows["0.004"]["ms"])
+
+
+def test_what_a_call_is_within_is_not_timed() -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def loading() -> Iterator[None]:
+        order.append("in")
+        time.sleep(0.1)
+        yield
+        order.append("out")
+
+    slow_to_load = replace(after(0.0, order=order, name="job"), within=loading)
+    found = compare(Case("job", "", 1), [after(0.01), slow_to_load], rounds=1)
+    assert order == ["in", "job", "out"] * 2
+    assert found["variants"]["job"]["ms"] < 100
+
+
+def test_the_reference_may_be_held_against_something_too() -> None:
+    wrong = Variant("only", lambda: WANT, True, distance=lambda got, _: float(np.abs(got - WANT - 1).max()))
+    with pytest.raises(WrongResult, match="only is 1 away from only"):
+        compare(Case("job", "", 1), [wrong], rounds=1)

@@ -1,0 +1,48 @@
+"""What a result says about where it comes from, and how many cores it may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["environment", "pinned_to"]
+
+
+@contextmanager
+def pinned_to(cores: int) -> Iterator[None]:
+    """Let this process and the threads it starts within use so many cores only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def environment(packages: tuple[str, ...]) -> dict[str, Any]:
+    """What a result must say about where it comes from; a copy of the tree without git has no commit."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else ""),
+        "machine": {"cpu": model, "cores": len(os.sched_getaffinity(0))},
+        "versions": {name: metadata.version(name) for name in packages},
+    }
