@@ -5,13 +5,14 @@
 
 Every variant takes the same uint8 photos and gives probabilities; each is compared with torch in float32 in every
 round, and one that differs by more than its gate ends the run. The peers' habit is torch, eager, float32, channels
-first, in batches of 16. Weights are random: speed does not depend on them, and differences are then smaller than a
-trained model's, whose figures are in the parity report of its bundle.
+first, in batches of 16, in a process of its own. Weights are random: speed does not depend on them, and differences
+are then smaller than a trained model's, whose figures are in the parity report of its bundle.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.harness import Case, Clock, Limit, Variant, compare
+from bench.own_process import OwnProcess
 from fastfundus.engines import aoti_backend, onnxruntime_backend, openvino_backend
 from fastfundus.engines.export import ScreeningModel, export_onnx
 from fastfundus.engines.parity import GATES
@@ -34,10 +36,11 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import write_dataset
 
 Job = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-EAGER, COMPILED, RAW = "torch eager, float32", "torch.compile, bfloat16", "OpenVINO bf16, by its own queue"
+EAGER, KEPT, COMPILED = "torch eager, float32", "torch eager, float32, memory kept", "torch.compile, bfloat16"
+RAW = "OpenVINO bf16, by its own queue"
 BATCH = 16
 SETTINGS = {
-    EAGER: f"the peers' habit, batches of {BATCH}", COMPILED: f"batches of {BATCH}",
+    EAGER: f"the peers' habit, batches of {BATCH}", KEPT: "in our process", COMPILED: f"batches of {BATCH}",
     RAW: "the settings of our engine",
 }  # fmt: skip
 CASES = (("resnet50", 224, 32, 7), ("resnet50", 512, 16, 5), ("convnext_tiny", 224, 32, 5),
@@ -95,19 +98,29 @@ def by_own_queue(file: Path, size: int) -> Job:
     return job
 
 
+def random_model(backbone: str, size: int) -> ScreeningModel:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    sized = {"img_size": size} if backbone.startswith("vit") else {}
+    network = timm.create_model(backbone, num_classes=1, **sized).eval()
+    return ScreeningModel(network, PreprocessSpec(size=size), [1.0]).eval()
+
+
+def eager(backbone: str, size: int, photos: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+    """The peers' habit, on these photos."""
+    return functools.partial(by_torch(random_model(backbone, size)), photos)
+
+
 def ways(
     backbone: str, size: int, photos: NDArray[np.uint8], folder: Path, *, compiled: bool
 ) -> dict[str, tuple[str, Job]]:
     """Jobs by name, each with the precision whose gate it must pass; compiling takes half a minute each."""
-    torch.manual_seed(0)
-    sized = {"img_size": size} if backbone.startswith("vit") else {}
-    network = timm.create_model(backbone, num_classes=1, **sized).eval()
-    model = ScreeningModel(network, PreprocessSpec(size=size), [1.0]).eval()
+    model = random_model(backbone, size)
     export_onnx(model, folder / GRAPH, ["abnormal"])
     blueprint = Blueprint(model, folder / GRAPH, size, photos)
     fast = copy.deepcopy(model)
     fast.compute_in(torch.bfloat16)
-    made: dict[str, tuple[str, Job]] = {EAGER: ("fp32", by_torch(model))}
+    made: dict[str, tuple[str, Job]] = {KEPT: ("fp32", by_torch(model))}
     if compiled and "bf16" in openvino_backend.precisions():
         made[COMPILED] = ("bf16", by_torch(torch.compile(fast)))  # type: ignore[arg-type]
     backends = (("ONNX Runtime", onnxruntime_backend), ("AOTInductor", aoti_backend), ("OpenVINO", openvino_backend))
@@ -147,9 +160,9 @@ def gflop(backbone: str, size: int) -> float:
 
 
 def inferring(
-    backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8]
+    backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8], *, here: bool
 ) -> tuple[Case, list[Variant]]:
-    """The job of a call with these photos, and everyone's way to do it."""
+    """The job of a call with these photos, and everyone's way to do it; the peers' in this process where `here`."""
     flops = 1e9 * gflop(backbone, size) * len(photos)
     limits = {precision: matmul_ms(precision, flops) for precision in {kind for kind, _ in jobs.values()}}
     alone = ", one photo" if len(photos) == 1 else ""
@@ -157,10 +170,12 @@ def inferring(
         f"{backbone}, {size} px{alone}", f"uint8 [{len(photos)}, {size}, {size}, 3] to probabilities", len(photos),
         photos.nbytes, "the photos read", flops, "two for each multiplication with addition",
     )  # fmt: skip
+    habit = OwnProcess(eager, backbone, size, photos, here=here)
     return case, [
-        Variant(label, lambda job=job: job(photos), label == EAGER, SETTINGS.get(label, ""),  # type: ignore[misc]
-                GATES[precision].probability, limit=limits[precision])
-        for label, (precision, job) in jobs.items()
+        Variant(EAGER, habit, True, SETTINGS[EAGER], limit=limits["fp32"]),
+        *(Variant(label, functools.partial(job, photos), False, SETTINGS.get(label, ""), GATES[precision].probability,
+                  limit=limits[precision])
+          for label, (precision, job) in jobs.items()),
     ]  # fmt: skip
 
 
@@ -176,6 +191,7 @@ def test_engine(benchmark: Any, tmp_path: Path, backbone: str, size: int, count:
     keep_memory()
     photos = drawn(size, count)
     jobs = ways(backbone, size, photos, tmp_path, compiled=not benchmark.disabled)
-    one = compare(*inferring(backbone, size, jobs, photos[:1]), rounds=1 if benchmark.disabled else 50)
-    compare(*inferring(backbone, size, jobs, photos), rounds=rounds, benchmark=benchmark)
+    here = benchmark.disabled
+    one = compare(*inferring(backbone, size, jobs, photos[:1], here=here), rounds=1 if here else 50)
+    compare(*inferring(backbone, size, jobs, photos, here=here), rounds=rounds, benchmark=benchmark)
     benchmark.extra_info["one_photo"] = one

@@ -1,12 +1,12 @@
 """Feeding training: augmented, normalised batches from JPEG files or a cache, against the loaders people use.
 
-    python -m pytest bench/bench_loader.py --benchmark-enable --benchmark-json=FILE     timed
-    make test                                                                           once, tiny
+    make bench SUITES=loader        timed
+    make test                       once, tiny
 
 Files are squares around the field, twice as wide as what the model takes, as others prepare them once by hand; that
 favours those who read files: a camera's are ten times as wide.
-All cores; a worker a core where there are workers. The result that is compared is mean and spread of an epoch's
-channels: every loader draws its own changes.
+All cores; a worker a core where there are workers. Each peer has a process of its own, as its users run it. The result
+that is compared is mean and spread of an epoch's channels: every loader draws its own changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from simplejpeg import decode_jpeg
 from torch.utils.data import DataLoader, Dataset
 
 from bench.harness import Case, Clock, Limit, Variant, compare
+from bench.own_process import OwnProcess
 from fastfundus.config import TrainConfig
 from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.stream import CameraPhoto, CameraStream
@@ -45,6 +46,7 @@ SCALE, TURN, TINT, HUE = (0.64, 1.0), 15, 0.15, 6 / 360
 # Of a synthetic set's channels, in units of the normalised input: which crops were drawn moves them by a tenth.
 TOLERANCE = 0.25
 Batches = Iterable[torch.Tensor]
+HABIT = "torchvision v2, DataLoader"
 
 
 def told(batches: Batches, photos: int) -> np.ndarray:
@@ -74,14 +76,6 @@ class Files(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._read(self._paths[index])
-
-
-def workers_of(files: Files) -> Callable[[], Batches]:
-    """Epochs of a DataLoader that keeps its workers."""
-    loader = DataLoader(
-        files, BATCH, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
-    )
-    return lambda: loader
 
 
 class TorchvisionRead:
@@ -131,6 +125,19 @@ class AlbumentationsRead:
         """Read and change a photo."""
         image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
         return torch.from_numpy(self._change(image=image)["image"]).permute(2, 0, 1)
+
+
+def by_workers(read: type[TorchvisionRead | AlbumentationsRead], paths: list[Path], size: int) -> Callable[[], Batches]:
+    """Epochs of a DataLoader that keeps its workers."""
+    loader = DataLoader(
+        Files(paths, read(size)),
+        BATCH,
+        shuffle=True,
+        num_workers=os.cpu_count() or 1,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    return lambda: loader
 
 
 def by_timm(paths: list[Path], size: int) -> Callable[[], Batches]:
@@ -218,8 +225,14 @@ def decoding(paths: list[Path]) -> Limit:
     return Limit("decoding the files alone", min(times))
 
 
-def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Variant]]:
-    """The job and everyone's way to do it."""
+def peer(make: Callable[..., Callable[[], Batches]], arguments: Sequence[Any], photos: int) -> Callable[[], np.ndarray]:
+    """`told` of the batches that `make` makes, where it runs."""
+    way = make(*arguments)
+    return lambda: told(way(), photos)
+
+
+def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Case, list[Variant]]:
+    """The job and everyone's way to do it; peers in this process where `here`."""
     keep_memory()
     write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(3 * size,))
     (folder / "squares").mkdir()
@@ -230,16 +243,19 @@ def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Varian
     listing = list_photos(folder / "squares")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
     paths = [cache.source / name for name in cache.manifest["path"]]
-    ways: list[tuple[str, Callable[[], Batches], str, bool]] = [
-        ("FastFundus, train's feed", by_cache(cache), "from a cache, prepared once", False),
-        ("FastFundus, from files", by_stream(cache), "DALI's CPU decoder, the same kernel", False),
-        ("torchvision v2, DataLoader", workers_of(Files(paths, TorchvisionRead(size))),
-         "Pillow, uint8 until the end, a worker a core", True),
-        ("timm, create_loader", by_timm(paths, size), "bilinear, a worker a core, no rotation: it has none", False),
-        ("Albumentations, DataLoader", workers_of(Files(paths, AlbumentationsRead(size))),
-         "OpenCV, a worker a core, one thread each", False),
-        ("DALI CPU", by_dali(paths, size), "decoder with random crop, a thread a core", False),
-    ]  # fmt: skip
+
+    def own(make: Callable[..., Callable[[], Batches]], *arguments: Any) -> OwnProcess:
+        return OwnProcess(peer, make, (*arguments, paths, size), photos, here=here)
+
+    feed, stream = by_cache(cache), by_stream(cache)
+    ways: list[tuple[str, Callable[[], Any], str]] = [
+        ("FastFundus, train's feed", lambda: told(feed(), photos), "from a cache, prepared once"),
+        ("FastFundus, from files", lambda: told(stream(), photos), "DALI's CPU decoder, the same kernel"),
+        (HABIT, own(by_workers, TorchvisionRead), "Pillow, uint8 until the end, a worker a core"),
+        ("timm, create_loader", own(by_timm), "bilinear, a worker a core, no rotation: it has none"),
+        ("Albumentations, DataLoader", own(by_workers, AlbumentationsRead), "OpenCV, a worker a core, one thread each"),
+        ("DALI CPU", own(by_dali), "decoder with random crop, a thread a core"),
+    ]
     case = Case(
         name=f"loader, {size} px",
         what=f"{photos} square JPEG files {2 * size} pixels wide to float32 batches [{BATCH}, 3, {size}, {size}]",
@@ -248,10 +264,7 @@ def loader_case(folder: Path, size: int, photos: int) -> tuple[Case, list[Varian
         bytes_how="3 bytes read and 12 written for each pixel of the output",
         limit=decoding(paths[: photos // BATCH * BATCH]),
     )
-    variants = [
-        Variant(name, lambda way=way: told(way(), photos), reference, settings, TOLERANCE)  # type: ignore[misc]
-        for name, way, settings, reference in ways
-    ]
+    variants = [Variant(name, job, name == HABIT, settings, TOLERANCE) for name, job, settings in ways]
     return case, variants
 
 
@@ -262,7 +275,9 @@ def test_loader(benchmark: Any, tmp_path: Path, size: int) -> None:
     timed = not benchmark.disabled
     threads = cv2.getNumThreads()
     try:
-        case, variants = loader_case(tmp_path, size if timed else size // 4, 256 if timed else 2 * BATCH)
+        case, variants = loader_case(
+            tmp_path, size if timed else size // 4, 256 if timed else 2 * BATCH, here=not timed
+        )
         found = compare(case, variants, rounds=5, benchmark=benchmark)
     finally:
         cv2.setNumThreads(threads)

@@ -5,6 +5,7 @@
 
 Every variant ends with uint8 at the model's size. Only FastFundus also finds the field, cuts it out, judges kind and
 quality, and hashes the file; its crops are compared with exact areas of a full decode, the peers' with each other.
+Each peer has a process of its own, as its users run it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torchvision.transforms import v2
 
 from bench.harness import Case, Variant, compare
 from bench.machine import pinned_to
+from bench.own_process import OwnProcess
 from bench.parity import arguments
 from bench.real_photos import camera_jpegs
 from fastfundus.kernels import reference
@@ -149,12 +151,28 @@ def in_colour(images: Images, want: Images) -> float:
     return max(float(np.abs(image.mean((0, 1)) - other.mean((0, 1))).max()) for image, other in pairs)
 
 
-def preparing(paths: Sequence[Path], size: int, threads: int) -> tuple[Case, list[Variant]]:
-    """The job and everyone's way to do it."""
+def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int) -> Callable[[], Images]:
+    """Do it for every file, in so many threads, each of which uses one."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    if threads == 1:
+        return lambda: [job(path) for path in paths]
     pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(job, paths))
 
-    def each(job: Callable[[Path], np.ndarray]) -> Callable[[], Images]:
-        return (lambda: [job(path) for path in paths]) if threads == 1 else lambda: list(pool.map(job, paths))
+
+def peer(
+    make: Callable[..., Callable[[Path], np.ndarray]], paths: Sequence[Path], threads: int, arguments: dict[str, Any]
+) -> Callable[[], Images]:
+    """`each` of what `make` makes of its arguments, where it runs."""
+    return each(make(**arguments), paths, threads)
+
+
+def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> tuple[Case, list[Variant]]:
+    """The job and everyone's way to do it; peers in this process where `here`."""
+
+    def own(make: Callable[..., Callable[[Path], np.ndarray]], **arguments: Any) -> OwnProcess:
+        return OwnProcess(peer, make, paths, threads, {"size": size, **arguments}, here=here)
 
     bilinear, bicubic = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
     megapixels = np.mean([np.prod(read_header(path.read_bytes()).upright_size) for path in paths]) / 1e6
@@ -167,17 +185,27 @@ def preparing(paths: Sequence[Path], size: int, threads: int) -> tuple[Case, lis
         bytes_how="the files read, 3 bytes written for each pixel of the output", limit=DECODER,
     )  # fmt: skip
     peers = [
-        ("Pillow + torchvision, bicubic", each(by_pillow(size, bicubic)), "RETFound's and many others' resize"),
-        ("Pillow by draft + torchvision", each(by_pillow(size, bilinear, draft=True)), "scaled in the DCT; few do"),
-        ("OpenCV + area", each(by_opencv(size)), "everything decoded"),
-        ("OpenCV reduced + area", each(by_opencv(size, reduced=True)), "scaled in the DCT; few do"),
-        ("DALI CPU", by_dali(paths, size, threads), "everything decoded, antialiased resize"),
+        (
+            "Pillow + torchvision, memory kept",
+            each(by_pillow(size, bilinear), paths, threads),
+            "bilinear, in our process",
+        ),
+        ("Pillow + torchvision, bicubic", own(by_pillow, interpolation=bicubic), "RETFound's and many others' resize"),
+        (
+            "Pillow by draft + torchvision",
+            own(by_pillow, interpolation=bilinear, draft=True),
+            "scaled in the DCT; few do",
+        ),
+        ("OpenCV + area", own(by_opencv), "everything decoded"),
+        ("OpenCV reduced + area", own(by_opencv, reduced=True), "scaled in the DCT; few do"),
+        ("DALI CPU", OwnProcess(by_dali, paths, size, threads, here=here), "everything decoded, antialiased resize"),
     ]
-    habit = each(by_pillow(size, bilinear))
+    habit = own(by_pillow, interpolation=bilinear)
     return case, [
-        Variant("FastFundus", each(ours(PreprocessSpec(size=size))), False, "decode, field, crop, quality, hash", 1.5,
+        Variant("FastFundus", each(ours(PreprocessSpec(size=size)), paths, threads), False,
+                "decode, field, crop, quality, hash", 1.5,
                 from_exact(exact_crops(paths, size))),
-        Variant(DECODER, each(decode_alone(size)), False, "the limit", 1.5, in_colour),
+        Variant(DECODER, each(decode_alone(size), paths, threads), False, "the limit", 1.5, in_colour),
         Variant("Pillow + torchvision, bilinear", habit, True, "the peers' habit", distance=apart),
         *(Variant(name, job, False, settings, OTHER_FILTER, apart) for name, job, settings in peers),
     ]  # fmt: skip
@@ -195,11 +223,9 @@ def drawn_jpegs(folder: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Libraries use the threads that a variant starts, and none of their own."""
+    """Put the libraries' own threads back behind it."""
     keep_memory()
     threads = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
     yield
     cv2.setNumThreads(threads[0])
     torch.set_num_threads(threads[1])
@@ -211,5 +237,5 @@ def test_prepare(benchmark: Any, tmp_path: Path, cores: int) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
     paths, size = (drawn_jpegs(tmp_path), 128) if benchmark.disabled else (camera_jpegs(), 512)
     with pinned_to(cores):
-        found = compare(*preparing(paths, size, cores), rounds=9, benchmark=benchmark)
-    assert len(found["variants"]) == 8
+        found = compare(*preparing(paths, size, cores, here=benchmark.disabled), rounds=9, benchmark=benchmark)
+    assert len(found["variants"]) == 9

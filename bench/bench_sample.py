@@ -1,7 +1,7 @@
 """`sample` on one core against its peers, all in turns in one run.
 
-    python -m pytest bench/bench_sample.py --benchmark-enable --benchmark-json=FILE     timed
-    make test                                                                           once, tiny
+    make bench SUITES=sample        timed
+    make test                       once, tiny
 
 Augmenting ends with normalised float32 (or what a peer's row says) for the model; bringing a camera file to 512 px
 begins with decoded pixels.
@@ -19,7 +19,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from bench.gpu_suite import make_case, torchvision_chain
+from bench.gpu_suite import make_inputs, torchvision_chain
 from bench.harness import Case, Clock, Limit, Variant, compare
 from bench.machine import pinned_to
 from fastfundus.config import AugmentConfig
@@ -129,11 +129,11 @@ def augmenting(size: int, count: int) -> tuple[Case, list[Variant]]:
 
 def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, list[Variant]]:
     """The middle square of decoded camera files, brought to `size` with exact areas."""
-    case = make_case("", height, width, count, size, torch.float32, turned=False)
+    inputs = make_inputs("", height, width, count, size, torch.float32, turned=False)
     colour = torch.eye(3, 4).repeat(count, 1, 1)
-    given = case.pixels, case.offsets, case.sizes, case.geometry, colour, size
+    given = inputs.pixels, inputs.offsets, inputs.sizes, inputs.geometry, colour, size
     want = reference.sample(*given, torch.float32)
-    images = case.pixels.view(count, height, width, 3).numpy()
+    images = inputs.pixels.view(count, height, width, 3).numpy()
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     squares = [image[top : top + side, left : left + side] for image in images]
@@ -149,8 +149,8 @@ def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, lis
         "3 bytes read for each pixel of the square, 12 written for each of the output", limit=copy_limit(bytes_),
     )  # fmt: skip
     return about, [
-        Variant("FastFundus", lambda: sample_ragged(*given), True, "", 0.05,  # grey levels: positions of thousands of pixels are float32
-                lambda got, _: farthest(got, want)),
+        # Grey levels: positions of thousands of pixels are float32.
+        Variant("FastFundus", lambda: sample_ragged(*given), True, "", 0.05, lambda got, _: farthest(got, want)),
         # To whole grey levels.
         Variant("OpenCV, INTER_AREA", opencv, False, "exact areas", 0.51, farthest),
         Variant("torchvision v2, Resize", lambda: torch.stack([resize(image) for image in planes]), False,

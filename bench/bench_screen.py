@@ -5,8 +5,8 @@
 
 The peers' loop: a DataLoader with a worker a core decodes with PIL, resizes and normalises with torchvision, and torch
 runs the model eager in float32 in batches of 16. Camera JPEGs of 10 megapixels, ResNet-50 at 512 px, random weights:
-speed does not depend on them. The peers do not find the field, judge quality, or hash. Every answer of ours is compared
-with torch's in float32 on the same prepared photos.
+speed does not depend on them. The peers have a process of their own, as their users run them; they do not find the
+field, judge quality, or hash. Every answer of ours is compared with torch's in float32 on the same prepared photos.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from bench.bench_engine import BATCH, by_torch, drawn, gflop
+from bench.bench_engine import BATCH, by_torch, drawn, gflop, random_model
 from bench.harness import Case, Variant, compare
+from bench.own_process import OwnProcess
 from bench.real_photos import DATA, need
 from fastfundus.data import list_photos
 from fastfundus.engines.build import build_bundle
@@ -50,9 +50,7 @@ PEERS, DECODING = "PIL, torchvision, torch eager float32", "reading, decoding, c
 
 def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[Bundle, ScreeningModel]:
     """A bundle of random weights, and its model."""
-    torch.manual_seed(0)
-    network = timm.create_model(backbone, num_classes=1).eval()
-    model = ScreeningModel(network, PreprocessSpec(size=size), [1.0]).eval()
+    model = random_model(backbone, size)
     photos = drawn(size, 24)
     # Far from what random weights give: no decision hangs on the last digit.
     point = {
@@ -87,11 +85,16 @@ class PeerPhotos(Dataset[torch.Tensor]):
             return self.transform(image.convert("RGB"))
 
 
-def by_peers(network: torch.nn.Module, paths: list[Path], size: int) -> np.ndarray:
+def by_peers(backbone: str, paths: list[Path], size: int) -> Callable[[], np.ndarray]:
     """Score photos as the peers do; float32 [N, 1]."""
-    loader = DataLoader(PeerPhotos(paths, size), batch_size=BATCH, num_workers=os.cpu_count() or 1)
-    with torch.inference_mode():
-        return torch.cat([torch.sigmoid(network(batch)) for batch in loader]).numpy()
+    network = random_model(backbone, size).network
+
+    def job() -> np.ndarray:
+        loader = DataLoader(PeerPhotos(paths, size), batch_size=BATCH, num_workers=os.cpu_count() or 1)
+        with torch.inference_mode():
+            return torch.cat([torch.sigmoid(network(batch)) for batch in loader]).numpy()
+
+    return job
 
 
 def prepared(photos: list[SourcePhoto], spec: PreprocessSpec) -> np.ndarray:
@@ -133,9 +136,9 @@ class Screening:
 
 
 def screening(
-    folder: Path, paths: list[Path], backbone: str, size: int, kinds: Sequence[str]
+    folder: Path, paths: list[Path], backbone: str, size: int, kinds: Sequence[str], *, here: bool
 ) -> tuple[Case, list[Variant], dict[str, Screening]]:
-    """The job, everyone's way to do it, and ours by precision."""
+    """The job, everyone's way to do it, and ours by precision; the peers in this process where `here`."""
     listing = list_photos(paths, adapter="folder").photos
     made: dict[str, Bundle] = {}
     for precision in kinds:
@@ -158,7 +161,9 @@ def screening(
     )  # fmt: skip
     variants = [
         # Its photos are squeezed, not cropped: it has nothing to be compared with but itself.
-        Variant(PEERS, lambda: by_peers(model.network, paths, size), True, f"batches of {BATCH}, a worker a core"),
+        Variant(
+            PEERS, OwnProcess(by_peers, backbone, paths, size, here=here), True, f"batches of {BATCH}, a worker a core"
+        ),
         Variant(DECODING, lambda: prepared(listing, spec), distance=lambda got, _: float(np.abs(got - images).max())),
     ]
     for precision, way in ways.items():
@@ -192,7 +197,7 @@ def test_screen(benchmark: Any, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     paths = some_photos(tmp_path / "photos", tiny=tiny)
     job = ("resnet18", 64, ["fp32"]) if tiny else ("resnet50", 512, precisions())
-    case, variants, ways = screening(tmp_path, paths, *job)
+    case, variants, ways = screening(tmp_path, paths, *job, here=tiny)
     compare(case, variants, rounds=3, benchmark=benchmark)
     busy = {precision: way.timing.busy | {"cores": way.timing.cores_busy} for precision, way in ways.items()}
     benchmark.extra_info["busy"] = busy

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from bench.bench_engine import gflop, matmul_ms
-from bench.harness import Case, Variant, compare
+from bench.harness import Case, Limit, Variant, compare
+from bench.own_process import OwnProcess
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache, build_cache, list_photos
 from fastfundus.models.classifier import uses_channels_last
@@ -92,25 +93,38 @@ class Turns:
     ) -> None:  # fmt: skip
         self._step, self._batches, self._steps = step, batches, steps
 
+    def begin(self) -> None:
+        """The workers' queues are full after the first of these steps."""
+        self._open = ExitStack()
+        self._given = self._open.enter_context(self._batches())
+        for _ in range(2):
+            self._step(next(self._given))
+
+    def end(self) -> None:
+        """Let go of the batches."""
+        self._open.close()
+
     @contextmanager
     def within(self) -> Iterator[None]:
-        """The workers' queues are full after the first of these steps."""
-        with self._batches() as self._given:
-            for _ in range(2):
-                self._step(next(self._given))
-            yield
+        """Both, around a call."""
+        self.begin()
+        yield
+        self.end()
 
     def __call__(self) -> np.ndarray:
         """Take the steps."""
         return np.array([float(sum(self._step(next(self._given)) for _ in range(self._steps))) / self._steps])
 
 
-def peer(cache: PhotoCache, backbone: str, size: int, batch: int, steps: int) -> Turns:
-    """The peers' habit."""
+def peer(cache: Path, backbone: str, size: int, batch: int, steps: int) -> Turns:
+    """The peers' habit, on the files that a cache was made from."""
+    torch.manual_seed(0)
     model = timm.create_model(backbone, num_classes=1).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loss_of = nn.BCEWithLogitsLoss()
-    loader = DataLoader(Files(cache, size), batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
+    loader = DataLoader(
+        Files(PhotoCache.open(cache), size), batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True
+    )
 
     @contextmanager
     def batches() -> Iterator[Iterator[Any]]:
@@ -167,8 +181,10 @@ def ours(cache: PhotoCache, backbone: str, batch: int, steps: int, *, amp: bool,
     return Turns(step, batches, steps)
 
 
-def training(folder: Path, backbone: str, size: int, batch: int, steps: int, photos: int) -> tuple[Case, list[Variant]]:
-    """The job of a turn, and everyone's way to do it."""
+def training(
+    folder: Path, backbone: str, size: int, batch: int, steps: int, *, photos: int, here: bool
+) -> tuple[Case, list[Variant]]:
+    """The job of a turn, and everyone's way to do it; the peers in this process where `here`."""
     write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(2 * size,))
     listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
@@ -178,8 +194,9 @@ def training(folder: Path, backbone: str, size: int, batch: int, steps: int, pho
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
         flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,
     )  # fmt: skip
-    ways = [
-        (PEER, peer(cache, backbone, size, batch, steps), "float32, channels first, a worker a core", exact),
+    habit = OwnProcess(peer, folder / "cache", backbone, size, batch, steps, here=here)
+    ways: list[tuple[str, Turns | OwnProcess, str, Limit | None]] = [
+        (PEER, habit, "float32, channels first, a worker a core", exact),
         (OURS, ours(cache, backbone, batch, steps, amp=True, resident=False), "", None),
         (RESIDENT, ours(cache, backbone, batch, steps, amp=True, resident=True), "the limit of feeding", autocast),
         (SINGLE, ours(cache, backbone, batch, steps, amp=False, resident=False), "", exact),
@@ -201,4 +218,5 @@ def test_train(benchmark: Any, tmp_path: Path, backbone: str, size: int, batch: 
     """Photos/s of steps with data."""
     keep_memory()
     torch.manual_seed(0)
-    compare(*training(tmp_path, backbone, size, batch, steps, 96), rounds=rounds, benchmark=benchmark)
+    job = training(tmp_path, backbone, size, batch, steps, photos=96, here=benchmark.disabled)
+    compare(*job, rounds=rounds, benchmark=benchmark)

@@ -10,7 +10,6 @@ float32 in the run. Needs torch, timm, onnx and NumPy.
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.gpu_train import run_cases, seconds_of
+from bench.gpu_train import network_flops, run_cases
+from bench.harness import Case, Limit, Variant, compare
 from fastfundus.engines import aoti_backend
 from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.parity import GATES
@@ -40,7 +39,7 @@ EAGER, COMPILED, PACKAGE, CALL = (
 def measure(
     backbone: str, size: int, batch: int, device: torch.device, *, peak: float, dry_run: bool
 ) -> dict[str, Any]:
-    """Images/s of every variant, medians over rounds in turns."""
+    """The case of one batch, every way to do it, compared."""
     torch.manual_seed(0)
     sized = {"img_size": size} if "vit" in backbone else {}
     network = timm.create_model(backbone, num_classes=1, **sized).eval()
@@ -63,27 +62,22 @@ def measure(
         }
         with torch.inference_mode():
             expected = copy.deepcopy(exact).to(device)(resident).cpu()
-            differences = {label: float((job().float().cpu() - expected).abs().max()) for label, job in jobs.items()}
-            worst = max(differences, key=lambda label: differences[label])
-            assert differences[worst] <= GATES["bf16"].probability, f"{worst} differs by {differences[worst]:.2e}"
-            times: dict[str, list[float]] = {label: [] for label in jobs}
-            for number in range(2 if dry_run else 12):
-                for label, job in jobs.items():
-                    seconds = seconds_of(job, device)
-                    if number:
-                        times[label].append(seconds / batch)
+            flops = network_flops(network, size, torch.device("cpu")) * batch
+            case = Case(
+                f"engine: {backbone}, {size} px, batch {batch}", "uint8 photos to probabilities", batch, photos.nbytes,
+                "the photos read", flops, "two for each multiplication with addition",
+                Limit("matrix products in bfloat16", flops / peak / 1e9),
+            )  # fmt: skip
+            gate = GATES["bf16"].probability
+            variants = [
+                Variant(
+                    name, job, name == EAGER, "", gate, lambda got, _: float((got.float().cpu() - expected).abs().max())
+                )
+                for name, job in jobs.items()
+            ]
+            found = compare(case, variants, rounds=2 if dry_run else 11, device=device.type)
         engine.close()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.zeros(1, 3, size, size))
-    rates = {label: 1 / statistics.median(values) for label, values in times.items()}
-    flops = counter.get_total_flops()
-    return {
-        "backbone": backbone, "size": size, "batch": batch, "images_per_s": rates, "largest_difference": differences,
-        "share_of_peak": {label: rate * flops / 1e12 / peak for label, rate in rates.items()},
-        "package_over_compiled": statistics.median(
-            slow / fast for slow, fast in zip(times[COMPILED], times[PACKAGE], strict=True)
-        ),
-    }  # fmt: skip
+    return found
 
 
 def main() -> None:

@@ -41,29 +41,17 @@ def merged(folder: Path) -> Path:
 def gpu_table(result: dict[str, Any]) -> str:
     """Everything, as Markdown."""
     kernels = result["kernels"]
-    lines = ["| | | of its limit |", "|---|---|---|"]
-    for kind in ("triton", "cuda"):
-        for name, row in kernels[kind].items():
-            told = row.get("failed") or f"{row['ms']:.3f} ms, {row['gb_per_s']:.0f} GB/s"
-            share = "" if "failed" in row else f"{row['share_of_copy']:.0%} of copying"
-            lines.append(f"| {kind}: {name} | {told} | {share} |")
-    for name, row in kernels["peers"].items():
-        lines.append(f"| {name} | {row.get('failed') or format(row['photos_per_s'], '.0f') + ' photos/s'} | |")
-    for name, row in kernels["dali"].items():
-        if isinstance(row, dict):
-            lines.append(f"| DALI, {name} | {row['photos_per_s']:.0f} photos/s | |")
-    for part in ("train", "engine"):
-        for row in result.get(part, {"parts": []})["parts"]:
-            title = f"{part}: {row['backbone']}, {row['size']} px, batch {row['batch']}"
-            if "failed" in row:
-                lines.append(f"| {title} | {row['failed'][:120]} | |")
-                continue
-            shares = row.get("share_of_peak", {})
-            for name, rate in row["images_per_s"].items():
-                share = f"{shares[name]:.0%} of matrix products" if name in shares else ""
-                if name in row.get("overlap", {}):
-                    share = f"{row['overlap'][name]:.0%} of the step alone"
-                lines.append(f"| {title}: {name} | {rate:,.0f} images/s | {share} |")
+    lines = ["| | photos/s | of its limit |", "|---|---|---|"]
+    for found in (found for part in PARTS for found in result.get(part, {"cases": []})["cases"]):
+        name = found["case"]["name"]
+        if "failed" in found:
+            lines.append(f"| {name} | {found['failed'][:120]} | |")
+            continue
+        for variant, row in found["variants"].items():
+            limit = row["limit"] or found["case"]["limit"]
+            share = "" if limit is None else f"{row['share_of_limit']:.0%} of {limit['what']}"
+            rate = f", {row['gb_per_s']:.0f} GB/s" if row["gb_per_s"] else ""
+            lines.append(f"| {name}: {variant} | {row['photos_per_s']:,.0f}{rate} | {share} |")
     missing = [part for part in PARTS if part not in result]
     tests = ", ".join(f"{count} {name}" for name, count in kernels["tests"].items())
     told = f"{kernels['gpu'] or 'no GPU'}; copying {kernels['copy_gb_per_s']:.0f} GB/s; kernel tests: {tests}"

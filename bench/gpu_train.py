@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_suite import gpu_environment
+from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare
 from bench.machine import environment
 from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
 from fastfundus.spec import PreprocessSpec
@@ -43,32 +44,27 @@ EAGER, COMPILED, RESIDENT, PINNED = (
 UPSTREAM_PHOTOS = 57_803
 """Of the paper's upstream set, for the time of an epoch."""
 Batch = tuple[Tensor, Tensor]
+LOSS = 2.0
+"""Three times a coin's: what does not learn, or is not a number, is further off."""
 
 
 def matmul_rate(device: torch.device, dry_run: bool) -> float:
     """TFLOP/s of a large bfloat16 product: what this GPU reaches at best."""
-    side = 64 if dry_run else 8192
+    side, clock = 64 if dry_run else 8192, Clock(device.type)
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(12):
-        times.append(seconds_of(lambda: left @ right, device))
-    return 2 * side**3 / min(times) / 1e12
+    return 2 * side**3 / min(clock.time(lambda: left @ right)[0] for _ in range(12)) / 1e9
 
 
-def seconds_of(job: Callable[[], object], device: torch.device) -> float:
-    """Of one call, waited for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    job()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def network_flops(network: nn.Module, size: int, device: torch.device) -> float:
+    """Of a forward pass of one photo: two for each multiplication with addition."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, size, size, device=device))
+    return float(counter.get_total_flops())
 
 
 def stepper(
     backbone: str, size: int, device: torch.device, *, compiled: bool, channels_last: bool, dry_run: bool
-) -> tuple[Callable[[Batch], None], nn.Module]:
+) -> tuple[Callable[[Batch], Tensor], nn.Module]:
     """One step of the loop, its averaged weights included."""
     torch.manual_seed(0)
     options = {"img_size": size} if "vit" in backbone else {}
@@ -86,9 +82,10 @@ def stepper(
         clip_norm=1.0, device=device, graphs=graphs,
     )  # fmt: skip
 
-    def one(batch: Batch) -> None:
-        step([batch], len(batch[0]), 1e-5)
+    def one(batch: Batch) -> Tensor:
+        loss = step([batch], len(batch[0]), 1e-5)
         averaged.update(model)
+        return loss
 
     return one, model
 
@@ -116,7 +113,7 @@ def fed(
 def measure(
     backbone: str, size: int, batch: int, device: torch.device, *, peak: float, dry_run: bool
 ) -> dict[str, Any]:
-    """Images/s of every variant, medians over rounds in turns."""
+    """The case of some steps, every way to do it, compared."""
     rounds, steps, count = (1, 1, 2 * batch) if dry_run else (5, 10, max(4 * batch, 1024))
     spec = PreprocessSpec(size=size)
     photos = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
@@ -127,49 +124,41 @@ def measure(
     still = next(streams[RESIDENT])
     eager, _ = stepper(backbone, size, device, compiled=False, channels_last=False, dry_run=dry_run)
     ours, model = stepper(backbone, size, device, compiled=True, channels_last=channels_last, dry_run=dry_run)
-
-    def with_data(name: str) -> None:
-        ours(next(streams[name]))
-
-    jobs: dict[str, Callable[[], None]] = {
+    jobs: dict[str, Callable[[], Tensor]] = {
         EAGER: partial(eager, (still[0].contiguous(), still[1])),
         COMPILED: partial(ours, still),
-        RESIDENT: partial(with_data, RESIDENT),
-        PINNED: partial(with_data, PINNED),
+        RESIDENT: lambda: ours(next(streams[RESIDENT])),
+        PINNED: lambda: ours(next(streams[PINNED])),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
 
-            def several(job: Callable[[], None] = job) -> None:
-                for _ in range(steps):
-                    job()
+    def several(job: Callable[[], Tensor]) -> Tensor:
+        for _ in range(steps):
+            loss = job()
+        return loss
 
-            job()  # feeds refill, graphs are captured
-            taken = seconds_of(several, device) / steps
-            if number:
-                seconds[name].append(taken)
+    @contextmanager
+    def warmed(job: Callable[[], Tensor]) -> Iterator[None]:
+        job()  # feeds refill, graphs are captured
+        yield
+
+    flops = 3 * network_flops(model, size, device) * batch * steps
+    matmul = Limit("matrix products in bfloat16", flops / peak / 1e9)
+    case = Case(
+        f"train: {backbone}, {size} px, batch {batch}", f"{steps} steps", batch * steps, flops=flops,
+        flops_how="three times those of a forward pass: backward is two", limit=COMPILED,
+    )  # fmt: skip
+    variants = [
+        Variant(
+            name, partial(several, job), name == EAGER, "", LOSS,
+            lambda got, want: abs(float(got) - float(want)), partial(warmed, job),
+            matmul if name in (EAGER, COMPILED) else None,
+        )
+        for name, job in jobs.items()
+    ]  # fmt: skip
+    found = compare(case, variants, rounds=rounds, device=device.type)
     for stream in streams.values():
         stream.close()  # type: ignore[attr-defined]
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(torch.zeros(1, 3, size, size, device=device))
-    flops = 3 * counter.get_total_flops()
-    rates = {name: batch / statistics.median(values) for name, values in seconds.items()}
-    return {
-        "backbone": backbone,
-        "size": size,
-        "batch": batch,
-        "images_per_s": rates,
-        "compiled_over_eager": rates[COMPILED] / rates[EAGER],
-        "overlap": {name: rates[name] / rates[COMPILED] for name in (RESIDENT, PINNED)},
-        "flops_a_photo": flops,
-        "share_of_matmul_rate": rates[COMPILED] * flops / 1e12 / peak,
-        "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "epoch_of_57803_s": UPSTREAM_PHOTOS / rates[RESIDENT],
-    }
+    return found | {"epoch_of_57803_s": UPSTREAM_PHOTOS / found["variants"][RESIDENT]["photos_per_s"]}
 
 
 def run_cases(
@@ -196,14 +185,15 @@ def run_cases(
     for case in [tiny] if dry_run else cases:
         try:
             parts.append(measure(*case, device, peak=peak, dry_run=dry_run))
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, WrongResult) as error:
             # Out of memory, a size that a network does not take, a difference: said, and the others go on.
-            parts.append({"backbone": case[0], "size": case[1], "batch": case[2], "failed": str(error)[:400]})
+            name = f"{theme}: {case[0]}, {case[1]} px, batch {case[2]}"
+            parts.append({"case": {"name": name}, "failed": str(error)[:400]})
         print(json.dumps(parts[-1]), flush=True)
     chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
     target = options.output / f"{theme}_{chip}_{time.strftime('%Y%m')}.json"
     about = {"dry_run": dry_run, **environment(()), **gpu_environment(), "matmul_tflops": peak}
-    target.write_text(json.dumps({**about, "parts": parts}, indent=1) + "\n")
+    target.write_text(json.dumps({**about, "cases": parts}, indent=1) + "\n")
     print(target)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Case", "Clock", "Limit", "Variant", "WrongResult", "compare", "quartiles", "ratio"]
+__all__ = ["Case", "Clock", "Limit", "Timed", "Variant", "WrongResult", "compare", "quartiles", "ratio"]
 
 _FLUSH_BYTES = 256 << 20
 """More than any GPU's second cache holds."""
@@ -76,6 +76,16 @@ class Variant:
     """Entered around each call, untimed: fills queues, loads, and puts away again."""
     limit: Limit | None = None
     """Where it is not the case's."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a job gave that was timed where it ran."""
+
+    ms: float
+    result: Any
+    peak_mib: float
+    """Memory at its highest, beyond what was taken before."""
 
 
 class Clock:
@@ -149,9 +159,13 @@ def compare(
             with variant.within():
                 clock.forget_peak()
                 there = clock.peak_mib()
-                milliseconds, results[variant.name] = clock.time(variant.job)
+                milliseconds, result = clock.time(variant.job)
+                peak = clock.peak_mib() - there
+            if isinstance(result, Timed):
+                milliseconds, result, peak = result.ms, result.result, result.peak_mib
+            results[variant.name] = result
             times[variant.name].append(milliseconds)
-            peaks[variant.name] = max(peaks[variant.name], clock.peak_mib() - there)
+            peaks[variant.name] = max(peaks[variant.name], peak)
         for variant in variants:
             distance = variant.distance(results[variant.name], results[reference.name])
             far[variant.name] = max(far[variant.name], distance)

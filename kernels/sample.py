@@ -18,8 +18,8 @@ from fastfundus.kernels.triton_env import tilings
 
 __all__ = ["TILINGS", "launch", "sample_kernel"]
 
-TILINGS = ((128, 4), (256, 4), (512, 8))
-"""Output pixels a program, and warps. Four warps for 512 pixels would spill registers."""
+TILINGS = ((256, 4), (512, 4), (1024, 4))
+"""Output pixels a program, and warps: what a thread does once is shared by two, four or eight pixels."""
 _NEAREST = tl.constexpr(NEAREST)
 _INTEGRATE = tl.constexpr(INTEGRATE)
 _LEAST_MINIFICATION = tl.constexpr(LEAST_MINIFICATION)
@@ -40,20 +40,29 @@ def _overlap(start, length, at):
 
 
 @triton.jit
-def _fetch(photo_pointer, row, column, height, width, mask):
-    """Three channels at integer positions, float32, black outside."""
-    inside = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    pixel = photo_pointer + 3 * (row * width + column)
-    red = tl.load(pixel, mask=inside, other=0).to(tl.float32)
-    green = tl.load(pixel + 1, mask=inside, other=0).to(tl.float32)
-    blue = tl.load(pixel + 2, mask=inside, other=0).to(tl.float32)
+def _held(at, size, share):
+    """The pixel of an axis nearest to `at`, and `share` where that is `at` itself: beyond the edge all is black.
+
+    A weight of zero costs one comparison an axis; masks would cost four comparisons a pixel.
+    """
+    place = tl.minimum(tl.maximum(at, 0), size - 1)
+    return place, tl.where(place == at, share, 0.0)
+
+
+@triton.jit
+def _fetch(photo_pointer, offset):
+    """Three channels of the pixel at a byte of the photo, float32."""
+    place = photo_pointer + offset
+    red = tl.load(place).to(tl.float32)
+    green = tl.load(place + 1).to(tl.float32)
+    blue = tl.load(place + 2).to(tl.float32)
     return red, green, blue
 
 
 @triton.jit
 def _sample_kernel(
     pixels_pointer, longs_pointer, words_pointer, floats_pointer, output_pointer, out_size,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sample every photo of a batch.
 
@@ -65,32 +74,39 @@ def _sample_kernel(
         output_pointer: [N, out_size, out_size, 3], float32, float16 or bfloat16, contiguous.
         out_size: side of the output in pixels.
         MODE: 0 interpolates, 1 integrates a box, 2 takes the nearest pixel.
+        COLUMNS: the power of two from `out_size` on.
         BLOCK: output pixels a program.
 
-    One program covers BLOCK output pixels of one photo, in reading order.
+    One program covers BLOCK pixels: a part of a row of one output, or some rows. Nothing is divided.
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(out_size * out_size, BLOCK)
-    photo = (program // blocks).to(tl.int64)
-    index = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < out_size * out_size
+    WIDE: tl.constexpr = BLOCK if BLOCK < COLUMNS else COLUMNS
+    HIGH: tl.constexpr = BLOCK // WIDE
+    # The photo comes first: only that axis of a grid may be longer than 65,535.
+    photo = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    out_column = tl.program_id(1) * WIDE + place % WIDE
+    out_row = tl.program_id(2) * HIGH + place // WIDE
 
     # int64: batches exceed 2^31 bytes. Within a photo int32 is enough, jobs.py sees to that.
     photo_pointer = pixels_pointer + tl.load(longs_pointer + photo * 11)
     height = tl.load(words_pointer + photo * 22 + 2)
     width = tl.load(words_pointer + photo * 22 + 3)
+    line = 3 * width
     geometry = floats_pointer + photo * 22 + 4
     g00, g01, g02 = tl.load(geometry), tl.load(geometry + 1), tl.load(geometry + 2)
     g10, g11, g12 = tl.load(geometry + 3), tl.load(geometry + 4), tl.load(geometry + 5)
 
-    along_x = (index % out_size).to(tl.float32) + 0.5
-    along_y = (index // out_size).to(tl.float32) + 0.5
+    # Beyond the output's edge its last pixels are worked out again, and not written.
+    along_x = tl.minimum(out_column, out_size - 1).to(tl.float32) + 0.5
+    along_y = tl.minimum(out_row, out_size - 1).to(tl.float32) + 0.5
     x = g00 * along_x + g01 * along_y + g02
     y = g10 * along_x + g11 * along_y + g12
 
     if MODE == _NEAREST:
-        row, column = tl.floor(y).to(tl.int32), tl.floor(x).to(tl.int32)
-        red, green, blue = _fetch(photo_pointer, row, column, height, width, mask)
+        row, share = _held(tl.floor(y).to(tl.int32), height, 1.0)
+        column, share = _held(tl.floor(x).to(tl.int32), width, share)
+        red, green, blue = _fetch(photo_pointer, row * line + 3 * column)
+        red, green, blue = share * red, share * green, share * blue
     elif MODE == _INTEGRATE:
         box_width, box_height = _extent(g00, g01), _extent(g10, g11)
         left, top = x - 0.5 * box_width, y - 0.5 * box_height
@@ -98,13 +114,13 @@ def _sample_kernel(
         red = tl.zeros([BLOCK], tl.float32)
         green = tl.zeros([BLOCK], tl.float32)
         blue = tl.zeros([BLOCK], tl.float32)
-        for down in range(tl.ceil(box_height).to(tl.int32) + 1):
-            row = first_row + down
-            row_share = _overlap(top, box_height, row)
-            for across in range(tl.ceil(box_width).to(tl.int32) + 1):
-                column = first_column + across
-                share = row_share * _overlap(left, box_width, column)
-                r, g, b = _fetch(photo_pointer, row, column, height, width, mask)
+        for step_down in range(tl.ceil(box_height).to(tl.int32) + 1):
+            at = first_row + step_down
+            row, row_share = _held(at, height, _overlap(top, box_height, at))
+            for step in range(tl.ceil(box_width).to(tl.int32) + 1):
+                at = first_column + step
+                column, share = _held(at, width, row_share * _overlap(left, box_width, at))
+                r, g, b = _fetch(photo_pointer, row * line + 3 * column)
                 red += share * r
                 green += share * g
                 blue += share * b
@@ -113,13 +129,18 @@ def _sample_kernel(
     else:
         left, top = tl.floor(x - 0.5), tl.floor(y - 0.5)
         right_share, lower_share = x - 0.5 - left, y - 0.5 - top
-        column, row = left.to(tl.int32), top.to(tl.int32)
-        r0, g0, b0 = _fetch(photo_pointer, row, column, height, width, mask)
-        r1, g1, b1 = _fetch(photo_pointer, row, column + 1, height, width, mask)
-        r2, g2, b2 = _fetch(photo_pointer, row + 1, column, height, width, mask)
-        r3, g3, b3 = _fetch(photo_pointer, row + 1, column + 1, height, width, mask)
-        upper_left, upper_right = (1 - right_share) * (1 - lower_share), right_share * (1 - lower_share)
-        lower_left, lower_right = (1 - right_share) * lower_share, right_share * lower_share
+        first_column, first_row = left.to(tl.int32), top.to(tl.int32)
+        column, left_share = _held(first_column, width, 1 - right_share)
+        next_column, right_share = _held(first_column + 1, width, right_share)
+        row, upper_share = _held(first_row, height, 1 - lower_share)
+        next_row, lower_share = _held(first_row + 1, height, lower_share)
+        row, next_row, column, next_column = row * line, next_row * line, 3 * column, 3 * next_column
+        r0, g0, b0 = _fetch(photo_pointer, row + column)
+        r1, g1, b1 = _fetch(photo_pointer, row + next_column)
+        r2, g2, b2 = _fetch(photo_pointer, next_row + column)
+        r3, g3, b3 = _fetch(photo_pointer, next_row + next_column)
+        upper_left, upper_right = left_share * upper_share, right_share * upper_share
+        lower_left, lower_right = left_share * lower_share, right_share * lower_share
         red = upper_left * r0 + upper_right * r1 + lower_left * r2 + lower_right * r3
         green = upper_left * g0 + upper_right * g1 + lower_left * g2 + lower_right * g3
         blue = upper_left * b0 + upper_right * b1 + lower_left * b2 + lower_right * b3
@@ -132,8 +153,10 @@ def _sample_kernel(
     # [BLOCK, 4], the fourth masked: neighbouring threads then write neighbouring channels, not every third value.
     interleaved = tl.join(tl.join(out0, out2), tl.join(out1, out2)).reshape(BLOCK, 4)
     channel = tl.arange(0, 4)[None, :]
-    place = output_pointer + (photo * out_size * out_size + index[:, None]) * 3 + channel
-    tl.store(place, interleaved.to(output_pointer.dtype.element_ty), mask=mask[:, None] & (channel < 3))
+    photo_output = output_pointer + photo * out_size * out_size * 3
+    place = 3 * (out_row * out_size + out_column)
+    written = ((out_column < out_size) & (out_row < out_size))[:, None] & (channel < 3)
+    tl.store(photo_output + (place[:, None] + channel), interleaved.to(output_pointer.dtype.element_ty), mask=written)
 
 
 sample_kernel = triton.autotune(configs=tilings("BLOCK", TILINGS), key=["out_size", "MODE"])(_sample_kernel)
@@ -145,8 +168,12 @@ def launch(pixels: Tensor, jobs: NDArray[np.void], out_size: int, dtype: torch.d
     if len(jobs):
         longs = torch.from_numpy(jobs.view(np.int64).reshape(-1, 11)).to(pixels.device, non_blocking=True)
 
-        def grid(constants: dict[str, int]) -> tuple[int]:
-            return (len(jobs) * triton.cdiv(out_size * out_size, constants["BLOCK"]),)
+        columns = triton.next_power_of_2(out_size)
 
-        sample_kernel[grid](pixels, longs, longs.view(torch.int32), longs.view(torch.float32), out, out_size, MODE=mode)
+        def grid(constants: dict[str, int]) -> tuple[int, int, int]:
+            wide = min(constants["BLOCK"], columns)
+            return len(jobs), triton.cdiv(out_size, wide), triton.cdiv(out_size, constants["BLOCK"] // wide)
+
+        seen = longs, longs.view(torch.int32), longs.view(torch.float32)
+        sample_kernel[grid](pixels, *seen, out, out_size, MODE=mode, COLUMNS=columns)
     return out

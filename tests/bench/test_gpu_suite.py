@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import gpu_suite, gpu_table, gpu_train
+from bench.harness import Case, Variant
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,29 +31,30 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert path.name.startswith("gpu_dry_run_")
     whole = json.loads(path.read_text())
     result = whole["kernels"]
-    assert done.stdout.count("\n| triton: ") == 6
     assert "not measured" not in done.stdout
     assert result["dry_run"] is True
     assert result["tests"]["tests"] > 20
     assert {result["tests"][name] for name in ("failures", "errors", "skipped")} == {0}
     assert result["copy_gb_per_s"] > 0
-    assert len(result["triton"]) == 6
-    for name, row in result["triton"].items():
-        assert "failed" not in row, name
-        assert row["ms"] > 0
-        assert row["share_of_copy"] > 0
+    found = {case["case"]["name"]: case for part in whole.values() for case in part["cases"]}
+    assert len(found) == 10
+    for name, case in found.items():
+        assert "failed" not in case, case
+        for variant, row in case["variants"].items():
+            assert row["photos_per_s"] > 0
+            assert f"| {name}: {variant} | {row['photos_per_s']:,.0f}" in done.stdout
+    sampled = found["sample 16 to 16, float32"]
     # No GPU, no claim about the twin.
-    assert result["cuda"] == {}
-    assert result["peers"]["torchvision v2"]["photos_per_s"] > 0
-    assert result["dali"]["hw_decoder_load 0.0"]["photos_per_s"] > 0
-    (part,) = whole["train"]["parts"]
-    assert len(part["images_per_s"]) == 4
-    assert all(rate > 0 for rate in part["images_per_s"].values())
-    rates = part["images_per_s"]
-    assert part["overlap"][gpu_train.PINNED] == rates[gpu_train.PINNED] / rates[gpu_train.COMPILED]
-    (part,) = whole["engine"]["parts"]
-    assert len(part["images_per_s"]) == 4
-    assert max(part["largest_difference"].values()) < 0.05
+    assert list(sampled["variants"]) == ["Triton"]
+    assert sampled["variants"]["Triton"]["share_of_limit"] > 0
+    assert set(found["augment at 16 px"]["variants"]) == {"Triton", "torchvision v2"}
+    steps = found["train: test_resnet, 32 px, batch 4"]
+    assert len(steps["variants"]) == 4
+    assert steps["case"]["limit"]["what"] == gpu_train.COMPILED
+    assert steps["variants"][gpu_train.COMPILED]["limit"]["what"] == "matrix products in bfloat16"
+    engines = found["engine: test_resnet, 32 px, batch 4"]["variants"]
+    assert len(engines) == 4
+    assert max(row["distance"] for row in engines.values()) < 0.05
 
 
 def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
@@ -75,22 +77,26 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_bytes_by_hand() -> None:
     """512 px to 512 px, whole: 3 bytes in and 6 out a pixel. 10 megapixels: a square of 2592 px, read once."""
-    case = gpu_suite.make_case("", 512, 512, 2, 512, torch.bfloat16, turned=False)
-    assert (case.source_bytes, case.output_bytes) == (2 * 3 * 512 * 512, 2 * 6 * 512 * 512)
-    case = gpu_suite.make_case("", 2592, 3872, 1, 512, torch.float32, turned=False)
-    assert case.source_bytes == pytest.approx(3 * 2592 * 2592, rel=1e-5)
-    assert case.output_bytes == 12 * 512 * 512
+    inputs = gpu_suite.make_inputs("", 512, 512, 2, 512, torch.bfloat16, turned=False)
+    assert (inputs.source_bytes, inputs.output_bytes) == (2 * 3 * 512 * 512, 2 * 6 * 512 * 512)
+    inputs = gpu_suite.make_inputs("", 2592, 3872, 1, 512, torch.float32, turned=False)
+    assert inputs.source_bytes == pytest.approx(3 * 2592 * 2592, rel=1e-5)
+    assert inputs.output_bytes == 12 * 512 * 512
 
 
-def test_a_wrong_result_has_no_time() -> None:
-    case = gpu_suite.make_case("", 16, 16, 2, 16, torch.float32, turned=True)
-    row = gpu_suite.report(case, {"ms": 1.0}, wrong=0.5, copy=100.0)
-    assert row["failed"].startswith("differs from the reference by 0.5")
-    assert "ms" not in row
-    assert "failed" in gpu_suite.report(case, {"ms": 1.0}, wrong=float("nan"), copy=100.0)
-    right = gpu_suite.report(case, {"ms": 1.0}, wrong=0.0, copy=100.0)
-    assert right["gb_per_s"] == pytest.approx((case.source_bytes + case.output_bytes) / 1e6)
-    assert right["share_of_copy"] == pytest.approx(right["limit_ms"])
+def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
+    cpu = torch.device("cpu")
+
+    def breaks() -> None:
+        raise RuntimeError("out of memory")
+
+    right = Variant("right", lambda: 1.0, True)
+    found = gpu_suite.measured(Case("job", "", 1), [right, Variant("wrong", lambda: 2.0)], cpu, 1)
+    assert found == {"case": {"name": "job"}, "failed": found["failed"]}
+    assert "wrong is 1 away from right" in found["failed"]
+    assert gpu_suite.measured(Case("job", "", 1), [Variant("x", breaks, True)], cpu, 1)["failed"] == "out of memory"
+    kernels = {"cases": [found], "tests": {}, "gpu": None, "copy_gb_per_s": 1.0, "date": "", "commit": ""}
+    assert "| job | job: wrong is 1 away" in gpu_table.gpu_table({"kernels": kernels})
 
 
 def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare, ratio
+from bench.own_process import OwnProcess
 
 WANT = np.arange(6.0)
 
@@ -103,3 +106,49 @@ def test_the_reference_may_be_held_against_something_too() -> None:
     wrong = Variant("only", lambda: WANT, True, distance=lambda got, _: float(np.abs(got - WANT - 1).max()))
     with pytest.raises(WrongResult, match="only is 1 away from only"):
         compare(Case("job", "", 1), [wrong], rounds=1)
+
+
+class Counting:
+    """Calls of each kind, and the process that they were in."""
+
+    def __init__(self, first: int) -> None:
+        self.count = first
+        self.told: list[str] = []
+
+    def begin(self) -> None:
+        self.told.append("begin")
+
+    def end(self) -> None:
+        self.told.append("end")
+
+    def __call__(self) -> tuple[int, int, list[str]]:
+        self.count += 1
+        time.sleep(0.02)
+        return os.getpid(), self.count, list(self.told)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_process_of_its_own(here: bool) -> None:
+    job = OwnProcess(Counting, 5, here=here)
+    for count in (6, 7):
+        with job.within():
+            timed = job()
+        process, counted, told = timed.result
+        assert (process == os.getpid()) is here
+        assert counted == count, "built once"
+        assert told == ["begin", *["end", "begin"] * (count - 6)]
+        assert timed.ms >= 20
+    other = Variant("other", lambda: 7, True, distance=lambda *_: 0.0)
+    found = compare(
+        Case("job", "", 1),
+        [other, Variant("own", job, tolerance=9, distance=lambda got, want: got[1] - want)],
+        rounds=1,
+    )
+    # Timed where it ran, and what it gave is compared.
+    assert found["variants"]["own"]["distance"] == 2
+    assert found["variants"]["own"]["ms"] >= 20
+
+
+def test_what_cannot_be_pickled_is_found_in_the_same_process_too() -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        OwnProcess(lambda: None, here=True)

@@ -34,7 +34,9 @@ def jobs() -> list[Job]:
     for architecture, aligned in itertools.product(ARCHITECTURES, (True, False)):
         for (block, warps), mode, out in itertools.product(sample.TILINGS, MODES, ("fp32", "fp16", "bf16")):
             signature = {"pixels_pointer": "*u8", **JOBS, "output_pointer": f"*{out}", "out_size": "i32"}
-            found.append(("sample", architecture, signature, {"MODE": mode, "BLOCK": block}, warps, aligned))
+            # A program has a part of a row, or some rows: as at 512 px, and as at sizes below 64.
+            constants = {"MODE": mode, "COLUMNS": 512 if aligned else 64, "BLOCK": block}
+            found.append(("sample", architecture, signature, constants, warps, aligned))
         for block, warps in cell_sums.TILINGS:
             signature = {"pixels_pointer": "*u8", "offsets_pointer": "*i64", "sizes_pointer": "*i32"}
             signature |= {"output_pointer": "*i64", "bins": "i32"}
