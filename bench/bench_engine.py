@@ -24,12 +24,14 @@ import timm
 import torch
 from numpy.typing import NDArray
 
-from bench.harness import Case, Clock, Limit, Variant, compare
+from bench.harness import Case, Variant, compare
+from bench.limits import matmul_limit
 from bench.own_process import OwnProcess
 from fastfundus.engines import aoti_backend, onnxruntime_backend, openvino_backend
 from fastfundus.engines.export import ScreeningModel, export_onnx
 from fastfundus.engines.parity import GATES
 from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
+from fastfundus.models.flops import count_flops
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import PreprocessSpec
@@ -106,6 +108,11 @@ def random_model(backbone: str, size: int) -> ScreeningModel:
     return ScreeningModel(network, PreprocessSpec(size=size), [1.0]).eval()
 
 
+def flops_of(backbone: str, size: int) -> int:
+    """Of one photo, forward."""
+    return count_flops(random_model(backbone, size).network, torch.zeros(1, 3, size, size))[1]
+
+
 def eager(backbone: str, size: int, photos: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
     """The peers' habit, on these photos."""
     return functools.partial(by_torch(random_model(backbone, size)), photos)
@@ -138,33 +145,12 @@ def ways(
     return made
 
 
-def matmul_ms(precision: str, flops: float) -> Limit:
-    """What so many operations take as a product of 2048 x 2048 matrices, the best of some."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    left, right = (torch.randint(-99, 99, (2048, 2048)).to(kinds[precision]) for _ in range(2))
-    multiply = torch._int_mm if precision == "int8" else torch.matmul
-    clock = Clock()
-    best = min(clock.time(lambda: multiply(left, right))[0] for _ in range(8))
-    return Limit(f"matrix products in {precision}", best * flops / (2 * 2048**3))
-
-
-def gflop(backbone: str, size: int) -> float:
-    """Of one photo: two for each multiplication with addition."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    sized = {"img_size": size} if backbone.startswith("vit") else {}
-    model = timm.create_model(backbone, num_classes=1, **sized).eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() / 1e9
-
-
 def inferring(
     backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8], *, here: bool
 ) -> tuple[Case, list[Variant]]:
     """The job of a call with these photos, and everyone's way to do it; the peers' in this process where `here`."""
-    flops = 1e9 * gflop(backbone, size) * len(photos)
-    limits = {precision: matmul_ms(precision, flops) for precision in {kind for kind, _ in jobs.values()}}
+    flops = float(flops_of(backbone, size) * len(photos))
+    limits = {precision: matmul_limit(precision, flops) for precision in {kind for kind, _ in jobs.values()}}
     alone = ", one photo" if len(photos) == 1 else ""
     case = Case(
         f"{backbone}, {size} px{alone}", f"uint8 [{len(photos)}, {size}, {size}, 3] to probabilities", len(photos),

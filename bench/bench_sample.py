@@ -20,7 +20,8 @@ import torch
 from torchvision.transforms import v2
 
 from bench.gpu_suite import make_inputs, torchvision_chain
-from bench.harness import Case, Clock, Limit, Variant, compare
+from bench.harness import Case, Variant, compare
+from bench.limits import copy_limit
 from bench.machine import pinned_to
 from fastfundus.config import AugmentConfig
 from fastfundus.kernels import host, reference
@@ -31,14 +32,6 @@ from fastfundus.train.augment import draw_epoch
 
 LEVEL = 1 / 58
 """Of the normalised output: one grey level."""
-
-
-def copy_limit(count: int) -> Limit:
-    """The time that a core takes to read and write so many bytes, half of them each."""
-    source, target = np.zeros(32 << 20, np.uint8), np.zeros(32 << 20, np.uint8)
-    clock = Clock()
-    ms = min(clock.time(lambda: np.copyto(target, source))[0] for _ in range(8))
-    return Limit("copying as many bytes", ms * count / (64 << 20))
 
 
 def albumentations_chain() -> Any:

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from bench.bench_engine import BATCH, by_torch, drawn, gflop, random_model
+from bench.bench_engine import BATCH, by_torch, drawn, flops_of, random_model
 from bench.harness import Case, Variant, compare
 from bench.own_process import OwnProcess
 from bench.real_photos import DATA, need
@@ -157,7 +157,7 @@ def screening(
     read = sum(path.stat().st_size for path in paths)
     case = Case(
         f"screen, {backbone}, {size} px", f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB to answers",
-        len(paths), read, "the files read", 1e9 * gflop(backbone, size) * len(paths), "the network's",
+        len(paths), read, "the files read", float(flops_of(backbone, size) * len(paths)), "the network's",
     )  # fmt: skip
     variants = [
         # Its photos are squeezed, not cropped: it has nothing to be compared with but itself.

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from bench.bench_engine import gflop, matmul_ms
+from bench.bench_engine import flops_of
 from bench.harness import Case, Limit, Variant, compare
+from bench.limits import matmul_limit
 from bench.own_process import OwnProcess
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache, build_cache, list_photos
@@ -188,8 +189,8 @@ def training(
     write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(2 * size,))
     listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
-    flops = 3e9 * gflop(backbone, size) * steps * batch
-    exact, autocast = matmul_ms("fp32", flops), matmul_ms("bf16", flops)
+    flops = 3.0 * flops_of(backbone, size) * steps * batch
+    exact, autocast = matmul_limit("fp32", flops), matmul_limit("bf16", flops)
     case = Case(
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
         flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,

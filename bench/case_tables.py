@@ -72,7 +72,8 @@ def prepare_table(result: dict[str, Any]) -> str:
             f"{cases[0]['case']['what']}; in turns in one run, medians of {cases[0]['rounds']} rounds, ratios to the "
             f"peers' habit of the same round. FastFundus reaches {shares} of its decoder alone; two threads do "
             f"{ours[0]['ms'] / ours[1]['ms']:.2f} times what one does. Its crops differ from exact areas of a full "
-            f"decode by {ours[0]['distance']:.2f} grey levels on average (worst photo). "
+            f"decode by {ours[0]['distance']:.2f} grey levels on average (worst photo). Each peer has a process of its "
+            "own, as its users run it; in ours the C library keeps freed memory, which helps the peers, too. "
             + stamp(result, "make bench SUITES=prepare"),
         ]
     )

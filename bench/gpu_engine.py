@@ -20,12 +20,14 @@ import timm
 import torch
 from torch import Tensor
 
-from bench.gpu_train import network_flops, run_cases
-from bench.harness import Case, Limit, Variant, compare
+from bench.gpu_train import run_cases
+from bench.harness import Case, Variant, compare
+from bench.limits import matmul_limit
 from fastfundus.engines import aoti_backend
 from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.parity import GATES
 from fastfundus.engines.runtime import Blueprint
+from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
 EAGER, COMPILED, PACKAGE, CALL = (
@@ -36,9 +38,7 @@ EAGER, COMPILED, PACKAGE, CALL = (
 )
 
 
-def measure(
-    backbone: str, size: int, batch: int, device: torch.device, *, peak: float, dry_run: bool
-) -> dict[str, Any]:
+def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_run: bool) -> dict[str, Any]:
     """The case of one batch, every way to do it, compared."""
     torch.manual_seed(0)
     sized = {"img_size": size} if "vit" in backbone else {}
@@ -62,11 +62,11 @@ def measure(
         }
         with torch.inference_mode():
             expected = copy.deepcopy(exact).to(device)(resident).cpu()
-            flops = network_flops(network, size, torch.device("cpu")) * batch
+            flops = float(count_flops(network, torch.zeros(1, 3, size, size))[1] * batch)
             case = Case(
                 f"engine: {backbone}, {size} px, batch {batch}", "uint8 photos to probabilities", batch, photos.nbytes,
                 "the photos read", flops, "two for each multiplication with addition",
-                Limit("matrix products in bfloat16", flops / peak / 1e9),
+                matmul_limit("bf16", flops, device=device.type, side=64 if dry_run else 8192),
             )  # fmt: skip
             gate = GATES["bf16"].probability
             variants = [

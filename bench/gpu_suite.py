@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
-from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare
+from bench.harness import Case, Limit, Variant, WrongResult, compare
+from bench.limits import copy_limit
 from bench.machine import environment
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
@@ -93,14 +93,6 @@ def all_inputs(dry_run: bool) -> list[Inputs]:
     return found
 
 
-def copying(device: torch.device, dry_run: bool) -> float:
-    """Milliseconds a byte of a copy of memory to memory, read and written bytes counted."""
-    size, clock = 1 << 16 if dry_run else 1 << 30, Clock(device.type)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    times = [clock.time(lambda: target.copy_(source))[0] for _ in range(20)]
-    return statistics.median(times[3:]) / (2 * size)
-
-
 def measured(case: Case, variants: Sequence[Variant], device: torch.device, rounds: int) -> dict[str, Any]:
     """A case's figures, or its name and why it has none: the others go on."""
     try:
@@ -114,7 +106,7 @@ ALLOWED = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 positions' rounding at 4,000 pixels."""
 
 
-def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: float) -> tuple[Case, list[Variant]]:
+def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: Limit) -> tuple[Case, list[Variant]]:
     """Triton's kernel and, where there is one, its CUDA twin; the first photo is held against the reference."""
     pixels = inputs.pixels.to(device)
     jobs, mode = packed(pixels, *inputs.given[:-1])
@@ -135,7 +127,7 @@ def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: 
     case = Case(
         f"{inputs.name}, {kind}", f"{len(inputs.sizes)} photos", len(inputs.sizes), total,
         "3 bytes read for each source pixel under the output, 3 values written for each pixel of it",
-        limit=Limit("copying as many bytes", total * copy),
+        limit=Limit(copy.what, total * copy.ms),
     )  # fmt: skip
     return case, [
         Variant(name, job, name == "Triton", "", ALLOWED[inputs.dtype], from_reference) for name, job in ways.items()
@@ -191,7 +183,7 @@ def augmenting(device: torch.device, dry_run: bool) -> tuple[Case, list[Variant]
     return Case(f"augment at {size} px", f"{count} photos uint8 to float32", count), variants
 
 
-def profile_case(device: torch.device, dry_run: bool, copy: float) -> tuple[Case, list[Variant]]:
+def profile_case(device: torch.device, dry_run: bool, copy: Limit) -> tuple[Case, list[Variant]]:
     """The brightness of cells: every byte is read once, and next to nothing written."""
     height, width, count, bins = (40, 60, 2, 8) if dry_run else (2592, 3872, 32, 64)
     pixels = torch.randint(0, 256, (count * 3 * height * width,), dtype=torch.uint8)
@@ -199,7 +191,7 @@ def profile_case(device: torch.device, dry_run: bool, copy: float) -> tuple[Case
     there = pixels.to(device)
     want = reference.cell_sums(pixels, place[0][:1], place[1][:1], bins)
     case = Case("field profile", f"{count} photos", count, len(pixels), "each read once",
-                limit=Limit("copying as many bytes", len(pixels) * copy))  # fmt: skip
+                limit=Limit(copy.what, len(pixels) * copy.ms))  # fmt: skip
     return case, [
         Variant("Triton", lambda: triton_cell_sums.launch(there, *place, bins), True,
                 distance=lambda got, _: float((got[:1].cpu() - want).abs().max())),
@@ -272,7 +264,8 @@ def main() -> int:
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
     device, rounds = torch.device("cpu" if dry_run else "cuda"), 2 if dry_run else 30
-    copy = copying(device, dry_run)
+    # Of one byte, read or written.
+    copy = copy_limit(1, device=device.type, size=1 << 16 if dry_run else 1 << 30)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         # Without a GPU the twin is only built: that it compiles is known then, and its maths are the host's.
@@ -291,7 +284,7 @@ def main() -> int:
         **environment(()),
         **gpu_environment(),
         "tests": tests_of(options.tests),
-        "copy_gb_per_s": 1e-6 / copy,
+        "copy_gb_per_s": 1e-6 / copy.ms,
         "host": {"compiled": host.load().library is not None},
         "cases": found,
     }

@@ -23,12 +23,13 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_suite import gpu_environment
-from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare
+from bench.harness import Case, Variant, WrongResult, compare
+from bench.limits import matmul_limit
 from bench.machine import environment
 from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
+from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch
 from fastfundus.train.feed import PhotoFeed, epoch_order, one_ahead
@@ -46,20 +47,6 @@ UPSTREAM_PHOTOS = 57_803
 Batch = tuple[Tensor, Tensor]
 LOSS = 2.0
 """Three times a coin's: what does not learn, or is not a number, is further off."""
-
-
-def matmul_rate(device: torch.device, dry_run: bool) -> float:
-    """TFLOP/s of a large bfloat16 product: what this GPU reaches at best."""
-    side, clock = 64 if dry_run else 8192, Clock(device.type)
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / min(clock.time(lambda: left @ right)[0] for _ in range(12)) / 1e9
-
-
-def network_flops(network: nn.Module, size: int, device: torch.device) -> float:
-    """Of a forward pass of one photo: two for each multiplication with addition."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, size, size, device=device))
-    return float(counter.get_total_flops())
 
 
 def stepper(
@@ -110,9 +97,7 @@ def fed(
         epoch += 1
 
 
-def measure(
-    backbone: str, size: int, batch: int, device: torch.device, *, peak: float, dry_run: bool
-) -> dict[str, Any]:
+def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_run: bool) -> dict[str, Any]:
     """The case of some steps, every way to do it, compared."""
     rounds, steps, count = (1, 1, 2 * batch) if dry_run else (5, 10, max(4 * batch, 1024))
     spec = PreprocessSpec(size=size)
@@ -141,8 +126,10 @@ def measure(
         job()  # feeds refill, graphs are captured
         yield
 
-    flops = 3 * network_flops(model, size, device) * batch * steps
-    matmul = Limit("matrix products in bfloat16", flops / peak / 1e9)
+    inputs = torch.zeros(1, 3, size, size, device=device)
+    flops = 3.0 * count_flops(model.eval(), inputs)[1] * batch * steps
+    model.train()
+    matmul = matmul_limit("bf16", flops, device=device.type, side=64 if dry_run else 8192)
     case = Case(
         f"train: {backbone}, {size} px, batch {batch}", f"{steps} steps", batch * steps, flops=flops,
         flops_how="three times those of a forward pass: backward is two", limit=COMPILED,
@@ -168,7 +155,7 @@ def run_cases(
 
     Args:
         theme: first part of the file's name.
-        measure: of backbone, size, batch, device, `peak` and `dry_run`.
+        measure: of backbone, size, batch, device and `dry_run`.
         cases: backbone, size and batch.
         tiny: the only case of a dry run.
     """
@@ -180,11 +167,10 @@ def run_cases(
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
     device = torch.device("cpu" if dry_run else "cuda")
-    peak = matmul_rate(device, dry_run)
     parts = []
     for case in [tiny] if dry_run else cases:
         try:
-            parts.append(measure(*case, device, peak=peak, dry_run=dry_run))
+            parts.append(measure(*case, device, dry_run=dry_run))
         except (RuntimeError, AssertionError, WrongResult) as error:
             # Out of memory, a size that a network does not take, a difference: said, and the others go on.
             name = f"{theme}: {case[0]}, {case[1]} px, batch {case[2]}"
@@ -192,7 +178,7 @@ def run_cases(
         print(json.dumps(parts[-1]), flush=True)
     chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
     target = options.output / f"{theme}_{chip}_{time.strftime('%Y%m')}.json"
-    about = {"dry_run": dry_run, **environment(()), **gpu_environment(), "matmul_tflops": peak}
+    about = {"dry_run": dry_run, **environment(()), **gpu_environment()}
     target.write_text(json.dumps({**about, "cases": parts}, indent=1) + "\n")
     print(target)
 

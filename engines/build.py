@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastfundus.engines.archive import is_archive, pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
@@ -21,6 +20,7 @@ from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
 from fastfundus.engines.trials import EIGHT_BITS, Evidence, Trials
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
+from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["MOST_PARITY_MAPS", "MOST_PARITY_PHOTOS", "build_bundle"]
@@ -99,6 +99,7 @@ def build_bundle(
             tried += trials.attempt(tuple(others))
             refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
             raise GateRefused(_refusal(tried, refused))
+        photo = torch.zeros(1, spec.size, spec.size, 3, dtype=torch.uint8)
         best = max(passed, key=lambda report: (report.precision in EIGHT_BITS, report.images_per_s))
         about = trials.take(best.precision) | {
             "heatmap": export_heatmap(model, partial),
@@ -106,7 +107,7 @@ def build_bundle(
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
             "graph_difference": trials.graph_difference,
-            "gflop": _gflop(model, spec.size),
+            "gflop": count_flops(model, photo)[1] / 1e9,
             "built_on": _machine(module.PACKAGE),
             "provenance": provenance,
         }
@@ -149,14 +150,6 @@ def _refusal(tried: list[ParityReport], file: Path) -> str:
         hint = f"; build with --precision {report.precision}" if report.passed else ""
         lines.append(f"tried instead: {report}{hint}")
     return "\n".join([*lines, f"{file} has the figures"])
-
-
-def _gflop(model: ScreeningModel, size: int) -> float:
-    """Of one photo, 10^9; a product and a sum are two."""
-    photo = torch.zeros(1, size, size, 3, dtype=torch.uint8)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(photo)
-    return counter.get_total_flops() / 1e9
 
 
 def _machine(package: str) -> dict[str, str]:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.models.classifier import set_training, uses_channels_last
+from fastfundus.models.flops import count_flops
 from fastfundus.train.distributed import World
 from fastfundus.train.observer import Observer
 from fastfundus.train.step import TrainStep, build_optimiser
@@ -107,9 +107,7 @@ def plan_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[str]
     set_training(model, freeze=config.model.freeze)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     shape = (config.loop.batch_size, 3, size, size)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        output = model.eval()(torch.zeros(1, *shape[1:], device=device))
+    output, flops = count_flops(model.eval(), torch.zeros(1, *shape[1:], device=device))
     steps = max(1, len(problem.strata) // (config.loop.batch_size * config.loop.accumulate))
     counts = side_counts(problem.splits["split"])
     return Plan(
@@ -119,7 +117,7 @@ def plan_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[str]
         output=(shape[0], *output.shape[1:]),
         parameters=parameters,
         trained_parameters=trained,
-        flops=int(counter.get_total_flops()),
+        flops=flops,
         memory_bytes=training_bytes(config, model, size, device),
         cache_bytes=(counts["train"] + counts["val"]) * 3 * cache.spec.size**2,
         steps=steps,

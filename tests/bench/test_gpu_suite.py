@@ -51,7 +51,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     steps = found["train: test_resnet, 32 px, batch 4"]
     assert len(steps["variants"]) == 4
     assert steps["case"]["limit"]["what"] == gpu_train.COMPILED
-    assert steps["variants"][gpu_train.COMPILED]["limit"]["what"] == "matrix products in bfloat16"
+    assert steps["variants"][gpu_train.COMPILED]["limit"]["what"] == "matrix products in bf16"
     engines = found["engine: test_resnet, 32 px, batch 4"]["variants"]
     assert len(engines) == 4
     assert max(row["distance"] for row in engines.values()) < 0.05
