@@ -150,7 +150,10 @@ def inferring(
 ) -> tuple[Case, list[Variant]]:
     """The job of a call with these photos, and everyone's way to do it; the peers' in this process where `here`."""
     flops = float(flops_of(backbone, size) * len(photos))
-    limits = {precision: matmul_limit(precision, flops) for precision in {kind for kind, _ in jobs.values()}}
+    limits = {
+        precision: matmul_limit(precision, flops, seconds=0.0 if here else 0.5)
+        for precision in {kind for kind, _ in jobs.values()}
+    }
     alone = ", one photo" if len(photos) == 1 else ""
     case = Case(
         f"{backbone}, {size} px{alone}", f"uint8 [{len(photos)}, {size}, {size}, 3] to probabilities", len(photos),

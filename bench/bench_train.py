@@ -190,7 +190,8 @@ def training(
     listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
     flops = 3.0 * flops_of(backbone, size) * steps * batch
-    exact, autocast = matmul_limit("fp32", flops), matmul_limit("bf16", flops)
+    seconds = 0.0 if here else 0.5
+    exact, autocast = (matmul_limit(kind, flops, seconds=seconds) for kind in ("fp32", "bf16"))
     case = Case(
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
         flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,

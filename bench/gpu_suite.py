@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
-from bench.harness import Case, Limit, Variant, WrongResult, compare
+from bench.gpu_part import gpu_environment, tests_of, write_part
+from bench.harness import Case, Limit, Variant, compare
 from bench.limits import copy_limit
 from bench.machine import environment
 from fastfundus.kernels import cell_sums as triton_cell_sums
@@ -93,12 +92,16 @@ def all_inputs(dry_run: bool) -> list[Inputs]:
     return found
 
 
-def measured(case: Case, variants: Sequence[Variant], device: torch.device, rounds: int) -> dict[str, Any]:
+def measured(
+    name: str, job: Callable[[], tuple[Case, list[Variant]]], device: torch.device, rounds: int
+) -> dict[str, Any]:
     """A case's figures, or its name and why it has none: the others go on."""
     try:
-        return compare(case, variants, rounds=rounds, device=device.type)
-    except (WrongResult, RuntimeError) as error:
-        return {"case": {"name": case.name}, "failed": str(error)[:400]}
+        return compare(*job(), rounds=rounds, device=device.type)
+    except ImportError:
+        raise
+    except Exception as error:  # compilers and libraries of other makers: none of theirs may cost the others
+        return {"case": {"name": name}, "failed": str(error)[:400]}
 
 
 ALLOWED = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -226,33 +229,6 @@ def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
     return Case("decode", f"{count} JPEGs of {megapixels:.1f} megapixels", count, sum(map(len, files))), variants
 
 
-def tests_of(path: Path) -> dict[str, int]:
-    """Counts of a JUnit file; a run that crashed leaves none."""
-    if not path.is_file():
-        return {"crashed": 1}
-    suite = next(iter(ElementTree.parse(path).getroot()))
-    return {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
-
-
-def gpu_environment() -> dict[str, Any]:
-    """What a result must say about the GPU and the compilers; versions as the modules tell them."""
-    import triton
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    query = "--query-gpu=name,driver_version,power.limit,clocks.max.sm,memory.total"
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "nvidia_smi": said("nvidia-smi", query, "--format=csv,noheader"),
-        "nvcc": said("nvcc", "--version").splitlines()[-1:],
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "triton": triton.__version__},
-    }
-
-
 def main() -> int:
     """Measure, write one JSON, print one table."""
     parser = argparse.ArgumentParser()
@@ -263,35 +239,37 @@ def main() -> int:
     dry_run: bool = options.dry_run
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
-    device, rounds = torch.device("cpu" if dry_run else "cuda"), 2 if dry_run else 30
+    device = torch.device("cpu" if dry_run else "cuda")
     # Of one byte, read or written.
     copy = copy_limit(1, device=device.type, size=1 << 16 if dry_run else 1 << 30)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        # Without a GPU the twin is only built: that it compiles is known then, and its maths are the host's.
-        twin = CudaTwin.build(Path(folder))
-        for inputs in all_inputs(dry_run):
-            found.append(measured(*sampling(inputs, device, None if dry_run else twin, copy), device, rounds))
-            print(json.dumps(found[-1]), flush=True)
-    found.append(measured(*profile_case(device, dry_run, copy), device, rounds))
-    for job in (lambda: augmenting(device, dry_run), lambda: decoding(dry_run)):
-        try:
-            found.append(measured(*job(), device, 2 if dry_run else 7))
-        except ImportError as error:
-            print(f"left out: {error}", flush=True)
-    result: dict[str, Any] = {
+    about = {
         "dry_run": dry_run,
         **environment(()),
         **gpu_environment(),
         "tests": tests_of(options.tests),
         "copy_gb_per_s": 1e-6 / copy.ms,
         "host": {"compiled": host.load().library is not None},
-        "cases": found,
     }
-    chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
-    target = options.output / f"kernels_{chip}_{time.strftime('%Y%m')}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(target)
+    found: list[dict[str, Any]] = []
+
+    def measure(name: str, job: Callable[..., tuple[Case, list[Variant]]], *arguments: Any, rounds: int) -> None:
+        try:
+            found.append(measured(name, partial(job, *arguments), device, rounds))
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            return
+        print(json.dumps(found[-1]), flush=True)
+        write_part(options.output, "kernels", about, found)
+
+    many, few = (2, 2) if dry_run else (30, 7)
+    with tempfile.TemporaryDirectory() as folder:
+        # Without a GPU the twin is only built: that it compiles is known then, and its maths are the host's.
+        twin = CudaTwin.build(Path(folder))
+        for inputs in all_inputs(dry_run):
+            measure(inputs.name, sampling, inputs, device, None if dry_run else twin, copy, rounds=many)
+    measure("field profile", profile_case, device, dry_run, copy, rounds=many)
+    measure("augment", augmenting, device, dry_run, rounds=few)
+    measure("decode", decoding, dry_run, rounds=few)
     return 1 if any("failed" in case for case in found) else 0
 
 

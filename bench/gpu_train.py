@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,8 +23,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_suite import gpu_environment
-from bench.harness import Case, Variant, WrongResult, compare
+from bench.gpu_part import gpu_environment, write_part
+from bench.harness import Case, Variant, compare
 from bench.limits import matmul_limit
 from bench.machine import environment
 from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
@@ -151,12 +150,12 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
 def run_cases(
     theme: str, measure: Callable[..., dict[str, Any]], cases: list[tuple[str, int, int]], tiny: tuple[str, int, int]
 ) -> None:
-    """Measure each case, print it, and write one JSON; the command line says where, and whether without a GPU.
+    """Measure each case, print it, and write the JSON; the command line says where, and whether without a GPU.
 
     Args:
         theme: first part of the file's name.
         measure: of backbone, size, batch, device and `dry_run`.
-        cases: backbone, size and batch.
+        cases: backbone, size and batch, the most telling first.
         tiny: the only case of a dry run.
     """
     parser = argparse.ArgumentParser()
@@ -167,28 +166,34 @@ def run_cases(
     if not dry_run and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
     device = torch.device("cpu" if dry_run else "cuda")
-    parts = []
-    for case in [tiny] if dry_run else cases:
-        try:
-            parts.append(measure(*case, device, dry_run=dry_run))
-        except (RuntimeError, AssertionError, WrongResult) as error:
-            # Out of memory, a size that a network does not take, a difference: said, and the others go on.
-            name = f"{theme}: {case[0]}, {case[1]} px, batch {case[2]}"
-            parts.append({"case": {"name": name}, "failed": str(error)[:400]})
-        print(json.dumps(parts[-1]), flush=True)
-    chip = "dry_run" if dry_run else torch.cuda.get_device_name().split()[-1].lower()
-    target = options.output / f"{theme}_{chip}_{time.strftime('%Y%m')}.json"
     about = {"dry_run": dry_run, **environment(()), **gpu_environment()}
-    target.write_text(json.dumps({**about, "cases": parts}, indent=1) + "\n")
-    print(target)
+    todo = [tiny] if dry_run else cases
+    parts: list[dict[str, Any]] = [
+        {"case": {"name": f"{theme}: {backbone}, {size} px, batch {batch}"}, "failed": "not measured: no time was left"}
+        for backbone, size, batch in todo
+    ]
+    for index, case in enumerate(todo):
+        try:
+            parts[index] = measure(*case, device, dry_run=dry_run)
+        except Exception as error:
+            # Out of memory, a size that a network does not take, a difference: said, and the others go on.
+            parts[index] |= {"failed": str(error)[:400]}
+        print(json.dumps(parts[index]), flush=True)
+        write_part(options.output, theme, about, parts)
 
 
 def main() -> None:
     """Measure training steps."""
     cases = [
-        (backbone, size, batch)
-        for backbone in ("resnet50", "convnext_tiny", "vit_small_patch16_224")
-        for size, batch in ((224, 256), (512, 64), (1024, 16))
+        ("resnet50", 512, 64),
+        ("resnet50", 224, 256),
+        ("convnext_tiny", 512, 64),
+        ("vit_small_patch16_224", 224, 256),
+        ("resnet50", 1024, 16),
+        ("convnext_tiny", 224, 256),
+        ("vit_small_patch16_224", 512, 64),
+        ("convnext_tiny", 1024, 16),
+        ("vit_small_patch16_224", 1024, 16),
     ]
     run_cases("train", measure, cases, ("test_resnet", 32, 4))
 

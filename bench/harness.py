@@ -65,6 +65,7 @@ class Variant:
 
     name: str
     job: Callable[[], Any]
+    """One that has `close` is closed behind the last round."""
     reference: bool = False
     settings: str = ""
     """In words, where it is a peer: its best ones."""
@@ -175,11 +176,16 @@ def compare(
                     f"{variant.tolerance:g} are allowed: no figure is worth anything"
                 )
 
-    if benchmark is None:
-        for _ in range(rounds + 1):
-            one_round()
-    else:
-        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
+    try:
+        if benchmark is None:
+            for _ in range(rounds + 1):
+                one_round()
+        else:
+            benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
+    finally:
+        for variant in variants:
+            if hasattr(variant.job, "close"):
+                variant.job.close()
     # Without timing, pytest-benchmark calls once: that round is then all there is.
     counted = {name: values[1:] or values for name, values in times.items()}
     limit = case.limit

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from bench.harness import Clock, Limit
 
@@ -11,31 +15,39 @@ __all__ = ["copy_limit", "matmul_limit"]
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
-def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int = 2048) -> Limit:
-    """What so many operations take as a product of square matrices, the best of some.
+def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int = 2048, seconds: float = 0.5) -> Limit:
+    """What so many operations take as a product of square matrices, the best of many.
 
     Args:
         precision: fp32, bf16 or int8.
         flops: of the job; a product and a sum are two.
         device: where.
         side: of the matrices.
+        seconds: to try for, at least: the first dozens of products are slower.
     """
     left, right = (torch.randint(-99, 99, (side, side), device=device).to(KINDS[precision]) for _ in range(2))
     multiply = torch._int_mm if precision == "int8" else torch.matmul
-    clock = Clock(device)
-    best = min(clock.time(lambda: multiply(left, right))[0] for _ in range(12))
+    best = _best_ms(lambda: multiply(left, right), device, seconds)
     return Limit(f"matrix products in {precision}", best * flops / (2 * side**3))
 
 
-def copy_limit(count: int, *, device: str = "cpu", size: int = 32 << 20) -> Limit:
-    """What it takes to read and write so many bytes, half of them each, the best of some copies.
+def copy_limit(count: int, *, device: str = "cpu", size: int = 32 << 20, seconds: float = 0.5) -> Limit:
+    """What it takes to read and write so many bytes, half of them each, the best of many copies.
 
     Args:
         count: bytes of the job.
         device: where.
         size: of a copy in bytes.
+        seconds: to try for, at least.
     """
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    clock = Clock(device)
-    best = min(clock.time(lambda: target.copy_(source))[0] for _ in range(12))
+    best = _best_ms(lambda: target.copy_(source), device, seconds)
     return Limit("copying as many bytes", best * count / (2 * size))
+
+
+def _best_ms(job: Callable[[], Tensor], device: str, seconds: float) -> float:
+    clock, began = Clock(device), time.monotonic()
+    times: list[float] = []
+    while len(times) < 12 or time.monotonic() - began < seconds:
+        times.append(clock.time(job)[0])
+    return min(times)

@@ -51,6 +51,11 @@ class OwnProcess:
         yield
         self._tell("end")
 
+    def close(self) -> None:
+        """End the process, and wait for that: going, it would still take a core from what is measured next."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def _tell(self, method: str) -> None:
         if self._pool is None:
             getattr(self._job, method)()

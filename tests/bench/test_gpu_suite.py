@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu_suite, gpu_table, gpu_train
+from bench import gpu_part, gpu_suite, gpu_table, gpu_train
 from bench.harness import Case, Variant
 
 ROOT = Path(__file__).parents[2]
@@ -90,13 +91,37 @@ def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
     def breaks() -> None:
         raise RuntimeError("out of memory")
 
-    right = Variant("right", lambda: 1.0, True)
-    found = gpu_suite.measured(Case("job", "", 1), [right, Variant("wrong", lambda: 2.0)], cpu, 1)
+    def job(*variants: Variant) -> dict[str, Any]:
+        return gpu_suite.measured("job", lambda: (Case("job", "", 1), list(variants)), cpu, 1)
+
+    found = job(Variant("right", lambda: 1.0, True), Variant("wrong", lambda: 2.0))
     assert found == {"case": {"name": "job"}, "failed": found["failed"]}
     assert "wrong is 1 away from right" in found["failed"]
-    assert gpu_suite.measured(Case("job", "", 1), [Variant("x", breaks, True)], cpu, 1)["failed"] == "out of memory"
+    assert job(Variant("x", breaks, True))["failed"] == "out of memory"
     kernels = {"cases": [found], "tests": {}, "gpu": None, "copy_gb_per_s": 1.0, "date": "", "commit": ""}
     assert "| job | job: wrong is 1 away" in gpu_table.gpu_table({"kernels": kernels})
+
+
+def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `gpu_suite.sh` stops it: from outside, in the middle of a case."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_train", "--output", str(tmp_path)])
+
+    def measure(backbone: str, *_: Any, dry_run: bool) -> dict[str, Any]:
+        if backbone == "two":
+            raise RuntimeError("out of memory")
+        if backbone == "three":
+            raise SystemExit(143)
+        return {"case": {"name": "one"}, "variants": {}}
+
+    cases = [(name, 32, 4) for name in ("one", "two", "three", "four")]
+    with pytest.raises(SystemExit):
+        gpu_train.run_cases("train", measure, cases, cases[0])
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("train_h200_")
+    told = [found.get("failed") for found in json.loads(path.read_text())["cases"]]
+    assert told == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
 
 
 def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
@@ -109,4 +134,4 @@ def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
 
 
 def test_a_crashed_test_run_is_no_success(tmp_path: Path) -> None:
-    assert gpu_suite.tests_of(tmp_path / "nothing.xml") == {"crashed": 1}
+    assert gpu_part.tests_of(tmp_path / "nothing.xml") == {"crashed": 1}
