@@ -46,6 +46,7 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
 
 PEERS, DECODING = "PIL, torchvision, torch eager float32", "reading, decoding, cropping alone"
+PEERS_BEST = "the peers' loop, photo by photo"
 
 
 def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[Bundle, ScreeningModel]:
@@ -85,12 +86,12 @@ class PeerPhotos(Dataset[torch.Tensor]):
             return self.transform(image.convert("RGB"))
 
 
-def by_peers(backbone: str, paths: list[Path], size: int) -> Callable[[], np.ndarray]:
+def by_peers(backbone: str, paths: list[Path], size: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
     """Score photos as the peers do; float32 [N, 1]."""
     network = random_model(backbone, size).network
 
     def job() -> np.ndarray:
-        loader = DataLoader(PeerPhotos(paths, size), batch_size=BATCH, num_workers=os.cpu_count() or 1)
+        loader = DataLoader(PeerPhotos(paths, size), batch_size=batch, num_workers=workers)
         with torch.inference_mode():
             return torch.cat([torch.sigmoid(network(batch)) for batch in loader]).numpy()
 
@@ -159,13 +160,21 @@ def screening(
         f"screen, {backbone}, {size} px", f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB to answers",
         len(paths), read, "the files read", float(flops_of(backbone, size) * len(paths)), "the network's",
     )  # fmt: skip
+    # fmt: off
     variants = [
-        # Its photos are squeezed, not cropped: it has nothing to be compared with but itself.
+        # Their photos are squeezed, not cropped: they have nothing to be compared with but themselves.
         Variant(
-            PEERS, OwnProcess(by_peers, backbone, paths, size, here=here), True, f"batches of {BATCH}, a worker a core"
+            PEERS, OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here), True,
+            f"batches of {BATCH}, a worker a core",
+        ),
+        # Less memory is asked of the system, and given back to it, between layers.
+        Variant(
+            PEERS_BEST, OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here), False,
+            "no batches, no workers: their fastest setting here", 1e-3,
         ),
         Variant(DECODING, lambda: prepared(listing, spec), distance=lambda got, _: float(np.abs(got - images).max())),
     ]
+    # fmt: on
     for precision, way in ways.items():
         jobs: dict[str, Callable[[], np.ndarray]] = {"engine alone": way.alone, "screen": way.whole}
         variants += [
