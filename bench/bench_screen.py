@@ -160,21 +160,24 @@ def screening(
         f"screen, {backbone}, {size} px", f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB to answers",
         len(paths), read, "the files read", float(flops_of(backbone, size) * len(paths)), "the network's",
     )  # fmt: skip
-    # fmt: off
     variants = [
         # Their photos are squeezed, not cropped: they have nothing to be compared with but themselves.
         Variant(
-            PEERS, OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here), True,
+            PEERS,
+            OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here),
+            True,
             f"batches of {BATCH}, a worker a core",
         ),
         # Less memory is asked of the system, and given back to it, between layers.
         Variant(
-            PEERS_BEST, OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here), False,
-            "no batches, no workers: their fastest setting here", 1e-3,
+            PEERS_BEST,
+            OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here),
+            False,
+            "no batches, no workers: their fastest setting here",
+            1e-3,
         ),
         Variant(DECODING, lambda: prepared(listing, spec), distance=lambda got, _: float(np.abs(got - images).max())),
     ]
-    # fmt: on
     for precision, way in ways.items():
         jobs: dict[str, Callable[[], np.ndarray]] = {"engine alone": way.alone, "screen": way.whole}
         variants += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.case_tables import stamp
-from bench.model_tables import SCREEN_PEERS
+from bench.model_tables import SCREEN_BEST, SCREEN_PEERS
 
 __all__ = ["cost_table", "fleet_table", "serve_table"]
 
@@ -102,7 +102,7 @@ def fleet_table(result: dict[str, Any], long_run: dict[str, Any]) -> str:
         "| ResNet-50, 512 px | photos/s a core | core-hours | hours of one 64-core node | it reads | cost |",
         "|---|---|---|---|---|---|",
     ]
-    for title, name in {**names, "the peers' loop": SCREEN_PEERS}.items():
+    for title, name in {**names, "the peers' loop": SCREEN_PEERS, SCREEN_BEST: SCREEN_BEST}.items():
         rate = found["variants"][name]["photos_per_s"] / cores
         hours = _MANY / rate / 3600
         lines.append(

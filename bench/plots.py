@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case_tables import cases_of
-from bench.model_tables import SCREEN_PEERS
+from bench.model_tables import SCREEN_BEST, SCREEN_PEERS
 from bench.targets import DECODER, HABIT, newest
 from fastfundus.pictures import as_svg
 
@@ -49,6 +49,7 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
                 ("FastFundus, bf16", rates["screen, bf16"], OURS),
                 ("FastFundus, fp32", rates["screen, fp32"], OURS),
                 ("the peers' loop", rates[SCREEN_PEERS], THEIRS),
+                ("photo by photo", rates[SCREEN_BEST], THEIRS),
             ],
         ),
     ]
