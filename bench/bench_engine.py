@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from bench.harness import Case, Variant, compare
 from bench.limits import matmul_limit
+from bench.model_tables import EAGER, EAGER_KEPT
 from bench.own_process import OwnProcess
 from fastfundus.engines import aoti_backend, onnxruntime_backend, openvino_backend
 from fastfundus.engines.export import ScreeningModel, export_onnx
@@ -38,11 +39,10 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import write_dataset
 
 Job = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-EAGER, KEPT, COMPILED = "torch eager, float32", "torch eager, float32, memory kept", "torch.compile, bfloat16"
-RAW = "OpenVINO bf16, by its own queue"
+COMPILED, RAW = "torch.compile, bfloat16", "OpenVINO bf16, by its own queue"
 BATCH = 16
 SETTINGS = {
-    EAGER: f"the peers' habit, batches of {BATCH}", KEPT: "in our process", COMPILED: f"batches of {BATCH}",
+    EAGER: f"the peers' habit, batches of {BATCH}", EAGER_KEPT: "in our process", COMPILED: f"batches of {BATCH}",
     RAW: "the settings of our engine",
 }  # fmt: skip
 CASES = (("resnet50", 224, 32, 7), ("resnet50", 512, 16, 5), ("convnext_tiny", 224, 32, 5),
@@ -127,7 +127,7 @@ def ways(
     blueprint = Blueprint(model, folder / GRAPH, size, photos)
     fast = copy.deepcopy(model)
     fast.compute_in(torch.bfloat16)
-    made: dict[str, tuple[str, Job]] = {KEPT: ("fp32", by_torch(model))}
+    made: dict[str, tuple[str, Job]] = {EAGER_KEPT: ("fp32", by_torch(model))}
     if compiled and "bf16" in openvino_backend.precisions():
         made[COMPILED] = ("bf16", by_torch(torch.compile(fast)))  # type: ignore[arg-type]
     backends = (("ONNX Runtime", onnxruntime_backend), ("AOTInductor", aoti_backend), ("OpenVINO", openvino_backend))
@@ -149,10 +149,9 @@ def inferring(
     backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8], *, here: bool
 ) -> tuple[Case, list[Variant]]:
     """The job of a call with these photos, and everyone's way to do it; the peers' in this process where `here`."""
-    flops = float(flops_of(backbone, size) * len(photos))
+    flops = flops_of(backbone, size) * len(photos)
     limits = {
-        precision: matmul_limit(precision, flops, seconds=0.0 if here else 0.5)
-        for precision in {kind for kind, _ in jobs.values()}
+        precision: matmul_limit(precision, flops, quick=here) for precision in {kind for kind, _ in jobs.values()}
     }
     alone = ", one photo" if len(photos) == 1 else ""
     case = Case(

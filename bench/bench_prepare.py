@@ -27,6 +27,7 @@ from bench.machine import pinned_to
 from bench.own_process import OwnProcess
 from bench.parity import arguments
 from bench.real_photos import camera_jpegs
+from bench.targets import DECODER, HABIT, HABIT_KEPT
 from fastfundus.kernels import reference
 from fastfundus.photo.decode import decode
 from fastfundus.photo.header import read_header
@@ -37,7 +38,6 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, draw_photo
 
 Images = Sequence[np.ndarray]
-DECODER = "the decoder alone, same plan"
 OTHER_FILTER = 4.0
 """Grey levels, on average, between an area, a triangle, a cubic, and a photo scaled in the DCT."""
 
@@ -186,7 +186,7 @@ def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> 
     )  # fmt: skip
     peers = [
         (
-            "Pillow + torchvision, memory kept",
+            HABIT_KEPT,
             each(by_pillow(size, bilinear), paths, threads),
             "bilinear, in our process",
         ),
@@ -206,7 +206,7 @@ def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> 
                 "decode, field, crop, quality, hash", 1.5,
                 from_exact(exact_crops(paths, size))),
         Variant(DECODER, each(decode_alone(size), paths, threads), False, "the limit", 1.5, in_colour),
-        Variant("Pillow + torchvision, bilinear", habit, True, "the peers' habit", distance=apart),
+        Variant(HABIT, habit, True, "the peers' habit", distance=apart),
         *(Variant(name, job, False, settings, OTHER_FILTER, apart) for name, job, settings in peers),
     ]  # fmt: skip
 

@@ -27,6 +27,7 @@ from torchvision import transforms
 
 from bench.bench_engine import BATCH, by_torch, drawn, flops_of, random_model
 from bench.harness import Case, Variant, compare
+from bench.model_tables import DECODING, SCREEN_BEST, SCREEN_PEERS
 from bench.own_process import OwnProcess
 from bench.real_photos import DATA, need
 from fastfundus.data import list_photos
@@ -44,9 +45,6 @@ from fastfundus.screen.crew import Crew
 from fastfundus.screen.pipeline import Timing, screen_photos
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
-
-PEERS, DECODING = "PIL, torchvision, torch eager float32", "reading, decoding, cropping alone"
-PEERS_BEST = "the peers' loop, photo by photo"
 
 
 def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[Bundle, ScreeningModel]:
@@ -158,19 +156,19 @@ def screening(
     read = sum(path.stat().st_size for path in paths)
     case = Case(
         f"screen, {backbone}, {size} px", f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB to answers",
-        len(paths), read, "the files read", float(flops_of(backbone, size) * len(paths)), "the network's",
+        len(paths), read, "the files read", flops_of(backbone, size) * len(paths), "the network's",
     )  # fmt: skip
     variants = [
         # Their photos are squeezed, not cropped: they have nothing to be compared with but themselves.
         Variant(
-            PEERS,
+            SCREEN_PEERS,
             OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here),
             True,
             f"batches of {BATCH}, a worker a core",
         ),
         # Less memory is asked of the system, and given back to it, between layers.
         Variant(
-            PEERS_BEST,
+            SCREEN_BEST,
             OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here),
             False,
             "no batches, no workers: their fastest setting here",

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.bench_engine import flops_of
 from bench.harness import Case, Limit, Variant, compare
 from bench.limits import matmul_limit
+from bench.model_tables import OURS, PEER
 from bench.own_process import OwnProcess
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache, build_cache, list_photos
@@ -42,12 +43,7 @@ CASES, TINY = (("resnet50", 224, 16, 3, 7), ("resnet50", 512, 8, 2, 5)), (("resn
 """Backbone, size, batch, steps of a turn, rounds."""
 LOSS = 2.0
 """Three times a coin's: losses of different batches of the first steps lie within."""
-PEER, OURS, RESIDENT, SINGLE = (
-    "Pillow + torchvision + DataLoader, float32, channels first",
-    "FastFundus, train --amp",
-    "its step alone, on one resident batch",
-    "FastFundus, train --no-amp",
-)
+RESIDENT, SINGLE = "its step alone, on one resident batch", "FastFundus, train --no-amp"
 
 
 class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -190,8 +186,7 @@ def training(
     listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
     flops = 3.0 * flops_of(backbone, size) * steps * batch
-    seconds = 0.0 if here else 0.5
-    exact, autocast = (matmul_limit(kind, flops, seconds=seconds) for kind in ("fp32", "bf16"))
+    exact, autocast = (matmul_limit(kind, flops, quick=here) for kind in ("fp32", "bf16"))
     case = Case(
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
         flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,

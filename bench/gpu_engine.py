@@ -62,7 +62,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
         }
         with torch.inference_mode():
             expected = copy.deepcopy(exact).to(device)(resident).cpu()
-            flops = float(count_flops(network, torch.zeros(1, 3, size, size))[1] * batch)
+            flops = count_flops(network, torch.zeros(1, 3, size, size))[1] * batch
             case = Case(
                 f"engine: {backbone}, {size} px, batch {batch}", "uint8 photos to probabilities", batch, photos.nbytes,
                 "the photos read", flops, "two for each multiplication with addition",

@@ -15,7 +15,11 @@ __all__ = ["copy_limit", "matmul_limit"]
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
-def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int = 2048, seconds: float = 0.5) -> Limit:
+SECONDS = 0.5
+"""To try for, at least: the first dozens of products are slower."""
+
+
+def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int = 2048, quick: bool = False) -> Limit:
     """What so many operations take as a product of square matrices, the best of many.
 
     Args:
@@ -23,25 +27,24 @@ def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int
         flops: of the job; a product and a sum are two.
         device: where.
         side: of the matrices.
-        seconds: to try for, at least: the first dozens of products are slower.
+        quick: a dozen are enough, as nothing is measured in earnest.
     """
     left, right = (torch.randint(-99, 99, (side, side), device=device).to(KINDS[precision]) for _ in range(2))
     multiply = torch._int_mm if precision == "int8" else torch.matmul
-    best = _best_ms(lambda: multiply(left, right), device, seconds)
+    best = _best_ms(lambda: multiply(left, right), device, 0.0 if quick else SECONDS)
     return Limit(f"matrix products in {precision}", best * flops / (2 * side**3))
 
 
-def copy_limit(count: int, *, device: str = "cpu", size: int = 32 << 20, seconds: float = 0.5) -> Limit:
+def copy_limit(count: int, *, device: str = "cpu", size: int = 32 << 20) -> Limit:
     """What it takes to read and write so many bytes, half of them each, the best of many copies.
 
     Args:
         count: bytes of the job.
         device: where.
         size: of a copy in bytes.
-        seconds: to try for, at least.
     """
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    best = _best_ms(lambda: target.copy_(source), device, seconds)
+    best = _best_ms(lambda: target.copy_(source), device, SECONDS)
     return Limit("copying as many bytes", best * count / (2 * size))
 
 

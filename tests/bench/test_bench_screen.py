@@ -14,8 +14,7 @@ from tests.conftest import Trained
 def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_folder: Path) -> None:
     files = sorted((photo_folder / "images").iterdir())[:6]
     found = serve_under_load(trained.bundle, files, seconds=1.0)
-    assert found["answers"] + found["refused"] >= CLIENTS
-    assert found["answers"] > 0
+    assert found["answers"] >= CLIENTS
     assert found["lost_or_mixed_up"] == found["exit_code"] == 0
     assert 0 < found["p50_s"] <= found["p99_s"]
     # The same with the names of two photos exchanged.
