@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jinja2
 
+from fastfundus.files import replaced
+
 __all__ = ["write_page"]
 
 
@@ -27,6 +29,6 @@ def write_page(path: Path, template: str, **facts: object) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(_template)
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(environment.get_template(template).render(**facts), encoding="utf-8")
-    partial.replace(path)
+    page = environment.get_template(template).render(**facts)
+    with replaced(path) as partial:
+        partial.write_text(page, encoding="utf-8")

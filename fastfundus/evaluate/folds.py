@@ -21,6 +21,7 @@ from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.evaluate.metrics import binary_metrics, overall_metrics
 from fastfundus.evaluate.operating_point import measure
 from fastfundus.evaluate.vessels import vessel_means
+from fastfundus.files import replaced
 from fastfundus.train.run import Run
 
 __all__ = ["pool_folds"]
@@ -70,7 +71,8 @@ def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str
         "out_of_fold": _vessels_together(pooled) if task == "vessels" else _together(task, outputs, pooled),
     }
     pooled.write_parquet(output / "out_of_fold.parquet")
-    (output / "folds.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    with replaced(output / "folds.json") as partial:
+        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
 
 

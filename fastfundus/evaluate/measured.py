@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
+from fastfundus.files import replaced
 from fastfundus.spec import fingerprint_of
 from fastfundus.train.ancestry import learned_before, learned_photos
 from fastfundus.train.run import Run
@@ -82,8 +83,10 @@ def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured:
     lock = _lock(run, labels)
     document = {"schema": SCHEMA, "task": run.config.task, "labels": labels, "overall": overall, "lock": lock}
     parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
-    pl.concat(parts).write_parquet(run.path / "predictions.parquet")
-    (run.path / _FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    with replaced(run.path / "predictions.parquet") as partial:
+        pl.concat(parts).write_parquet(partial)
+    with replaced(run.path / _FILE) as partial:
+        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     return document
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.files import replaced
 from fastfundus.models.classifier import check_backbone
 from fastfundus.models.foreign import read_foreign
 
@@ -128,9 +128,8 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
         path.name, hashlib.sha256(path.read_bytes()).hexdigest(), what, backbone, prefix, tuple(used), tuple(reshaped),
         tuple(name for name in tensors if name not in known),
     )  # fmt: skip
-    partial = output.with_name(output.name + ".partial")
-    save_file(taken, partial, {"fastfundus_convert": json.dumps(asdict(report))})
-    os.replace(partial, output)
+    with replaced(output) as partial:
+        save_file(taken, partial, {"fastfundus_convert": json.dumps(asdict(report))})
     return report
 
 

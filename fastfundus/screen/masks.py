@@ -12,6 +12,7 @@ import numpy as np
 from fastfundus.data.masks import native_map
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import DataError
+from fastfundus.files import replaced
 from fastfundus.screen.pipeline import ScreenedPhoto
 
 __all__ = ["mask_name", "write_masks"]
@@ -58,9 +59,8 @@ def write_masks(photo: ScreenedPhoto, bundle: Bundle, output: Path) -> dict[str,
         path = output / mask_name(photo.source.name, label)
         path.parent.mkdir(parents=True, exist_ok=True)
         _, encoded = cv2.imencode(".png", reached.astype(np.uint8) * 255, [cv2.IMWRITE_PNG_BILEVEL, 1])
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(encoded.tobytes())
-        partial.replace(path)
+        with replaced(path) as partial:
+            partial.write_bytes(encoded.tobytes())
         columns[f"mask_{label}"] = mask_name(photo.source.name, label)
         columns[f"share_{label}"] = float((chances >= threshold).mean())
     return columns

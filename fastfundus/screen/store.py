@@ -26,6 +26,7 @@ from fastfundus import __version__
 from fastfundus.data.source import SourceList
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError
+from fastfundus.files import replaced
 from fastfundus.records import SourcePhoto
 from fastfundus.screen.pipeline import BLOCK
 from fastfundus.screen.policy import ScreenPolicy
@@ -54,12 +55,10 @@ def stamp(path: Path) -> tuple[int, int]:
 
 def _put(path: Path, data: bytes) -> None:
     """Write a file so that after a kill, or a power cut, it is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replaced(path) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -203,22 +202,21 @@ class Store:
     def merge(self) -> pl.DataFrame:
         """Make the results of all blocks, and the tables of eyes and patients."""
         files = [self._file(block) for block in range(self.blocks)]
-        whole = self.output / "results.parquet.partial"
         schema = pq.read_schema(files[0])
-        with pq.ParquetWriter(whole, schema, compression="zstd") as writer:
+        with (
+            replaced(self.output / "results.parquet") as partial,
+            pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+        ):
             for file in files:
                 writer.write_table(pq.read_table(file, schema=schema), row_group_size=BLOCK)
-        whole.replace(self.output / "results.parquet")
-        partial = self.output / "results.csv.partial"
-        with partial.open("wb") as csv:
+        with replaced(self.output / "results.csv") as partial, partial.open("wb") as csv:
             for number, file in enumerate(files):
                 pl.read_parquet(file).write_csv(csv, include_header=number == 0)
-        partial.replace(self.output / "results.csv")
         results = pl.read_parquet(self.output / "results.parquet")
         eyes = eye_table(results, self.policy)
         for name, table in (("eyes.csv", eyes), ("patients.csv", patient_table(eyes, self.policy))):
-            table.write_csv(self.output / f"{name}.partial")
-            (self.output / f"{name}.partial").replace(self.output / name)
+            with replaced(self.output / name) as partial:
+                table.write_csv(partial)
         return results
 
     def finish(self) -> None:

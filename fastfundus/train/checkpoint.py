@@ -13,7 +13,7 @@ from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.train.distributed import World
-from fastfundus.train.run import SCHEMA, replaced
+from fastfundus.train.run import SCHEMA, run_file
 from fastfundus.train.step import AveragedModel
 
 __all__ = ["TrainState", "checkpoint", "restore", "save_atomically"]
@@ -101,5 +101,5 @@ def save_atomically(value: dict[str, Any], file: Path) -> None:
     Raises:
         CheckpointError: it cannot be written, such as on a full disk; the old checkpoint stays.
     """
-    with replaced(file) as partial:
+    with run_file(file) as partial:
         torch.save(value, partial)

@@ -21,6 +21,7 @@ from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.errors import CheckpointError, ConfigError, FastFundusError
+from fastfundus.files import replaced
 from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.train.ancestry import note_ancestry
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
@@ -31,7 +32,7 @@ from fastfundus.train.observer import EpochResult, Observer
 from fastfundus.train.overlap import Overlap, measure_overlap
 from fastfundus.train.plan import room_for_photos
 from fastfundus.train.problem import Batch, Grading, Problem
-from fastfundus.train.run import describe_environment, save_best
+from fastfundus.train.run import describe_environment, run_file, save_best
 from fastfundus.train.schedule import learning_rate
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser
 from fastfundus.train.vessels import VesselMaps
@@ -257,9 +258,12 @@ def _compile_mode(config: TrainConfig, device: torch.device, world: World, obser
 
 def _begin(output: Path, config: TrainConfig, problem: Problem, device: torch.device, observer: Observer) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.toml").write_text(to_toml(config.to_dict()))
-    (output / "environment.json").write_text(json.dumps(describe_environment(device), indent=1) + "\n")
-    problem.splits.write_parquet(output / "splits.parquet")
+    with replaced(output / "config.toml") as partial:
+        partial.write_text(to_toml(config.to_dict()))
+    with replaced(output / "environment.json") as partial:
+        partial.write_text(json.dumps(describe_environment(device), indent=1) + "\n")
+    with replaced(output / "splits.parquet") as partial:
+        problem.splits.write_parquet(partial)
     known = note_ancestry(output, config.model.init, problem.splits)
     if known:
         observer.say(
@@ -270,7 +274,7 @@ def _begin(output: Path, config: TrainConfig, problem: Problem, device: torch.de
 
 def _record(output: Path, history: list[dict[str, float]], events: Any) -> None:
     """Write metrics.csv, and the last epoch for TensorBoard."""
-    with (output / "metrics.csv").open("w", newline="") as file:
+    with run_file(output / "metrics.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
         writer.writerows(history)

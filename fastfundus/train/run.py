@@ -33,11 +33,12 @@ from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.errors import CheckpointError, FastFundusError
+from fastfundus.files import replaced
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["SCHEMA", "Run", "describe_environment", "replaced", "save_best"]
+__all__ = ["SCHEMA", "Run", "describe_environment", "run_file", "save_best"]
 
 SCHEMA = 2
 """Version of the run folder's files."""
@@ -126,24 +127,22 @@ def save_best(
     }
     # The file format has one memory layout: channels-last weights are written in the ordinary order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with replaced(path / "best.safetensors") as partial:
+    with run_file(path / "best.safetensors") as partial:
         save_file(state, partial, {"fastfundus": json.dumps(about)})
 
 
 @contextmanager
-def replaced(file: Path) -> Iterator[Path]:
-    """Yield a path beside `file` to write to, then move it there: a kill leaves the old file or the new one.
+def run_file(file: Path) -> Iterator[Path]:
+    """As `replaced`, for a file that a run writes each epoch.
 
     Raises:
         CheckpointError: it could not be written, such as on a full disk; the old file stays.
     """
-    partial = file.with_name(file.name + ".partial")
     try:
-        yield partial
-        partial.replace(file)
+        with replaced(file) as partial:
+            yield partial
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch's writer raises RuntimeError where the system refuses, and hides the system's reason.
-        partial.unlink(missing_ok=True)
         free = shutil.disk_usage(file.parent).free // 2**20
         kept = "the one before it is kept" if file.exists() else "there is none before it"
         raise CheckpointError(

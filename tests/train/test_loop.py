@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import polars as pl
 import pytest
@@ -22,6 +23,7 @@ from fastfundus.config import TrainConfig, to_toml
 from fastfundus.data import PhotoCache
 from fastfundus.data.split import write_split_file
 from fastfundus.errors import CheckpointError, ConfigError, FastFundusError
+from fastfundus.files import replaced
 from fastfundus.train import loss
 from fastfundus.train.checkpoint import save_atomically
 from fastfundus.train.loop import Interrupted, train
@@ -122,6 +124,41 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(cache: PhotoCache, whole_ru
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
     assert states[0]["state"]["history"][2]["train_loss"] == states[1]["state"]["history"][2]["train_loss"]
+
+
+def test_who_reads_metrics_while_a_run_goes_on_meets_whole_ones(cache: PhotoCache, tmp_path: Path) -> None:
+    """An open file stays what it was: the next epoch's metrics come as another file, and in one move."""
+
+    class Reader(Observer):
+        def epoch(self, result: EpochResult) -> None:
+            opened.append((tmp_path / "run" / "metrics.csv").open())
+
+    opened: list[TextIO] = []
+    train(cache, tmp_path / "run", settings(epochs=2), observer=Reader())
+    lines = []
+    for file in opened:
+        with file:
+            lines.append(len(file.readlines()))
+    assert lines == [1 + 1, 1 + 2]
+
+
+def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text("before")
+
+    def fails() -> None:
+        with replaced(file) as partial:
+            partial.write_text("aft")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert file.read_text() == "before"
+    with replaced(file) as partial:
+        partial.write_text("after")
+        assert file.read_text() == "before"
+    assert file.read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
