@@ -11,7 +11,7 @@ demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-bindings  ## the default tests; pass more with ARGS="-k name"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/ruff format --check .

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is loaded: workers that each took every core would wait for one another.
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+
 import cv2
 import numpy as np
 import pytest
@@ -33,14 +38,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: FASTFUNDUS_REQUIRE_GPU=1 makes its absence a failure")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # Of every test, also those that ran in a worker; a report's keywords name its markers.
     # Without a GPU the interpreter and the host's build stand in, and tests that only a GPU can run may be skipped.
-    excused = item.get_closest_marker("gpu") and not _REQUIRE_GPU
-    if report.skipped and item.get_closest_marker("kernel") and not excused:
-        _skipped_kernels.append(item.nodeid)
-    return report
+    excused = "gpu" in report.keywords and not _REQUIRE_GPU
+    if report.skipped and "kernel" in report.keywords and not excused:
+        _skipped_kernels.append(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

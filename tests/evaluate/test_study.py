@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -65,6 +66,17 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_cache(listing.photos, folder / name, PreprocessSpec(size=64), source=listing.root)
     (folder / "study.toml").write_text(TEXT)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_core() -> Iterator[None]:
+    """Bits are those of a number of threads; a cluster takes all cores, and so do those it is compared with."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(cores))
+        torch.set_num_threads(cores)
+        yield
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
