@@ -71,7 +71,7 @@ def decode_with_room(
             _check_png(data)
         rgb = _opencv(data)
     if rgb is None:
-        rgb = _pillow(data)
+        rgb = _pillow(data, plan.divisor)
     rgb = _upright(rgb, header.orientation)
     return rgb, rgb
 
@@ -152,9 +152,12 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _pillow(data: bytes) -> NDArray[np.uint8]:
+def _pillow(data: bytes, divisor: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if divisor > 1:
+                # The same scaled DCT: who planned a size counts in its pixels. Rounded down, Pillow takes this divisor.
+                image.draft("RGB", (image.width // divisor, image.height // divisor))
             image.load()
             return np.array(image.convert("RGB"))
     except Exception as error:
