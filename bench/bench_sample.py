@@ -25,7 +25,7 @@ from bench.limits import copy_limit
 from bench.machine import pinned_to
 from fastfundus.config import AugmentConfig
 from fastfundus.kernels import host, reference
-from fastfundus.kernels.ops import sample, sample_ragged
+from fastfundus.kernels.ops import sample_ragged
 from fastfundus.photo.memory import keep_memory
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch
@@ -34,16 +34,18 @@ LEVEL = 1 / 58
 """Of the normalised output: one grey level."""
 
 
-def albumentations_chain() -> Any:
-    """Albumentations' changes of the same kind, photo by photo."""
+def albumentations_chain(size: int, *, same: bool) -> Any:
+    """Albumentations' changes of the same kind, photo by photo; photos that are not of `size` are brought to it."""
     # It looks for a newer version of itself on the network otherwise.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations as A
 
     near = (0.85, 1.15)
+    crop = A.RandomResizedCrop((size, size), scale=(0.64, 1.0), ratio=(1.0, 1.0), interpolation=cv2.INTER_AREA)
     return A.Compose(
         [
-            A.Affine(scale=(1.0, 1.25), rotate=(-15, 15), p=1.0),
+            *([] if same else [crop]),
+            A.Affine(scale=(1.0, 1.25) if same else 1.0, rotate=(-15, 15), p=1.0),
             A.HorizontalFlip(p=0.5),
             A.ColorJitter(near, near, near, (-6 / 360, 6 / 360), p=1.0),
             A.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -74,11 +76,12 @@ def in_the_mean(got: Any, want: Any) -> float:
     return float(abs(got.mean() - want.mean())) if got.shape == want.shape else float("inf")
 
 
-def augmenting(size: int, count: int) -> tuple[Case, list[Variant]]:
-    """Training's augmentation of `count` photos; ours is held against the specification."""
-    spec = PreprocessSpec(size=size)
-    images = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
-    geometry, colour = map(torch.from_numpy, draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=0))
+def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
+    """Training's augmentation of `count` photos of `side` pixels to `size`; ours is held against the specification."""
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
+    drawn = draw_epoch(AugmentConfig(), PreprocessSpec(size=size), count, seed=0, epoch=0)
+    geometry, colour = map(torch.from_numpy, drawn)
+    geometry *= side / size
     arrays = images.numpy()
     planes = images.permute(0, 3, 1, 2).contiguous()
     chain = torchvision_chain(size)
@@ -96,23 +99,30 @@ def augmenting(size: int, count: int) -> tuple[Case, list[Variant]]:
             cv2.transform(warped.astype(np.float32), tints[n], dst=out[n])
         return out
 
-    place = torch.arange(count) * 3 * size * size, torch.tensor([[size, size]] * count, dtype=torch.int32)
-    want = reference.sample(images.view(-1), *place, geometry, colour, size, torch.float32)
-    bytes_ = count * 15 * size * size
+    place = torch.arange(count) * 3 * side * side, torch.tensor([[side, side]] * count, dtype=torch.int32)
+    given = images.view(-1), *place, geometry, colour, size
+    want = reference.sample(*given, torch.float32)
+    looked_at = torch.linalg.det(geometry[:, :, :2].double()).abs().clamp(max=(side / size) ** 2).sum()
+    bytes_ = int(size * size * (3 * looked_at + 12 * count))
+    same = side == size
     case = Case(
-        f"augment at {size} px", f"{count} photos uint8 [{size}, {size}, 3] to float32", count, bytes_,
-        "3 bytes read and 12 written for each pixel", limit=copy_limit(bytes_),
+        f"augment at {size} px" if same else f"augment {side} to {size} px",
+        f"{count} photos uint8 [{side}, {side}, 3] to float32 [{size}, {size}, 3]", count, bytes_,
+        "3 bytes read for each pixel under the output, 12 written for each of it", limit=copy_limit(bytes_),
     )  # fmt: skip
-    albumentations = albumentations_chain()
+    # Of noise: who takes four pixels where the area has more has other noise.
+    like = (0.5 * LEVEL, on_average) if same else (0.5, in_the_mean)
+    albumentations = albumentations_chain(size, same=same)
     return case, [
-        Variant("FastFundus, float32", lambda: sample(images, geometry, colour, size), True, "", 1e-3,
+        Variant("FastFundus, float32", lambda: sample_ragged(*given, torch.float32), True, "", 1e-3,
                 lambda got, _: farthest(got, want)),
-        Variant("FastFundus, bfloat16", lambda: sample(images, geometry, colour, size, torch.bfloat16),
+        Variant("FastFundus, bfloat16", lambda: sample_ragged(*given, torch.bfloat16),
                 tolerance=2e-2, distance=farthest),
-        Variant("OpenCV, warpAffine + transform", opencv, False, "the same matrices, whole grey levels in between",
-                0.5 * LEVEL, on_average),
+        Variant("OpenCV, warpAffine + transform", opencv, False,
+                "the same matrices, whole grey levels in between" + ("" if same else "; no area: four pixels"), *like),
         Variant("Albumentations, photo by photo", lambda: [albumentations(image=image)["image"] for image in arrays],
-                False, "one affine change, OpenCV inside", 0.5, in_the_mean),
+                False, "one affine change, OpenCV inside" + ("" if same else ", after a crop by areas"),
+                0.5, in_the_mean),
         Variant("torchvision v2, photo by photo", lambda: torch.stack([chain(image) for image in planes]),
                 False, "on uint8 until the end", 0.5, in_the_mean),
         Variant("torchvision v2, one draw for the batch", lambda: chain(planes), False, "on uint8 until the end",
@@ -167,10 +177,11 @@ def _one_core() -> Iterator[None]:
     torch.set_num_threads(threads[1])
 
 
+@pytest.mark.parametrize("side", [512, 1024])
 @pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
-def test_augment(benchmark: Any) -> None:
-    """Crop, turn, mirror, tint, normalise."""
-    case, variants = augmenting(*((64, 2) if benchmark.disabled else (512, 16)))
+def test_augment(benchmark: Any, side: int) -> None:
+    """Crop, turn, mirror, tint, normalise; larger photos with their areas, as from files or in a run's first epochs."""
+    case, variants = augmenting(*((side // 8, 64, 2) if benchmark.disabled else (side, 512, 16)))
     assert len(compare(case, variants, rounds=9, benchmark=benchmark)["variants"]) == 6
 
 

@@ -91,10 +91,9 @@ def sample_table(result: dict[str, Any]) -> str:
                 f"| {found['case']['name']}: {mark}{name}{mark} | {row['photos_per_s']:.0f} | {told} | "
                 f"{row['share_of_limit']:.0%} | {row['gb_per_s']:.2f} |"
             )
-    peers = "; ".join(
-        f"{name}: {row['settings']}"
-        for found in cases for name, row in found["variants"].items() if row["settings"]
-    )  # fmt: skip
+    settings = ((name, row["settings"]) for found in cases for name, row in found["variants"].items())
+    # Two cases may have one peer with one setting.
+    peers = "; ".join(dict.fromkeys(f"{name}: {what}" for name, what in settings if what))
     arithmetic = "; ".join(f"{found['case']['name']}: {found['case']['bytes_how']}" for found in cases)
     return "\n".join(
         [

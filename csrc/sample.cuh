@@ -88,11 +88,20 @@ FASTFUNDUS_BOTH Span span(float centre, float width) {
     return {start, static_cast<int32_t>(floorf(start))};
 }
 
+#ifdef __CUDACC__
+FASTFUNDUS_BOTH float greater(float a, float b) { return fmaxf(a, b); }
+FASTFUNDUS_BOTH float lesser(float a, float b) { return fminf(a, b); }
+#else
+// fmaxf's rule for NaN, of which there are none here, makes it a call into the C library.
+inline float greater(float a, float b) { return a > b ? a : b; }
+inline float lesser(float a, float b) { return a < b ? a : b; }
+#endif
+
 // How much of pixel `at` lies in the box, on one axis; 0 where they do not meet.
 FASTFUNDUS_BOTH float overlap(Span box, float width, int32_t at) {
-    float low = fmaxf(box.start, static_cast<float>(at));
-    float high = fminf(box.start + width, static_cast<float>(at) + 1.0f);
-    return fmaxf(high - low, 0.0f);
+    float low = greater(box.start, static_cast<float>(at));
+    float high = lesser(box.start + width, static_cast<float>(at) + 1.0f);
+    return greater(high - low, 0.0f);
 }
 
 // Three bytes as floats.

@@ -47,7 +47,7 @@ inline Half narrow<Half>(float value) {
 // Grey levels, to nearest, ties to even, as the device rounds.
 template <>
 inline uint8_t narrow<uint8_t>(float value) {
-    return static_cast<uint8_t>(std::nearbyint(std::fmin(std::fmax(value, 0.0f), 255.0f)));
+    return static_cast<uint8_t>(std::nearbyint(lesser(greater(value, 0.0f), 255.0f)));
 }
 
 inline float to_float(uint8_t value) { return static_cast<float>(value); }
@@ -71,13 +71,13 @@ class Line {
 };
 
 // Pixel by pixel, as the device does it.
-template <class T, Mode mode>
-void sample_each(const Source &source, const Job &job, T *out, int32_t out_size) {
+template <class T>
+void nearest_rows(const Source &source, const Job &job, T *out, int32_t out_size) {
     Footprint box = footprint(job.geometry);
     Line line(out_size);
     for (int32_t row = 0; row < out_size; ++row) {
         for (int32_t column = 0; column < out_size; ++column)
-            line.store(column, recolour(job.colour, sample_pixel<mode>(source, job.geometry, box, row, column)));
+            line.store(column, recolour(job.colour, sample_pixel<kNearest>(source, job.geometry, box, row, column)));
         out = line.narrow_to(out);
     }
 }
@@ -176,14 +176,55 @@ void integrate_upright(const Source &source, const Job &job, T *out, int32_t out
     }
 }
 
+// Integration over the boxes of a turned geometry: the shares of a box's columns are worked out once, not for each row.
+// Boxes that overhang the photo go pixel by pixel. `known` columns are unrolled; 0 takes any number of them.
+template <class T, int32_t known>
+void integrate_turned(const Source &source, const Job &job, T *out, int32_t out_size) {
+    Footprint box = footprint(job.geometry);
+    Line line(out_size);
+    const int32_t columns = known > 0 ? known : box.columns;
+    std::vector<float> shares(columns);
+    const float *geometry = job.geometry;
+    const float area = 1.0f / (box.width * box.height);
+    // A pixel to spare on the right, for `load_wide`.
+    const int32_t last_column = source.width - columns - 1, last_row = source.height - box.rows;
+    for (int32_t row = 0; row < out_size; ++row) {
+        float along_y = static_cast<float>(row) + 0.5f;
+        for (int32_t column = 0; column < out_size; ++column) {
+            float along_x = static_cast<float>(column) + 0.5f;
+            float x = geometry[0] * along_x + geometry[1] * along_y + geometry[2];
+            float y = geometry[3] * along_x + geometry[4] * along_y + geometry[5];
+            Span across = span(x, box.width), down = span(y, box.height);
+            if (across.first < 0 || across.first > last_column || down.first < 0 || down.first > last_row) {
+                line.store(column, recolour(job.colour, integrate(source, box, x, y)));
+                continue;
+            }
+            for (int32_t next = 0; next < columns; ++next)
+                shares[next] = overlap(across, box.width, across.first + next);
+            Rgb pixel = make_rgb(0.0f, 0.0f, 0.0f);
+            const uint8_t *first = address(source, down.first, across.first);
+            for (int32_t next = 0; next < box.rows; ++next, first += 3 * source.width) {
+                Rgb sum = make_rgb(0.0f, 0.0f, 0.0f);
+                for (int32_t tap = 0; tap < columns; ++tap) sum = sum + shares[tap] * load_wide(first + 3 * tap);
+                pixel = pixel + area * overlap(down, box.height, down.first + next) * sum;
+            }
+            line.store(column, recolour(job.colour, pixel));
+        }
+        out = line.narrow_to(out);
+    }
+}
+
 template <class T>
 void sample_as(const uint8_t *pixels, const Job &job, void *out, int32_t out_size, int32_t mode) {
     Source source{pixels + job.offset, job.height, job.width};
     T *typed = static_cast<T *>(out);
-    if (mode == kNearest) return sample_each<T, kNearest>(source, job, typed, out_size);
+    if (mode == kNearest) return nearest_rows<T>(source, job, typed, out_size);
     if (mode == kInterpolate) return interpolate_rows<T>(source, job, typed, out_size);
     if (job.geometry[1] == 0.0f && job.geometry[3] == 0.0f) return integrate_upright<T>(source, job, typed, out_size);
-    return sample_each<T, kIntegrate>(source, job, typed, out_size);
+    // A zoom by less than two, and by less than three: what training does.
+    if (footprint(job.geometry).columns == 3) return integrate_turned<T, 3>(source, job, typed, out_size);
+    if (footprint(job.geometry).columns == 4) return integrate_turned<T, 4>(source, job, typed, out_size);
+    return integrate_turned<T, 0>(source, job, typed, out_size);
 }
 
 // Cell k of an axis covers pixels [k * size / bins, (k + 1) * size / bins).

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastfundus.dali.decode import DaliDecoder, RaggedPhotos, opened
+from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.ragged import RaggedPhotos, opened
 from fastfundus.errors import PhotoError
 from fastfundus.kernels.ops import sample_ragged
 from fastfundus.photo.field import Field

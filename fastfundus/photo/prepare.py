@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
 __all__ = [
-    "PreparedPhoto", "crop_window", "decode_at", "facts_of", "finish", "known_of", "least_side", "look_at",
-    "plan_for_crop", "prepare_bytes", "prepare_photo", "round_mask",
+    "PreparedPhoto", "crop_window", "decode_at", "decode_reduced", "facts_of", "finish", "known_of", "least_side",
+    "look_at", "plan_for_crop", "prepare_bytes", "prepare_photo", "round_mask",
 ]  # fmt: skip
 
 
@@ -201,6 +202,20 @@ def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
     """
     photo, header = _opened(data)
     return _decode(data, photo, header, plan_decode(header, least_side))[0]
+
+
+def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:
+    """Decode a photo of any kind, upright, at most `most` times smaller than it is.
+
+    Returns:
+        uint8 [H, W, 3] RGB, and how many of the photo's pixels one of its spans, across and down.
+
+    Raises:
+        PhotoError: it cannot be decoded.
+    """
+    photo, header = _opened(data)
+    plan = plan_decode(header, math.ceil(min(header.width, header.height) / max(1.0, most)))
+    return _decode(data, photo, header, plan)[0], plan.divisor
 
 
 def _opened(data: bytes) -> tuple[DicomPhoto | None, PhotoHeader]:

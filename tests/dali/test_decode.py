@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfundus.dali.decode import DaliDecoder, RaggedPhotos, sound_jpeg
+from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.ragged import RaggedPhotos, sound_jpeg
 from fastfundus.kernels.reference import photos as split
 from fastfundus.photo.prepare import decode_at
 from fastfundus.synthetic import draw_photo

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,23 +15,24 @@ import torch
 
 from fastfundus.config import AugmentConfig
 from fastfundus.dali.decode import DaliDecoder
-from fastfundus.dali.stream import CameraPhoto, CameraStream, window_of
+from fastfundus.dali.stream import CameraPhoto, CameraStream, masked_outside, window_of
 from fastfundus.data import PhotoCache
 from fastfundus.errors import CheckpointError
 from fastfundus.kernels import reference
-from fastfundus.photo.prepare import decode_at
+from fastfundus.photo.prepare import decode_at, decode_reduced
 from fastfundus.train.augment import draw_epoch
+from tests.tolerances import SCALED_DECODE_GREY_LEVELS
 
 AUGMENT = AugmentConfig(scale=0.5, aspect=1.3, shear_degrees=5, rotate_degrees=30)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> DaliDecoder:
-    return DaliDecoder(batch_size=8, threads=2)
+@pytest.fixture(scope="module", params=["dali", "cpu"])
+def decoder(request: pytest.FixtureRequest) -> DaliDecoder | None:
+    return DaliDecoder(batch_size=8, threads=2) if request.param == "dali" else None
 
 
 @pytest.fixture
-def stream(cache: PhotoCache, decoder: DaliDecoder) -> CameraStream:
+def stream(cache: PhotoCache, decoder: DaliDecoder | None) -> CameraStream:
     rows = np.flatnonzero((cache.manifest["status"] == "ok").to_numpy())[:22]
     return CameraStream(CameraPhoto.of_cache(cache, rows), cache.spec, AUGMENT, decoder, batch_size=4, seed=3)
 
@@ -37,17 +40,48 @@ def stream(cache: PhotoCache, decoder: DaliDecoder) -> CameraStream:
 def test_crops_are_those_of_whole_photos(stream: CameraStream) -> None:
     geometry, colour = draw_epoch(AUGMENT, stream.spec, 22, seed=3, epoch=0)
     stream.spec = replace(stream.spec, mask_outside=False)
-    for crops, positions in itertools.islice(stream, 2):
+    divisors = set()
+    for crops, positions in itertools.islice(stream, 4):
         for crop, n in zip(crops, positions, strict=True):
             photo = stream.photos[n]
-            whole = torch.from_numpy(decode_at(photo.path.read_bytes(), 0))
             warp = geometry[n].astype(np.float64) * (photo.side_px / 64)
             warp[:, 2] += photo.left_px, photo.top_px
-            place = torch.tensor([0]), torch.tensor([list(whole.shape[:2])], dtype=torch.int32)
-            matrices = torch.from_numpy(warp)[None], torch.from_numpy(colour[n : n + 1])
-            want = reference.sample(whole.reshape(-1), *place, *matrices, 64, torch.float32)[0]
+
+            def cut(pixels: np.ndarray, divisor: int, warp: np.ndarray = warp, n: int = n) -> torch.Tensor:
+                place = torch.tensor([0]), torch.tensor([pixels.shape[:2]], dtype=torch.int32)
+                matrices = torch.from_numpy(warp / divisor)[None], torch.from_numpy(colour[n : n + 1])
+                return reference.sample(torch.from_numpy(pixels).view(-1), *place, *matrices, 64, torch.float32)[0]
+
+            # Without DALI: by the largest divisor that leaves a pixel of the photo to one of the crop, on either axis.
+            steps = np.hypot(warp[:, 0], warp[:, 1]).min()
+            most = 1.0 if stream.decoder else steps
+            reduced, divisor = decode_reduced(photo.path.read_bytes(), most)
+            assert divisor <= most < 2 * divisor
+            divisors.add(divisor)
             # In grey levels: the matrices divide by 255 * 0.22.
-            assert 57 * (crop - want).abs().max() < 0.05
+            assert 57 * (crop - cut(reduced, divisor)).abs().max() < 0.05
+            whole = cut(decode_at(photo.path.read_bytes(), 0), 1)
+            assert 57 * (crop - whole).abs().mean() < SCALED_DECODE_GREY_LEVELS
+    assert divisors == ({1} if stream.decoder else {1, 2})
+
+
+def test_the_circle_is_where_its_distance_says() -> None:
+    """Row by row, against the distance of each pixel; in the middle, beside it, turned, sheared and mirrored."""
+    rng = np.random.default_rng(0)
+    geometry = np.concatenate([rng.normal(0, 0.7, (8, 2, 2)), rng.uniform(-10, 70, (8, 2, 1))], axis=2)
+    geometry[0], geometry[1] = [[1, 0, 0], [0, 1, 0]], [[1, 0, 300], [0, 1, 0]]
+    colour = torch.zeros(8, 3, 4)
+    colour[:, :, 3] = -torch.arange(1, 25).view(8, 3)
+    crops = torch.ones(8, 64, 64, 3).permute(0, 3, 1, 2)
+    masked = masked_outside(crops, geometry.astype(np.float32), colour, 64)
+    y, x = np.mgrid[:64, :64] + 0.5
+    place = np.einsum("nij,jhw->nihw", geometry, np.stack([x, y, np.ones_like(x)])) - 32
+    outside = np.hypot(place[:, 0], place[:, 1]) > 32
+    assert (~outside[0]).sum() == pytest.approx(np.pi * 32**2, rel=0.01)
+    assert outside[1].all()
+    for channel in range(3):
+        want = np.where(outside, -np.arange(1 + channel, 25, 3)[:, None, None], 1)
+        np.testing.assert_array_equal(masked[:, channel].numpy(), want)
 
 
 def test_outside_the_field_is_black_as_in_a_cache(stream: CameraStream) -> None:
@@ -119,6 +153,10 @@ def test_bad_files_are_named_and_cost_nothing_else(stream: CameraStream, tmp_pat
     want = {int(n): crop for crops, positions in stream for crop, n in zip(crops, positions, strict=True)}
     assert set(want) - set(got) == {3, 7} & set(want)
     for n, crop in got.items():
+        if n == 5 and stream.decoder is None:
+            # Only a JPEG is decoded smaller.
+            assert 57 * (crop - want[n]).abs().mean() < SCALED_DECODE_GREY_LEVELS
+            continue
         # A whole photo and a window of it have positions of other size, in float32.
         assert (crop - want[n]).abs().max() < 1e-3, n
     assert set(spoilt.faults) <= {broken, tmp_path / "gone.jpg"}
@@ -131,12 +169,24 @@ def test_bad_files_are_named_and_cost_nothing_else(stream: CameraStream, tmp_pat
     [
         ({"rank": 2, "world_size": 2}, "rank must be 0 to world_size - 1 = 1, got 2"),
         ({"batch_size": 12, "world_size": 2}, "22 photos do not fill a batch of 12 on 2 ranks"),
-        ({"batch_size": 9}, "batch_size is 9, the decoder takes 8"),
     ],
 )
 def test_bad_arguments_are_named(stream: CameraStream, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(stream, **changes)
+
+
+def test_a_batch_that_the_decoder_does_not_take(stream: CameraStream) -> None:
+    if stream.decoder is None:
+        assert len(next(iter(replace(stream, batch_size=9)))[1]) == 9
+    else:
+        with pytest.raises(ValueError, match="batch_size is 9, the decoder takes 8"):
+            replace(stream, batch_size=9)
+
+
+def test_without_dali_it_loads() -> None:
+    code = "import sys; sys.modules['nvidia.dali'] = None; import fastfundus.dali.stream"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_windows_hold_what_is_looked_at() -> None:

@@ -45,7 +45,11 @@ CASES: dict[str, tuple[tuple[int, int], torch.Tensor, int]] = {
     "mirrored": ((12, 12), matrix([-1, 0, 12], [0, 1, 0]), 12),
     "sheared": ((20, 20), matrix([0.8, 0.3, 1], [0, 0.9, 0.5]), 18),
     "minify-2": ((32, 32), affine(2.0), 16),
+    # By the columns of a box on the CPU: three and four are unrolled; boxes that overhang go another way.
+    "minify-1.6-turned": ((40, 40), affine(1.6, 20.0, (6.0, -1.0)), 20),
     "minify-2.5-turned": ((40, 40), affine(2.5, 20.0, (3.0, -2.0)), 13),
+    "minify-5-turned": ((64, 48), affine(5.0, -12.0, (1.0, 6.0)), 10),
+    "minify-turned-box-as-large-as-the-photo": ((4, 4), affine(2.0, 45.0, (2.0, -1.0)), 3),
     "minify-7": ((64, 48), affine(7.0), 9),
     "minify-one-axis": ((40, 12), matrix([0.75, 0, 1.2], [0, 3.3, -0.4]), 12),
     "minify-overhang": ((30, 30), affine(4.3, 0, (-9.0, -7.5)), 10),

@@ -12,6 +12,7 @@ import pytest
 
 from fastfundus.photo import prepare_photo
 from fastfundus.photo.header import MOST_BYTES
+from fastfundus.photo.prepare import decode_reduced
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, draw_photo
@@ -216,3 +217,21 @@ def test_real_photos(real_data: Path, pattern: str, least_ok: float) -> None:
         assert result.field is not None
         assert result.image is not None
         assert result.field.confidence > 0.8
+
+
+@pytest.mark.parametrize(
+    ("most", "divisor"), [(0.5, 1), (1.0, 1), (1.99, 1), (2.0, 2), (3.99, 2), (7.9, 4), (8.0, 8), (100.0, 8)]
+)
+def test_a_photo_is_decoded_at_most_so_many_times_smaller(most: float, divisor: int) -> None:
+    rgb = draw_photo(3, long_side=640).image
+    for form, expected in ((".jpg", divisor), (".png", 1)):
+        data = cv2.imencode(form, rgb[..., ::-1])[1].tobytes()
+        got, found = decode_reduced(data, most)
+        assert found == expected
+        assert got.shape == (-(-rgb.shape[0] // expected), -(-rgb.shape[1] // expected), 3)
+        # A pixel of it is the mean of those that it spans, all but for what the DCT does with edges.
+        height, width = rgb.shape[0] // divisor * divisor, rgb.shape[1] // divisor * divisor
+        if form == ".jpg":
+            want = rgb[:height, :width].reshape(height // divisor, divisor, -1, divisor, 3).mean(axis=(1, 3))
+            apart = np.abs(want - got[: height // divisor, : width // divisor])
+            assert apart.mean() < SCALED_DECODE_GREY_LEVELS
