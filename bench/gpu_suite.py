@@ -7,13 +7,11 @@ turns, every timed output is compared, and a case of which one differs is report
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,9 @@ import torch
 from torch import Tensor
 
 from bench.cuda_twin import CudaTwin
-from bench.gpu_part import gpu_environment, tests_of, write_part
+from bench.gpu_part import measured, started, tests_of, write_part
 from bench.harness import Case, Limit, Variant, compare
 from bench.limits import copy_limit
-from bench.machine import environment
 from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
 from fastfundus.kernels import sample as triton_sample
@@ -90,18 +87,6 @@ def all_inputs(dry_run: bool) -> list[Inputs]:
     found.append(make_inputs(whole, *camera, few, small, DTYPES[2], turned=False))
     found.append(make_inputs(f"sample ragged, turned, to {small}", *camera, few, small, DTYPES[2], turned=True))
     return found
-
-
-def measured(
-    name: str, job: Callable[[], tuple[Case, list[Variant]]], device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """A case's figures, or its name and why it has none: the others go on."""
-    try:
-        return compare(*job(), rounds=rounds, device=device.type)
-    except ImportError:
-        raise
-    except Exception as error:  # compilers and libraries of other makers: none of theirs may cost the others
-        return {"case": {"name": name}, "failed": str(error)[:400]}
 
 
 ALLOWED = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -231,21 +216,11 @@ def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
 
 def main() -> int:
     """Measure, write one JSON, print one table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--tests", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options, device, about = started("tests")
     dry_run: bool = options.dry_run
-    if not dry_run and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
-    device = torch.device("cpu" if dry_run else "cuda")
     # Of one byte, read or written.
     copy = copy_limit(1, device=device.type, size=1 << 16 if dry_run else 1 << 30)
-    about = {
-        "dry_run": dry_run,
-        **environment(()),
-        **gpu_environment(),
+    about |= {
         "tests": tests_of(options.tests),
         "copy_gb_per_s": 1e-6 / copy.ms,
         "host": {"compiled": host.load().library is not None},
@@ -254,7 +229,7 @@ def main() -> int:
 
     def measure(name: str, job: Callable[..., tuple[Case, list[Variant]]], *arguments: Any, rounds: int) -> None:
         try:
-            found.append(measured(name, partial(job, *arguments), device, rounds))
+            found.append(measured(name, lambda: compare(*job(*arguments), rounds=rounds, device=device.type)))
         except ImportError as error:
             print(f"{name} is left out: {error}", flush=True)
             return

@@ -10,12 +10,10 @@ and NumPy.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.gpu_part import gpu_environment, write_part
+from bench.gpu_part import measured, started, write_part
 from bench.harness import Case, Variant, compare
 from bench.limits import matmul_limit
-from bench.machine import environment
 from fastfundus.config import AugmentConfig, LoopConfig, OptimiserConfig
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
@@ -158,26 +155,15 @@ def run_cases(
         cases: backbone, size and batch, the most telling first.
         tiny: the only case of a dry run.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
+    options, device, about = started()
     dry_run: bool = options.dry_run
-    if not dry_run and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
-    device = torch.device("cpu" if dry_run else "cuda")
-    about = {"dry_run": dry_run, **environment(()), **gpu_environment()}
     todo = [tiny] if dry_run else cases
     parts: list[dict[str, Any]] = [
         {"case": {"name": f"{theme}: {backbone}, {size} px, batch {batch}"}, "failed": "not measured: no time was left"}
         for backbone, size, batch in todo
     ]
     for index, case in enumerate(todo):
-        try:
-            parts[index] = measure(*case, device, dry_run=dry_run)
-        except Exception as error:
-            # Out of memory, a size that a network does not take, a difference: said, and the others go on.
-            parts[index] |= {"failed": str(error)[:400]}
+        parts[index] = measured(parts[index]["case"]["name"], partial(measure, *case, device, dry_run=dry_run))
         print(json.dumps(parts[index]), flush=True)
         write_part(options.output, theme, about, parts)
 

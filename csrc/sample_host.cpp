@@ -219,11 +219,14 @@ void sample_as(const uint8_t *pixels, const Job &job, void *out, int32_t out_siz
     Source source{pixels + job.offset, job.height, job.width};
     T *typed = static_cast<T *>(out);
     if (mode == kNearest) return nearest_rows<T>(source, job, typed, out_size);
-    if (mode == kInterpolate) return interpolate_rows<T>(source, job, typed, out_size);
+    // Another photo of the batch may be what makes it one to integrate.
+    const Footprint box = footprint(job.geometry);
+    if (mode == kInterpolate || (box.width == 1.0f && box.height == 1.0f))
+        return interpolate_rows<T>(source, job, typed, out_size);
     if (job.geometry[1] == 0.0f && job.geometry[3] == 0.0f) return integrate_upright<T>(source, job, typed, out_size);
     // A zoom by less than two, and by less than three: what training does.
-    if (footprint(job.geometry).columns == 3) return integrate_turned<T, 3>(source, job, typed, out_size);
-    if (footprint(job.geometry).columns == 4) return integrate_turned<T, 4>(source, job, typed, out_size);
+    if (box.columns == 3) return integrate_turned<T, 3>(source, job, typed, out_size);
+    if (box.columns == 4) return integrate_turned<T, 4>(source, job, typed, out_size);
     return integrate_turned<T, 0>(source, job, typed, out_size);
 }
 

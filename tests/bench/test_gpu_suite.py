@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import gpu_part, gpu_suite, gpu_table, gpu_train
-from bench.harness import Case, Variant
+from bench.harness import Case, Variant, compare
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,13 +86,11 @@ def test_bytes_by_hand() -> None:
 
 
 def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
-    cpu = torch.device("cpu")
-
     def breaks() -> None:
         raise RuntimeError("out of memory")
 
     def job(*variants: Variant) -> dict[str, Any]:
-        return gpu_suite.measured("job", lambda: (Case("job", "", 1), list(variants)), cpu, 1)
+        return gpu_part.measured("job", lambda: compare(Case("job", "", 1), list(variants), rounds=1))
 
     found = job(Variant("right", lambda: 1.0, True), Variant("wrong", lambda: 2.0))
     assert found == {"case": {"name": "job"}, "failed": found["failed"]}
