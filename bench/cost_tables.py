@@ -78,8 +78,8 @@ def serve_table(result: dict[str, Any]) -> str:
             f"takes {start['seconds']:.1f} s from command to report (ResNet-50 at 512 px, {start['precision']}).",
             "",
             f"`serve`, {serve['backbone']} at {serve['size']} px {serve['precision']}, {serve['clients']} clients at "
-            f"once for a minute: {serve['answers']:,} answers, {serve['lost_or_mixed_up']} lost or mixed up, "
-            f"{serve['images_per_s']:.0f} photos/s (a batch alone {serve['batch_images_per_s']:.0f}), "
+            f"once, on the same cores, for a minute: {serve['answers']:,} answers, {serve['lost_or_mixed_up']} lost or "
+            f"mixed up, {serve['images_per_s']:.0f} photos/s (a batch alone {serve['batch_images_per_s']:.0f}), "
             f"{serve['p50_s']:.2f} s at the median, {serve['p99_s']:.2f} s at p99, "
             f"{serve['photos_an_engine_call']:.0f} photos an engine call.",
             "",

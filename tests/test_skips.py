@@ -31,8 +31,8 @@ def test_plain():
 @pytest.mark.parametrize(
     ("required", "processes", "named"),
     [
-        ("", "2", []),
-        ("FASTFUNDUS_REQUIRE_KERNELS", "2", ["test_kernel"]),
+        ("", "1", []),
+        ("FASTFUNDUS_REQUIRE_KERNELS", "1", ["test_kernel"]),
         ("FASTFUNDUS_REQUIRE_GPU", "0", ["test_kernel", "test_on_a_gpu"]),
     ],
 )
