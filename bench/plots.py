@@ -36,6 +36,7 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
             "Feeding training, 512 px",
             [
                 ("FastFundus, cache", fed["FastFundus, train's feed"], OURS),
+                ("FastFundus, files", fed["FastFundus, from files"], OURS),
                 ("torchvision v2", fed["torchvision v2, DataLoader"], THEIRS),
                 ("timm", fed["timm, create_loader"], THEIRS),
                 ("Albumentations", fed["Albumentations, DataLoader"], THEIRS),
