@@ -193,16 +193,25 @@ FASTFUNDUS_BOTH Rgb nearest(const Source &source, float x, float y) {
 
 enum Mode : int32_t { kInterpolate = 0, kIntegrate = 1, kNearest = 2 };
 
+struct Position {
+    float x, y;
+};
+
+// Where in the source the centre of output pixel (row, column) lies.
+FASTFUNDUS_BOTH Position position(const float *geometry, int32_t row, int32_t column) {
+    float along_x = static_cast<float>(column) + 0.5f, along_y = static_cast<float>(row) + 0.5f;
+    return {geometry[0] * along_x + geometry[1] * along_y + geometry[2],
+            geometry[3] * along_x + geometry[4] * along_y + geometry[5]};
+}
+
 // RGB in grey levels at the centre of output pixel (row, column).
 template <Mode mode>
 FASTFUNDUS_BOTH Rgb sample_pixel(const Source &source, const float *geometry, const Footprint &box, int32_t row,
                                  int32_t column) {
-    float along_x = static_cast<float>(column) + 0.5f, along_y = static_cast<float>(row) + 0.5f;
-    float x = geometry[0] * along_x + geometry[1] * along_y + geometry[2];
-    float y = geometry[3] * along_x + geometry[4] * along_y + geometry[5];
-    if (mode == kNearest) return nearest(source, x, y);
-    if (mode == kIntegrate) return integrate(source, box, x, y);
-    return interpolate(source, x, y);
+    Position at = position(geometry, row, column);
+    if (mode == kNearest) return nearest(source, at.x, at.y);
+    if (mode == kIntegrate) return integrate(source, box, at.x, at.y);
+    return interpolate(source, at.x, at.y);
 }
 
 // `colour`: float32 [3, 4]. Nothing is clamped.

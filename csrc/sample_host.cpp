@@ -88,14 +88,10 @@ void interpolate_rows(const Source &source, const Job &job, T *out, int32_t out_
     Line line(out_size);
     std::vector<float> xs(out_size), ys(out_size), rights(out_size), lowers(out_size);
     std::vector<int32_t> offsets(out_size);
-    const float *geometry = job.geometry;
     const int32_t last_row = source.height - 1, last_column = source.width - 2, width = source.width;
     for (int32_t row = 0; row < out_size; ++row) {
-        float along_y = static_cast<float>(row) + 0.5f;
         for (int32_t column = 0; column < out_size; ++column) {
-            float along_x = static_cast<float>(column) + 0.5f;
-            float x = geometry[0] * along_x + geometry[1] * along_y + geometry[2];
-            float y = geometry[3] * along_x + geometry[4] * along_y + geometry[5];
+            auto [x, y] = position(job.geometry, row, column);
             float left = floorf(x - 0.5f), top = floorf(y - 0.5f);
             int32_t at_column = static_cast<int32_t>(left), at_row = static_cast<int32_t>(top);
             xs[column] = x;
@@ -184,16 +180,12 @@ void integrate_turned(const Source &source, const Job &job, T *out, int32_t out_
     Line line(out_size);
     const int32_t columns = known > 0 ? known : box.columns;
     std::vector<float> shares(columns);
-    const float *geometry = job.geometry;
     const float area = 1.0f / (box.width * box.height);
     // A pixel to spare on the right, for `load_wide`.
     const int32_t last_column = source.width - columns - 1, last_row = source.height - box.rows;
     for (int32_t row = 0; row < out_size; ++row) {
-        float along_y = static_cast<float>(row) + 0.5f;
         for (int32_t column = 0; column < out_size; ++column) {
-            float along_x = static_cast<float>(column) + 0.5f;
-            float x = geometry[0] * along_x + geometry[1] * along_y + geometry[2];
-            float y = geometry[3] * along_x + geometry[4] * along_y + geometry[5];
+            auto [x, y] = position(job.geometry, row, column);
             Span across = span(x, box.width), down = span(y, box.height);
             if (across.first < 0 || across.first > last_column || down.first < 0 || down.first > last_row) {
                 line.store(column, recolour(job.colour, integrate(source, box, x, y)));
