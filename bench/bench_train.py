@@ -1,13 +1,14 @@
-"""Training ResNet-50 on the CPU: `train --amp` against the peers' habit, in turns in one run.
+"""Training of ResNet-50 on the CPU: `train --amp` against the baseline, interleaved in one run.
 
     make bench SUITES=train         timed
-    make test                       once, tiny
+    make test                       once with tiny inputs
 
-The peers' habit: JPEG files, Pillow, torchvision's transforms, a DataLoader with a worker a core, float32, channels
-first, the loss read after every step. Ours: the loop's own feed, step and averaged weights, on a cache of the same
-photos. Each variant starts with untimed steps, so that loaders are as full at the end of a turn as at its beginning.
-Files are twice as wide as the model's input, which favours the peers: cameras' are ten times as wide.
-What is compared is the loss: each sees batches of its own, but one that does not learn, or not a number, is far off.
+The baseline is what peers usually do: JPEG files, Pillow, torchvision's transforms, a DataLoader with one worker per
+core, float32, channels first, and the loss read after every step. Ours uses the loader, step and averaged weights of
+the training loop, on a cache of the same photos. Each variant starts its turn with untimed steps, so that loaders are
+as full at the end of the turn as at its beginning. The files are twice as wide as the model's input, which favours the
+peers: camera files are ten times as wide. Losses are compared: each variant sees its own batches, but one that does not
+learn or whose loss is not finite is far off.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,19 @@ from fastfundus.models.classifier import uses_channels_last
 from fastfundus.photo.memory import keep_memory
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import write_dataset
+from fastfundus.train.precision import native_dtypes, resolve_precision
 from fastfundus.train.problem import Grading
 from fastfundus.train.step import AveragedModel, TrainStep, build_optimiser
 
 CASES, TINY = (("resnet50", 224, 16, 3, 7), ("resnet50", 512, 8, 2, 5)), (("resnet18", 32, 4, 1, 1),)
-"""Backbone, size, batch, steps of a turn, rounds."""
+"""Backbone, input size, batch size, steps per turn, rounds."""
 LOSS = 2.0
-"""Three times a coin's: losses of different batches of the first steps lie within."""
+"""About three times the loss of random guessing: in the first steps, losses of different batches differ by less."""
 RESIDENT, SINGLE = "its step alone, on one resident batch", "FastFundus, train --no-amp"
 
 
 class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """JPEG files and labels, as ImageFolder users have them."""
+    """JPEG files and labels, as users of ImageFolder have them."""
 
     def __init__(self, cache: PhotoCache, size: int) -> None:
         from torchvision import transforms
@@ -76,12 +79,12 @@ class Files(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Turns:
-    """Steps of one variant: one call takes some of them, and gives the mean loss.
+    """Training steps of one variant; each call takes some of them and returns their mean loss.
 
     Args:
-        step: learns from a batch, gives its loss.
-        batches: without end, begun anew for each turn.
-        steps: of a call.
+        step: learns from a batch and returns its loss.
+        batches: context with endless batches, entered anew for each turn.
+        steps: number of steps per call.
     """
 
     def __init__(
@@ -91,30 +94,30 @@ class Turns:
         self._step, self._batches, self._steps = step, batches, steps
 
     def begin(self) -> None:
-        """The workers' queues are full after the first of these steps."""
+        """Start the batches and take two untimed steps; the workers' queues are full after the first."""
         self._open = ExitStack()
         self._given = self._open.enter_context(self._batches())
         for _ in range(2):
             self._step(next(self._given))
 
     def end(self) -> None:
-        """Let go of the batches."""
+        """Release the batches."""
         self._open.close()
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Both, around a call."""
+        """Call `begin` before the body and `end` after it."""
         self.begin()
         yield
         self.end()
 
     def __call__(self) -> np.ndarray:
-        """Take the steps."""
+        """Take the steps and return their mean loss."""
         return np.array([float(sum(self._step(next(self._given)) for _ in range(self._steps))) / self._steps])
 
 
 def peer(cache: Path, backbone: str, size: int, batch: int, steps: int) -> Turns:
-    """The peers' habit, on the files that a cache was made from."""
+    """Build the baseline on the files that a cache was made from."""
     torch.manual_seed(0)
     model = timm.create_model(backbone, num_classes=1).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -131,7 +134,7 @@ def peer(cache: Path, backbone: str, size: int, batch: int, steps: int) -> Turns
 
         given = forever()
         yield given
-        # Ends the workers: they must not read ahead in the turns of others.
+        # End the workers: they must not read ahead while other variants are timed.
         given.close()  # type: ignore[attr-defined]
 
     def step(given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -147,10 +150,11 @@ def peer(cache: Path, backbone: str, size: int, batch: int, steps: int) -> Turns
 
 
 def ours(cache: PhotoCache, backbone: str, batch: int, steps: int, *, amp: bool, resident: bool) -> Turns:
-    """The loop's own parts: feed, step, averaged weights."""
-    settings = {"model": {"backbone": backbone}, "data": {"folds": 3}, "loop": {"batch_size": batch, "amp": amp}}
-    config = TrainConfig.from_dict(settings)
-    cpu = torch.device("cpu")
+    """Build a variant from the parts of the training loop: loader, step, averaged weights."""
+    settings = {"model": {"backbone": backbone}, "data": {"folds": 3}, "loop": {"batch_size": batch}}
+    cpu, config = torch.device("cpu"), TrainConfig.from_dict(settings)
+    loop, _ = resolve_precision(replace(config.loop, amp="auto" if amp else False), cpu)
+    config = replace(config, loop=loop)
     problem = Grading(cache, config, lambda text: None)
     model, _ = problem.create(config.model)
     model = model.train()
@@ -181,12 +185,14 @@ def ours(cache: PhotoCache, backbone: str, batch: int, steps: int, *, amp: bool,
 def training(
     folder: Path, backbone: str, size: int, batch: int, steps: int, *, photos: int, here: bool
 ) -> tuple[Case, list[Variant]]:
-    """The job of a turn, and everyone's way to do it; the peers in this process where `here`."""
+    """Build the case of one turn and its variants; the baseline runs in this process if `here`."""
     write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(2 * size,))
     listing = list_photos(folder / "photos", labels=folder / "photos" / "labels.csv")
     cache = build_cache(listing.photos, folder / "cache", PreprocessSpec(size=size), source=listing.root)
     flops = 3.0 * flops_of(backbone, size) * steps * batch
-    exact, autocast = (matmul_limit(kind, flops, quick=here) for kind in ("fp32", "bf16"))
+    exact = autocast = matmul_limit("fp32", flops, quick=here)
+    if native_dtypes(torch.device("cpu")):
+        autocast = matmul_limit("bf16", flops, quick=here)
     case = Case(
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
         flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,
@@ -205,14 +211,14 @@ def training(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All sizes where it is timed."""
+    """Use all sizes when timing, and the tiny case otherwise."""
     cases = CASES if metafunc.config.getoption("benchmark_enable") else TINY
     metafunc.parametrize(("backbone", "size", "batch", "steps", "rounds"), cases)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+@pytest.mark.filterwarnings("ignore")  # the peers' own warnings
 def test_train(benchmark: Any, tmp_path: Path, backbone: str, size: int, batch: int, steps: int, rounds: int) -> None:
-    """Photos/s of steps with data."""
+    """Measure photos/s of training steps including data loading."""
     keep_memory()
     torch.manual_seed(0)
     job = training(tmp_path, backbone, size, batch, steps, photos=96, here=benchmark.disabled)

@@ -1,11 +1,11 @@
-"""Training on a GPU: what a step, a compiled step and the feed do, each alone and together; `gpu_suite.sh` calls it.
+"""Training on a GPU: eager and compiled steps and the loader, alone and together; called by `gpu_suite.sh`.
 
     python -m bench.gpu_train --output FOLDER [--dry-run]
 
-Photos are random: a set of them lies in memory as a cache would. Four variants of one step, in turns: eager with
-autocast and channels first (the peers' habit), compiled and channels last as the loop has it, on one resident batch
-each; then the compiled one with photos from the GPU's memory, and with photos through pinned memory. Needs torch, timm
-and NumPy.
+Photos are random and kept in memory as a cache would be. Four variants of one step are interleaved: eager with autocast
+and channels first (the baseline, as peers do), and compiled with channels last as in the training loop, each on one
+resident batch; then the compiled step with photos from GPU memory, and with photos through pinned memory. Needs torch,
+timm and NumPy.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ EAGER, COMPILED, RESIDENT, PINNED = (
     "compiled, photos through pinned memory",
 )
 UPSTREAM_PHOTOS = 57_803
-"""Of the paper's upstream set, for the time of an epoch."""
+"""Number of photos in the paper's upstream set, for the time of an epoch."""
 Batch = tuple[Tensor, Tensor]
 LOSS = 2.0
-"""Three times a coin's: what does not learn, or is not a number, is further off."""
+"""About three times the loss of random guessing; a model that does not learn or a non-finite loss is further off."""
 
 
 def stepper(
     backbone: str, size: int, device: torch.device, *, compiled: bool, channels_last: bool, dry_run: bool
 ) -> tuple[Callable[[Batch], Tensor], nn.Module]:
-    """One step of the loop, its averaged weights included."""
+    """Build one step of the training loop, including its averaged weights; return it and its model."""
     torch.manual_seed(0)
     options = {"img_size": size} if "vit" in backbone else {}
     model = timm.create_model(backbone, num_classes=1, **options).to(device).train()
@@ -61,7 +61,7 @@ def stepper(
     averaged = AveragedModel(model, 0.999)
     graphs = compiled and not dry_run
     step = TrainStep(
-        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), binary_loss,
+        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"), binary_loss,
         clip_norm=1.0, device=device, graphs=graphs,
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def stepper(
 def fed(
     feed: PhotoFeed, count: int, spec: PreprocessSpec, batch: int, device: torch.device, channels_last: bool
 ) -> Iterator[Batch]:
-    """Batches as the loop has them, without end."""
+    """Yield batches without end, as the training loop loads them."""
     truth = torch.zeros(batch, 1)
     epoch = 0
     while True:
@@ -94,7 +94,7 @@ def fed(
 
 
 def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_run: bool) -> dict[str, Any]:
-    """The case of some steps, every way to do it, compared."""
+    """Measure and compare all variants on some training steps."""
     rounds, steps, count = (1, 1, 2 * batch) if dry_run else (5, 10, max(4 * batch, 1024))
     spec = PreprocessSpec(size=size)
     photos = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
@@ -119,7 +119,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
 
     @contextmanager
     def warmed(job: Callable[[], Tensor]) -> Iterator[None]:
-        job()  # feeds refill, graphs are captured
+        job()  # loaders refill, graphs are captured
         yield
 
     inputs = torch.zeros(1, 3, size, size, device=device)
@@ -147,12 +147,12 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
 def run_cases(
     theme: str, measure: Callable[..., dict[str, Any]], cases: list[tuple[str, int, int]], tiny: tuple[str, int, int]
 ) -> None:
-    """Measure each case, print it, and write the JSON; the command line says where, and whether without a GPU.
+    """Measure and print each case and write the JSON, as the command line requests.
 
     Args:
-        theme: first part of the file's name.
-        measure: of backbone, size, batch, device and `dry_run`.
-        cases: backbone, size and batch, the most telling first.
+        theme: first part of the file name.
+        measure: function of backbone, size, batch, device and `dry_run`.
+        cases: backbone, size and batch of each case, the most informative first.
         tiny: the only case of a dry run.
     """
     options, device, about = started()
@@ -169,7 +169,7 @@ def run_cases(
 
 
 def main() -> None:
-    """Measure training steps."""
+    """Measure the training steps."""
     cases = [
         ("resnet50", 512, 64),
         ("resnet50", 224, 256),

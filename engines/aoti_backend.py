@@ -1,7 +1,7 @@
-"""AOTInductor: the model compiled ahead of time into one package, for this CPU or GPU. Needs torch, also to run.
+"""AOTInductor backend: the model compiled ahead of time into one package for this CPU or GPU.
 
-The package holds machine code for the processor and the torch it was built with; `bundle.json` says which, and another
-machine refuses it.
+Both building and running need torch. The package contains machine code for one device and one torch version; both are
+recorded in `bundle.json`, and loading it on any other combination is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.runtime import Blueprint, Engine, require_needs
 from fastfundus.errors import BundleError, require
+from fastfundus.machine import cpu_computes_bfloat16
 
 __all__ = ["PACKAGE", "AotiEngine", "build", "load", "needs", "precisions"]
 
@@ -23,7 +24,7 @@ _FILE = "engine.pt2"
 
 
 def needs() -> dict[str, str]:
-    """What a machine must have to run what is built here: this torch, and this GPU or set of instructions."""
+    """Return what a machine needs to run engines built here: this torch, and this GPU or CPU instruction set."""
     import torch
 
     if torch.cuda.is_available():
@@ -34,23 +35,24 @@ def needs() -> dict[str, str]:
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this machine computes in, fastest first."""
+    """Return the precisions this machine computes in, fastest first."""
     import torch
 
-    fast = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # torch's own check also returns True for processors that only emulate bfloat16.
+    fast = torch.cuda.get_device_capability()[0] >= 8 if torch.cuda.is_available() else cpu_computes_bfloat16()
     return ("bf16", "fp32") if fast else ("fp32",)
 
 
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
-    """Compile for the device of this machine.
+    """Compile the model for the device of this machine.
 
     Args:
-        blueprint: its model.
-        folder: where the package goes.
-        precision: what the classifier computes in; preprocessing and probabilities stay float32.
+        blueprint: source of the engine; only its model is used.
+        folder: folder to write the package to.
+        precision: precision of the network; preprocessing and probabilities stay float32.
 
     Returns:
-        What `bundle.json` says of the engine: its file, and what a machine needs to run it.
+        Entries for `bundle.json`: the engine's file, and what a machine needs to run it.
     """
     import copy
 
@@ -70,7 +72,7 @@ def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
     """Load the engine of a bundle.
 
     Raises:
-        BundleError: it was built for another device or torch.
+        BundleError: if the engine was built for another device or torch version.
     """
     require("torch", extra="train")
     require_needs(folder, about["needs"], needs())
@@ -78,14 +80,14 @@ def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
 
 
 class AotiEngine(Engine):
-    """A compiled package.
+    """Engine that runs a compiled AOTInductor package.
 
     Args:
-        file: the package.
+        file: path of the package.
         size: side of the photos in pixels.
 
     Raises:
-        BundleError: it cannot be loaded.
+        BundleError: if the package cannot be loaded.
     """
 
     def __init__(self, file: Path, size: int) -> None:
@@ -96,15 +98,15 @@ class AotiEngine(Engine):
         try:
             self._model: Any = torch._inductor.aoti_load_package(str(file))
         except Exception as error:
-            # A damaged archive, a library that does not load: torch has no type of error of its own for them.
-            raise BundleError(f"{file}: torch cannot load it ({str(error).splitlines()[0]}); build it again") from None
+            # Damaged archive or library that does not load: torch has no dedicated exception type for these.
+            raise BundleError(f"{file}: torch cannot load it ({str(error).splitlines()[0]}); rebuild it") from None
         super().__init__(size, str(file.parent))
 
     def run_on_device(self, photos: Any) -> Any:
-        """Score photos that are a tensor on the engine's device, uint8 [N, S, S, 3]; nothing is checked.
+        """Score a uint8 [N, S, S, 3] tensor on the engine's device, without checking it.
 
         Returns:
-            The probabilities, a tensor on that device.
+            Tensor of probabilities on the same device.
         """
         with self._torch.inference_mode():
             return self._model(photos)

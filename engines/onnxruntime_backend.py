@@ -1,8 +1,7 @@
-"""ONNX Runtime on the CPU: the portable engine, the very graph that every bundle holds. No torch."""
+"""ONNX Runtime backend on the CPU: a portable engine that runs the ONNX graph in every bundle. Does not need torch."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
 from fastfundus.errors import BundleError, require
+from fastfundus.machine import usable_cores
 
 __all__ = ["PACKAGE", "OnnxRuntimeEngine", "build", "load", "precisions"]
 
@@ -19,12 +19,12 @@ PACKAGE = "onnxruntime"
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this machine computes in, fastest first."""
+    """Return the precisions this machine computes in, fastest first."""
     return ("fp32",)
 
 
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
-    """The graph of the bundle is the engine; as `openvino_backend.build`."""
+    """Copy the graph of the bundle, which is the engine; see `openvino_backend.build`."""
     shutil.copy(blueprint.graph, folder / GRAPH)
     return {"engine": GRAPH, "needs": {}}
 
@@ -35,30 +35,30 @@ def load(folder: Path, about: dict[str, Any]) -> OnnxRuntimeEngine:
 
 
 class OnnxRuntimeEngine(Engine):
-    """A graph in ONNX Runtime, on all cores.
+    """Engine that runs a graph in ONNX Runtime, on all available cores.
 
     Args:
-        file: the ONNX graph.
+        file: path of the ONNX graph.
         size: side of the photos in pixels.
 
     Raises:
-        MissingDependency: onnxruntime is not installed.
-        BundleError: the graph cannot be loaded.
+        MissingDependency: if onnxruntime is not installed.
+        BundleError: if the graph cannot be loaded.
     """
 
     def __init__(self, file: Path, size: int) -> None:
         runtime = require("onnxruntime", extra="onnxruntime")
         options = runtime.SessionOptions()
-        # Named rather than left to defaults: an engine must be the one that passed the gate.
+        # Set explicitly instead of relying on defaults, so that the engine is the one that passed the gate.
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = usable_cores()
         options.log_severity_level = 3
         try:
             self._session: Any = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            # Its errors share no type of their own but derive from Exception alone.
+            # The errors of ONNX Runtime have no common base class other than Exception.
             raise BundleError(
-                f"{file}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); build it again"
+                f"{file}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); rebuild it"
             ) from None
         self._input = self._session.get_inputs()[0].name
         super().__init__(size, str(file.parent))

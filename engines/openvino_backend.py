@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: the default engine. No torch."""
+"""OpenVINO backend on the CPU, the default. Does not need torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.runtime import Blueprint, Engine
 from fastfundus.errors import BundleError
+from fastfundus.machine import cpu_quota, usable_cores
 
 __all__ = ["PACKAGE", "OpenVinoEngine", "build", "forbid_telemetry", "load", "precisions", "shared_core"]
 
@@ -19,10 +20,10 @@ PACKAGE = "openvino"
 
 
 def forbid_telemetry(package: str) -> None:
-    """Call before importing OpenVINO or a tool of its makers: a machine that screens patients reports to nobody.
+    """Disable telemetry before OpenVINO or a related tool is imported, since patient screening must not phone home.
 
-    Importing OpenVINO alone sends statistics over the network, unless its package for that is absent: so it is made to
-    look. What a program has imported before us stays as it is.
+    Merely importing OpenVINO sends usage statistics over the network unless its telemetry package is absent, so this
+    makes the package look absent. It has no effect if the program has imported `package` already.
     """
     if package not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
@@ -30,10 +31,10 @@ def forbid_telemetry(package: str) -> None:
 
 @functools.cache
 def shared_core() -> Any:
-    """OpenVINO's core, one for the whole process and never freed before it ends.
+    """Return OpenVINO's core, shared by the whole process and never freed before it exits.
 
-    Its CPU plugin installs a stack for signal handlers, and puts back the one it found when it is freed. Two cores
-    freed in the order they were made leave a stack that is gone: the next Ctrl-C then ends in a segmentation fault.
+    The CPU plugin installs a signal handler stack and restores the previous one when it is freed. If two cores are
+    freed in the order of their creation, a freed stack stays installed and the next Ctrl-C causes a segmentation fault.
     """
     forbid_telemetry("openvino")
     import openvino
@@ -42,9 +43,9 @@ def shared_core() -> Any:
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this processor computes in, integers last: "bf16" where it has AMX or AVX-512 BF16.
+    """Return the precisions this processor computes in, int8 last: "bf16" needs AMX or AVX-512 BF16.
 
-    "int8" runs on any; what is left in floating point then computes in bf16 where there is such.
+    "int8" runs on any processor; layers left in floating point then use bf16 where available.
     """
     return ("bf16", "fp32", "int8") if _has_bf16() else ("fp32", "int8")
 
@@ -59,17 +60,17 @@ def load(folder: Path, about: dict[str, Any]) -> OpenVinoEngine:
 
 
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
-    """Convert ONNX to OpenVINO's own format; what stays in floating point is chosen when loading.
+    """Convert the ONNX graph to OpenVINO's format; the floating-point type is chosen when the engine is loaded.
 
     Args:
-        blueprint: its graph, and for "int8" its calibration photos.
-        folder: where the engine goes.
+        blueprint: source of the engine; only its graph and, for "int8", its calibration photos are used.
+        folder: folder to write the engine to.
         precision: one of `precisions`.
 
     Returns:
-        What `bundle.json` says of the engine: its file, and for "int8" how it was quantised.
+        Entries for `bundle.json`: the engine's file and, for "int8", how it was quantised.
     """
-    # Before the import: the core's comes without telemetry.
+    # Must precede the import, because `shared_core` disables telemetry.
     core = shared_core()
     import openvino
 
@@ -84,42 +85,46 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
 
 
 class OpenVinoEngine(Engine):
-    """A model compiled for this CPU.
+    """Engine that runs a model compiled for this CPU.
 
-    Photos are dealt to as many requests as there are streams, which run at once: on small machines this keeps every
-    core busy better than one stream that spans them all.
+    Photos are distributed over one inference request per stream, and all streams run concurrently. On small machines
+    this uses the cores better than a single stream that spans all of them.
 
     Args:
-        file: `engine.xml`, or an ONNX graph.
+        file: path of `engine.xml` or of an ONNX graph.
         size: side of the photos in pixels.
         precision: one of `precisions`.
 
     Raises:
-        BundleError: it was built for bfloat16 and this processor has none, or cannot be loaded.
+        BundleError: if the engine was built for bfloat16 and this processor lacks it, or it cannot be loaded.
     """
 
     def __init__(self, file: Path, size: int, precision: str) -> None:
         core = shared_core()
         if precision not in precisions():
             raise BundleError(
-                f"{file.parent}: was built for bfloat16, which this processor lacks; build here with --precision fp32, "
-                "or run the graph inside it in float32: --backend openvino"
+                f"{file.parent}: built for bfloat16, which this processor lacks; rebuild it with --precision fp32, or "
+                "run the float32 graph in the bundle: --backend openvino"
             )
-        # Everything that could differ from the engine that passed the gate is named, not left to defaults.
+        # Set explicitly instead of relying on defaults, so that the engine is the one that passed the gate.
         rest = "f32" if precision == "fp32" or not _has_bf16() else "bf16"
-        config = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": rest}
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": rest}
+        quota = cpu_quota()
+        if quota is not None:
+            # OpenVINO respects the CPU affinity of the process, but not the CPU quota of a container.
+            config["INFERENCE_NUM_THREADS"] = usable_cores()
         try:
             model = core.read_model(file)
-            # A fixed batch of one lets the compiler plan memory; photos are spread over streams.
+            # A fixed batch size of one lets the compiler plan memory; photos are distributed over streams.
             model.reshape([1, size, size, 3])
             self._model: Any = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise BundleError(
-                f"{file}: OpenVINO cannot load it ({str(error).splitlines()[0]}); build it again"
+                f"{file}: OpenVINO cannot load it ({str(error).splitlines()[0]}); rebuild it"
             ) from None
         count = self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        # Plain requests, waited for in turn. OpenVINO's queue with a Python callback can deadlock when it is freed: its
-        # destructor holds the interpreter's lock while the last callback asks for it.
+        # Plain requests, awaited in turn. OpenVINO's queue with a Python callback can deadlock when it is freed: its
+        # destructor holds the GIL while the last callback waits for it.
         self._requests: list[Any] = [self._model.create_infer_request() for _ in range(count)]
         self._shape = tuple(self._model.output(0).shape)[1:]
         super().__init__(size, str(file.parent))

@@ -1,4 +1,4 @@
-"""A Ray cluster, joined for as long as work is dealt to it."""
+"""Connection to a Ray cluster, for as long as work runs on it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastfundus.errors import ConfigError, require
+from fastfundus.machine import usable_cores
 
 __all__ = ["cores_of_machines", "joined"]
 
 
 @contextmanager
 def joined(address: str) -> Iterator[Any]:
-    """Join a cluster, and leave it.
+    """Connect to a cluster, and disconnect on exit.
 
     Args:
-        address: of the cluster's head ("host:6379", "ray://host:10001", "auto"), or "local" for this machine alone.
+        address: address of the head node ("host:6379", "ray://host:10001", "auto"), or "local" for this machine alone.
 
     Yields:
-        Ray itself.
+        The module `ray`.
 
     Raises:
         MissingDependency: Ray is not installed.
         ConfigError: the cluster cannot be reached.
     """
-    # It reports its use over the network unless told not to.
+    # By default, Ray sends usage statistics over the network.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What its own parts have to say to each other is for its makers.
+    # Ray's internal log messages are of no use to users.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray: Any = require("ray", extra="fleet")
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    here = {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    here = {"num_cpus": usable_cores(), "include_dashboard": False}
     where = here if address == "local" else {"address": address}
     try:
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"--ray {address}: cannot be reached ({str(error).splitlines()[0]}); does it run, and is RAY_AUTH_MODE "
-            "here what it is there?"
+            f"--ray {address}: cannot be reached ({str(error).splitlines()[0]}); check that the cluster is running, "
+            "and that RAY_AUTH_MODE is the same here and there"
         ) from None
     try:
         yield ray
@@ -50,6 +51,6 @@ def joined(address: str) -> Iterator[Any]:
 
 
 def cores_of_machines(ray: Any) -> list[int]:
-    """Cores of each machine of the cluster that has any."""
+    """Return the number of cores of each machine of the cluster that has any."""
     cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return [count for count in cores if count]

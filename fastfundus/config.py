@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
+import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -218,10 +219,13 @@ class LoopConfig:
     """Batches a step: their gradients are averaged before the weights change, as if they had been one large batch."""
     patience: int = 0
     """Epochs without a better score on validation after which the run ends; 0 runs to the last epoch."""
-    amp: bool = True
-    """Autocast for the model's forward pass; weights, loss and optimiser stay float32."""
-    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
-    """What autocast computes in. float16 is for GPUs older than A100: its gradients are scaled to stay in range."""
+    amp: bool | Literal["auto"] = "auto"
+    """Automatic mixed precision: autocast for the forward pass; weights, loss and optimizer stay float32. "auto" uses
+    it where the device computes a 16-bit type natively, and float32 elsewhere; true and false force it. The choice is
+    stored with the run, and a resumed run keeps it."""
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """Type that autocast computes in. "auto" is bfloat16 on GPUs of compute capability 8.0 or higher and on processors
+    with AVX-512 BF16 or AMX, float16 on GPUs of 7.0 or higher. float16's gradients are scaled to stay in range."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
     """torch.compile; "graphs" with CUDA graphs too ("reduce-overhead"). "auto" takes "graphs" on one GPU, "on" on
     several, and "off" on a CPU, where it costs a minute and gains nothing measured."""
@@ -355,9 +359,19 @@ def _read(kind: Any, value: Any, name: str) -> Any:
         if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
             raise ConfigError(f"{name} must be a list of names, got {value!r}")
         return tuple(value)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return _read_union(kind, value, name)
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
     return value
+
+
+def _read_union(kind: Any, value: Any, name: str) -> Any:
+    """Read a setting that is a truth value or one of some words."""
+    words = [word for part in typing.get_args(kind) for word in typing.get_args(part)]
+    if type(value) is bool or value in words:
+        return value
+    raise ConfigError(f"{name} must be true, false or {' or '.join(map(json.dumps, words))}, got {value!r}")
 
 
 def to_toml(plain: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Spec, config and errors: what they accept, what they say."""
+"""Spec, config and errors: accepted values and messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_fingerprint_is_of_the_meaning_not_of_the_spelling() -> None:
     assert PreprocessSpec(mean=[0.485, 0.456, 0.406]).fingerprint == spec.fingerprint  # type: ignore[arg-type]
     others = [{"size": 224}, {"margin": 0.03}, {"field": "frame"}, {"mask_outside": False}, {"std": (1.0, 1.0, 1.0)}]
     assert len({spec.fingerprint, *(PreprocessSpec(**other).fingerprint for other in others)}) == 6
-    # Caches, runs and bundles in the field carry this number: it may only change together with spec.version.
+    # Existing caches, runs and bundles contain this value: it may only change together with spec.version.
     assert spec.fingerprint == "82dfd902f4ecf2f44b36fb3eeaf5cb80241bde67f8c504ea33daee3595e739e5"
 
 
@@ -70,7 +70,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
         ({"loop": {"epoch": 3}}, "loop.epoch is not a setting; did you mean 'epochs'"),
         ({"loop": {"epochs": "3"}}, "loop.epochs must be int, got '3'"),
         ({"loop": {"epochs": 0}}, "loop.epochs must be 1 to 100000, got 0"),
-        ({"loop": {"amp": 1}}, "loop.amp must be bool, got 1"),
+        ({"loop": {"amp": 1}}, "loop.amp must be true, false or \"auto\", got 1"),
         ({"loop": {"compile": "maybe"}}, "loop.compile must be 'auto' or 'on' or 'graphs' or 'off', got 'maybe'"),
         ({"loop": 3}, "loop must be a table of settings, got 3"),
         ({"data": {"folds": 3, "fold": 3}}, "data.fold must be 0 to 2, got 3"),

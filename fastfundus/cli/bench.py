@@ -1,4 +1,4 @@
-"""``fastfundus bench``."""
+"""The ``fastfundus bench`` command."""
 
 from __future__ import annotations
 
@@ -20,17 +20,25 @@ _SOME = 64
 
 @click.command()
 @click.argument("suite", type=click.Choice(_SUITES), default="all")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Engine to measure; without one, preparing only.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to measure; without it, only preparing.")
 @click.option(
-    "--photos", type=click.Path(path_type=Path), help="Photos to measure with; drawn ones of 8 megapixels else."
+    "--photos", type=click.Path(path_type=Path), help="Photos to use  [default: synthetic ones of 8 megapixels]"
 )
-@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="A measurement, at least.")
-@click.option("--predict", is_flag=True, help="Say what another machine would do in an hour, and what would limit it.")
-@click.option("--cores", type=click.IntRange(1), help="Of that machine; this one's else.")
-@click.option("--gpus", type=click.IntRange(0), default=0, help="That run the engine there.")
-@click.option("--gpu-rate", type=click.FloatRange(0, min_open=True), metavar="IMAGES/S", help="Of one GPU's engine.")
-@click.option("--storage", type=click.FloatRange(0, min_open=True), metavar="MB/S", help="What its storage delivers.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1),
+    default=5.0,
+    show_default=True,
+    help="Minimum duration of each measurement.",
+)
+@click.option("--predict", is_flag=True, help="Also predict the throughput of another machine.")
+@click.option("--cores", type=click.IntRange(1), help="CPU cores of the other machine  [default: as here]")
+@click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs of the other machine.")
+@click.option(
+    "--gpu-rate", type=click.FloatRange(0, min_open=True), metavar="IMAGES/S", help="Throughput of the engine per GPU."
+)
+@click.option("--storage", type=click.FloatRange(0, min_open=True), metavar="MB/S", help="Read rate of the storage.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def bench(
     suite: str,
     bundle: Path | None,
@@ -43,10 +51,13 @@ def bench(
     storage: float | None,
     as_json: bool,
 ) -> None:
-    r"""Measure this machine: preparing photos, the engine, and the whole way; each alone, and which limits.
+    r"""Measure the throughput of this machine and find its bottleneck.
 
-    With --predict: what a machine with other cores, GPUs and storage would do in an hour. Its cores are taken to be
-    like these here, and photos to be like those given.
+    Measures preparing photos, running the engine, and screening end to end, each on its own. SUITE selects one of them.
+
+    With --predict, also predicts the hourly throughput and the bottleneck of another machine, described by --cores,
+    --gpus, --gpu-rate and --storage. Its cores are assumed to be as fast as those of this machine, and its photos to be
+    like those measured here. For a TensorRT bundle, --gpu-rate defaults to the measured rate.
 
     \b
     Example:
@@ -61,9 +72,9 @@ def bench(
     from fastfundus.spec import PreprocessSpec
 
     if (suite in ("engine", "screen") or predict) and bundle is None:
-        raise ConfigError(f"{'--predict' if predict else suite} needs an engine: give --bundle")
+        raise ConfigError(f"{'--predict' if predict else suite} needs an engine; add --bundle")
     if not predict and (cores or gpus or gpu_rate or storage):
-        raise ConfigError("--cores, --gpus, --gpu-rate and --storage describe the machine of --predict")
+        raise ConfigError("--cores, --gpus, --gpu-rate and --storage apply to --predict only; add it")
     opened = Bundle.open(bundle) if bundle else None
     with ExitStack() as stack:
         if photos:
@@ -81,7 +92,7 @@ def bench(
 
 
 def _listed(source: Path) -> list[SourcePhoto]:
-    """Photos of a folder, spread over it; several times if they are few."""
+    """List photos spread evenly over a source, repeated if there are few."""
     from fastfundus.data.source import list_photos
 
     listing = list_photos([source], adapter="folder").photos
@@ -91,7 +102,7 @@ def _listed(source: Path) -> list[SourcePhoto]:
 
 
 def _drawn(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
-    """Draw some photographs of a camera's size into a folder, and name them several times."""
+    """Draw a few photos of camera resolution into a folder, and list each of them several times."""
     import cv2
 
     from fastfundus.records import SourcePhoto
@@ -109,25 +120,24 @@ def _drawn(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
 def _measured(
     suite: str, bundle: Bundle | None, photos: list[SourcePhoto], spec: Any, seconds: float
 ) -> dict[str, Any]:
-    import os
-
     import numpy as np
 
     from fastfundus.errors import DataError, PhotoError
+    from fastfundus.machine import usable_cores
     from fastfundus.screen.cost import kind_of
     from fastfundus.screen.measure import engine_rate, prepare_rate, screen_rate
 
     known = {}
     for path in {photo.path for photo in photos}:
-        # What is no photo costs next to nothing, and would spoil the rates.
+        # Inputs that are not photos cost next to nothing and would distort the rates.
         with suppress(PhotoError, OSError):
             known[path] = kind_of(path.read_bytes(), spec)
     if not known:
-        raise DataError(f"holds no photo that can be read, the first of {len(photos)} inputs is {photos[0].path}")
+        raise DataError(f"none of the {len(photos)} inputs is a readable photo; the first is {photos[0].path}")
     inputs, photos = len(photos), [photo for photo in photos if photo.path in known]
     kinds = [known[photo.path] for photo in photos]
     found: dict[str, Any] = {
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "photos": len(photos),
         "left_out": inputs - len(photos),
         "size": spec.size,
@@ -156,7 +166,7 @@ def _predicted(
     from fastfundus.screen.cost import Machine, predict
 
     if "prepare" not in found or "engine" not in found:
-        raise ConfigError("--predict takes what all suites measure: leave the suite away")
+        raise ConfigError("--predict needs the measurements of all suites; omit SUITE")
     if found["backend"] == "tensorrt" and not gpu_rate:
         gpu_rate = found["engine"]["photos_per_s"]
     machine = Machine(cores or found["cores"], gpus, storage)
@@ -174,9 +184,9 @@ def _say(found: dict[str, Any]) -> None:
     click.echo(
         f"{found['photos']} photos of {found['megapixels']:.1f} megapixels and {found['megabytes']:.2f} MB, to "
         f"{found['size']} px; {found['cores']} cores"
-        + (f"; {found['left_out']} inputs are no photos and were left out" if found["left_out"] else "")
+        + (f"; {found['left_out']} inputs that are not photos were left out" if found["left_out"] else "")
     )
-    names = {"prepare": "reading, decoding, cropping", "engine": "the engine alone", "screen": "screen, end to end"}
+    names = {"prepare": "reading, decoding, cropping", "engine": "engine alone", "screen": "screening, end to end"}
     for key, title in names.items():
         if key not in found:
             continue
@@ -189,7 +199,7 @@ def _say(found: dict[str, Any]) -> None:
             further = f"; {found['backend']} {found['precision']}{flops}"
         elif "prepare" in found and "engine" in found:
             alone = 1 / (1 / found["prepare"]["photos_per_s"] + 1 / found["engine"]["photos_per_s"])
-            further = f"; {entry['limit']} limits; {rate / alone:.0%} of both one after the other on these cores"
+            further = f"; bottleneck: {entry['limit']}; {rate / alone:.0%} of both in sequence on these cores"
         click.echo(f"{title:28} {rate:8.1f} photos/s ({entry['least']:.1f} to {entry['most']:.1f}){further}")
     if "prediction" not in found:
         return
@@ -197,6 +207,6 @@ def _say(found: dict[str, Any]) -> None:
     gpus = f" and {machine['gpus']} GPUs" if machine["gpus"] else ""
     stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in told["stages"].items())
     click.echo(
-        f"{machine['cores']} cores{gpus}: {told['photos_per_hour']:,.0f} photos an hour; {told['limit']} limits "
+        f"{machine['cores']} cores{gpus}: {told['photos_per_hour']:,.0f} photos per hour; bottleneck: {told['limit']} "
         f"(photos/s of each stage alone: {stages})"
     )

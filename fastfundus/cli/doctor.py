@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -21,6 +20,10 @@ _PARTS = {
 }
 
 
+_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+"""Vector and matrix units that decide about speed."""
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -28,18 +31,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_features() -> list[str]:
-    """What matters for speed: vector and matrix units, by the names of /proc/cpuinfo."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = set(next(line for line in file if line.startswith("flags")).split())
-    except (OSError, StopIteration):
-        return []
-    return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
-
-
 def examine() -> dict[str, Any]:
     """Find out what this machine and installation can do."""
+    from fastfundus.machine import cpu_features, usable_cores
+
     parts = {
         name: {
             "versions": {package: _version(package) for package in packages},
@@ -53,16 +48,20 @@ def examine() -> dict[str, Any]:
         from fastfundus.engines.openvino_backend import precisions
 
         engine["precision"] = precisions()[0]
-    gpu = sampling = None
+    gpu = sampling = precision = None
     if parts["training"]["ready"]:
         try:
             import torch
 
+            from fastfundus.config import LoopConfig
             from fastfundus.kernels import host
+            from fastfundus.train.distributed import World
+            from fastfundus.train.precision import resolve_precision
 
             loaded = host.load()
             sampling = "compiled C++" if loaded.library else f"plain PyTorch, thirty times slower ({loaded.reason})"
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            precision = resolve_precision(LoopConfig(), World().device())[1]
         except (ImportError, OSError, RuntimeError) as error:
             # Installed but broken, by a missing system library or driver: just what a doctor is asked about.
             parts["training"] |= {"ready": False, "install": f"torch is installed but fails: {error}"}
@@ -70,10 +69,11 @@ def examine() -> dict[str, Any]:
         "fastfundus": _version("fastfundus"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "cpu_features": _cpu_features(),
+        "cores": usable_cores(),
+        "cpu_features": [name for name in _FEATURES if name in cpu_features()],
         "gpu": gpu,
         "engine": engine,
+        "training_precision": precision,
         "sampling_on_cpu": sampling,
         "parts": parts,
     }
@@ -97,6 +97,8 @@ def doctor(as_json: bool) -> None:
     click.echo(f"{found['cores']} cores ({features}), GPU: {found['gpu'] or 'none'}")
     if found["engine"]["precision"]:
         click.echo(f"engines run in {found['engine']['precision']} here")
+    if found["training_precision"]:
+        click.echo(f"training runs in {found['training_precision']} here")
     if found["sampling_on_cpu"]:
         click.echo(f"sampling of photos on the CPU: {found['sampling_on_cpu']}")
     for name, part in found["parts"].items():

@@ -1,6 +1,6 @@
-"""NVIDIA DALI as decoder: on a GPU with its hardware JPEG units, and on the CPU.
+"""Decoding with NVIDIA DALI, on a GPU with hardware JPEG units or on the CPU.
 
-`decode` turns files into one ragged batch, `prepare` makes crops of it as `fastfundus.photo.prepare` would, and
-`stream` feeds training straight from camera files. What is not plainly a sound JPEG goes to the CPU's decoder,
-whose word counts. Needs the extras dali and train; `stream` can do without the first.
+`decode` decodes files into one ragged batch, `prepare` crops its photos as `fastfundus.photo.prepare` would, and
+`stream` feeds training directly from camera files. Files that are not clearly intact JPEGs go to the CPU decoder, which
+decides their status. Requires the extras dali and train; `stream` also works without dali.
 """

@@ -1,8 +1,7 @@
-"""Encoded files to a ragged batch of pixels, by DALI; a file that it cannot decode costs no other file anything."""
+"""Decoding of files into a ragged batch with DALI; a file that cannot be decoded does not affect the others."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,22 +14,23 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastfundus.dali.ragged import RaggedPhotos, Window
+from fastfundus.machine import usable_cores
 
 __all__ = ["DaliDecoder", "decoding"]
 
 
 @pipeline_def(exec_dynamic=True)
 def decoding(device: str, windows: bool, hw_decoder_load: float) -> Any:
-    """The pipeline: encoded bytes to upright RGB.
+    """Define the pipeline that decodes encoded bytes to upright RGB.
 
     Args:
         device: "mixed" decodes on the GPU, "cpu" on the CPU.
-        windows: decode only a window of each photo, given as "anchor" and "shape" (rows and columns, pixels).
-        hw_decoder_load: share of the files that goes to the hardware JPEG units, 0 to 1; on a GPU only.
+        windows: decode only a window of each photo, given by "anchor" and "shape" (rows and columns in pixels).
+        hw_decoder_load: fraction of the files assigned to the hardware JPEG units, 0 to 1; GPU only.
     """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     options: dict[str, Any] = {"hw_decoder_load": hw_decoder_load} if device == "mixed" else {}
-    # As libjpeg-turbo does by default: the CPU's decoder and this one then agree to the bit.
+    # This is libjpeg-turbo's default; with it, the CPU decoder and DALI give bit-identical pixels.
     options |= {"device": device, "output_type": types.RGB, "jpeg_fancy_upsampling": True}
     if not windows:
         return fn.decoders.image(encoded, **options)
@@ -40,13 +40,13 @@ def decoding(device: str, windows: bool, hw_decoder_load: float) -> Any:
 
 
 class DaliDecoder:
-    """Decodes batches; calls from several threads wait for each other.
+    """Decoder of batches; concurrent calls from several threads are serialised.
 
     Args:
-        device_id: number of the GPU; None decodes on the CPU.
-        batch_size: most files of one call.
-        threads: CPU threads; None takes one a core.
-        hw_decoder_load: share of the files that goes to the GPU's hardware JPEG units, 0 to 1.
+        device_id: index of the GPU; None decodes on the CPU.
+        batch_size: maximum number of files per call.
+        threads: number of CPU threads; None uses one per usable core.
+        hw_decoder_load: fraction of the files assigned to the GPU's hardware JPEG units, 0 to 1.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DaliDecoder:
         self.batch_size = batch_size
         self._options = {
             "batch_size": batch_size,
-            "num_threads": threads or os.cpu_count() or 1,
+            "num_threads": threads or usable_cores(),
             "device_id": device_id,
             "prefetch_queue_depth": 1,
             "hw_decoder_load": hw_decoder_load,
@@ -71,37 +71,37 @@ class DaliDecoder:
         self._lock = threading.Lock()
 
     def decode(self, files: Sequence[bytes], windows: Sequence[Window] | None = None) -> tuple[RaggedPhotos, list[int]]:
-        """Decode files, whole or in part.
+        """Decode whole files or windows of them.
 
         Args:
-            files: sound JPEGs (`sound_jpeg`), at most `batch_size`.
-            windows: for each file the part to decode, within the upright photo; None decodes all of them whole.
+            files: intact JPEGs (see `sound_jpeg`), at most `batch_size`.
+            windows: the part of each file to decode, within the upright photo; None decodes all files completely.
 
         Returns:
-            The photos that could be decoded, in order, and the positions of the files that could not.
+            The decoded photos, in order, and the positions of the files that could not be decoded.
 
         Raises:
-            ValueError: there are more files than `batch_size`.
+            ValueError: there are more than `batch_size` files.
         """
         if len(files) > self.batch_size:
-            raise ValueError(f"files must be at most {self.batch_size}, the batch size; got {len(files)}")
+            raise ValueError(f"the number of files must not exceed the batch size, {self.batch_size}, got {len(files)}")
         encoded = [np.frombuffer(data, np.uint8) for data in files]
         places = None if windows is None else np.array(windows, np.int32).reshape(-1, 4)
         with self._lock:
             photos, refused = self._halving(list(range(len(files))), encoded, places)
-            # Copied before the next call may reuse DALI's memory.
+            # Copy the photos before the next call, which may reuse DALI's memory.
             return RaggedPhotos.joined(photos, self.device), refused
 
     def _halving(
         self, positions: list[int], encoded: list[NDArray[np.uint8]], places: NDArray[np.int32] | None
     ) -> tuple[list[Tensor], list[int]]:
-        """Decode; where a batch fails, its halves, down to the file that is at fault."""
+        """Decode a batch; on failure decode its halves, recursively, to isolate the files that cannot be decoded."""
         if not positions:
             return [], []
         try:
             return self._run(positions, encoded, places), []
         except RuntimeError:
-            # DALI does not promise that a pipeline goes on after an error.
+            # DALI does not guarantee that a pipeline is usable after an error.
             self._pipelines.pop(places is not None)
         if len(positions) == 1:
             return [], positions

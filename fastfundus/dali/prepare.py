@@ -1,8 +1,7 @@
-"""`prepare` with DALI as decoder and the ragged kernel as scissors; all else is the code of the CPU's `prepare`."""
+"""`prepare` with decoding by DALI and cropping by the ragged kernel; all else is shared with the CPU `prepare`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from fastfundus.dali.decode import DaliDecoder
 from fastfundus.dali.ragged import RaggedPhotos, opened
 from fastfundus.errors import PhotoError
 from fastfundus.kernels.ops import sample_ragged
+from fastfundus.machine import usable_cores
 from fastfundus.photo.field import Field
 from fastfundus.photo.header import PhotoHeader
 from fastfundus.photo.plan import DecodePlan, plan_decode
@@ -40,7 +40,7 @@ __all__ = ["DaliPreparer"]
 
 @dataclass(frozen=True, slots=True)
 class _Sound:
-    """A file for DALI."""
+    """A file that DALI decodes."""
 
     data: bytes
     header: PhotoHeader
@@ -48,10 +48,10 @@ class _Sound:
 
 @dataclass(frozen=True, slots=True)
 class _Crop:
-    """What is to be cut out of a photo."""
+    """A crop to cut out of a photo."""
 
     known: PreparedPhoto
-    """Its window is what is cut out."""
+    """The photo so far; its `window` is the crop."""
     found: Field | None
     to_full: float
 
@@ -60,24 +60,25 @@ class DaliPreparer:
     """Prepares groups of files; called by `data.build_cache`.
 
     Args:
-        spec: what to make of each photo.
-        decoder: decodes whole photos; a group has at most its batch size.
-        threads: for reading, and for files that go to the CPU's decoder; None takes one a core.
+        spec: the preprocessing to apply to each photo.
+        decoder: decoder of whole photos; groups must not exceed its batch size.
+        threads: number of threads for reading files and for the CPU decoder; None uses one per usable core.
     """
 
     def __init__(self, spec: PreprocessSpec, decoder: DaliDecoder, *, threads: int | None = None) -> None:
         self.spec, self.decoder = spec, decoder
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or usable_cores()
 
     def __call__(self, paths: Sequence[Path]) -> list[PreparedPhoto]:
-        """Read and prepare files; never raises for what is in one, or for one that cannot be read."""
+        """Read and prepare files; unreadable or damaged files do not raise but are reported in their results."""
         return self.prepare(paths)[0]
 
     def prepare(self, paths: Sequence[Path]) -> tuple[list[PreparedPhoto], dict[int, torch.Tensor]]:
-        """As a call; and by position, what the decoder's device holds of the photos that it decoded.
+        """Read and prepare files, and also return the crops that are on the decoder's device.
 
         Returns:
-            The photos, and uint8 [size, size, 3] on the device, equal to their `image`.
+            The photos; and, by position, the crops of the photos that DALI decoded, uint8 [size, size, 3] on the
+            device, equal to their `image`.
         """
         with ThreadPoolExecutor(self._threads) as pool:
             files = list(pool.map(opened, paths))
@@ -100,17 +101,17 @@ class DaliPreparer:
             return list(pool.map(finished, range(len(paths)))), images
 
     def _takes(self, header: PhotoHeader) -> bool:
-        """Whether a photo goes to DALI: strips would make the squares of a whole group too large."""
+        """Return whether DALI decodes a photo; narrow strips would make the squares of the whole group too large."""
         plan = plan_decode(header, least_side(self.spec))
         return max(plan.width, plan.height) <= 4 * least_side(self.spec)
 
     def _prepare_sound(
         self, files: list[_Sound], pool: Executor
     ) -> tuple[list[PreparedPhoto | None], dict[int, torch.Tensor]]:
-        """A result for each file, None leaves it to the CPU's decoder; and images on the device."""
+        """Return a result for each file, None if it needs the CPU decoder; and, by position, images on the device."""
         photos, refused = self.decoder.decode([file.data for file in files])
         positions = [n for n in range(len(files)) if n not in refused]
-        # The field is looked for in what a scaled decode would have given, so that both executors find the same.
+        # Detect the field in an image like that of a scaled decode, so that both backends find the same field.
         plans = [plan_decode(files[n].header, least_side(self.spec)) for n in positions]
         pictures = _shrunk(photos, [plan.divisor for plan in plans])
         shapes = [tuple(shape) for shape in photos.sizes.tolist()]
@@ -130,7 +131,7 @@ class DaliPreparer:
         for place, result in zip(crops, pool.map(finished, crops.values(), images, shown), strict=True):
             results[positions[place]] = result
         if self.spec.field == "circle" and self.spec.mask_outside and len(kept):
-            # As `finish` does with those on the host.
+            # `finish` masks the images on the host in the same way.
             round_fields = [row for row, crop in enumerate(crops.values()) if crop.found is not None]
             kept[round_fields] &= torch.from_numpy(round_mask(self.spec.size)).to(kept.device)
         return results, {positions[place]: kept[row] for row, place in enumerate(crops)}
@@ -138,7 +139,7 @@ class DaliPreparer:
     def _look(
         self, file: _Sound, plan: DecodePlan, shape: tuple[int, ...], picture: NDArray[np.uint8]
     ) -> _Crop | PreparedPhoto | None:
-        """What to cut out of a photo, or why nothing; None leaves it to the CPU's decoder."""
+        """Return the crop of a photo, or the result of a rejected photo; None if it needs the CPU decoder."""
         facts = facts_of(None, file.header)
         known = replace(known_of(file.data), height_px=shape[0], width_px=shape[1], facts=facts)
         whole, scale = shrink(picture)
@@ -147,7 +148,7 @@ class DaliPreparer:
         except PhotoError as error:
             return replace(known, status=error.status, reason=error.reason)
         if small is not whole:
-            # A white margin is blackened at full size, too: the CPU's decoder does that.
+            # A white margin must be blackened at full size, too, which only the CPU path does.
             return None
         field = found if self.spec.field == "circle" else None
         side = crop_window(field, scale, picture.shape, self.spec)[2]
@@ -162,7 +163,7 @@ def _divided(shape: tuple[int, ...], divisor: int) -> tuple[int, ...]:
 
 
 def _shrunk(photos: RaggedPhotos, divisors: list[int]) -> Iterator[NDArray[np.uint8]]:
-    """Each photo averaged over blocks of its divisor: uint8 [H, W, 3]."""
+    """Yield each photo averaged over blocks of its divisor, as uint8 [H, W, 3]."""
     shapes = [_divided(shape, divisor) for shape, divisor in zip(photos.sizes.tolist(), divisors, strict=True)]
     if not shapes:
         return
@@ -174,7 +175,7 @@ def _shrunk(photos: RaggedPhotos, divisors: list[int]) -> Iterator[NDArray[np.ui
 
 
 def _cut(photos: RaggedPhotos, crops: dict[int, _Crop], size: int) -> torch.Tensor:
-    """Windows by place, brought to `size`: uint8 [N, size, size, 3] on the device."""
+    """Return the crops resized to `size`, as uint8 [N, size, size, 3] on the device."""
     windows = [crop.known.window for crop in crops.values()]
     left, top, side = np.array(windows, np.float64).reshape(-1, 3).T
     return _sampled(photos, list(crops), left, top, side / size, size)
@@ -188,7 +189,7 @@ def _sampled(
     scale: NDArray[np.float64],
     size: int,
 ) -> torch.Tensor:
-    """Upright squares of photos by the ragged kernel, rounded to grey levels: uint8 [N, size, size, 3]."""
+    """Sample unrotated squares of photos with the ragged kernel, rounded to grey levels: uint8 [N, size, size, 3]."""
     geometry = torch.zeros(len(places), 2, 3)
     geometry[:, 0, 0] = geometry[:, 1, 1] = torch.from_numpy(scale)
     geometry[:, 0, 2], geometry[:, 1, 2] = torch.from_numpy(left), torch.from_numpy(top)

@@ -1,4 +1,4 @@
-"""What goes to DALI and what comes from it: files that are plainly sound, and photos of many sizes in one buffer."""
+"""Input and output of DALI: a check for intact files, and photos of different sizes in one buffer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Window = tuple[int, int, int, int]
 
 _STRAY_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd9\xff]")
 _LONGEST_ZEROS = bytes(2048)
-"""Black frames have runs of some hundred zeros in real cameras' files; holes in a file are pages of 4096 bytes."""
+"""In camera files, black frames contain runs of a few hundred zeros, while holes in a file are pages of 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RaggedPhotos:
-    """Photos of many sizes in one buffer, as `kernels.ops.sample_ragged` takes them."""
+    """Photos of different sizes in one buffer, in the format of `kernels.ops.sample_ragged`."""
 
     pixels: Tensor
-    """[B] uint8 on the device that decoded, photos [H, W, 3] RGB."""
+    """[B] uint8 on the device of the decoder, photos [H, W, 3] RGB."""
     offsets: Tensor
     """[N] int64 on the host, the first byte of each photo."""
     sizes: Tensor
@@ -37,7 +37,7 @@ class RaggedPhotos:
 
     @classmethod
     def joined(cls, photos: Sequence[Tensor], device: torch.device) -> RaggedPhotos:
-        """Copy photos, uint8 [H, W, 3], into one buffer on a device."""
+        """Copy photos, each uint8 [H, W, 3], into one buffer on a device."""
         sizes = torch.tensor([photo.shape[:2] for photo in photos], dtype=torch.int32).view(-1, 2)
         lengths = 3 * sizes.long().prod(dim=1)
         nothing = torch.zeros(0, dtype=torch.uint8, device=device)
@@ -45,7 +45,7 @@ class RaggedPhotos:
         return cls(pixels, lengths.cumsum(0) - lengths, sizes)
 
     def followed_by(self, photos: Sequence[Tensor]) -> RaggedPhotos:
-        """Put further photos behind these."""
+        """Return a batch with further photos appended."""
         if not photos:
             return self
         more = RaggedPhotos.joined(photos, self.pixels.device)
@@ -54,10 +54,11 @@ class RaggedPhotos:
 
 
 def sound_jpeg(data: bytes) -> PhotoHeader | None:
-    """Read the header of a file that is plainly a sound JPEG; None where the CPU's decoder is to judge.
+    """Return the header of a file that is clearly an intact JPEG; None if the CPU decoder must decide.
 
-    DALI passes on made-up pixels where a file is damaged inside; three cheap signs of it are looked for: the end of the
-    picture is missing, markers stand between pixels, or long runs of zeros, as an interrupted copy leaves them.
+    DALI silently fills in pixels if a file is damaged inside. Three signs of damage are checked, which are cheap to
+    detect: a missing end-of-image marker, stray markers in the pixel data, and long runs of zeros, as left by an
+    interrupted copy.
     """
     try:
         header = read_header(data)
@@ -65,20 +66,20 @@ def sound_jpeg(data: bytes) -> PhotoHeader | None:
         return None
     if header.format != "JPEG" or header.jpeg is None or not data.endswith(b"\xff\xd9"):
         return None
-    # Behind the frame: a thumbnail in the header has scans, too.
+    # Search after the frame header, because a thumbnail in the metadata has scans, too.
     scan = data.find(b"\xff\xda", header.jpeg.end)
     if scan < 0:
         return None
     if data.find(_LONGEST_ZEROS, scan) >= 0:
         return None
-    # A progressive file has further headers between its scans.
+    # Progressive files legitimately have headers between their scans.
     if header.jpeg.coding == "baseline" and _STRAY_MARKER.search(data, scan + 2, len(data) - 2):
         return None
     return header
 
 
 def opened(path: Path) -> tuple[bytes | PhotoError, PhotoHeader | None]:
-    """Read a file, or say why not; and its header, if it is one for DALI (`sound_jpeg`)."""
+    """Return the bytes of a file, or the error on reading it; and its header if DALI can decode it (`sound_jpeg`)."""
     try:
         data = read_photo(path)
     except PhotoError as error:

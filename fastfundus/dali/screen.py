@@ -1,4 +1,4 @@
-"""Screening from DALI to the engine: photos are decoded, cut and scored on one device; the host sees finished crops."""
+"""Screening with DALI: photos are decoded, cropped and scored on one device; only finished crops reach the host."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["GROUP", "dali_blocks"]
 
 _ON_DEVICE = ("tensorrt", "aoti")
 GROUP = 32
-"""Photos decoded, and scored, at once. Groups never reach beyond a block."""
+"""Photos that are decoded and scored together. A group never spans more than one block."""
 
 _Prepared = tuple[list[PreparedPhoto], dict[int, torch.Tensor]]
 
 
 def dali_blocks(device_id: int | None) -> BlockMaker:
-    """Make blocks with DALI as decoder; see `run.BlockMaker`.
+    """Return a block maker that decodes with DALI; see `run.BlockMaker`.
 
-    One group is decoded while the one before is scored. A crop is copied to the host as well, where quality is judged;
-    what the engine reads stays on the device. Files that DALI does not take go through the CPU's decoder. Its grey
+    Each group is decoded while the previous one is scored. Crops stay on the device for the engine and are also copied
+    to the host, where their quality is assessed. Files that DALI does not accept go to the CPU decoder. DALI's grey
     levels differ from the CPU's by half a level (docs/kernels.md), so results may differ in their last digits.
 
     Args:
-        device_id: number of the GPU; None decodes on the CPU.
+        device_id: index of the GPU; None decodes on the CPU.
 
     Raises:
-        ConfigError: by what it returns: the bundle's engine takes photos from the host only.
+        ConfigError: raised by the returned function if the bundle's engine accepts photos only from the host.
     """
 
     def make(
@@ -50,8 +50,8 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
         bundle = store.bundle
         if bundle.backend not in _ON_DEVICE:
             raise ConfigError(
-                f"{bundle.path}: the backend {bundle.backend} takes photos from the host only; build it with --backend "
-                f"{' or '.join(_ON_DEVICE)}, or decode with --decode cpu"
+                f"{bundle.path}: the backend {bundle.backend} accepts photos only from the host; build it with "
+                f"--backend {' or '.join(_ON_DEVICE)}, or decode with --decode cpu"
             )
         began, began_cpu = time.perf_counter(), time.process_time()
         with bundle.load() as engine, ThreadPoolExecutor(1, "decoding") as ahead:
@@ -84,7 +84,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
 
 
 class _Device:
-    """Decoder and engine on one device."""
+    """A decoder and an engine on one device."""
 
     def __init__(self, engine: Engine, bundle: Bundle, decoder: DaliDecoder) -> None:
         self._preparer, self._device = DaliPreparer(bundle.spec, decoder), decoder.device
@@ -93,7 +93,7 @@ class _Device:
         self.decode_s = 0.0
 
     def prepare(self, photos: list[SourcePhoto]) -> _Prepared:
-        """Read, decode and cut a group."""
+        """Read, decode and crop a group of photos."""
         began = time.perf_counter()
         there = {n: photo.path for n, photo in enumerate(photos) if photo.issue is None}
         found, on_device = self._preparer.prepare(list(there.values()))
@@ -106,7 +106,7 @@ class _Device:
         return prepared, {positions[place]: image for place, image in on_device.items()}
 
     def score(self, prepared: list[PreparedPhoto], images: dict[int, torch.Tensor]) -> Iterator[Answer | None]:
-        """Answer each photo of a group; None where the engine was not asked."""
+        """Return the answer for each photo of a group, or None if the photo was not scored."""
         scored = [n for n, photo in enumerate(prepared) if photo.status is Status.OK and photo.image is not None]
         given = [images[n] if n in images else torch.from_numpy(prepared[n].image).to(self._device) for n in scored]
         answers = iter(self.scorer.score(given)) if given else iter(())
@@ -116,6 +116,6 @@ class _Device:
     def _infer(self, images: Sequence[torch.Tensor]) -> Any:
         batch = torch.stack(list(images))
         if batch.is_cuda:
-            # The engine's stream is not torch's.
+            # The engine uses another stream than torch.
             torch.cuda.current_stream(self._device).synchronize()
         return self._engine.infer_on_device(batch)

@@ -1,12 +1,11 @@
-"""Training straight from camera files: of each photo no more is decoded than its crop shows.
+"""Training directly from camera files, decoding only the part of each photo that its crop shows.
 
-Everything random is drawn on the host beforehand, as for training from a cache: the order of an epoch and two matrices
-a photo. A stream is therefore the same on any device, with any number of ranks, and goes on where it stopped.
+All random values are drawn on the host in advance, as in training from a cache: the order of an epoch and two matrices
+per photo. A stream is therefore identical on any device and with any number of ranks, and can be resumed exactly.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +23,7 @@ from fastfundus.dali.ragged import RaggedPhotos, Window, opened
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, PhotoError
 from fastfundus.kernels.ops import sample_ragged
+from fastfundus.machine import usable_cores
 from fastfundus.photo.file import read_photo
 from fastfundus.photo.prepare import decode_reduced
 from fastfundus.spec import PreprocessSpec
@@ -31,7 +31,7 @@ from fastfundus.train.augment import draw_epoch
 from fastfundus.train.feed import epoch_order, one_ahead
 
 if TYPE_CHECKING:
-    # Loaded by who has one: without DALI the CPU decodes.
+    # Imported by the caller that creates a decoder; without DALI the CPU decodes.
     from fastfundus.dali.decode import DaliDecoder
 
 __all__ = ["CameraPhoto", "CameraStream", "masked_outside", "window_of"]
@@ -42,17 +42,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class CameraPhoto:
-    """A file and the square in it that `prepare` would have cut out."""
+    """A file, and the square that `prepare` would crop from it."""
 
     path: Path
     left_px: float
-    """Of the square's left edge in the upright photo; it may lie outside."""
+    """Left edge of the square in the upright photo; the square may extend beyond the photo."""
     top_px: float
     side_px: float
 
     @classmethod
     def of_cache(cls, cache: PhotoCache, rows: NDArray[np.int64]) -> list[CameraPhoto]:
-        """The files that rows of a cache were prepared from, and where in them their squares lie."""
+        """Return the source files and squares of rows of a cache."""
         found = []
         for row in cache.manifest[rows].iter_rows(named=True):
             x, y, side = row["width_px"] / 2, row["height_px"] / 2, float(min(row["width_px"], row["height_px"]))
@@ -64,20 +64,20 @@ class CameraPhoto:
 
 @dataclass
 class CameraStream:
-    """Batches of augmented crops, in an order of their own for each epoch.
+    """Batches of augmented crops, in a different order in each epoch.
 
     Args:
         photos: the training set.
         spec: size, mean and std of the crops.
-        augment: random changes.
-        decoder: decodes windows of files; its batch size is at least `batch_size`. None leaves all files to the CPU,
-            where each is decoded as small as its crop allows.
-        batch_size: photos a batch and rank.
-        seed: of order and changes.
-        rank: of this process, 0 to world_size - 1.
-        world_size: processes that share each epoch: every photo is met by one of them.
-        dtype: of the crops.
-        device: where crops are made without a decoder; else it is the decoder's.
+        augment: random augmentation.
+        decoder: decodes windows of files; its batch size must be at least `batch_size`. With None, the CPU decodes all
+            files, each at the smallest size that its crop allows.
+        batch_size: number of photos per batch and rank.
+        seed: seed of the order and the augmentation.
+        rank: rank of this process, 0 to world_size - 1.
+        world_size: number of processes that share each epoch; each photo is assigned to one of them.
+        dtype: dtype of the crops.
+        device: device on which crops are made without a decoder; with a decoder, its device is used.
     """
 
     photos: Sequence[CameraPhoto]
@@ -91,34 +91,34 @@ class CameraStream:
     dtype: torch.dtype = torch.float32
     device: torch.device = _CPU
     epoch: int = 0
-    """The epoch that comes next, or is under way."""
+    """The current epoch, or the next one between epochs."""
     step: int = 0
-    """Batches of it that have been handed out."""
+    """Number of batches of this epoch that have been yielded."""
     faults: dict[Path, str] = field(default_factory=dict)
-    """Files that could not be decoded, with the reason; their batches are shorter by one."""
+    """Reasons for the files that could not be decoded; each makes its batch one photo shorter."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be 0 to world_size - 1 = {self.world_size - 1}, got {self.rank}")
         if len(self.photos) < self.batch_size * self.world_size:
             raise ValueError(
-                f"{len(self.photos)} photos do not fill a batch of {self.batch_size} on {self.world_size} ranks; lower "
-                "batch_size"
+                f"{len(self.photos)} photos do not fill a batch of {self.batch_size} on {self.world_size} ranks; "
+                "reduce batch_size"
             )
         if self.decoder is None:
             return
         self.device = self.decoder.device
         if self.batch_size > self.decoder.batch_size:
             raise ValueError(
-                f"batch_size is {self.batch_size}, the decoder takes {self.decoder.batch_size}; raise that"
+                f"batch_size {self.batch_size} exceeds the decoder's, {self.decoder.batch_size}; increase the latter"
             )
 
     def __len__(self) -> int:
-        """Batches an epoch. Photos that do not fill a last one on every rank wait for another epoch."""
+        """Number of batches per epoch; photos that do not fill a last batch on every rank are left out of the epoch."""
         return len(self.photos) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Yield what is left of the epoch, one batch ahead, then begin the next one.
+        """Yield the remaining batches of the epoch, prefetching one batch, then advance to the next epoch.
 
         Yields:
             Crops [B, 3, S, S] of `dtype`, channels-last, on `device`, and [B] positions in `photos`.
@@ -127,34 +127,34 @@ class CameraStream:
         geometry, colour = draw_epoch(self.augment, self.spec, len(self.photos), seed=self.seed, epoch=self.epoch)
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         left = [batch[own] for batch in order[self.step :]]
-        with ThreadPoolExecutor(max(4, os.cpu_count() or 1), "read") as workers:
+        with ThreadPoolExecutor(max(4, usable_cores()), "read") as workers:
 
             def make(batch: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
                 return self._batch(batch, geometry[batch], colour[batch], workers)
 
-            # Closed before the workers are, which the batch under way may still need.
+            # The generator must be closed before the workers, which the batch in progress may still need.
             with closing(one_ahead(make, left)) as batches:
                 for ready in batches:
-                    # Before it is handed out: who saves the state while working on this batch has had it.
+                    # Incremented before the yield, so that a state saved while this batch is processed counts it.
                     self.step += 1
                     yield ready
         self.epoch, self.step = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream is; the batch that was handed out last counts as done."""
+        """Return the position of the stream; the batch yielded last counts as done."""
         return {"epoch": self.epoch, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Resume from a position returned by `state_dict`.
 
         Raises:
-            CheckpointError: it was taken from a stream of other photos, batches, ranks or seed.
+            CheckpointError: the number of photos, the batch size, the number of ranks or the seed differs.
         """
         for name, value in self._identity().items():
             if state[name] != value:
                 raise CheckpointError(
-                    f"the stream was saved with {name} {state[name]} and has {value} now: the photos left of an epoch "
-                    "would not be the same; set it back, or begin a new run"
+                    f"the stream was saved with {name} {state[name]} but now has {value}, so the remaining photos of "
+                    "the epoch would differ; restore the old value or start a new run"
                 )
         self.epoch, self.step = state["epoch"], state["step"]
 
@@ -178,7 +178,7 @@ class CameraStream:
         if self.decoder is not None:
             files, headers = zip(*workers.map(opened, (photo.path for photo in chosen)), strict=True)
             for n, header in enumerate(headers):
-                # DALI's windows lie in the stored picture: a photo that is to be turned is left to the CPU.
+                # DALI's windows refer to the stored image, so photos that must be rotated are left to the CPU.
                 if header is not None and header.orientation == 1:
                     windows[n] = window_of(warps[n], self.spec.size, header.height, header.width)
             photos, refused = self.decoder.decode([files[n] for n in windows], list(windows.values()))
@@ -194,7 +194,7 @@ class CameraStream:
             others[n] = torch.from_numpy(got[0])
             warps[n] /= got[1]
         photos = photos.followed_by(list(others.values()))
-        # In the order of the batch.
+        # Restore the order of the batch.
         places = np.argsort([*taken, *others])
         ready = sorted([*taken, *others])
         matrices = torch.from_numpy(np.array([warps[n] for n in ready], np.float32).reshape(-1, 2, 3))
@@ -208,7 +208,7 @@ class CameraStream:
 
 
 def _reduced(file: Path | bytes | PhotoError, warp: NDArray[np.float64]) -> tuple[NDArray[np.uint8], int] | PhotoError:
-    """Decode a photo as small as its crop allows, so that a pixel of the crop still spans one of the photo."""
+    """Decode a photo as small as possible while each pixel of its crop still spans at least one decoded pixel."""
     try:
         if isinstance(file, PhotoError):
             return file
@@ -219,26 +219,29 @@ def _reduced(file: Path | bytes | PhotoError, warp: NDArray[np.float64]) -> tupl
 
 
 def masked_outside(crops: Tensor, geometry: NDArray[np.float32], colour: Tensor, size: int) -> Tensor:
-    """Blacken what lies outside the field's circle, as the pixels of a cache are: text must not become a feature.
+    """Blacken the pixels outside the circle of the field in place, as in a cache, so that text cannot become a feature.
 
-    On each row of a crop the circle is one stretch of columns: its ends solve a quadratic equation.
+    In each row of a crop the circle covers one interval of columns, whose ends are the roots of a quadratic equation.
 
     Args:
-        crops: [B, 3, S, S], channels-last; written to.
-        geometry: [B, 2, 3], output positions to positions in the prepared crop.
-        colour: [B, 3, 4], whose last column is what black becomes.
+        crops: [B, 3, S, S], channels-last; modified in place.
+        geometry: [B, 2, 3], maps output positions to positions in the prepared crop.
+        colour: [B, 3, 4]; the last column is the output value of black.
         size: S.
+
+    Returns:
+        `crops`.
     """
     linear, shift = geometry[:, :, :2].astype(np.float64), geometry[:, :, 2] - size / 2
     centres = np.arange(size) + 0.5
-    # From the circle's centre to where each row begins, [B, S, 2], and a step along the row, [B, 1, 2].
+    # Vector from the circle's centre to the start of each row, [B, S, 2], and the step along a row, [B, 1, 2].
     begin, step = centres[:, None] * linear[:, None, :, 1] + shift[:, None, :], linear[:, None, :, 0]
     along, length = (begin * step).sum(axis=2), np.square(step).sum(axis=2)
     inside = np.square(along) - length * (np.square(begin).sum(axis=2) - size**2 / 4)
-    # A row that misses the circle has a stretch of nothing.
+    # The interval is empty in rows that do not intersect the circle.
     reach = np.where(inside >= 0, np.sqrt(np.maximum(inside, 0)), -np.inf)
     ends = torch.from_numpy(np.stack([-along - reach, -along + reach]) / length).float().to(crops.device)[..., None]
-    # As rows of 3 S values: where all three of a pixel stand side by side, this is one pass.
+    # View each row as 3 S values, with the three channels of a pixel adjacent, so that one pass is sufficient.
     rows = crops.permute(0, 2, 3, 1).view(len(crops), size, 3 * size)
     columns = torch.from_numpy(np.repeat(centres, 3)).float().to(crops.device)
     black = colour[:, :, 3].to(crops.device, crops.dtype).repeat(1, size)[:, None]
@@ -247,30 +250,30 @@ def masked_outside(crops: Tensor, geometry: NDArray[np.float32], colour: Tensor,
 
 
 def _to_camera(photo: CameraPhoto, geometry: NDArray[np.float32], size: int) -> NDArray[np.float64]:
-    """Output positions to positions in the upright photo, from output positions to positions in the prepared crop."""
+    """Convert a map from output to prepared-crop positions into one from output to upright-photo positions."""
     scaled = geometry.astype(np.float64) * (photo.side_px / size)
     scaled[:, 2] += (photo.left_px, photo.top_px)
     return scaled
 
 
 def window_of(geometry: NDArray[np.float64], size: int, height: int, width: int) -> Window:
-    """The part of a photo that an output looks at.
+    """Return the window of a photo that an output depends on.
 
     Args:
-        geometry: [2, 3], output positions to positions in the photo.
+        geometry: [2, 3], maps output positions to positions in the photo.
         size: side of the output in pixels.
-        height: of the photo in pixels.
-        width: of the photo in pixels.
+        height: height of the photo in pixels.
+        width: width of the photo in pixels.
 
     Returns:
-        Top, left, height and width: within the photo, and at least one pixel.
+        Top, left, height and width of the window, which is within the photo and has at least one pixel.
     """
     corners = geometry @ np.array([[0, size, 0, size], [0, 0, size, size], [1, 1, 1, 1]], np.float64)
-    # Half a box beyond the centres of the outermost pixels, and a pixel for interpolation.
+    # Add half a box around the outermost positions, and one pixel for interpolation.
     reach = np.hypot(geometry[:, 0], geometry[:, 1]) / 2 + 1
     low, high = np.floor(corners.min(axis=1) - reach), np.ceil(corners.max(axis=1) + reach)
     left, right = (int(value) for value in np.clip([low[0], high[0]], 0, width))
     top, bottom = (int(value) for value in np.clip([low[1], high[1]], 0, height))
-    # Wholly outside: any pixel will do, the output is black.
+    # If the output is completely outside the photo, it is black and any pixel can be decoded.
     left, top = min(left, width - 1), min(top, height - 1)
     return top, left, max(bottom - top, 1), max(right - left, 1)

@@ -1,9 +1,9 @@
-"""Builds photo caches: in parallel, resumable after a kill at any moment, and without redoing what is done.
+"""Parallel, crash-safe building of photo caches that reuses completed work.
 
-A new cache is built beside its final place and moved there when complete. A cache that only gains photos is extended
-where it is: pixels are added behind the last photo, out of readers' sight until the new manifest replaces the old one.
-When photos changed or went away, the cache is built anew beside the old one, which gives it what is unchanged. Each
-finished photo is noted in a journal, so that a build that was stopped goes on where it was.
+A new cache is built next to its final location and moved there once complete. A cache that only gains photos is
+extended in place: pixels are appended after the last photo and stay invisible to readers until the new manifest
+replaces the old one. If photos changed or were removed, the cache is rebuilt next to the old one, from which unchanged
+photos are copied. Each finished photo is recorded in a journal, so an interrupted build resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Preparer, Row, identified, prepare_rows, stamp
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
+from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
 from fastfundus.spec import PreprocessSpec
@@ -49,33 +50,33 @@ def build_cache(
     patient_salt: bytes | None = None,
     on_photo: Callable[[Status], None] = lambda status: None,
 ) -> PhotoCache:
-    """Prepare photos into a cache.
+    """Prepare photos and store them in a cache.
 
     Args:
-        photos: the inputs; each becomes one row. A new cache has them in this order; photos added later stand behind.
-        output: the cache's folder. A cache with the same spec that is there already is brought up to date.
-        spec: what to make of each photo.
-        source: the folder that the photos' names are relative to.
-        workers: decoding threads; None takes one a core.
-        prepare: makes results of `group` files at once, called from so many threads; None prepares them one by one.
-        group: files a call of `prepare`.
-        patient_salt: replaces known patients by a keyed hash; None keeps them as they are.
-        on_photo: called with the status of each photo as it is done.
+        photos: the inputs; each becomes one row. A new cache keeps their order; photos added later are appended.
+        output: folder of the cache. An existing cache with the same spec is brought up to date.
+        spec: preprocessing applied to each photo.
+        source: folder to which the names of the photos are relative.
+        workers: number of decoding threads; None uses one per usable core.
+        prepare: prepares `group` files per call, from `workers` threads; None prepares them one by one.
+        group: number of files per call of `prepare`.
+        patient_salt: replaces known patient identifiers by a keyed hash; None keeps them unchanged.
+        on_photo: called with the status of each finished photo.
 
     Raises:
-        DataError: `output` holds something else, a label column has a name that the manifest uses, or the disk is full.
-        SpecMismatch: `output` is a cache with another spec.
+        DataError: `output` contains something else, a label column clashes with a manifest column, or the disk is full.
+        SpecMismatch: `output` is a cache with a different spec.
     """
     _check_columns(photos)
     keep_memory()
-    # One decoding thread a core: OpenCV's own threads would only fight over them.
+    # There is already one decoding thread per core; OpenCV's own threads would oversubscribe them.
     cv2.setNumThreads(1)
     with locked(output, output.with_name(output.name + ".lock"), "prepared"):
         build = _Build(photos, output, spec, patient_salt, prepare)
         try:
             for status in build.done():
                 on_photo(status)
-            _work(build, workers or os.cpu_count() or 1, group, on_photo)
+            _work(build, workers or usable_cores(), group, on_photo)
             build.finish(source)
         except OSError as error:
             raise not_written(output, error, build.finished) from error
@@ -85,7 +86,7 @@ def build_cache(
 
 
 def _work(build: _Build, workers: int, group: int, on_photo: Callable[[Status], None]) -> None:
-    """Prepare what is left to do, in parallel, and keep it in order."""
+    """Prepare the remaining photos in parallel and store them in order."""
     with build.journal() as journal, ThreadPoolExecutor(workers, "prepare") as pool:
         pending: deque[tuple[list[int], Future[list[Row]]]] = deque()
 
@@ -98,7 +99,7 @@ def _work(build: _Build, workers: int, group: int, on_photo: Callable[[Status], 
             todo = build.todo()
             while indices := list(islice(todo, group)):
                 pending.append((indices, pool.submit(build.prepare, indices)))
-                # A few finished photos wait for their turn, never the whole set: memory stays bounded.
+                # Limit the number of pending results to bound memory.
                 if len(pending) > (4 if group == 1 else 1) * workers:
                     keep_first()
             while pending:
@@ -111,11 +112,11 @@ def _work(build: _Build, workers: int, group: int, on_photo: Callable[[Status], 
 def _check_columns(photos: Sequence[SourcePhoto]) -> None:
     taken = {name for photo in photos for name in photo.columns if name in MANIFEST_COLUMNS}
     if taken:
-        raise DataError(f"the label column {sorted(taken)[0]!r} has a name that the manifest uses; rename it")
+        raise DataError(f"the label column {sorted(taken)[0]!r} clashes with a manifest column; rename it")
 
 
 class _Build:
-    """One build: what is there already, what is to be done, and how it becomes a cache."""
+    """State of one build: the existing cache, the remaining work, and the steps that complete the cache."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class _Build:
         self._begin()
 
     def prepare(self, indices: list[int]) -> list[Row]:
-        """Rows and pixels of photos: prepared, or taken over where the cache is built anew and they are unchanged."""
+        """Return rows and pixels of photos, copied from the previous cache where a rebuild finds them unchanged."""
         fresh = [self.photos[index] for index in indices if self.source_rows[index] < 0]
         rows = iter(prepare_rows(fresh, self.spec, self.salt, self.preparer))
         return [next(rows) if self.source_rows[index] < 0 else self._taken_over(index) for index in indices]
@@ -149,17 +150,17 @@ class _Build:
         return {name: known[name] for name in FACTS}, image
 
     def todo(self) -> Iterator[int]:
-        """Positions that are to be done, in order, without those of the journal."""
+        """Yield the positions of the remaining photos in order, skipping those in the journal."""
         for place, index in enumerate(self._all()):
             if place >= self.finished:
                 yield int(index)
 
     def _all(self) -> NDArray[np.int64]:
-        # Where the cache is extended, unchanged photos stay where they are.
+        # When a cache is extended, unchanged photos keep their rows.
         return np.flatnonzero(self.source_rows < 0) if self.extends else np.arange(len(self.photos))
 
     def done(self) -> Iterator[Status]:
-        """The status of each photo that needs no work, counting what the journal holds."""
+        """Yield the status of each photo that needs no work, and count the photos in the journal."""
         if self.extends:
             assert self.previous is not None
             yield from map(Status, self.previous.manifest["status"].to_numpy()[self.source_rows[self.source_rows >= 0]])
@@ -168,23 +169,23 @@ class _Build:
             yield Status(row["status"])
 
     def journal(self) -> IO[str]:
-        """Line by line to disk, so that a build killed at any moment keeps every finished photo."""
+        """Open the journal, line-buffered so that a crash at any moment loses no finished photo."""
         return (self.partial / "rows.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def keep(self, index: int, result: Row, journal: IO[str], on_photo: Callable[[Status], None]) -> None:
-        """Store one photo, then note that it is done."""
+        """Store one photo, then record it in the journal."""
         row, image = result
         if image is not None:
             self.store.write(index, image)
         elif self.extends and self.previous and index < len(self.previous.photos) and self.previous.photos[index].any():
-            # Leavings of a build that was given up; a photo that cannot be used is all zeros.
+            # Clear pixels left by an abandoned build: a photo that cannot be used is all zeros.
             self.store.write(index, np.zeros((self.spec.size, self.spec.size, 3), np.uint8))
         journal.write(json.dumps(row) + "\n")
         self.finished += 1
         on_photo(Status(row["status"]))
 
     def finish(self, source: Path) -> None:
-        """Make it a cache: manifest, duplicates, and all of it in place at once."""
+        """Write the manifest and the duplicates, and put the finished cache in place."""
         self.store.finish(len(self.photos))
         write_manifest(self.partial / "manifest.parquet", self.photos, self._rows())
         about = {
@@ -199,7 +200,7 @@ class _Build:
         where = self.output if self.extends else self.partial
         write_duplicates(self.partial, where, self.spec.size)
         if self.extends:
-            # The manifest last: it is what readers count photos by.
+            # Replace the manifest last: readers derive the number of photos from it.
             for name in ("spec.json", "duplicates.parquet", "manifest.parquet"):
                 os.replace(self.partial / name, self.output / name)
             shutil.rmtree(self.partial)
@@ -207,9 +208,9 @@ class _Build:
             _move_into_place(self.partial, self.output)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """Every row's facts, in the order of the photos."""
+        """Yield the manifest columns of every photo, in order."""
         journal = journal_rows(self.partial)
-        # Where the cache is extended, its rows keep their places: one walk through the old manifest meets them all.
+        # An extended cache keeps its row order, so a single pass over the old manifest suffices.
         old: Iterator[dict[str, Any]] = iter(())
         if self.extends:
             assert self.previous is not None
@@ -218,13 +219,13 @@ class _Build:
             facts = next(old, {})
             if not self.extends or row < 0:
                 facts = next(journal)
-            # The label file may have learned since whose photo it is.
+            # The label file may name the patient by now.
             known_patient = facts["patient"] if facts["patient_known"] else None
             said = PhotoFacts(known_patient, facts["eye"], facts["camera"])
             yield facts | identified(photo, said, self.salt)
 
     def _begin(self) -> None:
-        """Make the folder to build in, or take up one that was left by an interrupted build of the same photos."""
+        """Create the build folder, or reuse that of an interrupted build of the same photos."""
         build = {"inputs": self._fingerprint()}
         noted = self.partial / "build.json"
         if noted.is_file() and json.loads(noted.read_text()) == build:
@@ -240,56 +241,57 @@ class _Build:
         noted.write_text(json.dumps(build))
 
     def _fingerprint(self) -> str:
-        """Of everything that the build depends on. Hashed piece by piece: a list of millions is not copied."""
+        """Hash everything the build depends on, incrementally, so that a list of millions is not copied."""
         digest = hashlib.sha256(f"{SCHEMA} {self.spec.fingerprint} {self.salted} {self.extends}".encode())
         for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
-            # A row that is taken over says that its file is as it was then: it is not looked at again.
+            # A reused row implies that its file is unchanged, so it needs no new stamp.
             seen = stamp(photo.path) if row < 0 else ()
             digest.update(f"{photo.name}\0{seen}\0{row}\0{photo.issue}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _check_room(self) -> None:
-        """Refuse to start what the disk cannot hold."""
+        """Raise if the free disk space cannot hold the build."""
         needed = len(self._all()) * self.spec.size**2 * 3
         parent = next(folder for folder in self.output.absolute().parents if folder.exists())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise DataError(
-                f"needs up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, choose another "
-                "--output, or lower --size",
+                f"needs up to {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; free up space, choose "
+                "another --output, or lower --size",
                 path=self.output,
             )
 
 
 def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:
-    """The cache that is to be brought up to date, if there is one."""
+    """Return the existing cache to bring up to date, or None."""
     replaced = _replaced_folder(output)
     if not output.exists() and replaced.exists():
-        # Killed between two renames: the old cache stands aside, the new one is complete but for its place.
+        # A previous build was killed between its two renames: restore the old cache. The new one is complete but not
+        # yet in place.
         replaced.rename(output)
     elif replaced.exists():
         shutil.rmtree(replaced)
     if not output.exists():
         return None
     if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):
-        raise DataError("is there already and is no photo cache; choose another --output", path=output)
+        raise DataError("already exists and is not a photo cache; choose another --output", path=output)
     if not (output / "spec.json").is_file():
         return None
     cache = PhotoCache.open(output)
     cache.spec.require_same(spec, mine=f"the cache {output}", theirs="this command")
     if cache.salted != salted:
-        raise DataError("was prepared with another patient salt, or without one; give the same, or another --output")
+        raise DataError("was prepared with a different patient salt or none; use the same salt or another --output")
     return cache
 
 
 def _order(
     photos: Sequence[SourcePhoto], previous: PhotoCache | None
 ) -> tuple[list[SourcePhoto], NDArray[np.int64], bool]:
-    """Bring the photos into the order of their rows.
+    """Sort the photos into the order of their cache rows.
 
     Returns:
-        The photos; for each the row of `previous` that still describes it, or -1; and whether `previous` can be
-        extended, which is so when it only lacks photos: pixels that readers may be looking at are never touched.
+        The sorted photos; for each, the row of `previous` that still describes it, or -1; and whether `previous` can be
+        extended. It can if it only lacks photos, because pixels that readers may be using are never modified.
     """
     if previous is None:
         return list(photos), np.full(len(photos), -1), False

@@ -1,4 +1,4 @@
-"""`run.html`: one page that says how a run went. Self-contained, works offline."""
+"""`run.html`, a self-contained page with the results of a run that works offline."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastfundus.evaluate.measured import read_operating_point
 from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
+from fastfundus.train.precision import describe_precision
 from fastfundus.train.run import Run
 
 __all__ = ["write_run_page"]
@@ -23,11 +24,11 @@ _WORST = 12
 
 
 def write_run_page(run: Run, cache: PhotoCache) -> None:
-    """Write the page of a run that is finished and measured.
+    """Write the page of a finished and measured run.
 
     Args:
-        run: with operating_point.json and predictions.parquet.
-        cache: its own, for the pictures of the worst errors.
+        run: a run with operating_point.json and predictions.parquet.
+        cache: the run's own cache, for pictures of the largest errors.
     """
     document = read_operating_point(run)
     table = pl.read_parquet(run.path / "predictions.parquet")
@@ -39,6 +40,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         "evaluate/run.html",
         name=run.path.name,
         run=run,
+        precision=describe_precision(run.config.loop),
         document=document,
         curves=_curves(history, run),
         roc=None if vessels else roc_curves(test, run.labels),
@@ -86,7 +88,7 @@ def _curves(history: pl.DataFrame, run: Run) -> str:
 
 
 def _worst(test: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:
-    """The photos that the run was most wrong about."""
+    """Return the test photos with the largest errors."""
     if vessels:
         shown = [
             (row["path"], f"Dice {row['dice']:.3f}") for row in test.sort("dice").head(_WORST).iter_rows(named=True)

@@ -1,4 +1,4 @@
-"""Runs of a study, each in a process that may die without the others: on this machine, or dealt to a Ray cluster."""
+"""Execution of a study's runs in separate processes, so that one crash spares the others: locally or on Ray."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import ConfigError, FastFundusError
 from fastfundus.evaluate.operating_point import fit_operating_point
+from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.train.interrupt import Interrupted, stop_requested
 from fastfundus.train.loop import train
@@ -35,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run to be trained, fitted and measured; plain data, which travels."""
+    """A run to be trained, fitted and measured; plain data that can be sent between processes."""
 
     folder: Path
     caches: tuple[Path, ...]
@@ -43,13 +44,13 @@ class Job:
 
 
 Runner = Callable[[Sequence[Job], Callable[[Job], None]], Iterator[tuple[Job, str]]]
-"""From jobs, and who hears that one begins, to what became of each as it ends: why it could not be done, or nothing.
+"""Runs jobs, calling the callback when one begins; yields each finished job with its error, empty on success.
 
-Raises `Interrupted` on SIGINT or SIGTERM; what was begun can be resumed."""
+Raises `Interrupted` on SIGINT or SIGTERM; unfinished jobs can be resumed."""
 
 
 def _do(job: Job) -> str:
-    """Do a run, or what is left of it; say why it could not be done."""
+    """Run or resume a job; return its error, empty on success."""
     note = job.folder / "error.txt"
     try:
         cache = PhotoCache.open(*job.caches)
@@ -59,7 +60,7 @@ def _do(job: Job) -> str:
     except Interrupted:
         return _STOPPED
     except Exception as error:
-        # One run must not cost the others; what is no fault of the data is kept whole.
+        # One failed run must not stop the others; keep the full traceback of unexpected errors.
         job.folder.mkdir(parents=True, exist_ok=True)
         known = isinstance(error, FastFundusError)
         note.write_text(f"{error}\n" if known else traceback.format_exc(), encoding="utf-8")
@@ -69,10 +70,10 @@ def _do(job: Job) -> str:
 
 
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
-    """Do jobs as they come, until the pipe is closed or the parent is gone."""
-    # A Ctrl-C reaches all processes of a terminal: training answers it, the rest is the parent's to decide.
+    """Run jobs from the pipe until it is closed or the parent process is gone."""
+    # Ctrl-C reaches all processes of a terminal: training handles it, and everything else is up to the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Killed, the parent must not leave a run behind that goes on writing.
+    # If the parent is killed, no run may continue writing.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -85,10 +86,10 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
 
 
 class _Worker:
-    """A process and its end of the pipe."""
+    """A worker process and the parent's end of its pipe."""
 
     def __init__(self, threads: int) -> None:
-        # Forked, torch's threads would be missing in it.
+        # A forked process would lack torch's threads.
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, os.getpid(), threads))
@@ -101,7 +102,7 @@ class _Worker:
         self.pipe.send(job)
 
     def take(self) -> tuple[Job, str]:
-        """What became of its job; to be called when the pipe is ready."""
+        """Return the job and its error; call it only when the pipe is ready."""
         job = self.job
         assert job is not None
         self.job = None
@@ -121,15 +122,15 @@ class _Worker:
 
 @contextlib.contextmanager
 def local_runner(count: int) -> Iterator[Runner]:
-    """Run jobs on this machine, some at a time.
+    """Provide a runner for this machine with a fixed number of concurrent jobs.
 
     Args:
-        count: how many at a time; each has its share of the cores. A machine with one GPU does one at a time best.
+        count: number of concurrent jobs, which share the cores equally. A machine with one GPU is fastest with one job.
 
     Raises:
-        ConfigError: there are not as many cores.
+        ConfigError: `count` is less than 1 or exceeds the number of cores.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if not 1 <= count <= cores:
         raise ConfigError(f"--jobs must be 1 to {cores}, the number of cores, got {count}")
     threads = torch.get_num_threads() if count == 1 else cores // count
@@ -168,12 +169,12 @@ def local_runner(count: int) -> Iterator[Runner]:
 
 @contextlib.contextmanager
 def ray_runner(address: str) -> Iterator[Runner]:
-    """Run jobs on a Ray cluster: on machines with GPUs one a GPU, else one a machine.
+    """Provide a runner for a Ray cluster: one job per GPU, or one job per machine if there are no GPUs.
 
-    Caches and the study must lie on storage that every machine sees under the same path.
+    Caches and the study must be on storage that every machine can access under the same path.
 
     Args:
-        address: as for `joined`.
+        address: see `joined`.
     """
     with joined(address) as ray:
         gpus = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]

@@ -1,15 +1,15 @@
-"""Threads that read and prepare photos ahead of who takes them; one that hangs is left behind."""
+"""A pool of threads that prefetches and prepares photos, and abandons threads that hang."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
 from queue import Empty, Full, Queue, SimpleQueue
 
 from fastfundus.errors import FastFundusError, PhotoError
+from fastfundus.machine import usable_cores
 from fastfundus.photo.file import read_photo
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes
 from fastfundus.records import SourcePhoto, Status
@@ -18,25 +18,25 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["HANG_S", "Crew", "Slot"]
 
 HANG_S = 60.0
-"""A photo that takes longer to be read, or to be decoded, is given up. The slowest sound ones take two seconds."""
+"""Seconds after which reading or decoding a photo is abandoned. The slowest intact photos take two seconds."""
 _MOST_HUNG = 8
 _LOOK_S = 0.2
 
 
 class Slot:
-    """The place of one photo, from when it is asked for to when it is done."""
+    """A pending photo, from its request until its result is available."""
 
     def __init__(self, source: SourcePhoto, data: bytes | None, on_done: Callable[[], None]) -> None:
         self.source, self.data, self._on_done = source, data, on_done
         self.done = threading.Event()
         self.stage = "read"
         self.began: float | None = None
-        """When the present stage began to work on it; None while it waits for one."""
+        """Monotonic time at which the current stage began; None while the photo waits for a stage."""
         self._lock = threading.Lock()
         self._prepared: PreparedPhoto | None = None
 
     def settle(self, prepared: PreparedPhoto) -> bool:
-        """Set the result; False where there is one already: the photo was given up meanwhile."""
+        """Set the result; return False if there already is one, because the photo was abandoned."""
         with self._lock:
             if self._prepared is not None:
                 return False
@@ -53,29 +53,30 @@ class Slot:
 
 
 class Crew:
-    """Readers and decoders.
+    """A pool of reader and decoder threads.
 
-    Python cannot stop a thread that hangs inside a decoder or a network file system. It is left behind, its photo gets
-    a row that says so, and a new thread takes its place; none of them keeps the process from ending.
+    Python cannot stop a thread that hangs inside a decoder or a network file system. Such a thread is abandoned: its
+    photo gets a result row with the reason, and a new thread replaces it. Abandoned threads do not prevent the process
+    from exiting.
 
     Args:
-        spec: what to make of photos.
-        decoders: threads that decode; one a core.
-        readers: threads that wait for storage.
-        hang_s: seconds after which a photo is given up.
+        spec: preprocessing to apply to photos.
+        decoders: number of decoding threads; None starts one per usable core.
+        readers: number of threads that read from storage.
+        hang_s: timeout in seconds after which a photo is abandoned.
     """
 
     def __init__(
         self, spec: PreprocessSpec, *, decoders: int | None = None, readers: int = 4, hang_s: float = HANG_S
     ) -> None:
         self.spec, self.hang_s = spec, hang_s
-        self.decoders, self.readers = decoders or os.cpu_count() or 1, readers
+        self.decoders, self.readers = decoders or usable_cores(), readers
         self.read_s = self.decode_s = 0.0
-        """Work done so far, summed over threads."""
+        """Seconds of work so far, summed over threads."""
         self._hung = 0
         self._seconds = threading.Lock()
         self._to_read: SimpleQueue[Slot | None] = SimpleQueue()
-        # Bounded: files wait here whole.
+        # Bounded, because entire files wait in this queue.
         self._to_decode: Queue[tuple[Slot, bytes] | None] = Queue(2 * self.decoders)
         self._closed = False
         for _ in range(self.readers):
@@ -84,12 +85,12 @@ class Crew:
             self._start("decode")
 
     def begin(self, source: SourcePhoto, data: bytes | None = None, on_done: Callable[[], None] = lambda: None) -> Slot:
-        """Ask for a photo; returns at once.
+        """Request a photo and return immediately.
 
         Args:
-            source: where it is.
-            data: its bytes, if they are here already.
-            on_done: called when it is done, in whatever thread that was.
+            source: the photo.
+            data: contents of its file, if already in memory.
+            on_done: called when the photo is done, in the thread that finished it.
         """
         slot = Slot(source, data, on_done)
         if source.issue is not None:
@@ -99,35 +100,35 @@ class Crew:
         return slot
 
     def take(self, slot: Slot) -> PreparedPhoto:
-        """Wait for a photo.
+        """Wait for a photo and return it.
 
         Raises:
-            FastFundusError: so many photos hang that storage, or the decoder, must be at fault.
+            FastFundusError: so many photos hang that the storage or the decoder must be at fault.
         """
         while not slot.done.wait(_LOOK_S):
             self.watch(slot)
         return slot.prepared
 
     def watch(self, slot: Slot) -> None:
-        """Give a photo up that hangs; whoever waits for one calls this now and then.
+        """Abandon a photo whose reading or decoding hangs; waiting callers poll this.
 
         Raises:
-            FastFundusError: as `take`.
+            FastFundusError: see `take`.
         """
         stage, began = slot.stage, slot.began
-        # A monotonic clock: the machine's own may be set while this runs.
+        # A monotonic clock, because the system clock may be set during the run.
         if began is not None and time.monotonic() - began > self.hang_s:
             self._give_up(slot, stage)
 
     def close(self) -> None:
-        """Let the threads end; photos that were not taken are dropped."""
+        """Let the threads end. Photos that were not taken are dropped."""
         self._closed = True
         for _ in range(self.readers):
             self._to_read.put(None)
         with contextlib.suppress(Empty):
             while True:
                 self._to_decode.get_nowait()
-        # A queue that a reader has filled meanwhile wakes the decoders as well.
+        # If a reader has refilled the queue in the meantime, its entries wake the decoders as well.
         with contextlib.suppress(Full):
             for _ in range(self.decoders):
                 self._to_decode.put_nowait(None)
@@ -137,15 +138,15 @@ class Crew:
         threading.Thread(target=target, name=stage, daemon=True).start()
 
     def _give_up(self, slot: Slot, stage: str) -> None:
-        words = {"read": "reading it from its storage", "decode": "decoding"}[stage]
-        reason = f"{words} took longer than {self.hang_s:g} s and was given up; open it in another program, or retry"
+        words = {"read": "reading it from storage", "decode": "decoding"}[stage]
+        reason = f"{words} took longer than {self.hang_s:g} s and was abandoned; open it in another program, or retry"
         if not slot.settle(PreparedPhoto(Status.UNREADABLE, reason)):
             return
         self._hung += 1
         if self._hung > _MOST_HUNG:
             raise FastFundusError(
-                f"{slot.source.name}: {self._hung} photos took longer than {self.hang_s:g} s ({words}); see whether "
-                "the storage answers, then go on"
+                f"{slot.source.name}: {self._hung} photos took longer than {self.hang_s:g} s ({words}); check that "
+                "the storage responds, then resume"
             )
         self._start(stage)
 
@@ -176,7 +177,7 @@ class Crew:
             try:
                 prepared = prepare_bytes(data, self.spec)
             except Exception as error:
-                # A defect of ours or of a decoder must cost one row, not the run.
+                # A bug here or in a decoder must fail one photo, not the run.
                 prepared = PreparedPhoto(
                     Status.UNREADABLE, f"decoding failed ({type(error).__name__}: {error}); please report this file"
                 )

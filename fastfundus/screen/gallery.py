@@ -1,8 +1,7 @@
-"""The photos a report shows: the worst first, and the first of those that have no score."""
+"""The photos shown in a report: the highest-scored ones, and the first of those without a score."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import polars as pl
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.heatmap import Heatmapper
+from fastfundus.machine import usable_cores
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.pictures import blend, thumbnail, with_heat
 from fastfundus.records import Status
@@ -24,10 +24,10 @@ from fastfundus.screen.results import makes_maps
 __all__ = ["MOST_SHOWN", "ShownPhoto", "others", "worst"]
 
 MOST_SHOWN = 60
-"""Photos shown in each of the report's two tables; `results.csv` has all."""
+"""Maximum number of photos in each of the report's two tables; `results.csv` lists all."""
 _THUMB_PX = 144
 _VESSELS = (60, 255, 160)
-"""A green that no retina has."""
+"""A green that does not occur in retinas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +35,25 @@ class ShownPhoto:
     """One photo of the report."""
 
     row: dict[str, Any]
-    """Its row of the results."""
+    """The photo's row in the results."""
     finding: str
-    """The finding that lies highest above its threshold."""
+    """The finding whose probability exceeds its threshold by most."""
     score: float
-    """Probability of that, or share of a map's pixels."""
+    """Probability of that finding, or the share of a map's pixels."""
     thumb: str
-    """A data URL; empty where the photo is not there any more as it was screened."""
+    """Data URL of the photo; empty if the file no longer exists as it was screened."""
     overlay: str = ""
-    """The same with its mask, or the heatmap of what is not negative, drawn over it: elsewhere it would mislead."""
+    """Data URL of the photo with its mask or heatmap drawn over it. Negatives get no heatmap: it would mislead."""
 
 
 def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], output: Path) -> list[ShownPhoto]:
-    """The scored photos that lie highest above a threshold, worst first.
+    """Return the scored photos that exceed a threshold by most, in descending order.
 
     Args:
         results: one row per input.
-        bundle: what they were screened with.
-        paths: by name of each input, its file.
-        output: the folder of the results; masks are read from it.
+        bundle: the bundle they were screened with.
+        paths: file of each input, by its name.
+        output: results folder, from which masks are read.
     """
     labels = list(bundle.findings or bundle.labels)
     column = "share" if makes_maps(bundle) else "p"
@@ -85,7 +85,7 @@ def worst(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path], outp
 
 
 def others(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path]) -> list[ShownPhoto]:
-    """The first photos without a score."""
+    """Return the first photos without a score."""
     rows = results.filter(pl.col("status") != Status.OK.value).head(MOST_SHOWN).to_dicts()
     photos = _prepared(rows, paths, bundle)
     return [
@@ -95,10 +95,9 @@ def others(results: pl.DataFrame, bundle: Bundle, paths: Mapping[str, Path]) -> 
 
 
 def _prepared(rows: Iterable[dict[str, Any]], paths: Mapping[str, Path], bundle: Bundle) -> list[PreparedPhoto | None]:
-    """The photos once more, where they have pixels to show and are what was screened.
+    """Prepare the photos again; None for those without pixels to show or whose file changed since the screening.
 
-    Keeping pictures while screening would cost memory, and a run that goes on after a kill has none of its earlier
-    ones.
+    Keeping images during the screening would cost memory, and a resumed run does not have those of its earlier part.
     """
 
     def again(row: dict[str, Any]) -> PreparedPhoto | None:
@@ -107,18 +106,18 @@ def _prepared(rows: Iterable[dict[str, Any]], paths: Mapping[str, Path], bundle:
         photo = prepare_photo(paths[row["path"]], bundle.spec)
         return photo if photo.sha256 == row["sha256"] else None
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(usable_cores()) as threads:
         return list(threads.map(again, rows))
 
 
 def _with_mask(photo: PreparedPhoto, file: Path) -> str:
-    """The photo with its mask, a PNG in the frame of the camera, drawn over it."""
+    """Draw a mask, a PNG in the coordinates of the original photo, over a prepared photo."""
     mask = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
     if mask is None or photo.image is None or photo.window is None:
         return ""
     left, top, side = photo.window
     size = len(photo.image)
-    # From the pixels of the crop to those of the mask, centres on centres.
+    # Map pixel centres of the crop to pixel centres of the mask.
     step = side / size
     matrix = np.array([[step, 0, left + step / 2 - 0.5], [0, step, top + step / 2 - 0.5]])
     seen = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)

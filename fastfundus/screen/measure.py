@@ -1,8 +1,7 @@
-"""How fast this machine prepares, infers and screens: for whoever buys or tunes one."""
+"""Benchmarks of preparation, inference and screening on this machine, for choosing and tuning hardware."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
 from fastfundus.errors import DataError
+from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import SourcePhoto
 from fastfundus.screen.crew import Crew
@@ -27,7 +27,7 @@ _LEAST_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Photos/s with all cores: the median of some rounds, and their extremes."""
+    """Throughput with all cores: the median over several rounds, and the extremes."""
 
     photos_per_s: float
     least: float
@@ -36,12 +36,12 @@ class Rate:
 
     @property
     def core_seconds(self) -> float:
-        """That a photo takes, with every core at work."""
-        return (os.cpu_count() or 1) / self.photos_per_s
+        """Core-seconds per photo, with all cores busy."""
+        return usable_cores() / self.photos_per_s
 
 
 def _timed(job: Callable[[], int], seconds: float) -> Rate:
-    """Repeat a job that says how many photos it did; the first round warms up and does not count."""
+    """Time repeated runs of a job that returns its number of photos; the first run is a warm-up and is not counted."""
     job()
     rates: list[float] = []
     ends = time.perf_counter() + seconds
@@ -53,12 +53,12 @@ def _timed(job: Callable[[], int], seconds: float) -> Rate:
 
 
 def prepare_rate(photos: Sequence[SourcePhoto], spec: PreprocessSpec, seconds: float = 5.0) -> Rate:
-    """Measure reading, decoding and cropping, as `screen` does them, with nothing else to do.
+    """Measure reading, decoding and cropping as `screen` does them, without inference.
 
     Args:
-        photos: what to prepare, again and again; a few dozen, or the cores run dry at the end of each round.
-        spec: what to make of them.
-        seconds: how long, at least.
+        photos: photos to prepare repeatedly; use a few dozen, or cores idle at the end of each round.
+        spec: preprocessing to apply.
+        seconds: minimum duration.
 
     Raises:
         DataError: none of them can be prepared.
@@ -79,7 +79,7 @@ def prepare_rate(photos: Sequence[SourcePhoto], spec: PreprocessSpec, seconds: f
 
 
 def engine_rate(engine: Engine, photos: NDArray[np.uint8], seconds: float = 5.0) -> Rate:
-    """Measure an engine alone, on photos uint8 [N, S, S, 3] that are in memory already."""
+    """Measure an engine alone, on photos uint8 [N, S, S, 3] that are already in memory."""
 
     def job() -> int:
         engine.infer(photos)
@@ -89,9 +89,9 @@ def engine_rate(engine: Engine, photos: NDArray[np.uint8], seconds: float = 5.0)
 
 
 def screen_rate(photos: Sequence[SourcePhoto], bundle: Bundle, seconds: float = 5.0) -> tuple[Rate, Timing]:
-    """Measure the whole way from files to decisions; also where the time of the last round went.
+    """Measure throughput from files to decisions; also return the timing of the last round.
 
-    Starting and writing results are left out: they are those of a long run.
+    Start-up and writing results are excluded, so the rates are those of a long run.
     """
     timing = Timing()
     with bundle.load() as engine:

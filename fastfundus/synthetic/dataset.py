@@ -1,4 +1,4 @@
-"""Whole sets of synthetic photos: patients, eyes, labels, files."""
+"""Complete synthetic datasets: patients, eyes, labels and files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from fastfundus.errors import ConfigError
+from fastfundus.machine import usable_cores
 from fastfundus.synthetic.draw import SyntheticPhoto, draw_photo
 from fastfundus.synthetic.optics import CAMERAS, QUALITIES
 from fastfundus.synthetic.pathology import LESIONS
@@ -26,7 +27,7 @@ LABEL_COLUMNS = ("file", "patient", "eye", "abnormal", *LESIONS, "image_quality"
 
 @dataclass(frozen=True, slots=True)
 class PhotoPlan:
-    """Everything that decides one photo; a few numbers, so that plans travel between processes."""
+    """All parameters of one photo, small enough to send between processes."""
 
     patient: str
     seed: int
@@ -39,11 +40,11 @@ class PhotoPlan:
 
     @property
     def stem(self) -> str:
-        """File name without its ending."""
+        """File name without its extension."""
         return f"{self.patient}_{'left' if self.eye == 'L' else 'right'}"
 
     def draw(self) -> SyntheticPhoto:
-        """Draw it."""
+        """Draw the photo."""
         return draw_photo(
             self.seed,
             patient_seed=self.patient_seed,
@@ -63,21 +64,21 @@ def plan_dataset(
     poor_share: float = 0.06,
     long_sides: Sequence[int] = (768, 1024, 1280),
 ) -> list[PhotoPlan]:
-    """Plan both eyes of every patient.
+    """Plan the photos of both eyes of every patient.
 
     Args:
-        patients: how many, at least 1.
-        seed: of the whole set; a larger set with the same seed begins with the same patients.
-        abnormal_share: probability that a patient is diseased; a diseased patient's eyes are both abnormal 7 times in
-            10, else one is.
-        poor_share: probability that a photo is blurred, dark or cut.
-        long_sides: widths of frames to draw from, in pixels.
+        patients: Number of patients, at least 1.
+        seed: Seed of the whole dataset; a larger dataset with the same seed begins with the same patients.
+        abnormal_share: Probability that a patient is diseased. With probability 0.7 both eyes of a diseased patient are
+            abnormal, otherwise one.
+        poor_share: Probability that a photo is blurred, dark or cut.
+        long_sides: Frame widths to choose from, in pixels.
 
     Raises:
         ConfigError: `patients` is below 1 or a share is outside 0 to 1.
     """
     if patients < 1:
-        raise ConfigError(f"synthetic patients must be at least 1, got {patients}")
+        raise ConfigError(f"number of synthetic patients must be at least 1, got {patients}")
     for name, share in [("abnormal_share", abnormal_share), ("poor_share", poor_share)]:
         if not 0 <= share <= 1:
             raise ConfigError(f"synthetic {name} must be 0 to 1, got {share}")
@@ -85,12 +86,12 @@ def plan_dataset(
     for index in range(patients):
         rng = np.random.default_rng([seed, index])
         patient_seed = int(rng.integers(2**31))
-        # One clinic owns one camera, and a patient visits one clinic.
+        # A clinic has one camera, and a patient visits one clinic.
         camera = int(rng.integers(len(CAMERAS)))
         long_side = int(rng.choice(np.asarray(long_sides)))
         diseased = rng.uniform() < abnormal_share
         affected = {"L", "R"} if rng.uniform() < 0.7 else {str(rng.choice(["L", "R"]))}
-        # Eyes of one patient tend to share a disease; a second finding in one of three.
+        # The eyes of one patient share their diseases; one eye in three has a second finding.
         shared = [str(kind) for kind in rng.choice(LESIONS, 2, replace=False)]
         for eye in ("L", "R"):
             count = 1 + int(rng.uniform() < 1 / 3)
@@ -112,7 +113,7 @@ def plan_dataset(
 
 
 def _write_photo(plan: PhotoPlan, folder: Path, masks: bool) -> None:
-    cv2.setNumThreads(1)  # one process a core: OpenCV's own threads would only fight over them
+    cv2.setNumThreads(1)  # there is one process per core; OpenCV threads would compete for them
     photo = plan.draw()
     path = folder / "images" / f"{plan.stem}.jpg"
     cv2.imwrite(str(path), cv2.cvtColor(photo.image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -132,20 +133,23 @@ def write_dataset(
     masks: bool = False,
     workers: int | None = None,
 ) -> list[PhotoPlan]:
-    """Draw a set into a folder: `images/*.jpg`, `labels.csv` and, on request, `masks/{vessels,disc,cup}/*.png`.
+    """Draw a dataset into a folder: `images/*.jpg`, `labels.csv` and optionally `masks/{vessels,disc,cup}/*.png`.
 
     Args:
-        folder: made if absent; files of the same names are replaced.
-        patients: as for `plan_dataset`.
-        seed: as for `plan_dataset`.
-        abnormal_share: as for `plan_dataset`.
-        poor_share: as for `plan_dataset`.
-        long_sides: as for `plan_dataset`.
-        masks: write the masks too.
-        workers: processes; None takes one a core.
+        folder: Output folder, created if missing; existing files of the same names are overwritten.
+        patients: See `plan_dataset`.
+        seed: See `plan_dataset`.
+        abnormal_share: See `plan_dataset`.
+        poor_share: See `plan_dataset`.
+        long_sides: See `plan_dataset`.
+        masks: Write the masks as well.
+        workers: Number of processes; None uses one per usable core.
 
     Returns:
         The plan of every photo, in the order of `labels.csv`.
+
+    Raises:
+        ConfigError: See `plan_dataset`.
     """
     folder = Path(folder)
     plans = plan_dataset(
@@ -163,12 +167,12 @@ def write_dataset(
             abnormal = int(bool(plan.lesions))
             row = [f"images/{plan.stem}.jpg", plan.patient, plan.eye, abnormal, *flags]
             writer.writerow([*row, plan.quality, CAMERAS[plan.camera].name])
-    workers = min(workers or os.cpu_count() or 1, len(plans))
+    workers = min(workers or usable_cores(), len(plans))
     if workers == 1:
         for plan in plans:
             _write_photo(plan, folder, masks)
     else:
-        # Forking a process that already runs threads (a progress bar, torch) can deadlock: start fresh ones.
+        # Forking a process that runs threads (a progress bar, torch) can deadlock, so spawn new processes.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             list(pool.map(_write_photo, plans, [folder] * len(plans), [masks] * len(plans), chunksize=8))
     return plans

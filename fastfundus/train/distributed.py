@@ -1,7 +1,7 @@
-"""Several processes that train one model, started by torchrun: who they are, and what they must agree on.
+"""Training of one model by several processes that torchrun started: their ranks, and their joint decisions.
 
-A batch of the config is shared out over the processes, so that the same file gives the same training on one GPU and on
-eight. Decisions (stop, a loss that is no number) go through a group of their own on the host: no GPU waits for them.
+A batch of the configuration is divided among the processes, so that the same configuration gives the same training on
+one GPU and on eight. Decisions (stop, non-finite loss) use a separate process group on the host: no GPU waits for them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
 from fastfundus.errors import ConfigError
+from fastfundus.machine import usable_cores
 
-__all__ = ["World", "joined", "restarted"]
+__all__ = ["World", "joined", "limit_threads", "restarted"]
 
 _Value = TypeVar("_Value")
 _PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others: one of them may be measuring the test photos meanwhile."""
+"""Timeout of a process that waits for the others: one of them may be evaluating the test photos."""
 
 
 class World:
-    """This process among its peers; alone unless torchrun started several.
+    """The processes of a run, seen from this one; a single process unless torchrun started several.
 
     Args:
-        rank: number of this process.
+        rank: rank of this process.
         size: number of processes.
-        local: number of this process on its machine: its GPU.
+        local: rank of this process on its machine, which is also the index of its GPU.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
@@ -41,27 +42,27 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """True if this process writes files and messages."""
         return self.rank == 0
 
     def device(self) -> torch.device:
-        """The GPU of this process, or the CPU."""
+        """Return the GPU of this process, or the CPU."""
         return torch.device(f"cuda:{self.local}" if torch.cuda.is_available() else "cpu")
 
     def share(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What this process takes of a batch.
+        """Return this process's part of a batch.
 
         Raises:
-            ConfigError: there is not a photo for each process.
+            ConfigError: the batch has fewer photos than there are processes.
         """
         if len(batch) < self.size:
             raise ConfigError(
-                f"a batch of {len(batch)} cannot be shared by {self.size} processes; raise loop.batch_size"
+                f"a batch of {len(batch)} photos cannot be divided among {self.size} processes; raise loop.batch_size"
             )
         return np.array_split(batch, self.size)[self.rank]
 
     def gather(self, value: _Value) -> list[_Value]:
-        """Every process's value, by rank."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -69,7 +70,7 @@ class World:
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether any process has raised it."""
+        """Return for each flag whether any process has raised it."""
         if self.size == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -77,12 +78,12 @@ class World:
         return tuple(bool(value) for value in raised.tolist())
 
     def wait(self) -> None:
-        """Go on when every process is here."""
+        """Wait until every process has arrived here."""
         if self.size > 1:
             distributed.barrier(group=self._host)
 
     def spread(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`forward`, with gradients averaged over the processes; the weights of `model` become those of rank 0."""
+        """Wrap `forward` to average gradients over the processes, and set the weights of `model` to those of rank 0."""
         if self.size == 1:
             return forward
         assert isinstance(forward, nn.Module)
@@ -92,7 +93,7 @@ class World:
         )
 
     def align(self, module: nn.Module) -> None:
-        """Give every process rank 0's buffers, such as running means."""
+        """Copy rank 0's buffers, such as running means, to every process."""
         if self.size > 1:
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
@@ -100,7 +101,7 @@ class World:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """Join the processes that torchrun started; a process that it did not start is alone."""
+    """Join the processes that torchrun started; without torchrun, yield a world of one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
@@ -111,8 +112,8 @@ def joined() -> Iterator[World]:
         torch.cuda.set_device(local)
     store, rank, size = next(distributed.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one machine torchrun keeps its store when it starts processes again, and with it the addresses of those
-        # that are gone: whoever is quick would call them. On several machines attempts are counted by each on its own.
+        # On one machine, torchrun keeps its store when it restarts processes, and with it the addresses of dead ones,
+        # which fast processes would try to contact. With several machines, each counts the attempts on its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
     backend = "nccl" if on_gpu else "gloo"
@@ -123,6 +124,12 @@ def joined() -> Iterator[World]:
         distributed.destroy_process_group()
 
 
+def limit_threads() -> None:
+    """Limit torch's threads to the cores that this process may use: torch ignores the CPU quota of a container."""
+    if torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())
+
+
 def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of them failed."""
+    """Return whether torchrun has restarted this process after one of the processes failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from fastfundus.files import replaced
 from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.train.ancestry import note_ancestry
 from fastfundus.train.checkpoint import TrainState, checkpoint, restore, save_atomically
-from fastfundus.train.distributed import World
+from fastfundus.train.distributed import World, limit_threads
 from fastfundus.train.feed import balanced_order, epoch_order, parts_of
 from fastfundus.train.interrupt import Interrupted, stop_requested
 from fastfundus.train.observer import EpochResult, Observer
 from fastfundus.train.overlap import Overlap, measure_overlap
-from fastfundus.train.plan import room_for_photos
+from fastfundus.train.plan import memory_warnings, room_for_photos
+from fastfundus.train.precision import resolve_precision
 from fastfundus.train.problem import Batch, Grading, Problem
 from fastfundus.train.run import describe_environment, run_file, save_best
 from fastfundus.train.schedule import learning_rate
@@ -84,6 +86,8 @@ def train(
         raise CheckpointError(f"{output}: holds a run already; add --resume to go on, or choose another --output")
     if resume and not (output / "last.ckpt").exists():
         raise CheckpointError(f"{output}: has no last.ckpt to resume; leave --resume away to start")
+    limit_threads()
+    config, precision = _with_precision(output, config, resume, device, world)
     problem = problem_of(cache, config, observer)
     sides = [f"{name} {count}" for name, count in side_counts(problem.splits["split"]).items()]
     observer.say(
@@ -108,10 +112,8 @@ def train(
         world.wait()
         if world.leads:
             _begin(output, config, problem, device, observer)
-        numbers = f"{config.loop.amp_dtype} AMP" if config.loop.amp else "float32"
-        observer.say(
-            f"{config.model.backbone} {init}; {numbers}, {'channels-last' if channels_last else 'channels-first'}"
-        )
+        observer.say(f"{config.model.backbone} {init}; {'channels-last' if channels_last else 'channels-first'}")
+    observer.say(f"training in {precision}")
     mode = _compile_mode(config, device, world, observer)
     # One graph for each size of the photos, rather than one for any size.
     compiled: Any = model if mode == "off" else torch.compile(
@@ -142,6 +144,8 @@ def train(
         if world.leads:
             save_atomically(checkpoint(cache, config, state, model, averaged, optimiser), output / name)
 
+    for warning in memory_warnings(config, model, cache.spec.size, device):
+        observer.say(warning)
     room = room_for_photos(config, model, cache.spec.size, device)
     if problem.load(device, room):
         observer.say("the training photos lie in the GPU's memory")
@@ -229,6 +233,17 @@ def train(
             measure_overlap(one_step, batch_again, speed, processes=world.size)
             observer.say(speed.told(device))
     return state.best_score
+
+
+def _with_precision(
+    output: Path, config: TrainConfig, resume: bool, device: torch.device, world: World
+) -> tuple[TrainConfig, str]:
+    """Make the precision definite: that of the run that is resumed, else what rank 0's device computes fastest."""
+    if resume and config.loop.amp == "auto":
+        kept = TrainConfig.from_toml(output / "config.toml").loop
+        config = replace(config, loop=replace(config.loop, amp=kept.amp, amp_dtype=kept.amp_dtype))
+    loop, described = world.gather(resolve_precision(config.loop, device))[0]
+    return replace(config, loop=loop), described
 
 
 def _patience_is_over(config: TrainConfig, state: TrainState) -> bool:

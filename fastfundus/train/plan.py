@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
+from fastfundus.machine import available_memory
 from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.models.flops import count_flops
 from fastfundus.train.distributed import World
 from fastfundus.train.observer import Observer
+from fastfundus.train.precision import autocast_dtype, resolve_precision
 from fastfundus.train.step import TrainStep, build_optimiser
 
-__all__ = ["Plan", "plan_training", "room_for_photos"]
+__all__ = ["Plan", "memory_warnings", "plan_training", "room_for_photos"]
 
 _PROBED = 2
 """Photos of the batch on which activations are counted."""
@@ -97,6 +99,9 @@ def plan_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[str]
             say(text)
 
     device = World().device()
+    loop, precision = resolve_precision(config.loop, device)
+    config = replace(config, loop=loop)
+    say(precision)
     problem = problem_of(cache, config, Notes())
     model, _ = problem.create(config.model)
     model = model.to(device)
@@ -152,10 +157,12 @@ def training_bytes(config: TrainConfig, model: nn.Module, size: int, device: tor
     inputs = torch.zeros(_PROBED, 3, size, size, device=device)
     if uses_channels_last(config.loop.channels_last, probe):
         inputs = inputs.to(memory_format=torch.channels_last)
-    dtype = getattr(torch, config.loop.amp_dtype)
+    dtype = autocast_dtype(config.loop)
     with (
+        # Dropout must not draw from the numbers that training will use.
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value),
-        torch.autocast(device.type, dtype, enabled=config.loop.amp),
+        torch.autocast(device.type, dtype, enabled=dtype is not None),
     ):
         logits = probe(inputs)
     del logits
@@ -185,6 +192,20 @@ def _step_s(
         float(step([(inputs, truth)], count, 0.0))
         times.append(time.perf_counter() - began)
     return min(times) * shape[0] * config.loop.accumulate / count
+
+
+def memory_warnings(config: TrainConfig, model: nn.Module, size: int, device: torch.device) -> list[str]:
+    """Return a warning if a batch will probably not fit into the machine's memory; a GPU reports that by itself."""
+    free = available_memory() if device.type == "cpu" else None
+    if free is None:
+        return []
+    needed = training_bytes(config, model, _input_side(config, size), device)
+    if needed <= free:
+        return []
+    return [
+        f"WARNING: a batch of {config.loop.batch_size} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+        "are free: the system may end this run; lower loop.batch_size and raise loop.accumulate by the same factor"
+    ]
 
 
 def room_for_photos(config: TrainConfig, model: nn.Module, size: int, device: torch.device) -> int:

@@ -1,7 +1,7 @@
-"""What a run learns, as the loop sees it; and the problem of judging whole photos.
+"""The interface between a task and the training loop, and the tasks that classify whole photos.
 
-A problem says which photos take part, makes batches of an epoch, gives the loss, and validates. There are two:
-`Grading` here, for every task that gives a photo one answer, and `vessels.VesselMaps`.
+A task selects the photos that take part, makes the batches of an epoch, provides the loss, and validates. There are
+two implementations: `Grading` here, for every task with one answer per photo, and `vessels.VesselMaps`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastfundus.train.augment import draw_epoch
 from fastfundus.train.distributed import World
 from fastfundus.train.feed import PhotoFeed, one_ahead
 from fastfundus.train.loss import LOSSES, known_labels, rarity_weight
+from fastfundus.train.precision import autocast_dtype
 from fastfundus.train.schedule import training_size
 from fastfundus.train.scores import scores_of
 from fastfundus.train.step import predict_logits
@@ -35,41 +36,41 @@ from fastfundus.train.targets import finding_outputs, read_targets, usable_rows
 __all__ = ["Batch", "Grading", "Problem", "dealt"]
 
 Batch = tuple[Tensor, Tensor]
-"""Inputs [B, 3, S, S] float32 and truth [B, L] (or [B, 1, S, S]) float32, on the device."""
+"""Inputs [B, 3, S, S] float32 and ground truth [B, L] (or [B, 1, S, S]) float32, on the device."""
 
 
 class Problem(Protocol):
-    """What the loop needs to know."""
+    """A task, as the training loop uses it."""
 
     outputs: tuple[str, ...]
     """Names of the model's outputs."""
     splits: pl.DataFrame
-    """path, sha256, patient, what is known of the labels, and split of every photo that takes part."""
+    """path, sha256, patient, the known labels, and split of every photo that takes part."""
     strata: NDArray[np.int64]
-    """[N] class of each training example, by which a sampler may balance."""
+    """[N] class of each training example, for samplers that balance classes."""
     told: str
-    """In words what is learned."""
+    """Description of what is learned."""
     chooses: str
-    """Name of the score on validation that chooses the best epoch; higher is better."""
+    """Name of the validation score that selects the best epoch; higher is better."""
 
     def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
         """Build the network."""
         ...
 
     def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """A scalar of logits and truth."""
+        """Return the loss: a function of logits and ground truth that returns a scalar."""
         ...
 
     def load(self, device: torch.device, room: int) -> bool:
-        """Get ready to make batches; whether the photos now lie in the device's memory."""
+        """Prepare to make batches, and return whether the photos are now in device memory."""
         ...
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
-        """Make batches of training examples, by position."""
+        """Yield batches of training examples, given by position."""
         ...
 
     def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
-        """Loss and scores on validation."""
+        """Return loss and scores on the validation photos."""
         ...
 
 
@@ -81,7 +82,7 @@ def dealt(
     columns: dict[str, NDArray[np.float64]],
     say: Callable[[str], None],
 ) -> pl.DataFrame:
-    """Split the rows of a cache that take part; the columns are those of `Problem.splits`."""
+    """Assign each row of a cache that takes part to a split; return the table `Problem.splits`."""
     part = cache.manifest[rows]
     split = assign_splits(part, strata, config.data, pair_positions(cache, rows))
     for note in split.notes:
@@ -91,16 +92,16 @@ def dealt(
 
 
 class Grading:
-    """One answer a photo: abnormality, multiclass, multilabel, ordinal.
+    """Tasks with one answer per photo: abnormality, multiclass, multilabel, ordinal.
 
     Args:
         cache: the photos.
-        config: of the run.
-        say: takes notes for the user.
+        config: configuration of the run.
+        say: receives notes for the user.
 
     Raises:
-        DataError: the labels or patients do not allow training.
-        ConfigError: settings do not fit the labels.
+        DataError: labels or patients are not sufficient for training.
+        ConfigError: settings do not match the labels.
     """
 
     def __init__(self, cache: PhotoCache, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -109,7 +110,7 @@ class Grading:
         rows = usable_rows(cache.manifest, targets)
         if not len(rows):
             raise DataError(
-                "no photo is ok and labelled; see the status and label columns of the manifest", path=cache.path
+                "no photo has both status ok and a label; check these columns of the manifest", path=cache.path
             )
         self._cache, self._config, self._kind = cache, config, ACTIVATIONS[config.task]
         self.outputs, self.told = targets.outputs, targets.told
@@ -122,7 +123,7 @@ class Grading:
         self._val_rows, self._val_truth = rows[val], truth[val]
         for name, column in zip(targets.outputs, self._truth.T, strict=True):
             if not (column == 1).any():
-                say(f"note: no training photo is known to be {name!r}: this output cannot be learned")
+                say(f"note: no training photo is labelled {name!r}; this output cannot be learned")
 
     def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
         """Build the network."""
@@ -130,18 +131,18 @@ class Grading:
         first = self._config.loop.first_size
         if first < 1 and hasattr(model, "patch_embed"):
             raise ConfigError(
-                f"loop.first_size is {first}, but {config.backbone} takes photos of one size; set it to 1"
+                f"loop.first_size is {first}, but {config.backbone} accepts only one photo size; set it to 1"
             )
         return model, init
 
     def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of the head, a weight of 0 worked out from the training photos."""
+        """Return the loss of the head; a weight of 0 is replaced by one computed from the training photos."""
         config = self._config.loss
         weight: Tensor | float = config.positive_weight
         if weight == 0:
             weight = torch.from_numpy(rarity_weight(self._truth, self._kind)).to(device)
         elif self._kind == "softmax" and weight != 1:
-            raise ConfigError(f"loss.positive_weight is {weight}, but classes have no positive one; give 0 or 1")
+            raise ConfigError(f"loss.positive_weight is {weight}, but classes have no positive label; set it to 0 or 1")
         return partial(
             LOSSES[self._kind],
             smoothing=config.label_smoothing,
@@ -151,17 +152,17 @@ class Grading:
         )
 
     def load(self, device: torch.device, room: int) -> bool:
-        """Get ready to make batches."""
+        """Create the loader."""
         self._feed = PhotoFeed(self._cache.photos, self._rows, device, room=room)
         return self._feed.resident
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
-        """Make batches, the next one while a batch is learned from."""
+        """Yield batches, and prefetch the next one while the model trains."""
         config, spec = self._config, self._cache.spec
         seed, count = config.loop.seed, len(self._rows)
         geometry, colour = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
         size = training_size(epoch, epochs=config.loop.epochs, size=spec.size, first=config.loop.first_size)
-        # Output positions are stretched to those of the cache's side first.
+        # Output positions are first scaled to the side of the cache's photos.
         geometry = geometry * np.array([spec.size / size, spec.size / size, 1], np.float32)
         alpha = config.loss.mixup
         shares = np.random.default_rng([seed, epoch, 0x31]).beta(alpha, alpha, count) if alpha else None
@@ -169,7 +170,7 @@ class Grading:
         def make(batch: NDArray[np.int64]) -> Callable[[], Batch]:
             finish = self._feed.begin(self._rows[batch], geometry[batch], colour[batch], size)
             truth = torch.from_numpy(self._truth[batch]).float()
-            # The larger share is always the photo's own: every photo is then learned once an epoch.
+            # The larger share is always the photo's own, so that every photo is learned once per epoch.
             share = None if shares is None else torch.from_numpy(np.maximum(shares, 1 - shares)[batch]).float()
             return lambda: _blended(finish(), truth.to(device, non_blocking=True), share)
 
@@ -177,11 +178,11 @@ class Grading:
             yield finish()
 
     def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
-        """Loss and scores on validation, every photo once however many processes share the work."""
+        """Return loss and scores on the validation photos, each counted once for any number of processes."""
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
-        amp = self._config.loop.amp
-        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self._cache.spec, amp=amp, device=device)
+        dtype = autocast_dtype(self._config.loop)
+        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=dtype, device=device)
         logits = np.empty((len(self._val_rows), len(self.outputs)))
         for rank, values in enumerate(world.gather(own)):
             logits[rank :: world.size] = values
@@ -192,10 +193,10 @@ class Grading:
 
 
 def _blended(inputs: Tensor, truth: Tensor, share: Tensor | None) -> Batch:
-    """Mixup: each photo with the next one of the batch. Source: Zhang et al., ICLR 2018."""
+    """Blend each photo with the next one of the batch (mixup). Source: Zhang et al., ICLR 2018."""
     if share is None:
         return inputs, truth
     share = share.to(inputs.device, non_blocking=True)[:, None]
     truth = share * truth + (1 - share) * truth.roll(-1, 0)
-    # In place: the batch is this step's own.
+    # In place: only this step uses the batch.
     return inputs.lerp_(inputs.roll(-1, 0), (1 - share)[:, :, None, None]), truth

@@ -1,22 +1,21 @@
-"""A run folder: what a training run leaves behind, and how others read it.
+"""A run folder: the files that a training run writes, and how to read them.
 
 config.toml          the resolved configuration
 splits.parquet       path, sha256, patient, label_<output>, split of every photo that took part
 learned_before.parquet  see `train.ancestry`
-metrics.csv          a line an epoch
+metrics.csv          one line per epoch
 best.safetensors     averaged weights of the best epoch, with configuration, spec and labels in its header
-last.ckpt            everything that resuming needs
-operating_point.json temperature and threshold, fitted on validation; and results on validation and test
-predictions.parquet  path, sha256, patient, split, label_<output>, p_<output> of every photo of validation and test
-run.html             curves, ROC, the worst errors: one page
-environment.json     versions and machine
+last.ckpt            the complete training state, for resuming
+operating_point.json temperature and threshold, fitted on validation; results on validation and test
+predictions.parquet  path, sha256, patient, split, label_<output>, p_<output> of every validation and test photo
+run.html             one page with training curves, ROC curves and the worst errors
+environment.json     package versions and machine
 events.out.*         the metrics for TensorBoard
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.files import replaced
+from fastfundus.machine import usable_cores
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
@@ -41,7 +41,7 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["SCHEMA", "Run", "describe_environment", "run_file", "save_best"]
 
 SCHEMA = 2
-"""Version of the run folder's files."""
+"""Schema version of the files in a run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +54,33 @@ class Run:
     labels: tuple[str, ...]
     """Names of the model's outputs."""
     caches: tuple[Path, ...]
-    """The caches it was trained on."""
+    """The caches that it was trained on."""
     epoch: int
-    """Of the best checkpoint, from 1."""
+    """Epoch of the best checkpoint, counted from 1."""
     score: tuple[str, float]
-    """Name and value on validation, of the best checkpoint."""
+    """Name and value of the best checkpoint's validation score."""
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """Read a run's description from its best checkpoint.
+        """Read the description of a run from its best checkpoint.
 
         Raises:
-            CheckpointError: there is none, or it was written by something else or a newer FastFundus.
+            CheckpointError: there is none, or it was not written by this version of FastFundus.
         """
         file = path / "best.safetensors"
         if not file.is_file():
             started = (path / "last.ckpt").is_file()
-            hint = "it has not finished an epoch: go on with --resume" if started else "run fastfundus train first"
-            raise CheckpointError(f"{path}: has no best.safetensors; {hint}")
+            hint = "no epoch has finished yet: continue with --resume" if started else "run fastfundus train first"
+            raise CheckpointError(f"{path} has no best.safetensors; {hint}")
         try:
             with safe_open(file, "pt") as tensors:
                 about = json.loads((tensors.metadata() or {})["fastfundus"])
         except Exception as error:
-            # Whatever safetensors or json find wrong with the file, it is not one of ours.
-            raise CheckpointError(f"{file}: is not a FastFundus checkpoint ({type(error).__name__})") from None
+            # Any error of safetensors or json means that FastFundus did not write the file.
+            raise CheckpointError(f"{file} is not a FastFundus checkpoint ({type(error).__name__})") from None
         if about["schema"] != SCHEMA:
             raise CheckpointError(
-                f"{file}: has schema {about['schema']}, this FastFundus reads {SCHEMA}; train it again"
+                f"{file} has schema {about['schema']}, but this FastFundus reads {SCHEMA}; train the model again"
             )
         try:
             config, spec = TrainConfig.from_dict(about["config"]), PreprocessSpec.from_dict(about["spec"])
@@ -113,7 +113,7 @@ def save_best(
     """Write `best.safetensors` with the description that `Run.open` reads.
 
     Raises:
-        CheckpointError: it cannot be written, such as on a full disk; an older one stays.
+        CheckpointError: the file cannot be written, such as on a full disk; an older one is kept.
     """
     about = {
         "schema": SCHEMA,
@@ -125,7 +125,7 @@ def save_best(
         "epoch": epoch,
         "score": list(score),
     }
-    # The file format has one memory layout: channels-last weights are written in the ordinary order.
+    # safetensors has a single memory layout: channels-last weights are written in the default order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     with run_file(path / "best.safetensors") as partial:
         save_file(state, partial, {"fastfundus": json.dumps(about)})
@@ -133,26 +133,26 @@ def save_best(
 
 @contextmanager
 def run_file(file: Path) -> Iterator[Path]:
-    """As `replaced`, for a file that a run writes each epoch.
+    """Write a file of a run atomically, like `replaced`, with an error that tells how to continue.
 
     Raises:
-        CheckpointError: it could not be written, such as on a full disk; the old file stays.
+        CheckpointError: the file could not be written, such as on a full disk; the old file is kept.
     """
     try:
         with replaced(file) as partial:
             yield partial
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch's writer raises RuntimeError where the system refuses, and hides the system's reason.
+        # torch's writer raises RuntimeError on system errors and hides their reason.
         free = shutil.disk_usage(file.parent).free // 2**20
-        kept = "the one before it is kept" if file.exists() else "there is none before it"
+        kept = "the previous file is kept" if file.exists() else "there is no previous file"
         raise CheckpointError(
-            f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free): {kept}; make room and go "
-            "on with --resume"
+            f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free); {kept}; free disk space "
+            "and continue with --resume"
         ) from None
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """Return package versions and properties of the machine, for environment.json."""
     packages = ["fastfundus", "torch", "torchvision", "timm", "triton", "numpy", "polars", "opencv-python-headless"]
     versions: dict[str, str | None] = {}
     for name in packages:
@@ -165,7 +165,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": gpu,

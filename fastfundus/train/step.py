@@ -18,6 +18,7 @@ from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import fixed_matrices
 from fastfundus.train.distributed import World
+from fastfundus.train.precision import autocast_dtype
 
 if TYPE_CHECKING:
     # Benches on bare GPU machines go without what the rest of `data` imports.
@@ -71,7 +72,7 @@ class TrainStep:
         model: what is trained.
         forward: the model, or what torch.compile and `World.spread` made of it.
         optimiser: of its weights.
-        config: autocast.
+        config: with its precision resolved, see `precision.resolve_precision`.
         loss: a scalar from logits and truth, both float32.
         clip_norm: largest gradient norm.
         device: where the model is.
@@ -95,9 +96,9 @@ class TrainStep:
         self.world, self.graphs = world or World(), graphs
         self.forward, self.optimiser, self.loss = forward, optimiser, loss
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.amp, self.dtype, self.clip_norm = config.amp, getattr(torch, config.amp_dtype), clip_norm
+        self.dtype, self.clip_norm = autocast_dtype(config), clip_norm
         # float16 underflows below 6e-8: the loss is scaled up before backward, and gradients down after it.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, parts: Iterable[tuple[Tensor, Tensor]], count: int, rate: float, *, pieces: int = 1) -> Tensor:
         """Learn from a batch that comes in parts.
@@ -121,7 +122,7 @@ class TrainStep:
             # Processes add up their gradients once a step, not once a part.
             alone = number == pieces or self.world.size == 1
             with nullcontext() if alone else self.forward.no_sync():  # type: ignore[attr-defined]
-                with torch.autocast(inputs.device.type, self.dtype, enabled=self.amp):
+                with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype is not None):
                     logits = self.forward(inputs)
                 share = self.loss(logits.float(), truth) * (len(inputs) / count)
                 # Gradients are averaged over the processes, but their shares of the loss are to be added.
@@ -144,7 +145,7 @@ def forward_batches(
     *,
     size: int,
     batch_size: int,
-    amp: bool,
+    dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Iterator[Tensor]:
     """Yield the model's float32 output, on the device, of one batch of photos after the other.
@@ -156,7 +157,7 @@ def forward_batches(
         spec: of the cache.
         size: side of the inputs in pixels; black is added at the right and below where it is larger than S.
         batch_size: photos a forward pass.
-        amp: bfloat16 autocast.
+        dtype: type to autocast to; None computes in float32.
         device: where the model is.
     """
     model.eval()
@@ -165,7 +166,7 @@ def forward_batches(
         geometry, colour = map(torch.from_numpy, fixed_matrices(spec, len(batch)))
         images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
         inputs = sample(images, geometry, colour, size)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
             output = model(inputs)
         yield output.float()
 
@@ -176,7 +177,7 @@ def predict_logits(
     rows: NDArray[np.int64],
     spec: PreprocessSpec,
     *,
-    amp: bool = False,
+    dtype: torch.dtype | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.float32]:
@@ -187,7 +188,7 @@ def predict_logits(
         photos: uint8 [*, S, S, 3], the cache.
         rows: [N] which photos.
         spec: of the cache.
-        amp: bfloat16 autocast.
+        dtype: type to autocast to; None computes in float32.
         batch_size: photos a forward pass.
         device: where the model is.
 
@@ -195,7 +196,7 @@ def predict_logits(
         float32 [N, L].
     """
     outputs = forward_batches(
-        model, photos, rows, spec, size=spec.size, batch_size=batch_size, amp=amp, device=device
+        model, photos, rows, spec, size=spec.size, batch_size=batch_size, dtype=dtype, device=device
     )  # fmt: skip
     parts = [logits.cpu().numpy() for logits in outputs]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)

@@ -1,4 +1,4 @@
-"""The problem of mapping vessels: tiles at full resolution to learn from, whole photos to validate on."""
+"""The vessel segmentation task: trained on tiles at full resolution, validated on whole photos."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fastfundus.train.augment import draw_epoch
 from fastfundus.train.distributed import World
 from fastfundus.train.feed import PhotoFeed, one_ahead
 from fastfundus.train.loss import vessel_loss
+from fastfundus.train.precision import autocast_dtype
 from fastfundus.train.problem import Batch, dealt
 from fastfundus.train.step import forward_batches
 
@@ -30,20 +31,20 @@ __all__ = ["VesselMaps", "binned", "binned_auroc", "mask_column", "masks_in_cach
 
 _BINS = 1 << 16
 _KEEP = np.eye(4, dtype=np.float32)[:3]
-"""Colour matrix that changes nothing."""
+"""The identity colour matrix."""
 
 
 class VesselMaps:
-    """A map of the vessels. Photos of the cache keep their resolution: prepare them at the side of the field.
+    """Vessel segmentation. Photos are not shrunk: prepare the cache at the side of the field.
 
     Args:
-        cache: the photos; their manifest names the masks.
-        config: of the run.
-        say: takes notes for the user.
+        cache: the photos; the manifest names their masks.
+        config: configuration of the run.
+        say: receives notes for the user.
 
     Raises:
-        DataError: there are no masks, one does not fit, or the patients are too few.
-        ConfigError: settings do not fit vessels.
+        DataError: there are no masks, a mask does not fit its photo, or there are too few patients.
+        ConfigError: settings do not apply to vessels.
     """
 
     outputs: tuple[str, ...] = ("vessel",)
@@ -57,24 +58,24 @@ class VesselMaps:
             ("loss.label_smoothing", config.loss.label_smoothing, 0.0),
         ):
             if value != allowed:
-                raise ConfigError(f"{name} is {value}, but means nothing to vessels; set it to {allowed:g}")
+                raise ConfigError(f"{name} is {value}, but does not apply to vessels; set it to {allowed:g}")
         column = mask_column(config)
         rows = photos_with_masks(cache.manifest, column)
         if config.loop.tile > cache.spec.size:
             raise ConfigError(
-                f"loop.tile is {config.loop.tile}, but the photos are {cache.spec.size} pixels; lower it, or prepare "
-                "them larger"
+                f"loop.tile is {config.loop.tile}, but the photos have {cache.spec.size} pixels a side; lower it, or "
+                "prepare larger photos"
             )
         if config.loss.positive_weight == 0:
-            raise ConfigError("loss.positive_weight of 0 is for labels of photos; give vessels a number")
+            raise ConfigError("loss.positive_weight is 0, which vessels do not support; set it to a positive number")
         self._cache, self._config, self.told = cache, config, f"vessels from {column!r}"
         self.splits = dealt(cache, rows, None, config, {}, say)
         train, val = (rows[(self.splits["split"] == name).to_numpy()] for name in ("train", "val"))
         largest = int(cache.manifest["window_side_px"].gather(rows).max())  # type: ignore[arg-type]
         if cache.spec.size < largest:
             say(
-                f"note: the photos were shrunk from up to {largest} to {cache.spec.size} pixels; thin vessels are "
-                f"lost: prepare --size {largest} keeps them"
+                f"note: the photos were shrunk from up to {largest} to {cache.spec.size} pixels, which loses thin "
+                f"vessels; prepare --size {largest} keeps them"
             )
         self._rows, self._val_rows = train, val
         self._masks, self._val_masks = (masks_in_cache(cache, part, column) for part in (train, val))
@@ -85,23 +86,23 @@ class VesselMaps:
         return create_segmenter(config, 1)
 
     def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """Cross-entropy and Dice."""
+        """Return the weighted sum of cross-entropy and Dice loss."""
         return partial(vessel_loss, dice=self._config.loss.dice, weight=self._config.loss.positive_weight)
 
     def load(self, device: torch.device, room: int) -> bool:
-        """Get ready to make batches."""
-        # Masks take as much room as photos.
+        """Create the loaders of photos and masks."""
+        # Masks take as much memory as photos.
         self._feed = PhotoFeed(self._cache.photos, self._rows, device, room=room // 2)
         places = np.arange(len(self._rows))
         self._mask_feed = PhotoFeed(self._masks, places, device, room=room // 2)
         return self._feed.resident
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
-        """Make batches of tiles, the next one while a batch is learned from."""
+        """Yield batches of tiles, and prefetch the next one while the model trains."""
         config, spec, tile = self._config, self._cache.spec, self._config.loop.tile
         seed, count = config.loop.seed, len(self.strata)
         geometry, colour = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
-        # The tile lies somewhere in the changed photo: its positions are moved there first.
+        # Output positions are first shifted to the tile's random place in the augmented photo.
         corner = np.random.default_rng([seed, epoch, 0x71]).uniform(0, spec.size - tile, (count, 2)).astype(np.float32)
         geometry[:, :, 2] += np.einsum("nij,nj->ni", geometry[:, :, :2], corner)
         keep = np.tile(_KEEP, (count, 1, 1))
@@ -116,11 +117,11 @@ class VesselMaps:
             yield finish()
 
     def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
-        """Cross-entropy within the field, AUROC of its pixels all together, and mean Dice of photos at 0.5."""
+        """Return cross-entropy and AUROC of all pixels within the field, and the mean Dice per photo at 0.5."""
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
         maps = vessel_maps(
-            model, self._cache.photos, self._val_rows[mine], self._cache.spec, amp=self._config.loop.amp, device=device
+            model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=autocast_dtype(self._config.loop), device=device
         )
         counts, entropy, dices = np.zeros((2, _BINS), np.int64), 0.0, []
         for place, chances in zip(mine, maps, strict=True):
@@ -136,23 +137,23 @@ class VesselMaps:
 
 
 def mask_column(config: TrainConfig) -> str:
-    """Manifest column that names the masks.
+    """Return the manifest column that names the masks.
 
     Raises:
-        ConfigError: several are named.
+        ConfigError: several columns are given.
     """
     if len(config.data.labels) > 1:
-        raise ConfigError(f"data.labels names {len(config.data.labels)} columns; vessels learn from one")
+        raise ConfigError(f"data.labels has {len(config.data.labels)} columns; vessels takes one")
     return config.data.labels[0] if config.data.labels else MASK_COLUMN
 
 
 def _truth(masks: Tensor) -> Tensor:
-    """Sampled masks [N, 3, S, S] to truth [N, 1, S, S]: NaN outside the field."""
+    """Convert sampled masks [N, 3, S, S] to ground truth [N, 1, S, S], NaN outside the field."""
     return torch.where(masks[:, 1:2] > 127, (masks[:, :1] > 127).float(), torch.nan)
 
 
 def masks_in_cache(cache: PhotoCache, rows: NDArray[np.int64], column: str) -> NDArray[np.uint8]:
-    """Masks [N, S, S, 3] in the frame of the cache: vessels, field, and nothing; 0 or 255."""
+    """Return masks [N, S, S, 3] in the frame of the cache, 0 or 255; the channels are vessels, field and zeros."""
     size = cache.spec.size
     result = np.zeros((len(rows), size, size, 3), np.uint8)
     for place, row in enumerate(rows):
@@ -171,24 +172,24 @@ def vessel_maps(
     rows: NDArray[np.int64],
     spec: PreprocessSpec,
     *,
-    amp: bool = False,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield the probability of vessel, [S, S], for each row of a cache; photo by photo, for they may be large."""
-    # The network halves its input five times; what is added for that is cut off again.
+    """Yield a vessel probability map [S, S] for each row of a cache, one photo at a time since photos may be large."""
+    # The network halves its input five times: the photo is padded, and the map is cropped again.
     padded = -(-spec.size // STRIDE_PX) * STRIDE_PX
-    for logits in forward_batches(model, photos, rows, spec, size=padded, batch_size=1, amp=amp, device=device):
+    for logits in forward_batches(model, photos, rows, spec, size=padded, batch_size=1, dtype=dtype, device=device):
         yield torch.sigmoid(logits[0, 0, : spec.size, : spec.size]).cpu().numpy()
 
 
 def binned(chances: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[2, bins] how many pixels of no vessel, and of vessel, have each probability."""
+    """Return histograms [2, bins] of the probabilities of background and of vessel pixels."""
     place = np.minimum((chances * _BINS).astype(np.int64), _BINS - 1)
     return np.stack([np.bincount(place[truth == side], minlength=_BINS) for side in (False, True)])
 
 
 def binned_auroc(counts: NDArray[np.int64]) -> float:
-    """AUROC from `binned` counts: exact but for probabilities that differ by less than 2^-16, which count as ties."""
+    """Return the AUROC of `binned` counts; exact, except that probabilities closer than 2^-16 may count as ties."""
     no, yes = counts.astype(np.float64)
     pairs = no.sum() * yes.sum()
     return float((yes * (np.cumsum(no) - no / 2)).sum() / pairs) if pairs else float("nan")

@@ -1,4 +1,4 @@
-"""Who may import whom, and what must stay unloaded."""
+"""Allowed imports between the parts of the package, and modules that must stay unloaded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-FOUNDATION = {"errors", "config", "files", "records", "spec"}
-# Arrows point down only. A part may import itself, the foundation, and what stands here.
+FOUNDATION = {"errors", "config", "files", "machine", "records", "spec"}
+# Dependencies point down only. Each part may import itself and the parts listed here.
 ALLOWED: dict[str, set[str]] = {
     "errors": {"records"},
     "files": set(),
+    "machine": set(),
     "records": set(),
     "spec": {"errors"},
     "config": {"errors"},
@@ -25,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {*FOUNDATION, "pages", "photo"},
     "models": FOUNDATION,
     "train": {*FOUNDATION, "data", "kernels", "models"},
-    # Its runtime without torch packs jobs as the kernels read them, and compiles csrc.
+    # The torch-free runtime packs jobs in the kernels' format and compiles csrc.
     "engines": {*FOUNDATION, "models", "kernels"},
     "dali": {*FOUNDATION, "photo", "data", "kernels", "train", "engines", "screen"},
     "pictures": set(),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "screen": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures", "cluster"},
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
-# These parts run where no torch is installed. Building an engine needs torch; running one does not.
+# These parts run without torch. Building an engine needs torch; running one does not.
 NO_TORCH = {"synthetic", "photo", "data", "screen", "serve", *FOUNDATION}
 NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
 NO_TORCH_MODULES |= {
@@ -78,7 +79,7 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             names.add(node.module)
-            # `from fastfundus.kernels import reference` imports a module too.
+            # `from fastfundus import kernels` imports a module, too.
             names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "fastfundus"}
     return names
 
@@ -90,7 +91,7 @@ def test_imports_point_down(name: str, path: Path) -> None:
     ours = {other.split(".")[1] for other in names if other.startswith("fastfundus.")}
     ours -= {"__version__", "PreprocessSpec", "Status", "FastFundusError"}
     if part not in ("cli", "__main__", "__init__"):
-        assert part in ALLOWED, f"{part} is new: say in ALLOWED what it may import"
+        assert part in ALLOWED, f"{part} is new: list the parts that it may import in ALLOWED"
         assert ours <= ALLOWED[part] | {part}
     assert "bench" not in {other.split(".")[0] for other in names}
     outside = {other.split(".")[0] for other in names} - {"fastfundus"}
@@ -99,7 +100,7 @@ def test_imports_point_down(name: str, path: Path) -> None:
     if part in NO_TORCH or name in NO_TORCH_MODULES:
         assert not outside & TORCH
     if part == "cli":
-        # Commands load what they need when they run: `--help` must answer at once.
+        # Commands import their dependencies when they run, so that `--help` answers at once.
         top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
         heavy = {getattr(node, "module", None) or node.names[0].name for node in top}
         if name not in ("cli.building", "cli.training"):

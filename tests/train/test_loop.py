@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +29,7 @@ from fastfundus.train import loss
 from fastfundus.train.checkpoint import save_atomically
 from fastfundus.train.loop import Interrupted, train
 from fastfundus.train.observer import EpochResult, Observer
+from fastfundus.train.precision import resolve_precision
 from fastfundus.train.run import Run, save_best
 from fastfundus.train.schedule import learning_rate
 from fastfundus.train.step import AveragedModel
@@ -88,7 +90,7 @@ def test_resume_is_bit_for_bit(
 
 def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: Path) -> None:
     """Parts of batches, float16 with its scaler, weights, blends, rates by layer: all of their state is kept."""
-    plain = settings(epochs=2, accumulate=2, amp_dtype="float16").to_dict()
+    plain = settings(epochs=2, accumulate=2, amp=True, amp_dtype="float16").to_dict()
     config = TrainConfig.from_dict(
         {
             **plain,
@@ -295,7 +297,9 @@ def test_a_run_folder_is_complete(cache: PhotoCache, tmp_path: Path) -> None:
     names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
     assert names == {"config", "splits", "metrics", "best", "last", "environment", "events"}
     run = Run.open(tmp_path / "run")
-    assert TrainConfig.from_toml(tmp_path / "run" / "config.toml") == run.config == settings(epochs=2)
+    assert TrainConfig.from_toml(tmp_path / "run" / "config.toml") == run.config
+    asked = settings(epochs=2)
+    assert run.config == replace(asked, loop=resolve_precision(asked.loop, torch.device("cpu"))[0])
     assert run.spec == cache.spec
     assert run.labels == ("abnormal",)
     splits = pl.read_parquet(tmp_path / "run" / "splits.parquet")

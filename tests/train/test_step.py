@@ -244,7 +244,7 @@ def test_a_step_is_one_graph_that_is_compiled_once(backbone: str, maps: bool) ->
     forward = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     loss = partial(vessel_loss, dice=0.5) if maps else binary_loss
     step = TrainStep(
-        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(), loss,
+        model, forward, build_optimiser(model, OptimiserConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"), loss,
         clip_norm=1.0, device=torch.device("cpu"),
     )  # fmt: skip
     graphs = []

@@ -1,0 +1,77 @@
+"""The number format that a model trains in, chosen by what the device computes natively.
+
+A processor or GPU without bfloat16 units emulates it: results are the same, but training takes several times as long
+as in float32. The choice is made by capability rather than by trial, so that equal devices always choose alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from fastfundus.config import LoopConfig
+from fastfundus.machine import cpu_computes_bfloat16
+
+__all__ = ["autocast_dtype", "describe_precision", "emulated", "native_dtypes", "resolve_precision"]
+
+HalfType = Literal["bfloat16", "float16"]
+
+
+def native_dtypes(device: torch.device) -> tuple[HalfType, ...]:
+    """Return the 16-bit types that a device computes faster than float32, the preferred one first.
+
+    bfloat16: GPUs of compute capability 8.0 or higher; processors with AVX-512 BF16 or AMX, or Arm's BF16.
+    float16: GPUs of compute capability 7.0 or higher.
+    """
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        return ("bfloat16", "float16") if major >= 8 else ("float16",) if major >= 7 else ()
+    if device.type != "cpu":
+        return ()
+    return ("bfloat16",) if cpu_computes_bfloat16() else ()
+
+
+def resolve_precision(loop: LoopConfig, device: torch.device) -> tuple[LoopConfig, str]:
+    """Replace the automatic parts of `loop.amp` and `loop.amp_dtype` by what this device computes fastest.
+
+    Args:
+        loop: as configured; a setting that is already definite is kept.
+        device: where the model will train.
+
+    Returns:
+        The settings with `amp` True or False and, with AMP, a definite `amp_dtype`; and one line that explains them.
+    """
+    native = native_dtypes(device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this processor"
+    if loop.amp == "auto":
+        chosen = loop.amp_dtype if loop.amp_dtype != "auto" else native[0] if native else None
+        if chosen in native:
+            assert chosen is not None
+            return replace(loop, amp=True, amp_dtype=chosen), f"{chosen} AMP, which {where} computes natively"
+        lacking = chosen or "16-bit types"
+        return replace(loop, amp=False), f"float32: {where} has no fast {lacking} (loop.amp=true forces AMP)"
+    if not loop.amp:
+        return loop, "float32"
+    if loop.amp_dtype == "auto":
+        loop = replace(loop, amp_dtype=native[0] if native else "bfloat16")
+    slow = f", which {where} only emulates, several times slower than float32" if emulated(loop, device) else ""
+    return loop, f"{loop.amp_dtype} AMP{slow}"
+
+
+def emulated(loop: LoopConfig, device: torch.device) -> bool:
+    """Return whether resolved settings ask for a type that the device does not compute natively."""
+    return loop.amp is True and loop.amp_dtype not in native_dtypes(device)
+
+
+def autocast_dtype(loop: LoopConfig) -> torch.dtype | None:
+    """Return the type to autocast to, None for float32, from settings that `resolve_precision` returned."""
+    if loop.amp == "auto" or (loop.amp and loop.amp_dtype == "auto"):
+        raise ValueError("loop.amp is not resolved: call resolve_precision first")
+    return getattr(torch, loop.amp_dtype) if loop.amp else None
+
+
+def describe_precision(loop: LoopConfig) -> str:
+    """Return resolved settings in words, such as "bfloat16 AMP"."""
+    return f"{loop.amp_dtype} AMP" if loop.amp else "float32"
