@@ -1,1 +1,1 @@
-"""Measurements; never imported by the library."""
+"""Benchmarks. The library never imports this package."""

@@ -1,11 +1,11 @@
-"""How screening scales, and a cost model that predicts it, checked where it was not fitted.
+"""Scaling of screening, and a check of its cost model on networks and photos that the model was not fitted to.
 
     python -m bench.bench_cost [--output bench/results/cost_cpu_YYYYMM.json]
 
-Scaling: photos/s over cores, batch, size and backbone; memory and time of a manifest of up to a million photos.
-The model: core-seconds to prepare a photo, from drawn JPEGs of many sizes and qualities; core-seconds of the engine a
-GFLOP, from small networks. Predicted are then other networks at other sizes on photos of real cameras
-(FASTFUNDUS_DATA), measured in the same run.
+Scaling: photos/s by number of cores, batch size, image size and backbone; memory and time for manifests of up to a
+million photos. Cost model: core-seconds to prepare one photo, fitted to synthetic JPEGs of many sizes and qualities,
+and core-seconds of the engine per GFLOP, fitted to small networks. The model then predicts other networks at other
+sizes on photos from real cameras (FASTFUNDUS_DATA), which are measured in the same run.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ MANIFESTS = (10_000, 100_000, 1_000_000)
 
 
 def several(paths: list[Path], count: int) -> list[SourcePhoto]:
-    """The same few files under many names."""
+    """Return `count` photos that repeat the given files under different names."""
     return [SourcePhoto(paths[n % len(paths)], f"{n}.jpg", f"p{n}") for n in range(count)]
 
 
 def fit_preparing(folder: Path, spec: PreprocessSpec, seconds: float) -> tuple[PhotoCost, list[dict[str, Any]]]:
-    """Core-seconds of drawn photos by kind, and the cost fitted to them."""
+    """Measure the core-seconds of synthetic photos by size and quality, and fit the cost to them."""
     kinds, costs = [], []
     for width in WIDTHS:
         image = draw_photo(width, lesions=("drusen",), long_side=width).image[..., ::-1]
@@ -67,24 +67,24 @@ def fit_preparing(folder: Path, spec: PreprocessSpec, seconds: float) -> tuple[P
 
 
 def pixels_of(size: int) -> np.ndarray:
-    """Something for an engine to look at: its speed does not depend on it."""
+    """Return random photos for an engine; its speed does not depend on their content."""
     return np.random.default_rng(0).integers(0, 256, (16, size, size, 3), dtype=np.uint8)
 
 
 def engine_seconds(bundle: Bundle, seconds: float) -> float:
-    """Core-seconds of the engine a photo."""
+    """Measure the engine's core-seconds per photo."""
     with bundle.load() as engine:
         return engine_rate(engine, pixels_of(bundle.spec.size), seconds).core_seconds
 
 
 def built(folder: Path, backbone: str, size: int, precision: str) -> Bundle:
-    """A bundle of random weights; built once."""
+    """Open a bundle with random weights, building it first if it does not exist."""
     place = folder / f"{backbone}_{size}_{precision}"
     return Bundle.open(place) if place.exists() else bundle_of(backbone, size, precision, place)[0]
 
 
 def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
-    """Fit on drawn photos and small networks; predict and measure others."""
+    """Fit the model to synthetic photos and small networks, then predict and measure others."""
     of_gflop, rows = [], []
     for backbone, size in FITTED:
         bundle = built(folder, backbone, size, precision)
@@ -126,7 +126,7 @@ def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
 
 
 def over_cores(folder: Path, precision: str, seconds: float) -> list[dict[str, Any]]:
-    """Photos/s of preparing and of the engine by cores, each in a process that has no more."""
+    """Measure photos/s of preparation and of the engine by cores, each in a process limited to these cores."""
     bundle = built(folder, "resnet50", 512, precision)
     found = []
     for cores in range(1, CORES + 1):
@@ -142,7 +142,7 @@ def over_cores(folder: Path, precision: str, seconds: float) -> list[dict[str, A
 
 
 def one_part(part: str, path: Path, seconds: float) -> float:
-    """Photos/s of a stage, with the cores that this process has."""
+    """Measure photos/s of one stage on the cores available to this process."""
     bundle = Bundle.open(path)
     if part == "engine":
         with bundle.load() as engine:
@@ -156,7 +156,7 @@ def one_part(part: str, path: Path, seconds: float) -> float:
 
 
 def over_batch(bundle: Bundle, seconds: float) -> list[dict[str, Any]]:
-    """Photos/s of the engine by how many photos a call brings."""
+    """Measure the engine's photos/s by the number of photos per call."""
     pixels = pixels_of(bundle.spec.size)
     with bundle.load() as engine:
         rates = {count: engine_rate(engine, pixels[:count], seconds).photos_per_s for count in (1, 2, 4, 8, 16)}
@@ -179,9 +179,9 @@ print(opened - began, time.perf_counter() - opened, int(status.split("VmHWM:")[1
 
 
 def over_manifest(folder: Path, small: SmallCache, counts: tuple[int, ...] = MANIFESTS) -> list[dict[str, Any]]:
-    """Time and memory of opening a cache and splitting it by patient, up to a million photos of 32 px.
+    """Measure time and memory to open a cache and split it by patient, for up to a million photos of 32 px.
 
-    The manifest is real in its columns and drawn in its rows; pixels are a file with holes.
+    The manifest has the real columns and synthetic rows; the file of pixels is sparse.
     """
     found = []
     for count in counts:
@@ -196,7 +196,7 @@ def over_manifest(folder: Path, small: SmallCache, counts: tuple[int, ...] = MAN
 
 
 class SmallCache:
-    """A small cache of drawn photos, and larger ones made of its rows."""
+    """A small cache of synthetic photos, whose rows are repeated to make larger caches."""
 
     def __init__(self, folder: Path) -> None:
         from fastfundus.data import build_cache, list_photos
@@ -208,7 +208,7 @@ class SmallCache:
         build_cache(listing.photos, self._path, PreprocessSpec(size=32), source=listing.root)
 
     def grown_to(self, count: int, folder: Path) -> None:
-        """Write a cache of so many rows."""
+        """Write a cache of `count` rows."""
         import shutil
 
         shutil.copytree(self._path, folder, ignore=shutil.ignore_patterns("photos.npy", "manifest.parquet"))
@@ -226,7 +226,7 @@ class SmallCache:
 
 
 def main() -> None:
-    """Measure and write JSON."""
+    """Run the measurements and write the results as JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"cost_cpu_{date.today():%Y%m}.json"
     parser.add_argument("--output", type=Path, default=default)

@@ -1,12 +1,12 @@
-"""Engines on the CPU against torch, in turns in one run: throughput, latency of one photo, and what our calls add.
+"""Engines on the CPU against torch, interleaved in one run: throughput, latency of one photo, overhead of our calls.
 
     make bench SUITES=engine        timed
-    make test                       once, tiny, without what is compiled
+    make test                       once with tiny inputs, without compiled variants
 
-Every variant takes the same uint8 photos and gives probabilities; each is compared with torch in float32 in every
-round, and one that differs by more than its gate ends the run. The peers' habit is torch, eager, float32, channels
-first, in batches of 16, in a process of its own. Weights are random: speed does not depend on them, and differences
-are then smaller than a trained model's, whose figures are in the parity report of its bundle.
+Every variant takes the same uint8 photos and returns probabilities. Each is compared with torch in float32 in every
+round, and a difference above its gate ends the run. The baseline, which is what peers usually do, is eager torch in
+float32, channels first, in batches of 16, in its own process. Weights are random, because speed does not depend on
+them; the differences are therefore smaller than those of a trained model, which are in the parity report of its bundle.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ SETTINGS = {
 }  # fmt: skip
 CASES = (("resnet50", 224, 32, 7), ("resnet50", 512, 16, 5), ("convnext_tiny", 224, 32, 5),
          ("vit_small_patch16_224", 224, 32, 5))  # fmt: skip
-"""Backbone, size, photos of a call, rounds."""
+"""Backbone, input size, photos per call, rounds."""
 TINY = (("resnet18", 32, 2, 1),)
 
 
 def drawn(size: int, count: int) -> NDArray[np.uint8]:
-    """Prepared photos: ranges of integers are learned on what a model would see, not on noise."""
+    """Return prepared synthetic photos, so that integer ranges are calibrated on realistic input and not on noise."""
     with tempfile.TemporaryDirectory() as name:
         write_dataset(Path(name), count, seed=5, poor_share=0.0, long_sides=(max(256, 2 * size),))
         spec = PreprocessSpec(size=size)
@@ -61,7 +61,7 @@ def drawn(size: int, count: int) -> NDArray[np.uint8]:
 
 
 def by_torch(model: ScreeningModel) -> Job:
-    """The model in batches."""
+    """Return a job that runs the model in batches."""
 
     def job(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -72,7 +72,7 @@ def by_torch(model: ScreeningModel) -> Job:
 
 
 def by_own_queue(file: Path, size: int) -> Job:
-    """What someone would write who uses OpenVINO alone, with the settings of our engine."""
+    """Return a job that uses OpenVINO directly, with the settings of our engine."""
     core = openvino_backend.shared_core()
     import openvino
 
@@ -101,7 +101,7 @@ def by_own_queue(file: Path, size: int) -> Job:
 
 
 def random_model(backbone: str, size: int) -> ScreeningModel:
-    """The same weights in every process."""
+    """Build a model whose random weights are the same in every process."""
     torch.manual_seed(0)
     sized = {"img_size": size} if backbone.startswith("vit") else {}
     network = timm.create_model(backbone, num_classes=1, **sized).eval()
@@ -109,19 +109,19 @@ def random_model(backbone: str, size: int) -> ScreeningModel:
 
 
 def flops_of(backbone: str, size: int) -> int:
-    """Of one photo, forward."""
+    """Return the FLOPs of a forward pass for one photo."""
     return count_flops(random_model(backbone, size).network, torch.zeros(1, 3, size, size))[1]
 
 
 def eager(backbone: str, size: int, photos: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
-    """The peers' habit, on these photos."""
+    """Return the baseline job for these photos."""
     return functools.partial(by_torch(random_model(backbone, size)), photos)
 
 
 def ways(
     backbone: str, size: int, photos: NDArray[np.uint8], folder: Path, *, compiled: bool
 ) -> dict[str, tuple[str, Job]]:
-    """Jobs by name, each with the precision whose gate it must pass; compiling takes half a minute each."""
+    """Build the jobs by name, each with the precision whose gate it must pass; each compilation takes half a minute."""
     model = random_model(backbone, size)
     export_onnx(model, folder / GRAPH, ["abnormal"])
     blueprint = Blueprint(model, folder / GRAPH, size, photos)
@@ -148,7 +148,7 @@ def ways(
 def inferring(
     backbone: str, size: int, jobs: dict[str, tuple[str, Job]], photos: NDArray[np.uint8], *, here: bool
 ) -> tuple[Case, list[Variant]]:
-    """The job of a call with these photos, and everyone's way to do it; the peers' in this process where `here`."""
+    """Build the case of one call with these photos and its variants; the baseline runs in this process if `here`."""
     flops = flops_of(backbone, size) * len(photos)
     limits = {
         precision: matmul_limit(precision, flops, quick=here) for precision in {kind for kind, _ in jobs.values()}
@@ -168,14 +168,14 @@ def inferring(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All networks where it is timed."""
+    """Use all networks when timing, and the tiny case otherwise."""
     cases = CASES if metafunc.config.getoption("benchmark_enable") else TINY
     metafunc.parametrize(("backbone", "size", "count", "rounds"), cases)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporters, about themselves
+@pytest.mark.filterwarnings("ignore")  # the exporters' own warnings
 def test_engine(benchmark: Any, tmp_path: Path, backbone: str, size: int, count: int, rounds: int) -> None:
-    """Photos/s of a call with many, and the time of a call with one."""
+    """Measure photos/s of calls with many photos, and the time of calls with one."""
     keep_memory()
     photos = drawn(size, count)
     jobs = ways(backbone, size, photos, tmp_path, compiled=not benchmark.disabled)

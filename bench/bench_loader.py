@@ -1,12 +1,12 @@
-"""Feeding training: augmented, normalised batches from JPEG files or a cache, against the loaders people use.
+"""Loaders of augmented, normalised training batches from JPEG files or a cache, against loaders in common use.
 
     make bench SUITES=loader        timed
-    make test                       once, tiny
+    make test                       once with tiny inputs
 
-Files are squares around the field, twice as wide as what the model takes, as others prepare them once by hand; that
-favours those who read files: a camera's are ten times as wide.
-All cores; a worker a core where there are workers. Each peer has a process of its own, as its users run it. The result
-that is compared is mean and spread of an epoch's channels: every loader draws its own changes.
+The files are squares around the field, twice as wide as the model's input, as other projects prepare them once by hand.
+This favours file-based loaders: camera files are ten times as wide. All cores are used, with one worker per core where
+there are workers. Each peer has its own process, as its users run it. Mean and standard deviation of each channel over
+an epoch are compared, because every loader draws its own augmentations.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from fastfundus.train.feed import PhotoFeed, epoch_order, one_ahead
 BATCH = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, TURN, TINT, HUE = (0.64, 1.0), 15, 0.15, 6 / 360
-# Of a synthetic set's channels, in units of the normalised input: which crops were drawn moves them by a tenth, where
-# there are a hundred photos; with 32 it was 0.25.
+# Tolerance of the channel statistics of a synthetic set, in units of the normalised input. With a hundred photos, the
+# choice of crops moves them by 0.1; with 32 photos it was 0.25.
 TOLERANCE = 0.25
 Batches = Iterable[torch.Tensor]
 HABIT = "torchvision v2, DataLoader"
 
 
 def told(batches: Batches, photos: int) -> np.ndarray:
-    """Mean and spread of each channel over an epoch; endless if photos were lost."""
+    """Return mean and standard deviation of each channel over an epoch, or infinity if photos were lost."""
     count, sums, squares = 0, torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
     for batch in batches:
         assert batch.shape[1] == 3, batch.shape
         count += len(batch)
-        # A part of each is enough, and does not become a measurement of itself.
+        # A subset of the pixels suffices and keeps the cost of this check out of the measurement.
         some = batch[:, :, ::8, ::8].double()
         sums += some.mean((2, 3)).sum(0)
         squares += some.square().mean((2, 3)).sum(0)
@@ -67,7 +67,7 @@ def told(batches: Batches, photos: int) -> np.ndarray:
 
 
 class Files(Dataset[torch.Tensor]):
-    """JPEG files, read and changed by a function."""
+    """JPEG files, read and augmented by a function."""
 
     def __init__(self, paths: list[Path], read: Callable[[Path], torch.Tensor]) -> None:
         self._paths, self._read = paths, read
@@ -80,7 +80,7 @@ class Files(Dataset[torch.Tensor]):
 
 
 class TorchvisionRead:
-    """The habit of RETFound and most repositories: Pillow, transforms v2 on uint8, then float."""
+    """The setup of RETFound and most repositories: Pillow, transforms v2 on uint8, then float."""
 
     def __init__(self, size: int) -> None:
         from torchvision.transforms import InterpolationMode, v2
@@ -98,16 +98,16 @@ class TorchvisionRead:
         )
 
     def __call__(self, path: Path) -> torch.Tensor:
-        """Read and change a photo."""
+        """Read and augment a photo."""
         with Image.open(path) as image:
             return self._change(image.convert("RGB"))
 
 
 class AlbumentationsRead:
-    """OpenCV reads, Albumentations changes: what wins most comparisons of libraries."""
+    """Reading with OpenCV and augmentation with Albumentations, the winner of most library comparisons."""
 
     def __init__(self, size: int) -> None:
-        # It looks for a newer version of itself on the network otherwise.
+        # Otherwise it checks the network for a newer version of itself.
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
         import albumentations as A
 
@@ -123,13 +123,13 @@ class AlbumentationsRead:
         )
 
     def __call__(self, path: Path) -> torch.Tensor:
-        """Read and change a photo."""
+        """Read and augment a photo."""
         image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
         return torch.from_numpy(self._change(image=image)["image"]).permute(2, 0, 1)
 
 
 def by_workers(read: type[TorchvisionRead | AlbumentationsRead], paths: list[Path], size: int) -> Callable[[], Batches]:
-    """Epochs of a DataLoader that keeps its workers."""
+    """Return a function that starts an epoch of a DataLoader with persistent workers."""
     loader = DataLoader(
         Files(paths, read(size)),
         BATCH,
@@ -142,7 +142,7 @@ def by_workers(read: type[TorchvisionRead | AlbumentationsRead], paths: list[Pat
 
 
 def by_timm(paths: list[Path], size: int) -> Callable[[], Batches]:
-    """Timm's own loader for training."""
+    """Return a function that starts an epoch of timm's own training loader."""
     from timm.data import create_loader
     from timm.data.dataset import ImageDataset
 
@@ -157,12 +157,12 @@ def by_timm(paths: list[Path], size: int) -> Callable[[], Batches]:
 
 
 def by_dali(paths: list[Path], size: int) -> Callable[[], Batches]:
-    """DALI's CPU operators, from file to normalised batch."""
+    """Return a function that starts an epoch of DALI's CPU operators, from file to normalised batch."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.base_iterator import LastBatchPolicy
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    # One batch ahead, as the others: it must not work for its next turn while they are timed.
+    # Prefetch one batch only, as the others do: it must not work ahead while other variants are timed.
     @pipeline_def(  # type: ignore[misc]
         batch_size=BATCH, num_threads=os.cpu_count() or 1, device_id=None, prefetch_queue_depth=1, seed=1
     )
@@ -192,7 +192,7 @@ def by_dali(paths: list[Path], size: int) -> Callable[[], Batches]:
 
 
 def by_cache(cache: PhotoCache) -> Callable[[], Batches]:
-    """What `train` does: photos from a cache, changed by one kernel."""
+    """Return a function that starts an epoch as `train` does: photos from a cache, augmented by one kernel."""
     count, size = len(cache.manifest), cache.spec.size
     feed = PhotoFeed(cache.photos, np.arange(count), torch.device("cpu"))
     epochs = itertools.count()
@@ -211,14 +211,14 @@ def by_cache(cache: PhotoCache) -> Callable[[], Batches]:
 
 
 def by_stream(cache: PhotoCache, decoder: DaliDecoder | None) -> Callable[[], Batches]:
-    """Straight from the files, changed by the same kernel."""
+    """Return a function that starts an epoch read from the files, augmented by the same kernel."""
     photos = CameraPhoto.of_cache(cache, np.arange(len(cache.manifest)))
     stream = CameraStream(photos, cache.spec, TrainConfig().augment, decoder, BATCH)
     return lambda: (batch for batch, _ in stream)
 
 
 def decoding(paths: list[Path]) -> Limit:
-    """The limit of those who read files: libjpeg-turbo alone, all cores, files in memory."""
+    """Measure the limit of file-based loaders: libjpeg-turbo alone on all cores, with the files in memory."""
     files, clock = [path.read_bytes() for path in paths], Clock()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         times = [clock.time(lambda: sum(pool.map(lambda data: decode_jpeg(data).shape[0], files)))[0] for _ in range(4)]
@@ -226,13 +226,13 @@ def decoding(paths: list[Path]) -> Limit:
 
 
 def peer(make: Callable[..., Callable[[], Batches]], arguments: Sequence[Any], photos: int) -> Callable[[], np.ndarray]:
-    """`told` of the batches that `make` makes, where it runs."""
+    """Build a loader in the process where this is called, and return a job that applies `told` to its batches."""
     way = make(*arguments)
     return lambda: told(way(), photos)
 
 
 def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Case, list[Variant]]:
-    """The job and everyone's way to do it; peers in this process where `here`."""
+    """Build the case and its variants; peers run in this process if `here`."""
     keep_memory()
     write_dataset(folder / "photos", photos // 2, seed=3, poor_share=0.0, long_sides=(3 * size,))
     (folder / "squares").mkdir()
@@ -271,11 +271,11 @@ def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Ca
 
 
 @pytest.mark.parametrize("size", [224, 512])
-@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+@pytest.mark.filterwarnings("ignore")  # the peers' own warnings
 def test_loader(benchmark: Any, tmp_path: Path, size: int) -> None:
-    """Photos/s of an epoch."""
+    """Measure photos/s of an epoch."""
     timed = not benchmark.disabled
-    # Of the order and the changes that loaders draw from torch's numbers.
+    # Loaders draw the order and the augmentations from torch's generator.
     torch.manual_seed(0)
     threads = cv2.getNumThreads()
     try:

@@ -1,11 +1,11 @@
-"""`prepare` on camera JPEGs against its peers and against its own decoder: one core and two, all in turns in one run.
+"""`prepare` on camera JPEGs against peers and against its own decoder, on one and two cores, interleaved in one run.
 
     make bench SUITES=prepare       timed, on the real camera JPEGs of FASTFUNDUS_DATA
-    make test                       once, tiny, on drawn photos, to see that it still works
+    make test                       once with tiny synthetic photos, as a smoke test
 
-Every variant ends with uint8 at the model's size. Only FastFundus also finds the field, cuts it out, judges kind and
-quality, and hashes the file; its crops are compared with exact areas of a full decode, the peers' with each other.
-Each peer has a process of its own, as its users run it.
+Every variant ends with uint8 at the model's input size. Only FastFundus also finds and crops the field, runs the
+fundus and quality checks, and hashes the file. Its crops are compared with exact area averages of a full decode; the
+peers' results are compared with each other. Each peer has its own process, as its users run it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from fastfundus.synthetic import CAMERAS, draw_photo
 
 Images = Sequence[np.ndarray]
 OTHER_FILTER = 4.0
-"""Grey levels, on average, between an area, a triangle, a cubic, and a photo scaled in the DCT."""
+"""Mean grey levels by which area, triangle and cubic filters and scaling in the DCT may differ."""
 
 
 def by_pillow(size: int, interpolation: v2.InterpolationMode, *, draft: bool = False) -> Callable[[Path], np.ndarray]:
-    """Pillow decodes, everything or as small as libjpeg can without loss for the size; an antialiased resize."""
+    """Return a job that decodes with Pillow and resizes with antialiasing.
+
+    With `draft`, libjpeg decodes at the smallest scale that loses nothing at `size`.
+    """
     resize = v2.Resize((size, size), interpolation=interpolation, antialias=True)
 
     def job(path: Path) -> np.ndarray:
@@ -56,7 +59,10 @@ def by_pillow(size: int, interpolation: v2.InterpolationMode, *, draft: bool = F
 
 
 def by_opencv(size: int, *, reduced: bool = False) -> Callable[[Path], np.ndarray]:
-    """OpenCV decodes, everything or at half of it as often as that leaves enough; then an area average."""
+    """Return a job that decodes with OpenCV and resizes by area averages.
+
+    With `reduced`, OpenCV halves the decoded size as often as `size` allows.
+    """
 
     def job(path: Path) -> np.ndarray:
         flags = cv2.IMREAD_COLOR
@@ -71,7 +77,7 @@ def by_opencv(size: int, *, reduced: bool = False) -> Callable[[Path], np.ndarra
 
 
 def decode_alone(size: int) -> Callable[[Path], np.ndarray]:
-    """The limit: read and decode by the very plan of `prepare`."""
+    """Return the job that sets the limit: reading and decoding with the same plan as `prepare`."""
 
     def job(path: Path) -> np.ndarray:
         data = path.read_bytes()
@@ -82,7 +88,7 @@ def decode_alone(size: int) -> Callable[[Path], np.ndarray]:
 
 
 def ours(spec: PreprocessSpec) -> Callable[[Path], np.ndarray]:
-    """The whole of `prepare` for one file."""
+    """Return a job that runs all of `prepare` on one file."""
 
     def job(path: Path) -> np.ndarray:
         result = prepare_photo(path, spec)
@@ -93,10 +99,10 @@ def ours(spec: PreprocessSpec) -> Callable[[Path], np.ndarray]:
 
 
 def by_dali(paths: Sequence[Path], size: int, threads: int) -> Callable[[], Images]:
-    """DALI's CPU operators: decode, then an antialiased resize."""
+    """Return a job with DALI's CPU operators: decoding, then an antialiased resize."""
     from nvidia.dali import fn, pipeline_def, types
 
-    # Not ahead of the call: in turns with others it would work while they are timed.
+    # No prefetching: it would work ahead while other variants are timed.
     @pipeline_def(  # type: ignore[misc]
         batch_size=len(paths),
         num_threads=threads,
@@ -121,13 +127,16 @@ def by_dali(paths: Sequence[Path], size: int, threads: int) -> Callable[[], Imag
 
 
 def exact_crops(paths: Sequence[Path], size: int) -> Images:
-    """The piece of retina that `prepare` cuts out, from a full decode, with exact areas; float32 [S, S, 3] each."""
+    """Return the crops that `prepare` makes, but sampled by exact areas from a full decode; float32 [S, S, 3] each."""
     spec = PreprocessSpec(size=size)
     return [reference.sample(*arguments(path, spec), torch.float32)[0].permute(1, 2, 0).numpy() for path in paths]
 
 
 def from_exact(exact: Images) -> Callable[[Images, Images], float]:
-    """Mean difference in grey levels of the worst photo, where it is not painted over; endless if most is."""
+    """Return a distance function: mean grey-level difference of the worst photo's unmasked pixels.
+
+    The distance is infinite if at least half of a photo is masked.
+    """
 
     def distance(images: Images, _: Images) -> float:
         worst = 0.0
@@ -140,19 +149,19 @@ def from_exact(exact: Images) -> Callable[[Images, Images], float]:
 
 
 def apart(images: Images, want: Images) -> float:
-    """Mean difference in grey levels of the worst photo."""
+    """Return the mean grey-level difference of the worst photo."""
     pairs = zip(images, want, strict=True)
     return max(float(np.abs(np.subtract(image, other, dtype=np.float32)).mean()) for image, other in pairs)
 
 
 def in_colour(images: Images, want: Images) -> float:
-    """Difference of the mean colours, in grey levels: what is decoded in another size."""
+    """Return the largest difference of mean colours in grey levels, for images decoded at different sizes."""
     pairs = zip(images, want, strict=True)
     return max(float(np.abs(image.mean((0, 1)) - other.mean((0, 1))).max()) for image, other in pairs)
 
 
 def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int) -> Callable[[], Images]:
-    """Do it for every file, in so many threads, each of which uses one."""
+    """Return a job over all files in `threads` threads; the libraries use no threads of their own."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     if threads == 1:
@@ -164,12 +173,12 @@ def each(job: Callable[[Path], np.ndarray], paths: Sequence[Path], threads: int)
 def peer(
     make: Callable[..., Callable[[Path], np.ndarray]], paths: Sequence[Path], threads: int, arguments: dict[str, Any]
 ) -> Callable[[], Images]:
-    """`each` of what `make` makes of its arguments, where it runs."""
+    """Build a job in the process where this is called, and return it applied to all files; see `each`."""
     return each(make(**arguments), paths, threads)
 
 
 def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> tuple[Case, list[Variant]]:
-    """The job and everyone's way to do it; peers in this process where `here`."""
+    """Build the case and its variants; peers run in this process if `here`."""
 
     def own(make: Callable[..., Callable[[Path], np.ndarray]], **arguments: Any) -> OwnProcess:
         return OwnProcess(peer, make, paths, threads, {"size": size, **arguments}, here=here)
@@ -212,7 +221,7 @@ def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> 
 
 
 def drawn_jpegs(folder: Path) -> list[Path]:
-    """Two small ones."""
+    """Write two small synthetic JPEGs."""
     paths = []
     for seed in range(2):
         photo = draw_photo(seed, camera=CAMERAS[1], long_side=640)
@@ -223,7 +232,7 @@ def drawn_jpegs(folder: Path) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Put the libraries' own threads back behind it."""
+    """Restore the thread counts of the libraries after a test."""
     keep_memory()
     threads = cv2.getNumThreads(), torch.get_num_threads()
     yield
@@ -233,7 +242,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_prepare(benchmark: Any, tmp_path: Path, cores: int) -> None:
-    """From file to uint8 photo."""
+    """Measure the path from file to uint8 photo."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
     paths, size = (drawn_jpegs(tmp_path), 128) if benchmark.disabled else (camera_jpegs(), 512)
     with pinned_to(cores):

@@ -1,10 +1,10 @@
-"""`sample` on one core against its peers, all in turns in one run.
+"""`sample` on one core against its peers, interleaved in one run.
 
     make bench SUITES=sample        timed
-    make test                       once, tiny
+    make test                       once with tiny inputs
 
-Augmenting ends with normalised float32 (or what a peer's row says) for the model; bringing a camera file to 512 px
-begins with decoded pixels.
+Augmentation ends with normalised float32 for the model, unless a peer's row states otherwise. Reducing a camera photo
+to 512 px starts from decoded pixels.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.train.augment import draw_epoch
 
 LEVEL = 1 / 58
-"""Of the normalised output: one grey level."""
+"""One grey level, in units of the normalised output."""
 
 
 def albumentations_chain(size: int, *, same: bool) -> Any:
-    """Albumentations' changes of the same kind, photo by photo; photos that are not of `size` are brought to it."""
-    # It looks for a newer version of itself on the network otherwise.
+    """Build similar augmentations with Albumentations, per photo; unless `same`, a crop brings photos to `size`."""
+    # Otherwise it checks the network for a newer version of itself.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     import albumentations as A
 
@@ -54,30 +54,30 @@ def albumentations_chain(size: int, *, same: bool) -> Any:
 
 
 def first(images: Any) -> np.ndarray:
-    """What a variant made, as float32 [N, H, W, 3]."""
+    """Return the result of a variant as float32 [N, H, W, 3]."""
     if isinstance(images, torch.Tensor):
         return images.float().permute(0, 2, 3, 1).numpy()
     return np.stack([np.asarray(image, np.float32) for image in images])
 
 
 def farthest(got: Any, want: Any) -> float:
-    """Largest difference."""
+    """Return the largest difference."""
     return float(np.abs(first(got) - first(want)).max())
 
 
 def on_average(got: Any, want: Any) -> float:
-    """Mean difference: who rounds to grey levels in between is off by half of one."""
+    """Return the mean difference; rounding intermediate values to grey levels costs half a level."""
     return float(np.abs(first(got) - first(want)).mean())
 
 
 def in_the_mean(got: Any, want: Any) -> float:
-    """Difference of the means: who draws changes of its own."""
+    """Return the difference of the means, for variants that draw their own augmentations."""
     got, want = first(got), first(want)
     return float(abs(got.mean() - want.mean())) if got.shape == want.shape else float("inf")
 
 
 def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
-    """Training's augmentation of `count` photos of `side` pixels to `size`; ours is held against the specification."""
+    """Build the case of augmenting `count` photos of `side` pixels to `size`; ours is checked against the reference."""
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
     drawn = draw_epoch(AugmentConfig(), PreprocessSpec(size=size), count, seed=0, epoch=0)
     geometry, colour = map(torch.from_numpy, drawn)
@@ -85,7 +85,7 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
     arrays = images.numpy()
     planes = images.permute(0, 3, 1, 2).contiguous()
     chain = torchvision_chain(size)
-    # OpenCV counts from pixel centres.
+    # OpenCV measures positions from pixel centres.
     halves = torch.tensor([0.5, 0.5])
     shift = geometry[:, :, 2] + geometry[:, :, :2] @ halves - 0.5
     warps = torch.cat([geometry[:, :, :2], shift[:, :, None]], 2).double().numpy()
@@ -110,7 +110,7 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
         f"{count} photos uint8 [{side}, {side}, 3] to float32 [{size}, {size}, 3]", count, bytes_,
         "3 bytes read for each pixel under the output, 12 written for each of it", limit=copy_limit(bytes_),
     )  # fmt: skip
-    # Of noise: who takes four pixels where the area has more has other noise.
+    # The photos are noise: interpolating four pixels where the area covers more gives different noise.
     like = (0.5 * LEVEL, on_average) if same else (0.5, in_the_mean)
     albumentations = albumentations_chain(size, same=same)
     return case, [
@@ -131,7 +131,7 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
 
 
 def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, list[Variant]]:
-    """The middle square of decoded camera files, brought to `size` with exact areas."""
+    """Build the case of reducing the central square of decoded camera photos to `size` by exact areas."""
     inputs = make_inputs("", height, width, count, size, torch.float32, turned=False)
     colour = torch.eye(3, 4).repeat(count, 1, 1)
     given = inputs.pixels, inputs.offsets, inputs.sizes, inputs.geometry, colour, size
@@ -152,9 +152,9 @@ def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, lis
         "3 bytes read for each pixel of the square, 12 written for each of the output", limit=copy_limit(bytes_),
     )  # fmt: skip
     return about, [
-        # Grey levels: positions of thousands of pixels are float32.
+        # In grey levels: float32 positions lose precision at thousands of pixels.
         Variant("FastFundus", lambda: sample_ragged(*given), True, "", 0.05, lambda got, _: farthest(got, want)),
-        # To whole grey levels.
+        # OpenCV rounds to whole grey levels.
         Variant("OpenCV, INTER_AREA", opencv, False, "exact areas", 0.51, farthest),
         Variant("torchvision v2, Resize", lambda: torch.stack([resize(image) for image in planes]), False,
                 "antialias, a triangle twice as wide as the box: another filter", 12.0, on_average),
@@ -163,7 +163,7 @@ def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, lis
 
 @pytest.fixture(autouse=True)
 def _one_core() -> Iterator[None]:
-    """Time one core, whatever the machine has."""
+    """Restrict a test to one core and the libraries to one thread."""
     loaded = host.load()
     assert loaded.library is not None, loaded.reason
     keep_memory()
@@ -178,14 +178,17 @@ def _one_core() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("side", [512, 1024])
-@pytest.mark.filterwarnings("ignore")  # of the peers, about themselves
+@pytest.mark.filterwarnings("ignore")  # the peers' own warnings
 def test_augment(benchmark: Any, side: int) -> None:
-    """Crop, turn, mirror, tint, normalise; larger photos with their areas, as from files or in a run's first epochs."""
+    """Measure crop, rotation, flip, colour jitter and normalisation.
+
+    Larger photos are averaged by area, as when reading from files or in the first epochs of a run.
+    """
     case, variants = augmenting(*((side // 8, 64, 2) if benchmark.disabled else (side, 512, 16)))
     assert len(compare(case, variants, rounds=9, benchmark=benchmark)["variants"]) == 6
 
 
 def test_minify(benchmark: Any) -> None:
-    """A camera's photo brought to the model's size."""
+    """Measure the reduction of a camera photo to the model's input size."""
     case, variants = minifying(*((90, 140, 64, 2) if benchmark.disabled else (2592, 3872, 512, 4)))
     assert len(compare(case, variants, rounds=9, benchmark=benchmark)["variants"]) == 3

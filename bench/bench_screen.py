@@ -1,12 +1,13 @@
-"""Screening camera JPEGs on the CPU: against the peers' loop, and against its own stages; in turns in one run.
+"""Screening of camera JPEGs on the CPU, against the peers' loop and against its own stages, interleaved in one run.
 
     make bench SUITES=screen        timed; needs FASTFUNDUS_DATA
-    make test                       once, tiny, on drawn photos
+    make test                       once with tiny synthetic photos
 
-The peers' loop: a DataLoader with a worker a core decodes with PIL, resizes and normalises with torchvision, and torch
-runs the model eager in float32 in batches of 16. Camera JPEGs of 10 megapixels, ResNet-50 at 512 px, random weights:
-speed does not depend on them. The peers have a process of their own, as their users run them; they do not find the
-field, judge quality, or hash. Every answer of ours is compared with torch's in float32 on the same prepared photos.
+In the peers' loop, a DataLoader with one worker per core decodes with PIL and resizes and normalises with torchvision,
+and torch runs the model eagerly in float32 in batches of 16. The photos are camera JPEGs of 10 megapixels. The model is
+ResNet-50 at 512 px with random weights, because speed does not depend on them. The peers have their own process, as
+their users run them; they do not find the field, check quality, or hash files. Every answer of ours is compared with
+torch's in float32 on the same prepared photos.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ from fastfundus.synthetic import draw_photo
 
 
 def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[Bundle, ScreeningModel]:
-    """A bundle of random weights, and its model."""
+    """Build a bundle with random weights; return it and its model."""
     model = random_model(backbone, size)
     photos = drawn(size, 24)
-    # Far from what random weights give: no decision hangs on the last digit.
+    # The threshold is far from the outputs of random weights, so no decision depends on the last digit.
     point = {
         "temperature": 1.0,
         "threshold": 0.9,
@@ -67,7 +68,7 @@ def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[B
 
 
 class PeerPhotos(Dataset[torch.Tensor]):
-    """Photos as the peers read them."""
+    """Photos, read and transformed as the peers do."""
 
     def __init__(self, paths: list[Path], size: int) -> None:
         self.paths = paths
@@ -85,7 +86,7 @@ class PeerPhotos(Dataset[torch.Tensor]):
 
 
 def by_peers(backbone: str, paths: list[Path], size: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    """Score photos as the peers do; float32 [N, 1]."""
+    """Return a job that scores photos as the peers do; float32 [N, 1]."""
     network = random_model(backbone, size).network
 
     def job() -> np.ndarray:
@@ -97,7 +98,7 @@ def by_peers(backbone: str, paths: list[Path], size: int, batch: int, workers: i
 
 
 def prepared(photos: list[SourcePhoto], spec: PreprocessSpec) -> np.ndarray:
-    """Read and prepare, with every core and no engine; uint8 [N, S, S, 3]."""
+    """Read and prepare photos on all cores without an engine; uint8 [N, S, S, 3]."""
     crew = Crew(spec)
     slots = [crew.begin(photo) for photo in photos]
     images = [crew.take(slot).image for slot in slots]
@@ -107,7 +108,7 @@ def prepared(photos: list[SourcePhoto], spec: PreprocessSpec) -> np.ndarray:
 
 
 class Screening:
-    """One precision's engine, by itself and as a stage of `screen`; loaded around each call."""
+    """The engine of one precision, alone and as a stage of `screen`; it is loaded around each call."""
 
     def __init__(self, bundle: Bundle, photos: list[SourcePhoto], images: np.ndarray) -> None:
         self.bundle, self.photos, self.images = bundle, photos, images
@@ -116,18 +117,18 @@ class Screening:
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """With an engine."""
+        """Keep the engine loaded within the context."""
         with self.bundle.load() as self.engine:
             yield
 
     def alone(self) -> np.ndarray:
-        """The engine on prepared photos."""
+        """Run the engine on prepared photos."""
         assert self.engine is not None
         parts = range(0, len(self.images), BATCH)
         return np.concatenate([self.engine.infer(self.images[row : row + BATCH]) for row in parts])
 
     def whole(self) -> np.ndarray:
-        """From files to answers; NaN for a photo without one, which no tolerance allows."""
+        """Screen from files to answers; a photo without an answer gives NaN, which no tolerance allows."""
         self.timing = Timing()
         rows = screen_photos(self.photos, self.bundle, self.timing, engine=self.engine)
         nothing = np.full(1, np.nan, np.float32)
@@ -137,7 +138,7 @@ class Screening:
 def screening(
     folder: Path, paths: list[Path], backbone: str, size: int, kinds: Sequence[str], *, here: bool
 ) -> tuple[Case, list[Variant], dict[str, Screening]]:
-    """The job, everyone's way to do it, and ours by precision; the peers in this process where `here`."""
+    """Build the case, its variants, and our screening by precision; the peers run in this process if `here`."""
     listing = list_photos(paths, adapter="folder").photos
     made: dict[str, Bundle] = {}
     for precision in kinds:
@@ -159,14 +160,14 @@ def screening(
         len(paths), read, "the files read", flops_of(backbone, size) * len(paths), "the network's",
     )  # fmt: skip
     variants = [
-        # Their photos are squeezed, not cropped: they have nothing to be compared with but themselves.
+        # The peers squeeze photos instead of cropping them, so their scores are comparable only with each other.
         Variant(
             SCREEN_PEERS,
             OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here),
             True,
             f"batches of {BATCH}, a worker a core",
         ),
-        # Less memory is asked of the system, and given back to it, between layers.
+        # Less memory is allocated from and returned to the system between layers.
         Variant(
             SCREEN_BEST,
             OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here),
@@ -186,7 +187,7 @@ def screening(
 
 
 def some_photos(folder: Path, *, tiny: bool) -> list[Path]:
-    """64 of the real ones, over and over; or two drawn ones."""
+    """Return 64 links to the real photos, repeated as needed, or two synthetic photos if `tiny`."""
     if tiny:
         for seed in range(2):
             image = draw_photo(seed, long_side=320).image
@@ -199,9 +200,9 @@ def some_photos(folder: Path, *, tiny: bool) -> list[Path]:
     return sorted(folder.glob("*.jpg"))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporters, about themselves
+@pytest.mark.filterwarnings("ignore")  # the exporters' own warnings
 def test_screen(benchmark: Any, tmp_path: Path) -> None:
-    """From files to answers, and each stage by itself."""
+    """Measure the path from files to answers, and each stage alone."""
     keep_memory()
     tiny = benchmark.disabled
     (tmp_path / "photos").mkdir()

@@ -1,8 +1,8 @@
-"""Screening at length and the server under load: memory over many photos, the start of the program, 64 clients at once.
+"""Memory of long screening runs, start-up time of the program, and the server under a load of 64 concurrent clients.
 
     python -m bench.bench_serve [--output bench/results/serve_cpu_YYYYMM.json] [--only memory start serve]
 
-Every answer of the server is compared with what a batch says of the photo.
+Every answer of the server is compared with the result of a batch run for the same photo.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ MANY = (1_000, 10_000, 50_000)
 def serve_under_load(
     bundle: Bundle, files: list[Path], *, seconds: float, expected_of: list[Path] | None = None
 ) -> dict[str, Any]:
-    """Ask a server of its own process, and count what is lost or mixed up.
+    """Put load on a server in its own process, and count lost or mixed-up answers.
 
     Args:
-        bundle: served.
-        files: photos that clients choose from, in one folder.
-        seconds: how long they ask.
-        expected_of: photos of the same names whose answers count as right; None takes the same.
+        bundle: bundle to serve.
+        files: photos in one folder, from which the clients choose.
+        seconds: duration of the load.
+        expected_of: photos with the same names whose answers are taken as correct; None uses `files`.
 
     Returns:
-        Answers, faults, photos/s and percentiles of the time to an answer; and photos/s of a batch of the same photos.
+        Answers, faults, photos/s and latency percentiles, and the photos/s of a batch run over the same photos.
     """
     timing = Timing()
     listing = list_photos(expected_of or files, adapter="folder").photos
@@ -117,11 +117,11 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
             row = answer.json()["results"][0] if answer.status_code == 200 else {}
             told = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
             faults += row.get("file") != name or told != expected[name]
-            # Behind an answer only: each client has one at least, however slow the machine is.
+            # Checked only after an answer, so that each client gets at least one, however slow the machine is.
             if time.monotonic() >= until:
                 break
 
-    # As many connections as asks under way, but what reads certificates is made once: it takes a while.
+    # One connection per request in flight, but a shared client: loading the certificates takes a while.
     unlimited = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False, limits=unlimited) as http:
         began = time.perf_counter()
@@ -136,14 +136,14 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
 
 
 def run_command(*arguments: object) -> tuple[float, float, str]:
-    """Seconds and highest memory in GiB of a command of ours, and what it printed."""
+    """Run a fastfundus command; return its seconds, its peak memory in GiB, and its standard output."""
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as printed:
         command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL)
         highest = 0
         while process.poll() is None:
-            # Not what the system tells afterwards: that begins with the memory of the process that started it.
+            # The figure that the system reports after exit would start from the memory of the parent process.
             with contextlib.suppress(OSError, TypeError):
                 told = Path(f"/proc/{process.pid}/status").read_text()
                 highest = max(highest, int(re.search(r"VmHWM:\s+(\d+) kB", told)[1]))  # type: ignore[index]
@@ -156,7 +156,7 @@ def run_command(*arguments: object) -> tuple[float, float, str]:
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """Highest memory of screening more and more photos, most of them copies of one another; and the start-up."""
+    """Measure the peak memory of screening more and more photos, most of them copies of one another."""
     bundle, _ = bundle_of("resnet18", 64, "fp32", folder / "small")
     write_dataset(folder / "drawn", 100, seed=3, long_sides=(320,))
     originals = sorted((folder / "drawn" / "images").iterdir())
@@ -170,10 +170,10 @@ def memory(folder: Path) -> dict[str, Any]:
         output = folder / f"out{count}"
         seconds, gib, printed = run_command("screen", bundle.path, photos, "--output", output, "--json")
         results = pl.read_parquet(output / "results.parquet")
-        # Copies of one photo are each an input, and equal in everything but their name.
+        # Each copy of a photo is an input of its own; the results of copies differ only in the file name.
         same = results.group_by("sha256").agg(pl.col("p_abnormal").n_unique(), pl.col("status").n_unique())
         if len(results) != count or same["p_abnormal"].max() != 1 or same["status"].max() != 1:
-            raise SystemExit(f"{count} inputs gave {len(results)} rows, or copies differ")
+            raise SystemExit(f"{count} inputs gave {len(results)} rows, or copies of a photo have different results")
         faults = verify(output).faults
         told = json.loads(printed)
         row = {"inputs": count, "seconds": seconds, "images_per_s": told["images_per_s"], "peak_gib": gib}
@@ -185,7 +185,7 @@ def memory(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """From the command to the report of one photo, and how long the program itself takes to be ready."""
+    """Measure the time from command to report for one photo, including the start of the program."""
     precision = precisions()[0]
     bundle, _ = bundle_of("resnet50", 512, precision, folder / "bundle")
     write_dataset(folder / "drawn", 1, seed=3, long_sides=(1024,))
@@ -196,14 +196,14 @@ def start(folder: Path) -> dict[str, Any]:
 
 
 def serve(folder: Path) -> dict[str, Any]:
-    """The server under load."""
+    """Measure the server under load."""
     bundle, _ = bundle_of("resnet18", 224, "fp32", folder / "served")
     write_dataset(folder / "asked", 60, seed=4, long_sides=(1024,), poor_share=0.1)
     return serve_under_load(bundle, sorted((folder / "asked" / "images").iterdir()), seconds=60)
 
 
 def main() -> None:
-    """Measure and write JSON."""
+    """Run the selected measurements and write the results as JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"serve_cpu_{date.today():%Y%m}.json"
     parser.add_argument("--output", type=Path, default=default)

@@ -1,4 +1,4 @@
-"""Tables of what the harness measured: preparing, sampling, feeding."""
+"""Tables of harness results for preparation, sampling and loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["by_us", "cases_of", "loader_table", "prepare_table", "ratio_text", "
 
 
 def stamp(result: dict[str, Any], command: str) -> str:
-    """Where and when, with what, and how to repeat it."""
+    """Return date, machine, commit and versions of a result, and the command that repeats it."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
@@ -20,29 +20,29 @@ def stamp(result: dict[str, Any], command: str) -> str:
 
 
 def cases_of(result: dict[str, Any], start: str) -> list[dict[str, Any]]:
-    """Those whose name begins so."""
+    """Return the cases whose names begin with `start`."""
     return [found for found in result["cases"] if found["case"]["name"].startswith(start)]
 
 
 def ratio_text(found: dict[str, Any], slow: str, fast: str, digits: int = 1) -> str:
-    """How many times as fast, with the least and the most of all rounds."""
+    """Return how many times as fast `fast` is as `slow`, with the minimum and maximum over all rounds."""
     times = ratio(found, slow, fast)
     middle, least, most = (f"{times[key]:.{digits}f}" for key in ("median", "least", "most"))
     return f"{middle} x ({least} to {most})"
 
 
 def by_us(name: str) -> bool:
-    """Whether it is no peer."""
+    """Return whether a variant is ours rather than a peer's."""
     return name.startswith("FastFundus")
 
 
 def reference_of(found: dict[str, Any]) -> str:
-    """The name of the variant that others are compared with."""
+    """Return the name of the variant that the others are compared with."""
     return next(name for name, row in found["variants"].items() if row["reference"])
 
 
 def _side_by_side(cases: list[dict[str, Any]], head: str, titles: list[str]) -> list[str]:
-    """A row a variant; photos/s and the ratio to the reference for each case."""
+    """Return one row per variant, with photos/s and the ratio to the reference for each case."""
     lines = [f"| {head} | " + " | | ".join(titles) + " | |", "|---" * (2 * len(cases) + 1) + "|"]
     for name, row in cases[0]["variants"].items():
         cells = []
@@ -56,7 +56,7 @@ def _side_by_side(cases: list[dict[str, Any]], head: str, titles: list[str]) -> 
 
 
 def prepare_table(result: dict[str, Any]) -> str:
-    """Preparing camera JPEGs, as Markdown."""
+    """Return the table of preparing camera JPEGs, as Markdown."""
     cases = cases_of(result, "prepare")
     lines = _side_by_side(
         cases,
@@ -80,7 +80,7 @@ def prepare_table(result: dict[str, Any]) -> str:
 
 
 def sample_table(result: dict[str, Any]) -> str:
-    """Sampling on one core, as Markdown."""
+    """Return the table of sampling on one core, as Markdown."""
     lines = ["| one core | photos/s | | of copying as many bytes | GB/s |", "|---|---|---|---|---|"]
     cases = result["cases"]
     for found in cases:
@@ -92,7 +92,7 @@ def sample_table(result: dict[str, Any]) -> str:
                 f"{row['share_of_limit']:.0%} | {row['gb_per_s']:.2f} |"
             )
     settings = ((name, row["settings"]) for found in cases for name, row in found["variants"].items())
-    # Two cases may have one peer with one setting.
+    # A peer may appear in several cases with the same settings.
     peers = "; ".join(dict.fromkeys(f"{name}: {what}" for name, what in settings if what))
     arithmetic = "; ".join(f"{found['case']['name']}: {found['case']['bytes_how']}" for found in cases)
     return "\n".join(
@@ -107,7 +107,7 @@ def sample_table(result: dict[str, Any]) -> str:
 
 
 def loader_table(result: dict[str, Any]) -> str:
-    """Feeding training, as Markdown."""
+    """Return the table of training loaders, as Markdown."""
     cases = cases_of(result, "loader")
     titles = [found["case"]["name"].removeprefix("loader, ") for found in cases]
     lines = _side_by_side(cases, "photos/s, all cores", titles)

@@ -1,4 +1,4 @@
-"""Tables of costs and scale: the cost model, long runs and the server, a hundred million photos."""
+"""Tables of cost and scale: the cost model, long runs, the server, and an extrapolation to a hundred million photos."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from bench.model_tables import SCREEN_BEST, SCREEN_PEERS
 
 __all__ = ["cost_table", "fleet_table", "serve_table"]
 
-# Assumptions, not measurements: of the order of what is asked for rented machines and object storage in 2026.
+# Assumptions, not measurements: typical prices of rented machines and object storage in 2026.
 CORE_HOUR, GB_MONTH = 0.04, 0.02
 _MANY = 100_000_000
 
 
 def cost_table(result: dict[str, Any]) -> str:
-    """The cost model where it was not fitted, and how screening scales, as Markdown."""
+    """Return the check of the cost model on new networks and photos, and the scaling of screening, as Markdown."""
     model = result["model"]
     lines = [
         "| real camera photos, predicted | preparing, core-ms | engine, core-ms | screen, photos/s | off by |",
@@ -69,7 +69,7 @@ def _of(result: dict[str, Any], part: str) -> list[dict[str, Any]]:
 
 
 def serve_table(result: dict[str, Any]) -> str:
-    """Memory of long runs, the start, and the server under load, as Markdown."""
+    """Return memory of long runs, start-up time, and the server under load, as Markdown."""
     memory, serve, start = (result[part] for part in ("memory", "serve", "start"))
     growth = ", ".join(f"{run['inputs']:,} inputs {run['peak_gib']:.2f} GiB" for run in memory["runs"])
     return "\n".join(
@@ -89,11 +89,11 @@ def serve_table(result: dict[str, Any]) -> str:
 
 
 def fleet_table(result: dict[str, Any], long_run: dict[str, Any]) -> str:
-    """Nodes, storage and cost of a hundred million photos from the measured rates, as Markdown.
+    """Return nodes, storage and cost for a hundred million photos, from the measured rates, as Markdown.
 
     Args:
-        result: of screening.
-        long_run: of `bench_serve`: what a row takes.
+        result: result of the screening suite.
+        long_run: result of `bench_serve`, for the bytes per row.
     """
     (found,), cores = result["cases"], result["machine"]["cores"]
     size, row = found["mean_bytes"], long_run["memory"]["runs"][-1]["bytes_a_row"]

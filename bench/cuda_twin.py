@@ -1,4 +1,4 @@
-"""csrc's CUDA kernels on torch's memory, through the C launcher: to check and to time them on a machine with a GPU."""
+"""csrc's CUDA kernels on torch tensors, called through the C launcher, for checks and timing on a GPU machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 
 class CudaTwin:
-    """The library that `make -C csrc library` builds."""
+    """The library built by `make -C csrc library`."""
 
     def __init__(self, path: Path) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int32
@@ -26,7 +26,7 @@ class CudaTwin:
 
     @classmethod
     def build(cls, folder: Path) -> CudaTwin:
-        """Compile with nvcc into `folder`, and load."""
+        """Compile the library with nvcc into `folder`, and load it."""
         subprocess.run(["make", "-s", "-C", str(CSRC), f"BUILD={folder}", "library"], check=True, capture_output=True)
         return cls(folder / "libfastfundus_sample.so")
 
@@ -34,7 +34,7 @@ class CudaTwin:
         self, pixels: Tensor, offsets: Tensor, sizes: Tensor, geometry: Tensor, colour: Tensor, out_size: int,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """As `kernels.ops.sample_ragged`, on a GPU."""
+        """Sample photos on a GPU; see `kernels.ops.sample_ragged`."""
         jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size)
         there = torch.from_numpy(jobs.view(np.uint8)).to(pixels.device)
         out = torch.empty(len(jobs), out_size, out_size, 3, dtype=dtype, device=pixels.device)
@@ -43,5 +43,5 @@ class CudaTwin:
             torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
         if error:
-            raise RuntimeError(f"the CUDA twin did not start: error {error}")
+            raise RuntimeError(f"the CUDA twin's kernel failed to launch: error {error}")
         return out.permute(0, 3, 1, 2)

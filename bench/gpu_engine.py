@@ -1,10 +1,10 @@
-"""AOTInductor engines on a GPU against torch, in turns; `gpu_suite.sh` calls it.
+"""AOTInductor engines on a GPU against torch, interleaved in one run; called by `gpu_suite.sh`.
 
     python -m bench.gpu_engine --output FOLDER [--dry-run]
 
-One batch of uint8 photos on the GPU to probabilities: eager bfloat16, torch.compile with CUDA graphs, and the
-engine's package; and the engine from photos in the host's memory, as `screen` calls it. Each is compared with eager
-float32 in the run. Needs torch, timm, onnx and NumPy.
+One batch of uint8 photos in GPU memory becomes probabilities by eager bfloat16, by torch.compile with CUDA graphs, and
+by the engine's package. The engine is also timed with photos in host memory, as `screen` calls it. Each result is
+compared with eager float32 in the same run. Needs torch, timm, onnx and NumPy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EAGER, COMPILED, PACKAGE, CALL = (
 
 
 def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_run: bool) -> dict[str, Any]:
-    """The case of one batch, every way to do it, compared."""
+    """Measure and compare all variants on one batch."""
     torch.manual_seed(0)
     sized = {"img_size": size} if "vit" in backbone else {}
     network = timm.create_model(backbone, num_classes=1, **sized).eval()
@@ -81,7 +81,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
 
 
 def main() -> None:
-    """Measure engines."""
+    """Measure the engines."""
     cases = [
         ("resnet50", 512, 64),
         ("resnet50", 224, 256),

@@ -1,4 +1,4 @@
-"""What the parts of `gpu_suite.sh` share: command line, what is said of the machine, a case's figures, the file."""
+"""Shared code of the parts of `gpu_suite.sh`: command line, description of the machine, results of a case, output."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["measured", "started", "tests_of", "write_part"]
 
 
 def started(*paths: str) -> tuple[argparse.Namespace, torch.device, dict[str, Any]]:
-    """Read the command line: `--dry-run`, `--output`, and `paths`, which must be given, too.
+    """Parse the command line: `--dry-run`, `--output`, and one required option for each of `paths`.
 
     Returns:
-        The options, the device, and what a result must say of the machine and the run.
+        The options, the device, and the description of the machine and the run for the result.
 
     Raises:
-        SystemExit: there is no GPU, and it is to be no dry run.
+        SystemExit: no GPU is visible, and `--dry-run` was not given.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry-run", action="store_true")
@@ -34,28 +34,28 @@ def started(*paths: str) -> tuple[argparse.Namespace, torch.device, dict[str, An
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: run on a machine that has one, or with --dry-run")
+        raise SystemExit("no GPU is visible: run on a machine with a GPU, or add --dry-run")
     about = {"dry_run": options.dry_run, **environment(()), **_gpu_environment()}
     return options, torch.device("cpu" if options.dry_run else "cuda"), about
 
 
 def measured(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A case's figures, or its name and why it has none: the others go on.
+    """Return the results of a case, or its name and the error, so that the other cases can continue.
 
     Raises:
-        ImportError: what it needs is not installed.
+        ImportError: a package that the case needs is not installed.
     """
     try:
         return measure()
     except ImportError:
         raise
     except Exception as error:
-        # Compilers, libraries of other makers, memory, a difference: none of theirs may cost the others.
+        # A failing compiler or third-party library, lack of memory or a wrong result must not affect other cases.
         return {"case": {"name": name}, "failed": str(error)[:400]}
 
 
 def tests_of(path: Path) -> dict[str, int]:
-    """Counts of a JUnit file; a run that crashed leaves none."""
+    """Return the counts of a JUnit file; a crashed run leaves no file and gives `crashed`."""
     if not path.is_file():
         return {"crashed": 1}
     suite = next(iter(ElementTree.parse(path).getroot()))
@@ -63,7 +63,7 @@ def tests_of(path: Path) -> dict[str, int]:
 
 
 def _gpu_environment() -> dict[str, Any]:
-    """The GPU and the compilers; versions as the modules tell them."""
+    """Describe the GPU and the compilers; the versions are those that the modules report."""
     import triton
 
     def said(*command: str) -> str:
@@ -82,13 +82,15 @@ def _gpu_environment() -> dict[str, Any]:
 
 
 def write_part(folder: Path, theme: str, about: dict[str, Any], cases: list[dict[str, Any]]) -> None:
-    """Write what there is of a part of the suite; after each case, as the suite stops what does not end in its time.
+    """Write the results so far of one part of the suite.
+
+    This is called after each case, because the suite stops parts that exceed their time.
 
     Args:
-        folder: where to.
+        folder: output folder.
         theme: kernels, train or engine.
-        about: the machine and the run.
-        cases: as `compare` gives them.
+        about: description of the machine and the run.
+        cases: results as returned by `compare`.
     """
     chip = "dry_run" if about["dry_run"] else torch.cuda.get_device_name().split()[-1].lower()
     target = folder / f"{theme}_{chip}_{time.strftime('%Y%m')}.json"

@@ -1,8 +1,8 @@
-"""Measures the kernels against the copy bandwidth of the same run; `gpu_suite.sh` calls it after the tests.
+"""Kernels measured against the copy bandwidth of the same run; called by `gpu_suite.sh` after the tests.
 
-A case knows the bytes that it cannot do without: source pixels under its outputs, each read once, and outputs, each
-written once. The time that these take at the copy bandwidth is the limit. Kernels, the CUDA twin and peers run in
-turns, every timed output is compared, and a case of which one differs is reported without a time.
+Each case knows the bytes that it must move at least: the source pixels under its outputs, each read once, and the
+outputs, each written once. The time for these bytes at copy bandwidth is the limit. Kernels, the CUDA twin and peers
+are interleaved, every timed output is compared, and a case with a wrong output is reported without a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastfundus.kernels.ops import DTYPES, packed
 
 @dataclass(frozen=True)
 class Inputs:
-    """Photos and matrices, and the bytes that sampling them cannot do without."""
+    """Photos and matrices for sampling, and the bytes that it must move at least."""
 
     name: str
     pixels: Tensor
@@ -43,25 +43,25 @@ class Inputs:
 
     @property
     def given(self) -> tuple[Any, ...]:
-        """All but the pixels, as a kernel takes them."""
+        """All arguments of a kernel except the pixels."""
         return self.offsets, self.sizes, self.geometry, self.colour, self.out_size, self.dtype
 
     @property
     def source_bytes(self) -> int:
-        """3 bytes for each source pixel under the output: its area is the determinant, per output pixel."""
+        """3 bytes for each source pixel under the output; an output pixel covers the area of the determinant."""
         areas = torch.linalg.det(self.geometry[:, :, :2].double()).abs() * self.out_size**2
         return int(3 * torch.minimum(areas, self.sizes.double().prod(dim=1)).sum())
 
     @property
     def output_bytes(self) -> int:
-        """3 channels of the output type for each output pixel."""
+        """3 channels of the output dtype for each output pixel."""
         return len(self.sizes) * 3 * self.out_size**2 * torch.empty(0, dtype=self.dtype).element_size()
 
 
 def make_inputs(
     name: str, height: int, width: int, count: int, out_size: int, dtype: torch.dtype, *, turned: bool
 ) -> Inputs:
-    """Random photos of one size, each under a geometry that covers most of it."""
+    """Make random photos of one size, each with a geometry that covers most of it."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count * 3 * height * width,), dtype=torch.uint8, generator=generator)
     side = min(height, width)
@@ -79,7 +79,7 @@ def make_inputs(
 
 
 def all_inputs(dry_run: bool) -> list[Inputs]:
-    """Training's sampling, and camera files brought to the model's size."""
+    """Return inputs for sampling as in training, and for reducing camera photos to the model's input size."""
     small, count, camera, few = (16, 2, (40, 60), 2) if dry_run else (512, 128, (2592, 3872), 32)
     same = f"sample {small} to {small}"
     found = [make_inputs(same, small, small, count, small, dtype, turned=True) for dtype in DTYPES]
@@ -90,12 +90,12 @@ def all_inputs(dry_run: bool) -> list[Inputs]:
 
 
 ALLOWED = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Outputs lie between -2 and 2.4: one rounding of the type, twice where Triton's interpreter cuts bits off, and the
-positions' rounding at 4,000 pixels."""
+"""Tolerances by dtype, for outputs between -2 and 2.4: one rounding of the type, doubled because Triton's interpreter
+truncates, and the rounding of positions at 4,000 pixels."""
 
 
 def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: Limit) -> tuple[Case, list[Variant]]:
-    """Triton's kernel and, where there is one, its CUDA twin; the first photo is held against the reference."""
+    """Build the case of Triton's kernel and, if given, its CUDA twin; the first photo is checked with the reference."""
     pixels = inputs.pixels.to(device)
     jobs, mode = packed(pixels, *inputs.given[:-1])
     first = (value[:1] for value in inputs.given[:4])
@@ -123,7 +123,7 @@ def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: 
 
 
 def torchvision_chain(size: int) -> Callable[[Tensor], Tensor]:
-    """The same changes by torchvision, on a batch that shares one draw: its fastest setting."""
+    """Build the same augmentations with torchvision; a batch shares one random draw, its fastest setting."""
     from torchvision.transforms import v2
 
     bilinear = v2.InterpolationMode.BILINEAR
@@ -140,7 +140,7 @@ def torchvision_chain(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def augmenting(device: torch.device, dry_run: bool) -> tuple[Case, list[Variant]]:
-    """Training's augmentation by our kernel, and by torchvision's transforms as they are and compiled."""
+    """Build the case of training augmentation by our kernel and by torchvision's transforms, eager and compiled."""
     chain = torchvision_chain(16 if dry_run else 512)
     size, count = (16, 2) if dry_run else (512, 128)
     inputs = make_inputs("", size, size, count, size, torch.float32, turned=True)
@@ -149,7 +149,7 @@ def augmenting(device: torch.device, dry_run: bool) -> tuple[Case, list[Variant]
     planes = pixels.view(count, size, size, 3).permute(0, 3, 1, 2).contiguous()
 
     def mean_apart(got: Tensor, want: Tensor) -> float:
-        # Of noise: each draws its own changes, and scales it in its own way.
+        # The photos are noise: each variant draws its own augmentations and scales in its own way.
         return float((got.mean() - want.mean()).abs()) if got.numel() == want.numel() else float("inf")
 
     def triton() -> Tensor:
@@ -172,7 +172,7 @@ def augmenting(device: torch.device, dry_run: bool) -> tuple[Case, list[Variant]
 
 
 def profile_case(device: torch.device, dry_run: bool, copy: Limit) -> tuple[Case, list[Variant]]:
-    """The brightness of cells: every byte is read once, and next to nothing written."""
+    """Build the case of cell brightness, which reads every byte once and writes almost nothing."""
     height, width, count, bins = (40, 60, 2, 8) if dry_run else (2592, 3872, 32, 64)
     pixels = torch.randint(0, 256, (count * 3 * height * width,), dtype=torch.uint8)
     place = torch.arange(count) * (3 * height * width), torch.tensor([[height, width]] * count, dtype=torch.int32)
@@ -187,7 +187,7 @@ def profile_case(device: torch.device, dry_run: bool, copy: Limit) -> tuple[Case
 
 
 def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
-    """DALI's decoder alone, by the share that goes to the hardware units."""
+    """Build the case of DALI's decoder alone, by the share of photos that the hardware units decode."""
     import cv2
 
     from fastfundus.dali.decode import DaliDecoder
@@ -201,7 +201,7 @@ def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
     def apart(got: Any, want: Any) -> float:
         if got[1] or want[1] or len(got[0].pixels) != len(want[0].pixels):
             return float("inf")
-        # Units round their transforms and colours differently; a copy of a part is enough.
+        # The units round transforms and colours differently; comparing a part of the pixels suffices.
         one, other = (photos.pixels[: 3 * side * side].float() for photos in (got[0], want[0]))
         return float((one - other).abs().mean())
 
@@ -215,10 +215,10 @@ def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
 
 
 def main() -> int:
-    """Measure, write one JSON, print one table."""
+    """Measure the kernels, print and write the result of each case, and return the exit status."""
     options, device, about = started("tests")
     dry_run: bool = options.dry_run
-    # Of one byte, read or written.
+    # Limit of one byte, read or written.
     copy = copy_limit(1, device=device.type, size=1 << 16 if dry_run else 1 << 30)
     about |= {
         "tests": tests_of(options.tests),
@@ -231,14 +231,14 @@ def main() -> int:
         try:
             found.append(measured(name, lambda: compare(*job(*arguments), rounds=rounds, device=device.type)))
         except ImportError as error:
-            print(f"{name} is left out: {error}", flush=True)
+            print(f"{name} was skipped: {error}", flush=True)
             return
         print(json.dumps(found[-1]), flush=True)
         write_part(options.output, "kernels", about, found)
 
     many, few = (2, 2) if dry_run else (30, 7)
     with tempfile.TemporaryDirectory() as folder:
-        # Without a GPU the twin is only built: that it compiles is known then, and its maths are the host's.
+        # Without a GPU the twin is only compiled; its arithmetic is the same as that of the host's build.
         twin = CudaTwin.build(Path(folder))
         for inputs in all_inputs(dry_run):
             measure(inputs.name, sampling, inputs, device, None if dry_run else twin, copy, rounds=many)

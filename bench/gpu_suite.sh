@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the kernel tests, the CUDA twin, and what the kernels reach of the
-# copy bandwidth; training steps and engines, where timm and onnx are installed. Needs torch >= 2.11, Triton >= 3.6, nvcc,
-# NumPy, OpenCV and pytest; no network, no installation. Ends with one table, and one JSON of all of it, inside eight
-# minutes: the most telling cases come first, and those for which no time was left are named.
+# Run everything that needs a GPU with one command: the kernel tests, the CUDA twin, the kernels against the copy
+# bandwidth, and, where timm and onnx are installed, training steps and engines. Needs torch >= 2.11, Triton >= 3.6,
+# nvcc, NumPy, OpenCV and pytest; uses no network and installs nothing. Prints one table and writes one JSON file within
+# eight minutes: the most informative cases run first, and cases for which no time was left are listed.
 #
-#     bench/gpu_suite.sh [OUTPUT]         OUTPUT is a folder, default $OUT or bench/results
-#     bench/gpu_suite.sh --dry-run [OUTPUT]   tiny shapes, Triton interpreted, no GPU: does the suite itself work?
-#                                       (Triton 3.6 interprets with NumPy below 2.4 only; on a GPU it takes any)
-#     FASTFUNDUS_SUITE_SECONDS=1800       gives it more time
+#     bench/gpu_suite.sh [OUTPUT]             OUTPUT is a folder; default: $OUT or bench/results
+#     bench/gpu_suite.sh --dry-run [OUTPUT]   checks the suite itself without a GPU: tiny shapes, Triton interpreted
+#                                             (Triton 3.6 interprets only with NumPy below 2.4; a GPU run takes any)
+#     FASTFUNDUS_SUITE_SECONDS=1800           allows more time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dry=()
@@ -21,7 +21,7 @@ python=${PYTHON:-python3}
 
 budget=${FASTFUNDUS_SUITE_SECONDS:-480}
 
-# A share, in percent, of the time that is left before the table is drawn; what does not end in it is stopped.
+# Run a command within a share, in percent, of the time left until the table is drawn, and stop it after that.
 within() {
   local share=$1 left=$((budget - 10 - SECONDS))
   shift
@@ -30,28 +30,28 @@ within() {
 
 models() {
   if "$python" -c "import timm, onnx" 2>/dev/null; then
-    # What does not end well, or in time, says so in the table, and the rest stands.
+    # A case that fails or runs out of time is marked in the table; the other results are kept.
     within 60 "$python" -m bench.gpu_train "${dry[@]}" --output "$output" || echo "not all training was measured"
     within 100 "$python" -m bench.gpu_engine "${dry[@]}" --output "$output" || echo "not all engines were measured"
   else
-    echo "training and engines are left out: timm or onnx is not installed"
+    echo "training and engines were skipped: timm or onnx is not installed"
   fi
 }
 
 rm -f "$output/kernel_tests.xml"
 tests=0 kernels=0
 if [[ ${#dry[@]} == 0 ]]; then
-  # A skip is a failure here: a green run that tested nothing would be worse than a red one.
+  # Skipped tests count as failures here: a passing run that tested nothing would be misleading.
   FASTFUNDUS_REQUIRE_GPU=1 within 40 "$python" -m pytest -o addopts= -q -m "kernel and not slow" \
     --junitxml="$output/kernel_tests.xml" tests/kernels tests/engines/test_cuda_sample.py || tests=$?
 else
-  # Nothing is measured in earnest: both halves at once.
+  # The figures of a dry run do not matter, so both halves run at once.
   models > "$output/models.log" 2>&1 &
   TRITON_INTERPRET=1 "$python" -m pytest -o addopts= -q -m kernel \
     -W "ignore:Conversion of an array with ndim:DeprecationWarning" --junitxml="$output/kernel_tests.xml" \
     tests/kernels/test_sample.py -k "one-pixel or minify-2" || tests=$?
 fi
-# A case that is wrong fails the suite at its end; training and engines are measured all the same.
+# A wrong result fails the suite at the end; training and engines are measured regardless.
 TRITON_INTERPRET=$([[ ${#dry[@]} == 0 ]] && echo 0 || echo 1) within 50 \
   "$python" -m bench.gpu_suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output" || kernels=$?
 if [[ ${#dry[@]} == 0 ]]; then

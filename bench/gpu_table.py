@@ -1,9 +1,9 @@
-"""One file and one table of what `gpu_suite.sh` measured.
+"""Merge the results of `gpu_suite.sh` into one file, and print one table.
 
     python -m bench.gpu_table OUTPUT
 
-Takes `kernels_*.json`, `train_*.json` and `engine_*.json` of a folder together into `gpu_<chip>_<yyyymm>.json`; what
-could not be measured is missing in it, and said.
+Merges `kernels_*.json`, `train_*.json` and `engine_*.json` of a folder into `gpu_<chip>_<yyyymm>.json`. Parts that were
+not measured are missing from the file, and the table lists them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ PARTS = ("kernels", "train", "engine")
 
 
 def merged(folder: Path) -> Path:
-    """Write the one file, and take its parts away.
+    """Write the merged file, and remove its parts.
 
     Raises:
-        SystemExit: there are no kernels, or the parts are of different runs.
+        SystemExit: there are no kernel results, or the parts belong to different runs.
     """
     found = {part: sorted(folder.glob(f"{part}_*.json")) for part in PARTS}
     if not found["kernels"]:
-        raise SystemExit(f"{folder}: holds no kernels_*.json; run bench/gpu_suite.sh")
+        raise SystemExit(f"{folder} contains no kernels_*.json; run bench/gpu_suite.sh")
     files = {part: paths[-1] for part, paths in found.items() if paths}
     ends = {path.name.split("_", 1)[1] for path in files.values()}
     if len(ends) > 1:
-        raise SystemExit(f"{folder}: holds parts of different runs ({', '.join(sorted(ends))}); remove the older ones")
+        raise SystemExit(f"{folder} contains parts of different runs ({', '.join(sorted(ends))}); remove older ones")
     target = folder / f"gpu_{ends.pop()}"
     target.write_text(json.dumps({part: json.loads(path.read_text()) for part, path in files.items()}, indent=1) + "\n")
     for path in files.values():
@@ -39,7 +39,7 @@ def merged(folder: Path) -> Path:
 
 
 def gpu_table(result: dict[str, Any]) -> str:
-    """Everything, as Markdown."""
+    """Return all results as a Markdown table."""
     kernels = result["kernels"]
     lines = ["| | photos/s | of its limit |", "|---|---|---|"]
     for found in (found for part in PARTS for found in result.get(part, {"cases": []})["cases"]):

@@ -1,10 +1,10 @@
-"""Cases, variants, and a clock that knows of devices: everything measured here is checked in the same run.
+"""Benchmark harness: cases, variants, and a device-aware clock; every result that is timed is checked in the same run.
 
     case = Case("augment", "16 photos of 512 px, uint8 to float32", units=16, bytes=..., bytes_how="...", limit=...)
     found = compare(case, [Variant("ours", ours), Variant("reference", theirs, reference=True)], rounds=9)
 
-Variants run in turns, A/B/A/B, so that a noisy neighbour hits all of them alike; ratios are of the same round. What
-each gives is compared with what the reference gave; one that differs by more than it may ends the run without a figure.
+Variants are interleaved, A/B/A/B, so that noise affects all of them equally; ratios are taken within rounds. The result
+of each variant is compared with the reference's; one that exceeds its tolerance ends the run without figures.
 """
 
 from __future__ import annotations
@@ -22,75 +22,78 @@ import numpy as np
 __all__ = ["Case", "Clock", "Limit", "Timed", "Variant", "WrongResult", "compare", "quartiles", "ratio"]
 
 _FLUSH_BYTES = 256 << 20
-"""More than any GPU's second cache holds."""
+"""More than the L2 cache of any GPU."""
 
 
 class WrongResult(Exception):
-    """A variant gave something else than the reference."""
+    """The result of a variant differs from the reference's by more than its tolerance."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What nothing can be faster than."""
+    """A lower bound on the time of a call."""
 
     what: str
-    """Such as "copy bandwidth", "the decoder alone"."""
+    """What sets the limit, such as "copy bandwidth" or "the decoder alone"."""
     ms: float
-    """Milliseconds that one call takes at least, measured in the same run."""
+    """Minimum milliseconds of one call, measured in the same run."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One job, however it is done."""
+    """One job, independent of how it is done."""
 
     name: str
     what: str
-    """Shapes and types, in words."""
+    """Shapes and dtypes, in words."""
     units: int
-    """Photos of one call."""
+    """Photos per call."""
     bytes: int = 0
-    """That cannot but be moved, of one call."""
+    """Bytes that one call must move at least."""
     bytes_how: str = ""
-    """The arithmetic of it, in words."""
+    """How `bytes` is calculated, in words."""
     flops: float = 0.0
-    """Of one call; a product and a sum are two."""
+    """FLOPs of one call; a multiplication with an addition counts as two."""
     flops_how: str = ""
     limit: Limit | str | None = None
-    """Or the name of the variant that sets it."""
+    """Limit of the variants, or the name of the variant that sets it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do it."""
+    """One way to do the job of a case."""
 
     name: str
     job: Callable[[], Any]
-    """One that has `close` is closed behind the last round."""
+    """Function that is timed; its `close`, if it has one, is called after the last round."""
     reference: bool = False
     settings: str = ""
-    """In words, where it is a peer: its best ones."""
+    """Settings in words; those of a peer are its best."""
     tolerance: float = 0.0
-    """How far its result may be from the reference's."""
+    """Largest allowed distance of its result from the reference's."""
     distance: Callable[[Any, Any], float] = field(default=lambda got, want: float(np.abs(got - want).max()))
-    """From its result and the reference's; the reference's own is asked for too."""
+    """Distance of its result from the reference's; also evaluated for the reference itself."""
     within: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Entered around each call, untimed: fills queues, loads, and puts away again."""
+    """Untimed context around each call, to fill queues, load engines and clean up."""
     limit: Limit | None = None
-    """Where it is not the case's."""
+    """Limit of this variant, if it differs from the case's."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What a job gave that was timed where it ran."""
+    """Result of a job that was timed in the process where it ran."""
 
     ms: float
     result: Any
     peak_mib: float
-    """Memory at its highest, beyond what was taken before."""
+    """Peak memory above the level before the call, in MiB."""
 
 
 class Clock:
-    """Times calls on a device: on a GPU by events behind what is queued, with the second cache flushed before each."""
+    """Timer for calls on a device.
+
+    On a GPU, calls are timed by events behind the queued work, and the L2 cache is flushed before each call.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self._cuda = device.startswith("cuda")
@@ -101,7 +104,7 @@ class Clock:
             self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def time(self, job: Callable[[], Any]) -> tuple[float, Any]:
-        """Milliseconds of one call, and what it gave."""
+        """Run one call; return its milliseconds and its result."""
         if not self._cuda:
             began = time.perf_counter()
             result = job()
@@ -115,15 +118,15 @@ class Clock:
         return begin.elapsed_time(end), result
 
     def forget_peak(self) -> None:
-        """Begin to watch memory anew."""
+        """Reset the peak memory."""
         if self._cuda:
             self._torch.cuda.reset_peak_memory_stats()
         else:
-            # The kernel's own way to reset the highest size of a process.
+            # This makes Linux reset the peak resident size of the process.
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_mib(self) -> float:
-        """Highest memory since then: of the GPU, or of the process."""
+        """Return the peak memory of the GPU or the process since the last reset, in MiB."""
         if self._cuda:
             return float(self._torch.cuda.max_memory_allocated() / 2**20)
         status = Path("/proc/self/status").read_text()
@@ -133,21 +136,21 @@ class Clock:
 def compare(
     case: Case, variants: Sequence[Variant], *, rounds: int, device: str = "cpu", benchmark: Any = None
 ) -> dict[str, Any]:
-    """Time variants in turns; the first round warms up and does not count.
+    """Time interleaved variants; the first round is a warm-up and does not count.
 
     Args:
-        case: what they do.
-        variants: one of them the reference.
-        rounds: that are timed.
-        device: whose clock counts.
-        benchmark: pytest-benchmark's fixture, which then drives the rounds and keeps the result.
+        case: job that all variants do.
+        variants: variants, exactly one of them the reference.
+        rounds: number of timed rounds.
+        device: device whose clock is used.
+        benchmark: pytest-benchmark's fixture; if given, it drives the rounds and stores the result.
 
     Returns:
-        The case, and by variant: ms (median, quartiles, each round), photos/s, GB/s, GFLOP/s, share of the limit,
-        memory at its highest beyond what was taken before, and distance from the reference. `ratio` has the rest.
+        The case, and for each variant: ms (median, quartiles, each round), photos/s, GB/s, GFLOP/s, share of the limit,
+        peak memory above the level before the call, and distance from the reference. `ratio` compares two variants.
 
     Raises:
-        WrongResult: a variant is too far from the reference; nothing is reported then.
+        WrongResult: a variant is too far from the reference; no figures are reported.
     """
     (reference,) = [variant for variant in variants if variant.reference]
     clock = Clock(device)
@@ -172,8 +175,8 @@ def compare(
             far[variant.name] = max(far[variant.name], distance)
             if not distance <= variant.tolerance:
                 raise WrongResult(
-                    f"{case.name}: {variant.name} is {distance:.3g} away from {reference.name}, "
-                    f"{variant.tolerance:g} are allowed: no figure is worth anything"
+                    f"{case.name}: {variant.name} differs from {reference.name} by {distance:.3g}, "
+                    f"but at most {variant.tolerance:g} is allowed; no figures are reported"
                 )
 
     try:
@@ -186,7 +189,7 @@ def compare(
         for variant in variants:
             if hasattr(variant.job, "close"):
                 variant.job.close()
-    # Without timing, pytest-benchmark calls once: that round is then all there is.
+    # With timing disabled, pytest-benchmark makes a single call, and that round is the only one.
     counted = {name: values[1:] or values for name, values in times.items()}
     limit = case.limit
     if isinstance(limit, str):
@@ -224,12 +227,12 @@ def _described(case: Case, variant: Variant, times: Sequence[float], limit: Limi
 
 
 def ratio(found: Mapping[str, Any], slow: str, fast: str) -> dict[str, float]:
-    """How many times as long one variant takes as another: median, least and most over the rounds.
+    """Return how many times as long one variant takes as another: median, minimum and maximum over the rounds.
 
     Args:
-        found: what `compare` gave.
-        slow: a variant's name.
-        fast: another's.
+        found: result of `compare`.
+        slow: name of the variant in the numerator.
+        fast: name of the variant in the denominator.
     """
     times = (found["variants"][name]["times_ms"] for name in (slow, fast))
     values = [one / other for one, other in zip(*times, strict=True)]
@@ -237,6 +240,6 @@ def ratio(found: Mapping[str, Any], slow: str, fast: str) -> dict[str, float]:
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of milliseconds; of a single one, itself."""
+    """Return median and quartiles of times in milliseconds; for a single time, all three equal it."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
     return {"ms": middle, "ms_q1": low, "ms_q3": high}

@@ -1,4 +1,4 @@
-"""Ceilings that are measured in the same run: matrix products and copies."""
+"""Speed limits that are measured in the same run: matrix products and copies."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 SECONDS = 0.5
-"""To try for, at least: the first dozens of products are slower."""
+"""Minimum duration of the measurement: the first dozens of products are slower."""
 
 
 def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int = 2048, quick: bool = False) -> Limit:
-    """What so many operations take as a product of square matrices, the best of many.
+    """Return the time of `flops` operations at the rate of the fastest of many products of square matrices.
 
     Args:
         precision: fp32, bf16 or int8.
-        flops: of the job; a product and a sum are two.
-        device: where.
-        side: of the matrices.
-        quick: a dozen are enough, as nothing is measured in earnest.
+        flops: FLOPs of the job; a multiplication with an addition counts as two.
+        device: device to measure.
+        side: side of the matrices.
+        quick: stop after a dozen products, for runs whose figures do not matter.
     """
     left, right = (torch.randint(-99, 99, (side, side), device=device).to(KINDS[precision]) for _ in range(2))
     multiply = torch._int_mm if precision == "int8" else torch.matmul
@@ -36,12 +36,12 @@ def matmul_limit(precision: str, flops: float, *, device: str = "cpu", side: int
 
 
 def copy_limit(count: int, *, device: str = "cpu", size: int = 32 << 20) -> Limit:
-    """What it takes to read and write so many bytes, half of them each, the best of many copies.
+    """Return the time to move `count` bytes, half read and half written, at the rate of the fastest of many copies.
 
     Args:
         count: bytes of the job.
-        device: where.
-        size: of a copy in bytes.
+        device: device to measure.
+        size: bytes of the buffer that is copied.
     """
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     best = _best_ms(lambda: target.copy_(source), device, SECONDS)

@@ -1,4 +1,4 @@
-"""What a result says about where it comes from, and how many cores it may use."""
+"""Description of the environment of a result, and limits on the cores that a run uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["environment", "pinned_to"]
 
 @contextmanager
 def pinned_to(cores: int) -> Iterator[None]:
-    """Let this process and the threads it starts within use so many cores only."""
+    """Restrict this process, and the threads it starts within the context, to `cores` cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:cores])
     try:
@@ -27,7 +27,7 @@ def pinned_to(cores: int) -> Iterator[None]:
 
 
 def environment(packages: tuple[str, ...]) -> dict[str, Any]:
-    """What a result must say about where it comes from; a copy of the tree without git has no commit."""
+    """Return date, commit, machine and package versions of a result; without git the commit is empty."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of training, engines and screening, from what the harness measured."""
+"""Tables of harness results for training, engines and screening."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCREEN_BEST = "the peers' loop, photo by photo"
 
 
 def train_table(result: dict[str, Any]) -> str:
-    """Training against the peers' habit, as Markdown."""
+    """Return the table of training against the baseline, as Markdown."""
     lines = [
         "| on the CPU | peers' habit, images/s | **FastFundus** `train --amp` | faster by | of its step alone | the "
         "step, of matrix products in bf16 |",
@@ -47,7 +47,7 @@ def train_table(result: dict[str, Any]) -> str:
 
 
 def engine_table(result: dict[str, Any]) -> str:
-    """Engines against torch, as Markdown."""
+    """Return the table of engines against torch, as Markdown."""
     cases = result["cases"]
     titles = [found["case"]["name"].replace("_patch16_224", "") for found in cases]
     lines = ["| images/s | " + " | ".join(titles) + " |", "|---" * (len(cases) + 1) + "|"]
@@ -94,7 +94,7 @@ def engine_table(result: dict[str, Any]) -> str:
 
 
 def screen_table(result: dict[str, Any]) -> str:
-    """Screening against the peers' loop and its own stages, as Markdown."""
+    """Return the table of screening against the peers' loop and its own stages, as Markdown."""
     (found,) = result["cases"]
     rows = found["variants"]
     lines = [

@@ -1,11 +1,11 @@
-"""Real photographs, the whole way: what the commands do on ODIR, with times and intervals, written as JSON.
+"""End-to-end run of the commands on real photographs of ODIR, with times and confidence intervals, written as JSON.
 
     python -m bench.odir_evidence [--output bench/results/odir_cpu_YYYYMM.json]
 
 Needs the `odir` folder of real photographs under FASTFUNDUS_DATA. A model is first trained on synthetic photographs,
-then fine-tuned at 224 px in five folds (the two-step path, without any hub): every real photo is tested once, by a
-model that has not seen its patient. Then the engine, and a screening of all photos together with ten faults. A quarter
-of an hour on two cores.
+then fine-tuned at 224 px in five folds (the two-step path, without any hub), so that every real photo is tested once by
+a model that has not seen its patient. Then the engine is built, and all photos are screened together with ten faulty
+inputs. This takes a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastfundus.evaluate.metrics import binary_metrics
 
 
 def run(times: dict[str, float], step: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
-    """Run one command as a user would, keep its time, return its stdout."""
+    """Run one command as a user would, record its time, and return its standard output."""
     command = [*prefix, sys.executable, "-m", "fastfundus", *map(str, arguments)]
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -44,7 +44,7 @@ def run(times: dict[str, float], step: str, *arguments: object, prefix: tuple[st
 
 
 def write_broken(folder: Path, good: Path) -> None:
-    """Nine files that go wrong; the tenth fault is a path given twice."""
+    """Write nine faulty files; the tenth fault is a path given twice."""
     folder.mkdir()
     data = good.read_bytes()
     pixels = cv2.imread(str(good))
@@ -64,14 +64,14 @@ def write_broken(folder: Path, good: Path) -> None:
 
 
 def without_privilege() -> tuple[str, ...]:
-    """Prefix that takes the superuser's right to read everything away, so that a forbidden file is one."""
+    """Return a command prefix that drops the superuser's right to read every file, so that permissions apply."""
     if os.geteuid() or not shutil.which("setpriv"):
         return ()
     return ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
 
 
 def main() -> None:
-    """Run everything and write the JSON."""
+    """Run all steps and write the JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"odir_cpu_{date.today():%Y%m}.json"
     parser.add_argument("--output", type=Path, default=default)

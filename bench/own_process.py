@@ -1,7 +1,7 @@
-"""A peer in a process of its own, as its users have it: without what the program that it is compared with has set.
+"""Peers in their own process, as their users run them, without the process-wide settings of FastFundus.
 
-FastFundus has the C library keep freed memory (`fastfundus.photo.memory`). In one process its peers would have that
-too, and be up to 1.7 times as fast as where their users run them.
+FastFundus makes the C library keep freed memory (`fastfundus.photo.memory`). In the same process its peers would also
+benefit, and be up to 1.7 times as fast as in their users' programs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _job: Any = None
 
 
 class OwnProcess:
-    """A job that is built, run and timed in a process that begins anew.
+    """A job that is built, run and timed in a fresh process.
 
     Args:
-        build: makes the job there: something to call, which may have `begin` and `end` for what surrounds a call. Both
-            it and its arguments can be pickled.
-        arguments: of `build`.
-        here: build and run it in this process, which is faster where nothing is measured in earnest.
+        build: builds the job in that process: a callable, which may have `begin` and `end` for the work around a call.
+            `build` and its arguments must be picklable.
+        arguments: arguments of `build`.
+        here: build and run the job in this process, which is faster when the figures do not matter.
     """
 
     def __init__(self, build: Callable[..., Any], *arguments: Any, here: bool = False) -> None:
@@ -46,13 +46,13 @@ class OwnProcess:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Call the job's `begin` before and `end` behind."""
+        """Call the job's `begin` before the body and its `end` after it."""
         self._tell("begin")
         yield
         self._tell("end")
 
     def close(self) -> None:
-        """End the process, and wait for that: going, it would still take a core from what is measured next."""
+        """End the process and wait for its exit; while exiting, it would take a core from the next measurement."""
         if self._pool is not None:
             self._pool.shutdown()
 

@@ -1,9 +1,9 @@
-"""The parity matrix: what each executor of the preprocessing makes of the same files, in grey levels and in scores.
+"""Parity matrix: differences between the executors of the preprocessing on the same files, in grey levels and scores.
 
-    python -m bench.parity      on drawn and real photographs, with a model trained on real ones; needs FASTFUNDUS_DATA
+    python -m bench.parity      on synthetic and real photos, with a model trained on real ones; needs FASTFUNDUS_DATA
 
-The reference decodes everything and samples in float64. "CPU" and "DALI CPU" are `prepare` by these backends, their own
-search for the field included, rounded to grey levels. The kernels get the fully decoded pixels and the reference's
+The reference decodes everything and samples in float64. "CPU" and "DALI CPU" are `prepare` with these backends,
+including their own field search, rounded to grey levels. The kernels get the fully decoded pixels and the reference's
 window, and are not rounded.
 """
 
@@ -39,11 +39,11 @@ PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "opencv-python-headless", 
 HAS_GPU = torch.cuda.is_available()
 TRITON = "Triton, GPU" if HAS_GPU else "Triton, interpreted"
 KERNELS = ("csrc, host", TRITON, *(["csrc, GPU"] if HAS_GPU else []))
-"""Executors of `sample` alone."""
+"""Executors that only run `sample`."""
 
 
 def arguments(path: Path, spec: PreprocessSpec) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """The whole photo, and the matrices that cut out what `prepare` does: arguments of `sample_ragged`."""
+    """Return arguments of `sample_ragged`: the whole photo, and the matrices of the crop that `prepare` makes."""
     full = torch.from_numpy(decode_at(path.read_bytes(), 0))
     found = prepare_photo(path, spec)
     assert found.window is not None, f"{path}: {found.reason}"
@@ -55,14 +55,14 @@ def arguments(path: Path, spec: PreprocessSpec) -> tuple[Tensor, Tensor, Tensor,
 
 
 def by_triton(pixels: Tensor, *rest: Any) -> Tensor:
-    """Triton's launch code, on the GPU or interpreted."""
+    """Sample with Triton's kernel, on the GPU or interpreted."""
     jobs, mode = packed(pixels, *rest)
     pixels = pixels.cuda() if HAS_GPU else pixels
     return triton_sample.launch(pixels, jobs, rest[-1], torch.float32, mode).permute(0, 3, 1, 2).cpu()
 
 
 def by_cuda(pixels: Tensor, *rest: Any) -> Tensor:
-    """Csrc on the GPU."""
+    """Sample with csrc's kernel on the GPU."""
     from bench.cuda_twin import CudaTwin
 
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +70,8 @@ def by_cuda(pixels: Tensor, *rest: Any) -> Tensor:
 
 
 def crops(paths: Sequence[Path], spec: PreprocessSpec) -> dict[str, NDArray[np.float32]]:
-    """Crops by executor, float32 [N, S, S, 3] in grey levels."""
-    # What lies outside the field would only make all of them more alike.
+    """Return crops by executor, float32 [N, S, S, 3] in grey levels."""
+    # Masked pixels outside the field would make the executors look more similar.
     spec = replace(spec, mask_outside=False)
     samplers: dict[str, Callable[..., Tensor]] = {
         "reference": lambda *given: reference.sample(*given, torch.float32),
@@ -94,14 +94,14 @@ def crops(paths: Sequence[Path], spec: PreprocessSpec) -> dict[str, NDArray[np.f
 
 @torch.inference_mode()
 def probabilities(model: nn.Module, images: NDArray[np.float32], spec: PreprocessSpec) -> NDArray[np.float64]:
-    """Of crops in grey levels, float32 [N, S, S, 3]."""
+    """Return the model's probabilities for crops in grey levels, float32 [N, S, S, 3]."""
     matrix = torch.from_numpy(normalisation(spec)).float()
     inputs = torch.from_numpy(images) @ matrix[:3, :3].T + matrix[:3, 3]
     return torch.sigmoid(model.eval()(inputs.permute(0, 3, 1, 2)).double()).numpy()
 
 
 def matrix(paths: Sequence[Path], spec: PreprocessSpec, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Each executor against the reference."""
+    """Compare each executor with the reference."""
     made = crops(paths, spec)
     want = made.pop("reference")
     expected = probabilities(model, want, spec)
@@ -118,7 +118,7 @@ def matrix(paths: Sequence[Path], spec: PreprocessSpec, model: nn.Module) -> dic
 
 
 def main() -> None:
-    """Train a model, compare, write the JSON."""
+    """Train a model, compare the executors, and write the JSON."""
     from fastfundus.synthetic import write_dataset
     from fastfundus.train.run import Run
 
@@ -135,7 +135,7 @@ def main() -> None:
         model = Run.open(work / "run").load_model()
         write_dataset(work / "drawn", 8, seed=3, poor_share=0.0, long_sides=(1400,), workers=2)
         folders = ("fullres_dr", "hrf/images", "idrid/images", "eyepacs")
-        # Interpreted, Triton takes the better part of a minute for each camera file: every third of them.
+        # Interpreted Triton takes most of a minute per camera file, so only every third file is used.
         photos = {
             "drawn, 1400 px wide": sorted((work / "drawn" / "images").glob("*.jpg"))[:12],
             "camera files": [path for folder in folders for path in sorted((DATA / folder).glob("*.jp*g"))][::3],

@@ -1,9 +1,9 @@
-"""How well field and quality are judged: on drawn photos whose truth is known, and on real ones with what is known.
+"""Accuracy of field detection and quality checks, on synthetic photos with known truth and on real photos.
 
     python -m bench.photo_evidence [--output bench/results/photos_YYYYMM.json]        `make photos`
 
-Drawn photos: error of the circle, and how many of each fault are refused. Real ones (FASTFUNDUS_DATA): statuses by
-folder, agreement with DRIVE's field masks, and what is refused among photos with and without a quality flag of ODIR.
+Synthetic photos: error of the field circle, and number of refused photos per fault. Real photos (FASTFUNDUS_DATA):
+statuses by folder, agreement with DRIVE's field masks, and refusals among photos with and without an ODIR quality flag.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ PHOTOS = 120
 
 
 def prepared(rgb: np.ndarray) -> PreparedPhoto:
-    """Prepare pixels as a camera would hand them over: as a JPEG."""
+    """Encode pixels as a JPEG, as a camera does, and prepare it."""
     _, data = cv2.imencode(".jpg", rgb[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     return prepare_bytes(data.tobytes(), SPEC)
 
 
 def labelled(rgb: np.ndarray) -> np.ndarray:
-    """Burned-in text."""
+    """Add burned-in text."""
     rgb = rgb.copy()
     cv2.putText(rgb, "PATIENT 42  OD", (12, 50), 0, 1.4, (255, 255, 255), 3)
     return rgb
 
 
 def barred(rgb: np.ndarray) -> np.ndarray:
-    """Bars at two edges."""
+    """Add bars at two edges."""
     rgb = rgb.copy()
     rgb[:, :16], rgb[-12:] = (240, 240, 240), (90, 90, 200)
     return rgb
 
 
 def margined(rgb: np.ndarray) -> np.ndarray:
-    """A white margin around the photo."""
+    """Add a white margin around the photo."""
     return cv2.copyMakeBorder(rgb, 60, 60, 60, 60, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
@@ -73,7 +73,7 @@ FRAMES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 
 
 def circle_errors() -> dict[str, Any]:
-    """Error of centre and radius in percent of the radius, over cameras and frames."""
+    """Measure the errors of centre and radius in percent of the radius, over cameras and frames."""
     found = {}
     for name, (change, offset) in FRAMES.items():
         centre, radius, missed = [], [], 0
@@ -100,7 +100,7 @@ def circle_errors() -> dict[str, Any]:
 
 
 def refused_faults() -> dict[str, Any]:
-    """How many of each fault are refused, and with which words."""
+    """Count the refused photos of each fault, and their reasons."""
     found = {}
     for quality in QUALITIES:
         reasons: Counter[str] = Counter()
@@ -115,7 +115,7 @@ def refused_faults() -> dict[str, Any]:
 
 
 def real_statuses() -> dict[str, Any]:
-    """Statuses, reasons and shapes of every real photo, by folder."""
+    """Count statuses, reasons and field shapes of all real photos, by folder."""
     found = {}
     for folder in FOLDERS:
         paths = sorted(path for path in (DATA / folder).iterdir() if path.suffix != ".csv")
@@ -150,7 +150,7 @@ def _by_flag(results: dict[str, PreparedPhoto]) -> dict[str, Any]:
 
 
 def drive_masks() -> dict[str, float]:
-    """Dice of the circle found and the field mask that DRIVE ships, over its photos."""
+    """Return the Dice score of the detected circles against the field masks shipped with DRIVE."""
     scores = []
     for path in sorted((DATA / "drive" / "images").glob("*_training.tif")):
         with Image.open(DATA / "drive" / "mask" / f"{path.stem}_mask.gif") as stored:
@@ -164,7 +164,7 @@ def drive_masks() -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and write the JSON."""
+    """Run the measurements and write the JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"photos_{time.strftime('%Y%m')}.json"
     parser.add_argument("--output", type=Path, default=default)

@@ -1,4 +1,4 @@
-"""The picture of the README: photos/s beside the peers', from the results."""
+"""Figure of the README: photos/s of FastFundus and its peers, drawn from the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS, THEIRS, LIMIT = "#0f766e", "#94a3b8", "#d6d3d1"
 
 
 def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
-    """Titles, and bars of name, photos/s and colour."""
+    """Return titles, and bars of name, photos/s and colour."""
     loaders = cases_of(newest(folder, "loader"), "loader, 512 px")
     cases = (newest(folder, "prepare")["cases"][0], newest(folder, "screen")["cases"][0], loaders[0])
     one, rates, fed = ({name: row["photos_per_s"] for name, row in found["variants"].items()} for found in cases)
@@ -57,7 +57,7 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
 
 
 def draw_speed(folder: Path, output: Path) -> None:
-    """Draw the newest results of a folder into an SVG."""
+    """Draw the newest results of a folder as an SVG."""
     panels = _panels(folder)
 
     def draw(plots: Sequence[Any]) -> None:

@@ -1,9 +1,9 @@
-"""Condenses pytest-benchmark's JSON into `bench/results/`, and draws the tables of README and docs from what is there.
+"""Condense pytest-benchmark's JSON into `bench/results/`, and draw the tables of README and docs from these results.
 
     python -m bench.report SUITE RAW.json   condense a run of a suite, then draw
     python -m bench.report                  draw only
 
-Measuring and drawing are separate; numbers in the README are never typed by hand.
+Measuring and drawing are separate steps; numbers in the README are never typed by hand.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ PACKAGES = {
     "engine": ("torch", "timm", "openvino", "nncf", "onnxruntime"),
     "screen": ("torch", "torchvision", "openvino", "pillow", "simplejpeg"),
 }
-"""Suites, and what their results depend on."""
+"""Suites, and the packages that their results depend on."""
 
 
 def condense(raw: dict[str, Any], suite: str) -> dict[str, Any]:
-    """Keep what identifies the run, and its cases.
+    """Return the identification of a run and its cases.
 
     Args:
-        raw: pytest-benchmark's.
+        raw: JSON of pytest-benchmark.
         suite: one of `PACKAGES`.
 
     Raises:
-        SystemExit: the run is not one of the whole suite.
+        SystemExit: the run contains no cases, or not every benchmark has one.
     """
     cases = [entry["extra_info"] for entry in raw["benchmarks"]]
     if not cases or any("case" not in found for found in cases):
-        raise SystemExit(f"{suite}: the run holds no cases; run bench/bench_{suite}.py with --benchmark-enable")
+        raise SystemExit(f"{suite}: the run contains no cases; run bench/bench_{suite}.py with --benchmark-enable")
     return {
         "date": raw["datetime"][:10],
         "commit": raw["commit_info"]["id"][:12] + ("-dirty" if raw["commit_info"]["dirty"] else ""),
@@ -59,7 +59,7 @@ def condense(raw: dict[str, Any], suite: str) -> dict[str, Any]:
 
 
 def transfer_table(result: dict[str, Any]) -> str:
-    """What upstream training on fundus photographs changed, as Markdown."""
+    """Return the effect of upstream training on fundus photographs, as Markdown."""
     grading, vessels = result["grading"], result["vessels"]
     first = grading["downstream"]["scratch"]["pooled"]
     lines = [
@@ -91,7 +91,7 @@ def transfer_table(result: dict[str, Any]) -> str:
 
 
 def parity_table(result: dict[str, Any]) -> str:
-    """The parity matrix, as Markdown."""
+    """Return the parity matrix, as Markdown."""
     lines = [
         "| photos | executor | grey levels, mean | worst photo | worst value | probability, worst |",
         "|---|---|---|---|---|---|",
@@ -112,7 +112,7 @@ def parity_table(result: dict[str, Any]) -> str:
 
 
 def compiled_table(record: dict[str, Any]) -> str:
-    """What Triton's kernels use on each GPU, from the record that the tests guard, as Markdown."""
+    """Return the resources that Triton's kernels use on each GPU, from the record that the tests check, as Markdown."""
     lines = ["| kernel | GPU | registers | bytes of shared memory | bytes spilled |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[dict[str, int]]] = {}
     for name, used in record["variants"].items():
@@ -128,7 +128,7 @@ def compiled_table(record: dict[str, Any]) -> str:
 
 
 def circle_table(result: dict[str, Any]) -> str:
-    """Errors of the field's circle on drawn photos, as Markdown."""
+    """Return the errors of the field circle on synthetic photos, as Markdown."""
     lines = [
         "| drawn photos, 1400 px wide | centre off by, mean | 95 of 100 below | most | radius too wide by, mean |",
         "|---|---|---|---|---|",
@@ -149,7 +149,7 @@ def circle_table(result: dict[str, Any]) -> str:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    """What is refused among drawn faults and real photos, as Markdown."""
+    """Return the refusals among synthetic faults and real photos, as Markdown."""
     lines = ["| photos | number | ok | refused | reasons |", "|---|---|---|---|---|"]
     for name, entry in result["faults"].items():
         reasons = "; ".join(f"{n} {reason}" for reason, n in entry["reasons"].items() if reason != "ok")
@@ -172,7 +172,7 @@ def _stamp(result: dict[str, Any]) -> str:
 
 
 def evidence_table(result: dict[str, Any]) -> str:
-    """The run on real photographs, as Markdown."""
+    """Return the results of the run on real photographs, as Markdown."""
     parts = result["results"]
     lines = [
         f"{result['what']}, {result['backbone']}:",
@@ -199,7 +199,7 @@ def evidence_table(result: dict[str, Any]) -> str:
 
 
 def draw() -> None:
-    """Put the newest tables between their markers."""
+    """Write the newest tables between their markers, and draw the speed figure."""
     root = README.parent
     kernels, photos, screening, evidence = (
         root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening", "evidence")

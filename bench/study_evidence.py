@@ -1,11 +1,11 @@
-"""The paper's question on real photographs: does upstream training on fundus photographs help?
+"""Study of the paper's question on real photographs: does upstream training on fundus photographs help?
 
     python -m bench.study_evidence [--work DIR] [--output bench/results/study_cpu_YYYYMM.json]
 
-Upstream: normal or abnormal, on three fifths of ODIR's patients. Then, from scratch and from there, five folds each: DR
-or none on another set, and five findings at once on the patients of ODIR that upstream has not seen; with a tenth, a
-quarter, half and all of the labels. ResNet-18 at 224 px: what a CPU does in an hour. No ImageNet weights are at
-hand.
+Upstream: normal or abnormal, on three fifths of ODIR's patients. Downstream, in five folds each from scratch and from
+the upstream weights: DR or none on another set, and five findings at once on the ODIR patients not used upstream, with
+a tenth, a quarter, half and all of the labels. The model is ResNet-18 at 224 px, which a CPU can do in an hour.
+ImageNet weights were not available.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ fundus = "upstream:fundus"
 
 
 def command(*arguments: object) -> str:
-    """Run a command of ours; its remarks are shown as they come."""
+    """Run a fastfundus command and return its standard output; standard error is shown as it is written."""
     done = subprocess.run([sys.executable, "-m", "fastfundus", *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{arguments[0]} failed")
@@ -69,7 +69,7 @@ def command(*arguments: object) -> str:
 
 
 def prepare(work: Path) -> None:
-    """Three caches: patients of ODIR for upstream, the others, and another set."""
+    """Build three caches: ODIR patients for upstream, the other ODIR patients, and another set."""
     odir = pl.read_csv(DATA / "odir" / "labels.csv", schema_overrides={"patient": pl.String})
     patients = odir["patient"].unique().sort().sample(fraction=1.0, shuffle=True, seed=1)
     upstream = patients[: len(patients) * 3 // 5]
@@ -86,10 +86,10 @@ def prepare(work: Path) -> None:
 
 
 def main() -> None:
-    """Prepare, run, and write JSON."""
+    """Prepare the caches, run the study, and write the JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"study_cpu_{date.today():%Y%m}.json"
-    parser.add_argument("--work", type=Path, help="Folder that is kept, so that a stopped study goes on.")
+    parser.add_argument("--work", type=Path, help="Folder to keep, so that an interrupted study can resume.")
     parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
     need(DATA / "odir" / "labels.csv")

@@ -1,4 +1,4 @@
-"""The table of the study on real photographs."""
+"""Table of the study on real photographs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["study_table"]
 
 
 def study_table(result: dict[str, Any]) -> str:
-    """What upstream training changed, by task, output and share of labels, as Markdown."""
+    """Return the effect of upstream training by task, output and share of labels, as Markdown."""
     lines = [
         "| task | output | labels | from scratch | from upstream | difference | p (Holm) |",
         "|---|---|---|---|---|---|---|",

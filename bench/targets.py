@@ -1,4 +1,4 @@
-"""The targets, each with what was measured, and where the time goes."""
+"""Table of the performance targets, with the measured values and where the time goes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DECODER = "the decoder alone, same plan"
 
 
 def newest(folder: Path, name: str) -> dict[str, Any]:
-    """The newest result of a suite on a CPU."""
+    """Return the newest CPU result of a suite."""
     return json.loads(sorted(folder.glob(f"{name}_cpu_*.json"))[-1].read_text())
 
 
 def targets_table(folder: Path) -> str:
-    """Each target with what was measured, as Markdown.
+    """Return the targets with the measured values, as Markdown.
 
     Args:
-        folder: of all results.
+        folder: folder of all results.
     """
     (screen,) = newest(folder, "screen")["cases"]
     (prepare, _), train = newest(folder, "prepare")["cases"], newest(folder, "train")["cases"]

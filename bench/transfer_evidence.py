@@ -1,11 +1,12 @@
-"""Does upstream training on fundus photographs help? The paper's two steps on real photographs, written as JSON.
+"""The paper's two training steps on real photographs, from scratch and with upstream training, written as JSON.
 
     python -m bench.transfer_evidence [--output bench/results/transfer_cpu_YYYYMM.json] [--work FOLDER]
 
-Upstream: normal or abnormal, by eye, on `odir`; patients of its first fold are held out. Downstream: no retinopathy or
-retinopathy on `dr`, from scratch and from the upstream run, in five folds each, everything else equal; and vessels on
-`drive`, sixteen photos to develop on and four to test, likewise from both. Settings were fixed beforehand and are the
-same for both starts. Needs the real photographs under FASTFUNDUS_DATA; an hour on two cores.
+This measures whether upstream training on fundus photographs helps. Upstream: normal or abnormal, per eye, on `odir`;
+the patients of its first fold are held out. Downstream, each from scratch and from the upstream run with everything
+else equal: no retinopathy or retinopathy on `dr`, in five folds; and vessels on `drive`, with sixteen photos for
+development and four for testing. Settings were fixed beforehand and are the same for both starts. Needs the real
+photographs under FASTFUNDUS_DATA; takes an hour on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RESAMPLES = 2000
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    """Run one command as a user would; what it prints as JSON."""
+    """Run one command as a user would; return its JSON output if `--json` is given."""
     command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
     print("$ fastfundus", *arguments, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -45,7 +46,7 @@ def run(*arguments: object) -> dict[str, Any]:
 
 
 def prepared(work: Path, name: str, *arguments: object) -> Path:
-    """A cache, made once."""
+    """Return a cache, building it if it does not exist."""
     cache = work / name
     if not cache.exists():
         run("prepare", *arguments, "--output", cache)
@@ -53,7 +54,7 @@ def prepared(work: Path, name: str, *arguments: object) -> Path:
 
 
 def trained(work: Path, name: str, cache: Path, *arguments: object) -> Path:
-    """A run, or a cross-validation, made once."""
+    """Return a run or a cross-validation, training it if it does not exist."""
     folder = work / name
     if not (folder / "operating_point.json").exists() and not (folder / "folds.json").exists():
         run("train", cache, "--output", folder, "--backbone", BACKBONE, "--amp", *arguments)
@@ -61,7 +62,7 @@ def trained(work: Path, name: str, cache: Path, *arguments: object) -> Path:
 
 
 def paired_difference(tables: dict[str, pl.DataFrame]) -> dict[str, float]:
-    """AUROC of upstream minus scratch on the same photos, patients drawn with replacement."""
+    """Return the AUROC of upstream minus scratch on the same photos, with an interval from resampling patients."""
     both = tables["upstream"].join(tables["scratch"], on="path", suffix="_scratch")
     truth = both["label_abnormal"].to_numpy()
     _, number = np.unique(both["patient"].to_numpy(), return_inverse=True)
@@ -76,7 +77,7 @@ def paired_difference(tables: dict[str, pl.DataFrame]) -> dict[str, float]:
 
 
 def grading(work: Path) -> dict[str, Any]:
-    """Upstream on odir, downstream on dr."""
+    """Train upstream on odir and downstream on dr."""
     odir = prepared(
         work, "odir", DATA / "odir", "--labels", DATA / "odir" / "labels.csv", "--size", SIZE, "--adapter", "csv"
     )
@@ -98,15 +99,15 @@ def grading(work: Path) -> dict[str, Any]:
 
 
 def vessels(work: Path, upstream: Path) -> dict[str, Any]:
-    """DRIVE: sixteen photos to develop on, three of them for validation, and four to test."""
+    """Train on DRIVE: sixteen photos for development, three of them for validation, and four for testing."""
     layout = work / "drive_layout"
     if not layout.exists():
-        # As DRIVE unpacks; links to folders are not followed.
+        # The layout of the unpacked DRIVE archive, copied because links to folders are not followed.
         shutil.copytree(DATA / "drive", layout / "training")
     drive = prepared(work, "drive", f"{layout}/", "--adapter", "drive", "--size", VESSEL_SIZE)
     names = sorted(pl.read_parquet(drive / "manifest.parquet")["path"])
     sides = ["test"] * 4 + ["val"] * 3 + ["train"] * (len(names) - 7)
-    # Dealt once by a fixed seed, not chosen.
+    # Assigned once with a fixed seed, not chosen.
     order = np.random.default_rng(0).permutation(len(names))
     split = work / "drive_split.csv"
     pl.DataFrame({"path": [names[place] for place in order], "split": sides}).write_csv(split)
@@ -122,11 +123,11 @@ def vessels(work: Path, upstream: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run everything and write the JSON."""
+    """Run all steps and write the JSON."""
     parser = argparse.ArgumentParser()
     default = Path(__file__).parent / "results" / f"transfer_cpu_{date.today():%Y%m}.json"
     parser.add_argument("--output", type=Path, default=default)
-    parser.add_argument("--work", type=Path, help="Keeps caches and runs; what is there is not made again.")
+    parser.add_argument("--work", type=Path, help="Folder that keeps caches and runs; existing ones are reused.")
     options = parser.parse_args()
     for name in ("odir", "dr"):
         need(DATA / name / "labels.csv")

@@ -1,11 +1,12 @@
-// `sample` on CUDA without torch: sample.cuh's arithmetic, twelve kernels by output type and mode, and a launcher.
+// `sample` on CUDA without torch: twelve kernels, one per output type and mode, and a launcher. The arithmetic is in
+// sample.cuh.
 //
-// The kernels are found by name in the fatbin (engines/cuda_sample.py); the launcher serves programs that link the
-// library. Everything has been checked by the caller (kernels/jobs.py).
+// The kernels are looked up by name in the fatbin (engines/cuda_sample.py); the launcher is for programs that link
+// against the library. The caller has validated all arguments (kernels/jobs.py).
 //
-// A block takes kPixels output pixels of one photo in reading order, gathers them into shared memory and writes them
-// out together: 16 bytes a thread wherever a photo's output is a whole number of 16 bytes (out_size a multiple of 4; of 2
-// for float32), else value by value. Bytes are grey levels, rounded and cut off: what an engine takes.
+// A block computes kPixels output pixels of one photo in row-major order, gathers them in shared memory and writes them
+// together: 16 bytes per thread if the output of a photo is a multiple of 16 bytes (out_size a multiple of 4, or of 2
+// for float32), otherwise value by value. uint8 output contains grey levels, rounded and clamped, as engines expect.
 #include "sample.cuh"
 
 namespace fastfundus {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void sample_block(const uint8_t *pixels, const Job *j
     __syncthreads();
 
     T *begin = out + 3 * (photo * area + first);
-    // int64: 3 * area * 4 exceeds int32 from 13377 pixels a side.
+    // int64, because 3 * area * 4 exceeds int32 from 13377 pixels per side.
     if (3 * static_cast<int64_t>(area) * sizeof(T) % 16 == 0) {
         int32_t vectors = 3 * count * static_cast<int32_t>(sizeof(T)) / 16;
         if (thread < vectors) reinterpret_cast<uint4 *>(begin)[thread] = reinterpret_cast<const uint4 *>(line)[thread];
@@ -99,8 +100,9 @@ int32_t launch(Kernel<T> kernel, const uint8_t *pixels, const Job *jobs, int64_t
 
 }  // namespace
 
-// All pointers are the device's; `out` is aligned to 16 bytes. Types: 0 float32, 1 float16, 2 bfloat16, 3 uint8;
-// modes: 0 interpolate, 1 integrate, 2 nearest. Returns a cudaError_t, 0 for success; the work goes on in `stream`.
+// All pointers are device pointers; `out` must be aligned to 16 bytes. Output types: 0 float32, 1 float16, 2 bfloat16,
+// 3 uint8; modes: 0 interpolate, 1 integrate, 2 nearest. Returns a cudaError_t, 0 for success; the kernel runs
+// asynchronously in `stream`.
 extern "C" int32_t fastfundus_launch_sample(const uint8_t *pixels, const Job *jobs, int64_t count, void *out,
                                             int32_t out_size, int32_t out_type, int32_t mode, void *stream) {
     static const Kernel<float> f32[] = {fastfundus_sample_f32_interpolate, fastfundus_sample_f32_integrate,

@@ -1,10 +1,11 @@
-// The arithmetic of `sample`, for the device and for the host: one definition that nvcc and g++ both compile.
+// The arithmetic of `sample`, defined once for device and host and compiled by both nvcc and g++.
 //
-// What it means is written in kernels/reference.py: pixel centres at halves, black outside, and an output pixel that
-// integrates a box of the source, at least one pixel wide on each axis. A box of one pixel is bilinear interpolation.
+// kernels/reference.py specifies the result: pixel centres are at half-integer positions, everything outside the photo
+// is black, and an output pixel integrates over a box of the source that is at least one pixel wide on each axis. A box
+// of one pixel amounts to bilinear interpolation.
 //
-// Arithmetic is float32. `Rgb` is three floats on the device; on the host it is a vector of four, so that g++ emits
-// vector instructions for the very same expressions.
+// The arithmetic is float32. `Rgb` is three floats on the device and a vector of four on the host, so that g++ emits
+// vector instructions for the same expressions.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@
 
 namespace fastfundus {
 
-// A stretch that exceeds one by less than this counts as one: a rotation's rounding must not add taps. 2^-12.
+// A stretch below this, 1 + 2^-12, counts as one, so that rounding in a rotation does not add taps.
 constexpr float kLeastMinification = 1.0f + 1.0f / 4096.0f;
 
 #ifdef __CUDACC__
@@ -45,28 +46,28 @@ inline float green(Rgb a) { return a[1]; }
 inline float blue(Rgb a) { return a[2]; }
 #endif
 
-// One photo: uint8 [height, width, 3], rows without gaps.
+// One photo: uint8 [height, width, 3], without padding between rows.
 struct Source {
     const uint8_t *pixels;
     int32_t height, width;
 };
 
-// What one photo of a batch needs, as kernels/jobs.py packs it.
+// The arguments for one photo of a batch, as packed by kernels/jobs.py.
 struct Job {
-    int64_t offset;  // of its first byte
+    int64_t offset;  // first byte of the photo in the buffer
     int32_t height, width;
-    float geometry[6];  // [2, 3], output positions to source positions
-    float colour[12];   // [3, 4], RGB in grey levels to output channels
+    float geometry[6];  // [2, 3], maps output positions to source positions
+    float colour[12];   // [3, 4], maps RGB in grey levels to output channels
 };
 static_assert(sizeof(Job) == 88, "kernels/jobs.py packs 88 bytes");
 
-// How far one output step reaches: the box's width and height in source pixels, and how many pixels it may touch.
+// Size of the box of one output pixel: width and height in source pixels, and the most columns and rows it can touch.
 struct Footprint {
     float width, height;
     int32_t columns, rows;
 };
 
-// Where the box of one output pixel begins on one axis.
+// Start of the box of one output pixel on one axis, and the first pixel that it touches.
 struct Span {
     float start;
     int32_t first;
@@ -77,7 +78,7 @@ FASTFUNDUS_BOTH float stretch(float along_x, float along_y) {
     return length < kLeastMinification ? 1.0f : length;
 }
 
-// `geometry`: float32 [2, 3], output positions to source positions.
+// `geometry`: float32 [2, 3], maps output positions to source positions.
 FASTFUNDUS_BOTH Footprint footprint(const float *geometry) {
     float width = stretch(geometry[0], geometry[1]), height = stretch(geometry[3], geometry[4]);
     return {width, height, static_cast<int32_t>(ceilf(width)) + 1, static_cast<int32_t>(ceilf(height)) + 1};
@@ -92,24 +93,24 @@ FASTFUNDUS_BOTH Span span(float centre, float width) {
 FASTFUNDUS_BOTH float greater(float a, float b) { return fmaxf(a, b); }
 FASTFUNDUS_BOTH float lesser(float a, float b) { return fminf(a, b); }
 #else
-// fmaxf's rule for NaN, of which there are none here, makes it a call into the C library.
+// The NaN rule of fmaxf would make it a call into the C library; there are no NaNs here.
 inline float greater(float a, float b) { return a > b ? a : b; }
 inline float lesser(float a, float b) { return a < b ? a : b; }
 #endif
 
-// How much of pixel `at` lies in the box, on one axis; 0 where they do not meet.
+// Length of pixel `at` that is inside the box, on one axis; 0 if they do not intersect.
 FASTFUNDUS_BOTH float overlap(Span box, float width, int32_t at) {
     float low = greater(box.start, static_cast<float>(at));
     float high = lesser(box.start + width, static_cast<float>(at) + 1.0f);
     return greater(high - low, 0.0f);
 }
 
-// Three bytes as floats.
+// Load three bytes as floats.
 FASTFUNDUS_BOTH Rgb load(const uint8_t *pixel) {
     return make_rgb(static_cast<float>(pixel[0]), static_cast<float>(pixel[1]), static_cast<float>(pixel[2]));
 }
 
-// The same where a fourth byte may be read: one load on the host, whose fourth lane nobody looks at.
+// Like `load`, for pixels followed by a readable fourth byte: a single load on the host, whose fourth lane is unused.
 FASTFUNDUS_BOTH Rgb load_wide(const uint8_t *pixel) {
 #ifdef __CUDACC__
     return load(pixel);
@@ -117,7 +118,7 @@ FASTFUNDUS_BOTH Rgb load_wide(const uint8_t *pixel) {
     int32_t bytes;
     std::memcpy(&bytes, pixel, 4);
 #ifdef __SSE4_1__
-    // g++ 12 takes twenty instructions for the generic form.
+    // g++ 12 emits twenty instructions for the generic form.
     return (Rgb)_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)));
 #else
     typedef uint8_t Bytes __attribute__((vector_size(4)));
@@ -126,7 +127,7 @@ FASTFUNDUS_BOTH Rgb load_wide(const uint8_t *pixel) {
 #endif
 }
 
-// Offsets fit into int32: the caller checks 3 * height * width < 2^31.
+// Offsets fit in int32: the caller checks that 3 * height * width < 2^31.
 FASTFUNDUS_BOTH const uint8_t *address(const Source &source, int32_t row, int32_t column) {
     return source.pixels + 3 * (row * source.width + column);
 }
@@ -139,20 +140,20 @@ FASTFUNDUS_BOTH Rgb fetch_or_black(const Source &source, int32_t row, int32_t co
     return inside(source, row, column) ? load(address(source, row, column)) : make_rgb(0.0f, 0.0f, 0.0f);
 }
 
-// Four pixels around a position; `right` and `lower` are the shares of the right and the lower ones.
+// Blend the four pixels around a position; `right` and `lower` are the weights of the right and the lower pixels.
 FASTFUNDUS_BOTH Rgb blend(Rgb upper_left, Rgb upper_right, Rgb lower_left, Rgb lower_right, float right, float lower) {
     Rgb above = (1.0f - right) * upper_left + right * upper_right;
     Rgb below = (1.0f - right) * lower_left + right * lower_right;
     return (1.0f - lower) * above + lower * below;
 }
 
-// A box of one pixel: bilinear interpolation between the four pixels that it touches.
+// Sample a box of one pixel: bilinear interpolation between the four pixels that it touches.
 FASTFUNDUS_BOTH Rgb interpolate(const Source &source, float x, float y) {
     Span across = span(x, 1.0f), down = span(y, 1.0f);
     float right = across.start - static_cast<float>(across.first), lower = down.start - static_cast<float>(down.first);
     int32_t row = down.first, column = across.first;
     Rgb corners[4];
-    // A pixel to spare on the right, for `load_wide`.
+    // One more pixel is required on the right, for `load_wide`.
     if (row >= 0 && row < source.height - 1 && column >= 0 && column < source.width - 2) {
         const uint8_t *first = address(source, row, column), *second = first + 3 * source.width;
         corners[0] = load_wide(first);
@@ -168,7 +169,7 @@ FASTFUNDUS_BOTH Rgb interpolate(const Source &source, float x, float y) {
     return blend(corners[0], corners[1], corners[2], corners[3], right, lower);
 }
 
-// A larger box: every pixel that it touches, weighted by the area they share. Pixels outside are black.
+// Average a larger box: every pixel that it touches is weighted by the shared area. Pixels outside are black.
 FASTFUNDUS_BOTH Rgb integrate(const Source &source, const Footprint &box, float x, float y) {
     Span across = span(x, box.width), down = span(y, box.height);
     int32_t left = across.first > 0 ? across.first : 0;
@@ -186,7 +187,7 @@ FASTFUNDUS_BOTH Rgb integrate(const Source &source, const Footprint &box, float 
     return 1.0f / (box.width * box.height) * sum;
 }
 
-// The pixel that covers the position; black outside.
+// Return the pixel that covers the position; black outside.
 FASTFUNDUS_BOTH Rgb nearest(const Source &source, float x, float y) {
     return fetch_or_black(source, static_cast<int32_t>(floorf(y)), static_cast<int32_t>(floorf(x)));
 }
@@ -197,14 +198,14 @@ struct Position {
     float x, y;
 };
 
-// Where in the source the centre of output pixel (row, column) lies.
+// Position in the source of the centre of output pixel (row, column).
 FASTFUNDUS_BOTH Position position(const float *geometry, int32_t row, int32_t column) {
     float along_x = static_cast<float>(column) + 0.5f, along_y = static_cast<float>(row) + 0.5f;
     return {geometry[0] * along_x + geometry[1] * along_y + geometry[2],
             geometry[3] * along_x + geometry[4] * along_y + geometry[5]};
 }
 
-// RGB in grey levels at the centre of output pixel (row, column).
+// RGB in grey levels for output pixel (row, column).
 template <Mode mode>
 FASTFUNDUS_BOTH Rgb sample_pixel(const Source &source, const float *geometry, const Footprint &box, int32_t row,
                                  int32_t column) {
@@ -214,7 +215,7 @@ FASTFUNDUS_BOTH Rgb sample_pixel(const Source &source, const float *geometry, co
     return interpolate(source, at.x, at.y);
 }
 
-// `colour`: float32 [3, 4]. Nothing is clamped.
+// Apply the colour matrix, float32 [3, 4]. Nothing is clamped.
 FASTFUNDUS_BOTH Rgb recolour(const float *colour, Rgb pixel) {
     Rgb result = make_rgb(colour[3], colour[7], colour[11]);
     result = result + red(pixel) * make_rgb(colour[0], colour[4], colour[8]);

@@ -1,6 +1,6 @@
-// `sample` on the CPU: sample.cuh's arithmetic behind a C ABI. Compiled on first use by kernels/host.py.
+// `sample` on the CPU: the arithmetic of sample.cuh behind a C ABI. Compiled on first use by kernels/host.py.
 //
-// Everything has been checked by the caller: sizes, offsets, matrices.
+// The caller has validated all sizes, offsets and matrices.
 #include "sample.cuh"
 
 #include <algorithm>
@@ -30,7 +30,7 @@ template <>
 inline float narrow<float>(float value) {
     return value;
 }
-// To nearest, ties to even. Matrices are finite and so are sums; an overflow to infinity stays one.
+// Round to nearest, ties to even. Matrices and sums are finite; an overflow to infinity remains infinity.
 template <>
 inline Brain narrow<Brain>(float value) {
     uint32_t bits = bits_of(value);
@@ -44,7 +44,7 @@ inline Half narrow<Half>(float value) {
     return {bits};
 }
 
-// Grey levels, to nearest, ties to even, as the device rounds.
+// Grey levels, rounded to nearest, ties to even, as on the device.
 template <>
 inline uint8_t narrow<uint8_t>(float value) {
     return static_cast<uint8_t>(std::nearbyint(lesser(greater(value, 0.0f), 255.0f)));
@@ -52,7 +52,8 @@ inline uint8_t narrow<uint8_t>(float value) {
 
 inline float to_float(uint8_t value) { return static_cast<float>(value); }
 
-// A row of the output before it is narrowed. Four lanes are stored a pixel, and the next pixel overwrites the fourth.
+// A row of the output before conversion to the output type. Four lanes are stored per pixel; the next pixel overwrites
+// the fourth.
 class Line {
   public:
     explicit Line(int32_t out_size) : values_(3 * static_cast<size_t>(out_size) + 1) {}
@@ -70,7 +71,7 @@ class Line {
     std::vector<float> values_;
 };
 
-// Pixel by pixel, as the device does it.
+// Nearest-pixel sampling, pixel by pixel, as on the device.
 template <class T>
 void nearest_rows(const Source &source, const Job &job, T *out, int32_t out_size) {
     Footprint box = footprint(job.geometry);
@@ -82,7 +83,7 @@ void nearest_rows(const Source &source, const Job &job, T *out, int32_t out_size
     }
 }
 
-// Interpolation with the positions of a whole row worked out first, which is vector code; only the loads are not.
+// Interpolation. The positions of a whole row are computed first, so that everything except the loads is vectorised.
 template <class T>
 void interpolate_rows(const Source &source, const Job &job, T *out, int32_t out_size) {
     Line line(out_size);
@@ -116,8 +117,8 @@ void interpolate_rows(const Source &source, const Job &job, T *out, int32_t out_
     }
 }
 
-// Integration over the boxes of an upright geometry: rows of the source are added up first, each as a whole, then
-// columns of their sum. Every source byte is touched about once, not once for each box that it lies in.
+// Integration for geometries without rotation: whole rows of the source are summed first, then columns of their sum.
+// Every source byte is read about once, rather than once for each box that contains it.
 template <class T>
 void integrate_upright(const Source &source, const Job &job, T *out, int32_t out_size) {
     Footprint box = footprint(job.geometry);
@@ -138,14 +139,14 @@ void integrate_upright(const Source &source, const Job &job, T *out, int32_t out
         }
     }
     const size_t count = most > least ? 3 * static_cast<size_t>(most - least) : 0;
-    // One more: four floats are loaded where three are meant.
+    // One extra element, because four floats are loaded where three are needed.
     std::vector<float> sums(count + 1);
     const float area = 1.0f / (box.width * box.height);
     for (int32_t row = 0; row < out_size; ++row) {
         Span down = span(job.geometry[4] * (static_cast<float>(row) + 0.5f) + job.geometry[5], box.height);
         std::fill(sums.begin(), sums.end(), 0.0f);
         const int32_t top = std::max(down.first, 0), bottom = std::min(down.first + box.rows, source.height);
-        // Four rows at a time: their sum is loaded and stored once. Beyond the last row a share is zero.
+        // Four rows at a time, so that the sums are loaded and stored once. Weights beyond the last row are zero.
         for (int32_t at = top; at < bottom; at += 4) {
             const uint8_t *rows[4];
             float parts[4];
@@ -172,8 +173,9 @@ void integrate_upright(const Source &source, const Job &job, T *out, int32_t out
     }
 }
 
-// Integration over the boxes of a turned geometry: the shares of a box's columns are worked out once, not for each row.
-// Boxes that overhang the photo go pixel by pixel. `known` columns are unrolled; 0 takes any number of them.
+// Integration for geometries with rotation or shear: the column weights of a box are computed once, not for each row.
+// Boxes that extend beyond the photo are integrated pixel by pixel. Loops over `known` columns are unrolled; 0 accepts
+// any number of columns.
 template <class T, int32_t known>
 void integrate_turned(const Source &source, const Job &job, T *out, int32_t out_size) {
     Footprint box = footprint(job.geometry);
@@ -181,7 +183,7 @@ void integrate_turned(const Source &source, const Job &job, T *out, int32_t out_
     const int32_t columns = known > 0 ? known : box.columns;
     std::vector<float> shares(columns);
     const float area = 1.0f / (box.width * box.height);
-    // A pixel to spare on the right, for `load_wide`.
+    // One more pixel is required on the right, for `load_wide`.
     const int32_t last_column = source.width - columns - 1, last_row = source.height - box.rows;
     for (int32_t row = 0; row < out_size; ++row) {
         for (int32_t column = 0; column < out_size; ++column) {
@@ -211,12 +213,12 @@ void sample_as(const uint8_t *pixels, const Job &job, void *out, int32_t out_siz
     Source source{pixels + job.offset, job.height, job.width};
     T *typed = static_cast<T *>(out);
     if (mode == kNearest) return nearest_rows<T>(source, job, typed, out_size);
-    // Another photo of the batch may be what makes it one to integrate.
+    // The mode covers the whole batch: it may be set to integrate because of another photo.
     const Footprint box = footprint(job.geometry);
     if (mode == kInterpolate || (box.width == 1.0f && box.height == 1.0f))
         return interpolate_rows<T>(source, job, typed, out_size);
     if (job.geometry[1] == 0.0f && job.geometry[3] == 0.0f) return integrate_upright<T>(source, job, typed, out_size);
-    // A zoom by less than two, and by less than three: what training does.
+    // Minification by at most two (3 columns) and by at most three (4 columns), the common cases in training.
     if (box.columns == 3) return integrate_turned<T, 3>(source, job, typed, out_size);
     if (box.columns == 4) return integrate_turned<T, 4>(source, job, typed, out_size);
     return integrate_turned<T, 0>(source, job, typed, out_size);
@@ -236,7 +238,7 @@ inline int64_t brightest(const uint8_t *pixel) {
 
 extern "C" {
 
-// One photo. `out` is [out_size, out_size, 3] of out_type (0 float32, 1 float16, 2 bfloat16, 3 uint8).
+// Sample one photo. `out` is [out_size, out_size, 3] of out_type (0 float32, 1 float16, 2 bfloat16, 3 uint8).
 void fastfundus_sample_photo(const uint8_t *pixels, const Job *job, void *out, int32_t out_size, int32_t out_type,
                              int32_t mode) {
     if (out_type == 0) return sample_as<float>(pixels, *job, out, out_size, mode);

@@ -1,5 +1,8 @@
-"""Engines: export, build, describe, prove and run. Code only; built engines live where `--output` says."""
+"""Engine export, building, parity checking and inference.
+
+This package holds code only; built engines are written to `--output`.
+"""
 
 if __name__ != "fastfundus.engines":
-    # From a checkout `import engines` finds this folder too, as a second copy of every class.
+    # In a checkout, `import engines` also finds this folder and would create a second copy of every class.
     raise ImportError("import fastfundus.engines, not engines")

@@ -1,4 +1,4 @@
-"""A bundle as one file: a ZIP archive whose members are stored as they are. No torch."""
+"""Single-file bundles: ZIP archives with uncompressed members. Does not need torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _MOST_DESCRIPTION_BYTES = 64 << 20
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a bundle of this name is one file."""
+    """Return whether a bundle of this name is a single file."""
     return path.suffix.lower() == _SUFFIX
 
 
 def pack(folder: Path, file: Path) -> None:
-    """Write a bundle's folder into one file, which appears when it is complete.
+    """Pack a bundle's folder into one file with an atomic write.
 
-    Weights hardly shrink, so nothing is compressed; dates are left out, so that the same bundle gives the same bytes.
+    Members are not compressed because weights hardly shrink. Timestamps are omitted so that the same bundle always
+    produces the same bytes.
     """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -46,13 +47,13 @@ def pack(folder: Path, file: Path) -> None:
 
 
 class Unpacked:
-    """A bundle of one file in a temporary folder, which goes when this object does, or when Python ends.
+    """Single-file bundle unpacked to a temporary folder, which is deleted with this object or when Python exits.
 
     Args:
-        file: the bundle.
+        file: path of the bundle.
 
     Raises:
-        BundleError: as `_unpack`.
+        BundleError: see `_unpack`.
     """
 
     def __init__(self, file: Path) -> None:
@@ -62,14 +63,14 @@ class Unpacked:
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """Unpack a bundle: its description and the files that it names, nothing else.
+    """Unpack a bundle: its `bundle.json` and the files listed there, and nothing else.
 
     Args:
-        file: from anywhere, not trusted.
-        folder: empty; nothing is written outside it.
+        file: path of the bundle; its content is not trusted.
+        folder: empty folder to unpack to; nothing is written outside it.
 
     Raises:
-        BundleError: it is no archive, is damaged, holds other members than its description says, or compressed ones.
+        BundleError: if the file is not an archive, is damaged, or contains compressed or unlisted members.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -77,28 +78,28 @@ def _unpack(file: Path, folder: Path) -> None:
             names = [member.filename for member in members]
             if _DESCRIPTION not in names:
                 raise BundleError(
-                    f"{file}: is no engine bundle (no {_DESCRIPTION} in it); make one with fastfundus build-engine"
+                    f"{file}: not an engine bundle (no {_DESCRIPTION} inside); create one with fastfundus build-engine"
                 )
             for member in members:
                 name = member.filename
-                # A name with a folder in it could lead anywhere; compressed members could grow without end.
+                # A name with a folder could point outside the bundle; a compressed member could expand without limit.
                 if Path(name).name != name or "\\" in name or name in (".", ".."):
                     raise BundleError(f"{file}: names a file outside the bundle ({name!r}); do not use it")
                 if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-                    raise BundleError(f"{file}: {name} is compressed, bundles are stored; pack it again without")
+                    raise BundleError(f"{file}: {name} is compressed; pack the bundle again without compression")
             if len(set(names)) != len(names):
-                raise BundleError(f"{file}: holds two files of one name; do not use it")
+                raise BundleError(f"{file}: contains two files of the same name; do not use it")
             if archive.getinfo(_DESCRIPTION).file_size > _MOST_DESCRIPTION_BYTES:
-                raise BundleError(f"{file}: its {_DESCRIPTION} is too large to be one; do not use it")
+                raise BundleError(f"{file}: its {_DESCRIPTION} is larger than any valid one; do not use it")
             wanted = {_DESCRIPTION, *json.loads(archive.read(_DESCRIPTION)).get("files", {})}
             if extra := sorted(set(names) - wanted):
-                raise BundleError(f"{file}: holds {extra[0]!r}, which its {_DESCRIPTION} does not name; do not use it")
+                raise BundleError(f"{file}: contains {extra[0]!r}, which {_DESCRIPTION} does not list; do not use it")
             for member in members:
                 with archive.open(member) as source, (folder / member.filename).open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     except FileNotFoundError:
-        raise BundleError(f"{file}: is not there; give a bundle that fastfundus build-engine made") from None
+        raise BundleError(f"{file}: not found; give a bundle created by fastfundus build-engine") from None
     except (zipfile.BadZipFile, ValueError, AttributeError, OSError, EOFError, NotImplementedError) as error:
         raise BundleError(
-            f"{file}: cannot be unpacked ({error or type(error).__name__}); copy it again or build the engine again"
+            f"{file}: cannot be unpacked ({error or type(error).__name__}); copy it again or rebuild the engine"
         ) from None

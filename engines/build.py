@@ -1,4 +1,7 @@
-"""From a trained run to a bundle that has earned its place. Needs torch; what it writes does not."""
+"""Build a bundle from a trained run and verify it against the model.
+
+Building needs torch; running the bundle does not, except with the `aoti` backend.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["MOST_PARITY_MAPS", "MOST_PARITY_PHOTOS", "build_bundle"]
 
 MOST_PARITY_PHOTOS = 256
-"""Held-out photos that engine and model are compared on."""
+"""Maximum number of held-out photos on which engine and model are compared."""
 MOST_PARITY_MAPS = 16
-"""The same where every photo is a quarter of a million decisions."""
+"""Maximum number for models that output maps, where each photo contributes a quarter of a million decisions."""
 
 
 def build_bundle(
@@ -44,31 +47,32 @@ def build_bundle(
     precision: str = "auto",
     options: dict[str, Any] | None = None,
 ) -> tuple[Bundle, ParityReport]:
-    """Export, build, prove and write.
+    """Export the model, build an engine, verify it against the model and write the bundle.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        spec: what its photos were prepared with.
-        labels: by name of each output, in order: `temperature`, `threshold`, `finding` (whether it makes a photo
-            positive), and whatever else should be stored.
-        evidence: photos to prove the engine on, and to calibrate it with.
-        output: the bundle: a folder, or one file where the name ends in ".zip"; must not exist, or be a bundle, which
-            is replaced when the new one passes.
-        provenance: stored as it is: which run, which configuration.
-        reference: what scores and quality the photos of the run had, that drift is measured from; see `screen.drift`.
+        model: model in evaluation mode, on the CPU.
+        spec: preprocessing of its photos.
+        labels: metadata of each output by name, in order: `temperature`, `threshold`, `finding` (whether it makes a
+            photo positive), and anything else to store.
+        evidence: photos for the parity check and for calibration.
+        output: path of the bundle: a folder, or a single file if the name ends in ".zip". It must not exist, or must
+            be a bundle, which is replaced once the new one passes.
+        provenance: source run and configuration; stored unchanged.
+        reference: distributions of scores and quality over the run's photos, the baseline for drift; see
+            `screen.drift`.
         backend: one of `BACKENDS`.
-        precision: one of the backend's, or "auto": every one that this machine computes in is built and measured, and
-            the fastest that passes is kept.
-        options: of the backend, by name.
+        precision: one of the backend's precisions, or "auto" to build and benchmark every precision that this machine
+            computes in and keep the fastest one that passes.
+        options: backend options by name.
 
     Returns:
-        The bundle, and how the engine compared.
+        The bundle and its parity report.
 
     Raises:
-        GateRefused: the engine's answers differ too much, or eight bits are not worth it; no bundle is written, and the
-            message says what would pass.
-        ConfigError: backend or precision are unknown, or there are no photos to calibrate eight bits with.
-        BundleError: `output` is something else.
+        GateRefused: if the engine's outputs differ too much from the model's, or an 8-bit engine is not fast enough to
+            be worthwhile. No bundle is written, and the message names the precisions that would pass.
+        ConfigError: if the backend or precision is unknown, or there are no photos to calibrate an 8-bit engine with.
+        BundleError: if `output` exists and is not a bundle.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} cannot be built{close_matches(backend, BACKENDS)}")
@@ -79,8 +83,8 @@ def build_bundle(
     if not len(evidence.calibration):
         if precision in EIGHT_BITS:
             raise ConfigError(
-                f"precision {precision!r} needs photos to learn its ranges on, and the run's training photos are not "
-                "at hand; give a cache with --calibration"
+                f"precision {precision!r} needs calibration photos, and the run's training photos are not available; "
+                "give a cache with --calibration"
             )
         here = tuple(name for name in here if name not in EIGHT_BITS)
     _require_free(output)
@@ -94,7 +98,7 @@ def build_bundle(
         tried = trials.attempt(here if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed]
         if not passed:
-            # Of those that were not asked for, say which would do; eight bits are never closer than more.
+            # Try the precisions that were not requested; 8-bit engines are never closer to the model than wider ones.
             others = [name for name in here if name not in {*EIGHT_BITS, *(report.precision for report in tried)}]
             tried += trials.attempt(tuple(others))
             refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
@@ -119,7 +123,7 @@ def build_bundle(
 
 
 def _require_free(output: Path) -> None:
-    """Raise where something stands that is no bundle."""
+    """Raise if `output` exists and is neither a bundle nor an empty folder."""
     if is_archive(output):
         mine = not output.exists() or output.is_file()
     else:
@@ -127,14 +131,14 @@ def _require_free(output: Path) -> None:
             not output.exists() or (output / "bundle.json").is_file() or (output.is_dir() and not any(output.iterdir()))
         )
     if not mine:
-        raise BundleError(f"{output}: is there already and is no bundle; choose another --output")
+        raise BundleError(f"{output}: already exists and is not a bundle; choose another --output")
 
 
 def _publish(folder: Path, output: Path) -> None:
     if is_archive(output):
         pack(folder, output)
         return
-    # The one before is moved aside and not removed first: a kill between leaves both.
+    # The old bundle is moved aside rather than deleted first, so that a crash in between loses neither.
     before = output.with_name(f"{output.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if output.exists():
@@ -144,17 +148,17 @@ def _publish(folder: Path, output: Path) -> None:
 
 
 def _refusal(tried: list[ParityReport], file: Path) -> str:
-    """Say what failed, and which of the other precisions would pass."""
+    """Return a message that states what failed and which other precisions pass."""
     lines = [f"the engine was refused: {tried[0]}"]
     for report in tried[1:]:
         hint = f"; build with --precision {report.precision}" if report.passed else ""
-        lines.append(f"tried instead: {report}{hint}")
-    return "\n".join([*lines, f"{file} has the figures"])
+        lines.append(f"also tried: {report}{hint}")
+    return "\n".join([*lines, f"all results are in {file}"])
 
 
 def _machine(package: str) -> dict[str, str]:
     return {
-        # Of the module: a package may have come under another name, as tensorrt-cu13.
+        # Taken from the module because the distribution may have another name, such as tensorrt-cu13.
         "backend_version": importlib.import_module(package).__version__,
         "device": processor(),
         "platform": platform.platform(),

@@ -1,9 +1,11 @@
-"""The bundle: an engine with everything that makes its answers mean something, in a folder or one file. No torch.
+"""Bundles: an engine with everything needed to interpret its outputs, in a folder or a single file.
+
+Does not need torch.
 
 bundle.json    schema, backend, precision, spec and fingerprint, labels with thresholds and temperatures, parity
-               report, where it came from, and the sha256 of every other file
-model.onnx     the graph the engine was built from
-engine.*       the backend's own files
+               report, provenance, and the sha256 of every other file
+model.onnx     the graph that the engine was built from
+engine.*       files of the backend
 """
 
 from __future__ import annotations
@@ -22,31 +24,31 @@ from fastfundus.spec import PreprocessSpec, fingerprint_of
 __all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "hash_file", "write_bundle_json"]
 
 SCHEMA = 3
-"""Version of the bundle's files."""
+"""Version of the bundle format."""
 GRAPH_BACKENDS = ("openvino", "onnxruntime")
-"""Backends that run the graph of any bundle."""
+"""Backends that can run the graph of any bundle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files are as they were written."""
+    """Opened bundle whose files match their recorded hashes."""
 
     path: Path
     spec: PreprocessSpec
     labels: tuple[str, ...]
     """Names of the engine's outputs."""
     thresholds: tuple[float, ...]
-    """By label: reached at or above."""
+    """Threshold of each label; a probability at or above it is positive."""
     findings: tuple[str, ...]
-    """Labels that make a photo positive when they reach their threshold."""
+    """Labels that make a photo positive when their probability reaches the threshold."""
     backend: str
-    """What runs it."""
+    """Backend that runs the engine."""
     precision: str
-    """What it computes in."""
+    """Precision that the engine computes in."""
     about: dict[str, Any]
-    """All of `bundle.json`."""
+    """Complete content of `bundle.json`."""
     folder: Path
-    """Where its files are: `path`, or where one file was unpacked to for as long as this object lives."""
+    """Folder of its files: `path`, or the temporary folder of a single-file bundle, deleted with this object."""
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -54,10 +56,10 @@ class Bundle:
         """Open a bundle and check every file against its hash.
 
         Args:
-            path: a folder, or a file that ends in ".zip".
+            path: a folder, or a file whose name ends in ".zip".
 
         Raises:
-            BundleError: it is no bundle, from a newer FastFundus, or a file is missing or was changed.
+            BundleError: if it is not a bundle, its schema is not supported, or a file is missing or modified.
         """
         if is_archive(path):
             unpacked = Unpacked(path)
@@ -70,36 +72,36 @@ class Bundle:
             about = json.loads((folder / "bundle.json").read_text())
         except FileNotFoundError:
             raise BundleError(
-                f"{path}: is no engine bundle (no bundle.json); make one with fastfundus build-engine"
+                f"{path}: not an engine bundle (no bundle.json); create one with fastfundus build-engine"
             ) from None
         except (OSError, ValueError) as error:
-            raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); build the engine again") from None
+            raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); rebuild the engine") from None
         if about.get("schema") != SCHEMA:
             raise BundleError(
-                f"{path}: has schema {about.get('schema')}, this FastFundus reads {SCHEMA}; upgrade FastFundus, or "
-                "build it again from its run"
+                f"{path}: bundle has schema {about.get('schema')}, but this FastFundus reads schema {SCHEMA}; upgrade "
+                "FastFundus, or rebuild the bundle from its run"
             )
         if fingerprint_of({key: value for key, value in about.items() if key != "fingerprint"}) != about["fingerprint"]:
-            raise BundleError(f"{path / 'bundle.json'}: was changed after it was built; build the engine again")
+            raise BundleError(f"{path / 'bundle.json'}: modified after the bundle was built; rebuild it")
         for name, sha in about["files"].items():
-            # A bundle may come from anywhere: its names must stay inside it.
+            # Bundles are not trusted: file names must stay inside the folder.
             if Path(name).name != name:
                 raise BundleError(f"{path}: names a file outside the bundle ({name!r}); do not use it")
             if not (folder / name).is_file():
-                raise BundleError(f"{path}: {name} is missing; copy the whole folder or build the engine again")
+                raise BundleError(f"{path}: {name} is missing; copy the whole folder or rebuild the engine")
             if hash_file(folder / name) != sha:
-                raise BundleError(f"{path}: {name} was changed after it was built; build the engine again")
+                raise BundleError(f"{path}: {name} was modified after the bundle was built; rebuild it")
         for name in (about["engine"], about.get("weights")):
             if name is not None and name not in about["files"]:
-                raise BundleError(f"{path}: its engine {name!r} is none of its files; do not use it")
+                raise BundleError(f"{path}: its engine file {name!r} is not listed in bundle.json; do not use it")
         try:
             spec = PreprocessSpec.from_dict(about["spec"])
         except FastFundusError as error:
             raise BundleError(f"{path}: {error}") from None
         if spec.fingerprint != about["spec_fingerprint"]:
             raise BundleError(
-                f"{path}: its preprocessing has the fingerprint {about['spec_fingerprint'][:12]}, here the same "
-                f"settings have {spec.fingerprint[:12]}: they mean something else; build the engine again"
+                f"{path}: preprocessing has fingerprint {about['spec_fingerprint'][:12]}, but in this FastFundus the "
+                f"same settings have {spec.fingerprint[:12]}, so their meaning changed; rebuild the engine"
             )
         labels = about["labels"]
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
@@ -118,26 +120,26 @@ class Bundle:
         )
 
     def threshold_of(self, label: str) -> float:
-        """Probability at or above which a label is reached."""
+        """Return the probability at or above which a label is positive."""
         return self.thresholds[self.labels.index(label)]
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits that identify the engine, its preprocessing and its thresholds."""
+        """Identifier of the engine, its preprocessing and its thresholds, 64 hex digits."""
         return str(self.about["fingerprint"])
 
     def using(self, backend: str) -> Bundle:
-        """Return the same bundle, to run the graph inside it in float32 on a machine its engine was not built for.
+        """Return a copy that runs the float32 graph in the bundle, for machines that cannot run its engine.
 
         Args:
             backend: one of `GRAPH_BACKENDS`.
 
         Raises:
-            BundleError: the graph does not run in this backend.
+            BundleError: if this backend cannot run the graph.
         """
         if backend not in GRAPH_BACKENDS:
             raise BundleError(
-                f"{self.path}: the graph inside a bundle runs in {' or '.join(GRAPH_BACKENDS)}, not in {backend!r}"
+                f"{self.path}: the graph of a bundle runs in {' or '.join(GRAPH_BACKENDS)}, not in {backend!r}"
             )
         return replace(self, backend=backend, precision="fp32")
 
@@ -145,26 +147,26 @@ class Bundle:
         """Load the engine.
 
         Raises:
-            BundleError: this machine or installation cannot run it.
-            MissingDependency: the backend's package is absent.
+            BundleError: if this machine or installation cannot run the engine.
+            MissingDependency: if the backend's package is not installed.
         """
         about = self.about
         if (self.backend, self.precision) != (about["backend"], about["precision"]):
             about = {**about, "backend": self.backend, "precision": self.precision, "engine": GRAPH, "needs": {}}
         engine = load_backend(self.backend, self.folder, about)
-        # Where it was unpacked to tells users nothing.
+        # Messages name the bundle, not the temporary folder.
         engine.name = str(self.path)
         return engine
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
+    """Return the sha256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bundle_json(folder: Path, about: dict[str, Any]) -> None:
-    """Hash every file of a folder and write its `bundle.json`, which makes it a bundle."""
+    """Hash every file in a folder and write its `bundle.json`, which turns the folder into a bundle."""
     files = {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name != "bundle.json"}
     complete = {"schema": SCHEMA, **about, "files": files}
     complete["fingerprint"] = fingerprint_of(complete)

@@ -1,6 +1,6 @@
-"""CUDA graphs by the driver's own interface, for pycuda has none: record what a stream is given, launch it as one.
+"""CUDA graphs through the driver API, which pycuda does not wrap: capture work on a stream, launch it as one graph.
 
-Source: CUDA Driver API, stream management and graph management; the functions are those of CUDA 12 and 13.
+Source: CUDA Driver API, stream management and graph management. The functions exist in CUDA 12 and 13.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from functools import cache
 __all__ = ["CudaGraph", "driver"]
 
 _THREAD_LOCAL = 1
-"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating."""
+"""CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may continue to allocate memory."""
 
 
 @cache
 def driver() -> ctypes.CDLL:
-    """The driver's library, with the types of what is used of it."""
+    """Return the driver library with argument and return types set for the functions used here."""
     library = ctypes.CDLL("libcuda.so.1")
     handle, out = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
     for name, arguments in {
@@ -36,27 +36,27 @@ def driver() -> ctypes.CDLL:
 
 
 class CudaGraph:
-    """What a stream was given while `recorded` was open. The context must be current in every call."""
+    """Work that a stream received inside a `recorded` block. The CUDA context must be current in every call."""
 
     def __init__(self) -> None:
         self._run = ctypes.c_void_p()
 
     @contextmanager
     def recorded(self, stream: int) -> Iterator[None]:
-        """Record what the stream is given in the block, instead of doing it.
+        """Record the work enqueued on the stream in this block instead of running it.
 
         Args:
-            stream: the handle of a stream that is not the default one.
+            stream: handle of a stream other than the default stream.
 
         Raises:
-            RuntimeError: CUDA refuses; the message holds its name of the error.
+            RuntimeError: if a CUDA call fails; the message contains the name of the CUDA error.
         """
         library, graph = driver(), ctypes.c_void_p()
         _check("cuStreamBeginCapture", library.cuStreamBeginCapture_v2(stream, _THREAD_LOCAL))
         try:
             yield
         finally:
-            # Also after an exception: a stream that goes on recording would do nothing any more.
+            # End the capture after an exception too: a stream that keeps capturing runs nothing.
             ended = library.cuStreamEndCapture(stream, ctypes.byref(graph))
         _check("cuStreamEndCapture", ended)
         try:
@@ -65,11 +65,11 @@ class CudaGraph:
             library.cuGraphDestroy(graph)
 
     def launch(self, stream: int) -> None:
-        """Do what was recorded, in a stream; returns before it is done."""
+        """Launch the recorded work on a stream asynchronously."""
         _check("cuGraphLaunch", driver().cuGraphLaunch(self._run, stream))
 
     def free(self) -> None:
-        """Free what was recorded. Safe to call twice."""
+        """Free the recorded graph. Safe to call twice."""
         if self._run:
             driver().cuGraphExecDestroy(self._run)
             self._run = ctypes.c_void_p()

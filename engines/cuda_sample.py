@@ -1,7 +1,7 @@
-"""csrc's CUDA kernels for the runtime without torch: found in the fatbin and launched through pycuda.
+"""The CUDA kernels of csrc for the torch-free runtime, loaded from the fatbin and launched through pycuda.
 
-The device's primary context is retained, the one that torch, TensorRT and the CUDA runtime use too: memory and streams
-of any of them can be passed. A context of its own, which `pycuda.autoinit` makes, would not see theirs.
+This module retains the device's primary context, which torch, TensorRT and the CUDA runtime share, so memory and
+streams of any of them can be passed. A separate context, such as `pycuda.autoinit` creates, could not access them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLAGS = (
     "-gencode", "arch=compute_100,code=[sm_100,compute_100]",
 )  # fmt: skip
 _PIXELS_A_BLOCK = 256
-"""sample.cu's kPixels."""
+"""`kPixels` in sample.cu."""
 _MODES = ("interpolate", "integrate", "nearest")
 OUTPUTS = ("f32", "f16", "bf16", "u8")
 OutputType = Literal["f32", "f16", "bf16", "u8"]
@@ -32,10 +32,10 @@ OutputType = Literal["f32", "f16", "bf16", "u8"]
 
 @contextmanager
 def current(context: Any, *, cuda: Any) -> Iterator[None]:
-    """Make a context of pycuda this thread's in the block, and put back what was there.
+    """Make a pycuda context current in this thread for the block, then restore the previous one.
 
     Args:
-        context: a retained one.
+        context: a retained context.
         cuda: the module `pycuda.driver`.
     """
     context.push()
@@ -46,30 +46,30 @@ def current(context: Any, *, cuda: Any) -> Iterator[None]:
 
 
 def fatbin() -> Path:
-    """Compile csrc/sample.cu for A100, H100/H200, B200 and later GPUs, unless the cache folder has it.
+    """Return the fatbin of csrc/sample.cu for A100, H100/H200, B200 and later GPUs, compiled unless it is cached.
 
     Raises:
-        FastFundusError: there is no nvcc.
-        subprocess.CalledProcessError: it refuses; its words are in `stderr`.
+        FastFundusError: if nvcc is not installed.
+        subprocess.CalledProcessError: if compilation fails; `stderr` contains the compiler's output.
     """
     compiler = shutil.which("nvcc")
     if compiler is None:
         raise FastFundusError(
-            "nvcc compiles the CUDA kernels and is not there: install the CUDA toolkit, or bring the file that "
-            "`make -C csrc` writes on a machine that has it"
+            "nvcc, which compiles the CUDA kernels, was not found: install the CUDA toolkit, or copy the file that "
+            "`make -C csrc` writes on a machine with the toolkit"
         )
     return cached_build(compiler, FLAGS, CSRC / "sample.cu", ".fatbin")
 
 
 class CudaSampler:
-    """`sample` on one GPU, on memory that the caller owns; nothing is allocated after construction.
+    """Runs the `sample` kernels on one GPU in memory owned by the caller; allocates nothing after construction.
 
     Args:
-        image: the fatbin; None takes `fatbin()`.
-        device: number of the GPU.
+        image: path of the fatbin; None uses `fatbin()`.
+        device: index of the GPU.
 
     Raises:
-        MissingDependency: pycuda is not installed.
+        MissingDependency: if pycuda is not installed.
     """
 
     def __init__(self, image: Path | None = None, device: int = 0) -> None:
@@ -85,7 +85,7 @@ class CudaSampler:
             for output in OUTPUTS:
                 for mode in MODES:
                     function = self._module.get_function(f"fastfundus_sample_{output}_{_MODES[mode]}")
-                    # Pointers to pixels, jobs and output, and the output's side.
+                    # Three pointers (pixels, jobs, output) and the output size.
                     function.prepare("PPPi")
                     self._functions[output, mode] = function
 
@@ -100,20 +100,20 @@ class CudaSampler:
         mode: int,
         stream: Any = None,
     ) -> None:
-        """Start sampling a batch; returns before it is done.
+        """Start sampling a batch asynchronously.
 
         Args:
-            pixels: device address of the photos, uint8 [H, W, 3] each, at their jobs' offsets.
-            jobs: device address of `count` jobs, as `kernels.jobs.pack_jobs` packs and checks them.
-            count: photos.
-            out: device address of [count, out_size, out_size, 3] of the output type, aligned to 16 bytes.
+            pixels: device address of the photos, each uint8 [H, W, 3] at the offset given by its job.
+            jobs: device address of `count` jobs, packed and validated by `kernels.jobs.pack_jobs`.
+            count: number of photos.
+            out: device address of [count, out_size, out_size, 3] in the output type, aligned to 16 bytes.
             out_size: side of the output in pixels.
-            output: one of `OUTPUTS`; "u8" rounds to grey levels.
-            mode: from `pack_jobs`.
+            output: one of `OUTPUTS`; "u8" rounds to integer grey levels.
+            mode: mode returned by `pack_jobs`.
             stream: a pycuda stream; None is the default stream.
 
         Raises:
-            ValueError: an argument is not allowed; the message names it.
+            ValueError: if an argument is invalid; the message names it.
         """
         if (output, mode) not in self._functions:
             raise ValueError(
@@ -132,7 +132,7 @@ class CudaSampler:
             )
 
     def close(self) -> None:
-        """Give the kernels and the context back. Safe to call twice."""
+        """Release the kernels and the context. Safe to call twice."""
         if self._functions:
             self._functions.clear()
             with current(self._context, cuda=self._cuda):
@@ -140,11 +140,11 @@ class CudaSampler:
             self._context.detach()
 
     def __enter__(self) -> Self:
-        """Return the sampler; the end of the block closes it."""
+        """Return the sampler, which is closed at the end of the block."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
+        """Close the sampler."""
         self.close()

@@ -1,4 +1,7 @@
-"""A trained run as ONNX: uint8 NHWC in, calibrated probabilities out, so that no caller can normalise wrongly."""
+"""ONNX export of a trained run.
+
+The graph takes uint8 NHWC photos and returns calibrated probabilities, so callers cannot get the normalisation wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,22 +27,22 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["GRAPH_TOLERANCE", "FeatureTap", "ScreeningModel", "check_graph", "export_onnx", "feature_shape", "to_onnx"]
 
 GRAPH_TOLERANCE = 1e-3
-"""Largest difference of a probability between the float32 graph and torch: the order of sums differs, no more."""
+"""Largest allowed difference in probability between the float32 graph and torch; only summation order differs."""
 _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ScreeningModel(nn.Module):
-    """A network between its preprocessing and calibration.
+    """Network combined with its normalisation and calibration.
 
-    Photos uint8 [N, S, S, 3] to probabilities float32 [N, L], or [N, L, S, S] of one that maps.
+    Maps uint8 photos [N, S, S, 3] to float32 probabilities [N, L], or [N, L, S, S] for networks that output maps.
 
     Args:
-        network: from normalised [N, 3, S, S] to logits [N, L] or [N, L, S, S].
-        spec: of its photos.
-        temperatures: by output, what logits are divided by.
-        activation: what makes probabilities of logits.
-        stride: of a network that maps: sides of its inputs must be multiples of it; black is added at the right and
-            below, and cut off again. 1 adds nothing.
+        network: network from normalised photos [N, 3, S, S] to logits [N, L] or [N, L, S, S].
+        spec: preprocessing of its photos.
+        temperatures: divisor of the logits, one per output.
+        activation: function that turns logits into probabilities.
+        stride: for networks that output maps, the number that the sides of their input must be a multiple of. Inputs
+            are padded with black at the right and bottom, and outputs are cropped back. 1 means no padding.
     """
 
     scale: Tensor
@@ -65,23 +68,23 @@ class ScreeningModel(nn.Module):
         self.register_buffer("temperature", torch.tensor(temperatures))
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Let the network compute in a type; normalisation and probabilities stay float32."""
+        """Set the dtype that the network computes in; normalisation and probabilities stay float32."""
         self.network.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = dtype
 
     def forward(self, photos: Tensor) -> Tensor:
-        """Normalise, run the network, calibrate."""
+        """Normalise the photos, run the network and calibrate its logits."""
         return self.calibrate(self.network(self.normalise(photos)))
 
     def normalise(self, photos: Tensor) -> Tensor:
-        """Photos to what the network takes: [N, 3, S, S] in its type."""
+        """Convert photos to network inputs [N, 3, S, S] in the dtype of the network."""
         if self.added:
             photos = nn.functional.pad(photos, (0, 0, 0, self.added, 0, self.added))
         inputs = (photos.float() * self.scale + self.offset).permute(0, 3, 1, 2)
         return inputs.to(self.dtype)
 
     def calibrate(self, logits: Tensor) -> Tensor:
-        """What the network gives to probabilities."""
+        """Convert logits to calibrated probabilities."""
         logits = logits.float()
         if self.added:
             logits = logits[:, :, : self.size, : self.size]
@@ -90,9 +93,10 @@ class ScreeningModel(nn.Module):
 
 
 def feature_shape(model: ScreeningModel) -> tuple[int, int, int] | None:
-    """Channels, height and width of the last maps before the network pools them; None where there are none.
+    """Return channels, height and width of the final feature map before pooling, or None if there is none.
 
-    Networks that map, and those whose last features are tokens (vision transformers) or lie channels last, have none.
+    Networks that output maps have none, nor do networks whose final features are tokens (vision transformers) or
+    channels-last.
     """
     network = model.network
     if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
@@ -104,40 +108,40 @@ def feature_shape(model: ScreeningModel) -> tuple[int, int, int] | None:
 
 
 class FeatureTap(nn.Module):
-    """A model that also gives its last features."""
+    """Wrapper around a model that also returns its final feature maps."""
 
     def __init__(self, model: ScreeningModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, photos: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities, and features [N, C, h, w]."""
+        """Return the probabilities and the features [N, C, h, w]."""
         network: Any = self.model.network
         features = network.forward_features(self.model.normalise(photos))
         return self.model.calibrate(network.forward_head(features)), features
 
 
 def to_onnx(module: nn.Module, example: Tensor, given: str, gives: list[str], **options: Any) -> onnx.ModelProto:
-    """Translate a module of one input.
+    """Export a module with one input to ONNX.
 
     Args:
-        module: in evaluation mode.
-        example: an input.
+        module: module in evaluation mode.
+        example: example input.
         given: name of the input.
         gives: names of the outputs.
-        options: further ones of `torch.onnx.export`.
+        options: further options of `torch.onnx.export`.
 
     Raises:
-        torch.onnx.OnnxExporterError: it cannot be translated.
+        torch.onnx.OnnxExporterError: if the module cannot be exported.
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        # The exporter prints its progress and warns about its own use of torch's older tree utilities.
+        # The exporter prints its progress and warns about its own use of older torch tree utilities.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
             (example,),
             dynamo=True,
-            # The first whose convolutions know bfloat16.
+            # First opset whose convolutions support bfloat16.
             opset_version=22,
             input_names=[given],
             output_names=gives,
@@ -149,19 +153,19 @@ def to_onnx(module: nn.Module, example: Tensor, given: str, gives: list[str], **
 
 
 def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precision: str = "fp32") -> None:
-    """Write the graph with a dynamic batch, the names of its outputs as metadata, and check it.
+    """Write a model's graph with a dynamic batch size and its output names as metadata, and validate it.
 
     Args:
-        model: in evaluation mode, on the CPU; left as it is.
-        path: the file to write.
+        model: model in evaluation mode, on the CPU; it is not modified.
+        path: file to write.
         labels: names of the outputs, in order; stored as a JSON list under `labels`.
-        precision: "fp32", "fp16" or "bf16", what the network computes in: the types of the graph say so, as strongly
-            typed builders want it.
+        precision: "fp32", "fp16" or "bf16", the precision of the network. It is encoded in the tensor types of the
+            graph, as strongly typed builders require.
     """
     if precision != "fp32":
         model = copy.deepcopy(model)
         model.compute_in(_TYPES[precision])
-    # Two photos: the exporter would take a batch of one for a constant.
+    # Two photos, because the exporter would treat a batch size of one as a constant.
     example = torch.zeros(2, model.size, model.size, 3, dtype=torch.uint8)
     named = FeatureTap(model.eval()) if feature_shape(model) else model.eval()
     graph = to_onnx(
@@ -169,11 +173,11 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
         example,
         INPUT,
         [OUTPUT] if named is model else [OUTPUT, FEATURES],
-        # Its optimiser folds normalisation into bfloat16 convolutions as float32; builders fold on their own.
+        # The exporter would fold float32 normalisation into bfloat16 convolutions; builders fold it themselves.
         optimize=precision != "bf16",
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
-    # The features keep their name inside the graph, where heatmaps find them; its users see one output.
+    # The features keep their name inside the graph, for heatmaps; callers see a single output.
     del graph.graph.output[1:]
     onnx.helper.set_model_props(graph, {"labels": json.dumps(labels)})
     onnx.save_model(graph, str(path))
@@ -181,19 +185,21 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
 
 
 def check_graph(path: Path, photos: NDArray[np.uint8], expected: NDArray[np.float32]) -> float:
-    """Run the float32 graph in ONNX Runtime and compare; whatever engine is built, the bundle's graph then holds too.
+    """Run the float32 graph in ONNX Runtime and compare it with the model.
+
+    This verifies the graph in the bundle independently of the engine that is built from it.
 
     Args:
-        path: the graph.
+        path: path of the graph.
         photos: uint8 [N, S, S, 3].
-        expected: what the model gives.
+        expected: probabilities of the model.
 
     Returns:
-        Largest difference of a probability.
+        Largest difference in probability.
 
     Raises:
-        GateRefused: it is above `GRAPH_TOLERANCE`.
-        MissingDependency: onnxruntime is not installed.
+        GateRefused: if the difference is above `GRAPH_TOLERANCE`.
+        MissingDependency: if onnxruntime is not installed.
     """
     require("onnxruntime", extra="train")
     from fastfundus.engines.onnxruntime_backend import OnnxRuntimeEngine
@@ -203,7 +209,7 @@ def check_graph(path: Path, photos: NDArray[np.uint8], expected: NDArray[np.floa
     largest = float(np.abs(got.astype(np.float64) - expected).max())
     if largest > GRAPH_TOLERANCE:
         raise GateRefused(
-            f"the exported graph differs from the model by {largest:.2e} in ONNX Runtime, at most {GRAPH_TOLERANCE:g} "
-            "is allowed: torch's exporter translated this network wrongly; try another torch, or another backbone"
+            f"the exported graph differs from the model by {largest:.2e} in ONNX Runtime (at most {GRAPH_TOLERANCE:g} "
+            "is allowed): torch exported this network incorrectly; try another torch version or another backbone"
         )
     return largest

@@ -1,4 +1,4 @@
-"""Where an engine looks: heatmaps from a bundle's graph, by OpenVINO on the CPU whatever its engine is. No torch."""
+"""Heatmaps of a bundle's graph, computed by OpenVINO on the CPU for any backend. Does not need torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ METHOD = "Grad-CAM of the last feature maps"
 
 
 class Heatmapper:
-    """Two graphs: photo to features, and features to heat.
+    """Computes heatmaps with two graphs: from photo to features, and from features to heatmaps.
 
     Args:
-        bundle: its graph must have features; see `available`.
+        bundle: a bundle with heatmaps; see `available`.
 
     Raises:
-        BundleError: it has none, or OpenVINO cannot load it.
+        BundleError: if the bundle has no heatmaps, or OpenVINO cannot load its graphs.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -36,7 +36,7 @@ class Heatmapper:
             graph = core.read_model(bundle.folder / GRAPH)
             graph.add_outputs(FEATURES)
             graph.reshape([1, bundle.spec.size, bundle.spec.size, 3])
-            # As exact as the engine that decides; what the processor computes fastest in is fine for eight bits.
+            # Match the precision of a float32 engine; for other engines, OpenVINO chooses the fastest.
             config = {"PERFORMANCE_HINT": "LATENCY"}
             if bundle.precision == "fp32":
                 config["INFERENCE_PRECISION_HINT"] = "f32"
@@ -49,18 +49,18 @@ class Heatmapper:
 
     @staticmethod
     def available(bundle: Bundle) -> bool:
-        """Whether a bundle has heatmaps."""
+        """Return whether a bundle has heatmaps."""
         return HEATMAP in bundle.about["files"]
 
     def heat(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Say where the network looks.
+        """Compute the heatmaps of a photo.
 
         Args:
-            photo: uint8 [S, S, 3] RGB, prepared as the bundle's spec says.
+            photo: uint8 [S, S, 3] RGB, prepared according to the bundle's spec.
 
         Returns:
-            float32 [L, h, w] by label, in the frame of the photo, coarser than it; not negative, in units of the logit:
-            divide by the largest to look at it.
+            float32 [L, h, w], one heatmap per label, covering the photo at a lower resolution. Values are non-negative
+            and in units of the logit; divide by the maximum for display.
         """
         features = self._features(photo[None])[1]
         return np.array(self._heat(features)[0][0])

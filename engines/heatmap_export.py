@@ -1,4 +1,4 @@
-"""Grad-CAM as a graph of its own, so that what runs engines needs no torch to say where they look."""
+"""Export of Grad-CAM as a separate graph, so that heatmaps can be computed without torch."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["export_heatmap"]
 
 
 def export_heatmap(model: ScreeningModel, folder: Path) -> dict[str, Any]:
-    """Write the step from the graph's features to heatmaps, batch 1.
+    """Export the step from the graph's features to heatmaps, with batch size 1.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        folder: where `heatmap.onnx` goes, beside the graph.
+        model: model in evaluation mode, on the CPU.
+        folder: folder of the graph, to which `heatmap.onnx` is written.
 
     Returns:
-        What `bundle.json` says of it: `file`, None where there is none, and then why, in `note`.
+        Entry for `bundle.json`. If there are no heatmaps, `file` is None and `note` gives the reason.
     """
     shape = feature_shape(model)
     if shape is None:
-        return {"file": None, "note": "the network has no last feature maps [N, C, h, w] that are pooled"}
+        return {"file": None, "note": "the network has no final feature maps [N, C, h, w] that it pools"}
     network: Any = copy.deepcopy(model.network).eval().requires_grad_(False)
     example = torch.rand(1, *shape)
-    # The gradient as plain operators: the exporter knows no derivatives.
+    # Trace the gradient into plain operators because the exporter cannot differentiate.
     plain = dict(cast(Any, torch.export.default_decompositions()).items())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

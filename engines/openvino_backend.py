@@ -120,7 +120,7 @@ class OpenVinoEngine(Engine):
             self._model: Any = core.compile_model(model, "CPU", config)
         except RuntimeError as error:
             raise BundleError(
-                f"{file}: OpenVINO cannot load it ({str(error).splitlines()[0]}); rebuild it"
+                f"{file}: OpenVINO cannot load it ({str(error).splitlines()[0]}); rebuild the engine"
             ) from None
         count = self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         # Plain requests, awaited in turn. OpenVINO's queue with a Python callback can deadlock when it is freed: its

@@ -1,4 +1,4 @@
-"""An engine against the model it came from, on held-out photos: the gate that every build must pass."""
+"""Parity check of an engine against its source model on held-out photos, the gate that every build must pass."""
 
 from __future__ import annotations
 
@@ -13,73 +13,76 @@ __all__ = ["GATES", "LEAST_SPEEDUP", "MAP_QUANTILE", "MOST_AUROC_LOSS", "Gate", 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """The most by which an engine may differ."""
+    """Limits on how much an engine may differ from its model."""
 
     probability: float
-    """Largest difference in any probability."""
+    """Largest allowed difference in any probability."""
     flipped: float
-    """Largest share of decisions that differ at the threshold."""
+    """Largest allowed share of decisions that differ at the threshold."""
 
 
 _Float = TypeVar("_Float", np.float32, np.float64)
 
 GATES = {
-    # Float32 engines order their sums differently, no more: not one photo's decision, a pixel in a hundred thousand's.
+    # Only the order of summation differs: no photo's decision may flip, and at most one pixel in a hundred thousand.
     "fp32": Gate(probability=1e-3, flipped=1e-5),
-    # Half precision keeps 11 bits of mantissa, an eighth of bfloat16's rounding.
+    # Half precision has 11 mantissa bits, so its rounding error is an eighth of bfloat16's.
     "fp16": Gate(probability=1e-2, flipped=0.002),
-    # bfloat16 keeps 8 bits of mantissa; fifty layers add up to a few hundredths where the sigmoid is steepest. A
-    # decision may flip only where the probability lies that close to the threshold.
+    # bfloat16 has 8 mantissa bits; over fifty layers, errors add up to a few hundredths where the sigmoid is steepest.
+    # A decision may flip only if its probability is that close to the threshold.
     "bf16": Gate(probability=5e-2, flipped=0.01),
-    # Integers of 8 bits are about as coarse as bfloat16, but their ranges are learned on other photos and cut off what
-    # lies outside: twice as much, for single photos.
+    # 8-bit integers are about as coarse as bfloat16, but their ranges are calibrated on other photos and clip values
+    # outside, so single photos may differ twice as much.
     "int8": Gate(probability=1e-1, flipped=0.02),
-    # Floats of 8 bits keep 4 of mantissa over the same ranges.
+    # 8-bit floats have 4 mantissa bits over the same ranges.
     "fp8": Gate(probability=1e-1, flipped=0.02),
 }
 
 MAP_QUANTILE = 0.999
-"""Of the differences of a map's pixels, what the gate is held against: the edge of a vessel is where a sigmoid is
-steepest, and a map is read as a whole."""
+"""Quantile of a map's per-pixel differences that the gate limits. The maximum is not used because the sigmoid is
+steepest at the edges of vessels, and a map is read as a whole."""
 MOST_AUROC_LOSS = 0.002
-"""Of any output. A quarter of the width of an interval from ten thousand photos: what nobody could measure anyway."""
+"""Largest allowed loss of AUROC of any output. It is a quarter of the width of a confidence interval from ten thousand
+photos, too small to be measured."""
 LEAST_SPEEDUP = 1.15
-"""Of eight bits over the fastest engine of more that passes; for less, nobody should have to recheck a model."""
+"""Smallest speedup of an 8-bit engine over the fastest passing engine of higher precision; a smaller one does not
+justify validating the model again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """How far an engine's answers are from its model's."""
+    """Differences between the outputs of an engine and those of its model."""
 
     precision: str
     photos: int
     largest_difference: float
-    """Of any probability."""
+    """Largest difference in any probability."""
     gated_difference: float
-    """What the gate is held against: the same, or `MAP_QUANTILE` of the differences of a map's pixels."""
+    """Difference that the gate limits: the largest one, or for maps the `MAP_QUANTILE` of the per-pixel differences."""
     mean_difference: float
     flipped: int
-    """Decisions that differ at the threshold."""
+    """Number of decisions that differ at the threshold."""
     decisions: int
-    """Of how many: photos times outputs, or pixels of maps."""
+    """Number of decisions: photos times outputs, or pixels of maps."""
     images_per_s: float
-    """Of the engine alone, photos in memory."""
+    """Throughput of the engine alone, with photos in memory."""
     torch_images_per_s: float
-    """Of the model in torch, float32, same photos, same process."""
+    """Throughput of the float32 model in torch, on the same photos in the same process."""
     gate_probability: float
     gate_flipped: float
     auroc_loss: float | None
-    """Largest loss of AUROC of any output, 0 where no more than one pair of photos changed places; None where the truth
-    is not known, or shows one class only."""
+    """Largest loss of AUROC of any output, 0 if at most one pair of photos changed order; None if the ground truth is
+    unknown or contains only one class."""
     passed: bool
     speedup: float | None = None
-    """Of eight bits over the fastest engine of more that passes, in turns in one process; None of others."""
+    """Speedup of an 8-bit engine over the fastest passing engine of higher precision, measured in alternating rounds in
+    one process; None for other precisions."""
 
     error: str | None = None
-    """Why there is no engine, or no answer of it; the figures then mean nothing."""
+    """Reason why the engine could not be built or run; the other values are then meaningless."""
 
     def against(self, speedup: float) -> ParityReport:
-        """Return the same with a speedup, refused where it is below `LEAST_SPEEDUP`."""
+        """Return a copy with this speedup, which does not pass if the speedup is below `LEAST_SPEEDUP`."""
         return replace(self, speedup=speedup, passed=self.passed and speedup >= LEAST_SPEEDUP)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,16 +91,16 @@ class ParityReport:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"{self.precision} FAILED: {self.error}"
-        verdict = "passes" if self.passed else "MISSES"
+            return f"{self.precision} failed: {self.error}"
+        verdict = "passes" if self.passed else "misses the gate"
         speedup = (
-            "" if self.speedup is None else f", {self.speedup:.2f}x the best of more bits (at least {LEAST_SPEEDUP})"
+            "" if self.speedup is None else f", {self.speedup:.2f}x the fastest 16/32-bit (at least {LEAST_SPEEDUP})"
         )
         loss = "" if self.auroc_loss is None else f"AUROC loss {self.auroc_loss:.4f} (at most {MOST_AUROC_LOSS}), "
         return (
             f"{self.precision} {verdict}: |dp| {self.gated_difference:.2e} (at most {self.gate_probability:g}), "
             f"{self.flipped} of {self.decisions} decisions flipped (at most {self.gate_flipped:.3%}), {loss}"
-            f"{self.images_per_s:.0f} images/s against {self.torch_images_per_s:.1f} in torch float32{speedup}"
+            f"{self.images_per_s:.0f} images/s, torch float32 {self.torch_images_per_s:.1f}{speedup}"
         )
 
 
@@ -111,16 +114,17 @@ def compare(
     torch_images_per_s: float,
     truth: NDArray[np.float64] | None = None,
 ) -> ParityReport:
-    """Compare probabilities with those of the model.
+    """Compare the probabilities of an engine with those of its model.
 
     Args:
-        expected: float32 [N, L], or [N, L, S, S] of maps, what the model gives.
-        got: the same of the engine. Values that are not numbers, or outside 0 to 1, fail the gate whatever else.
-        thresholds: [L] turn probabilities into decisions.
+        expected: probabilities of the model, float32 [N, L], or [N, L, S, S] for maps.
+        got: probabilities of the engine, in the same shape. Non-finite values and values outside 0 to 1 always fail the
+            gate.
+        thresholds: [L] decision threshold of each output.
         precision: one of `GATES`.
-        images_per_s: of the engine.
-        torch_images_per_s: of the model.
-        truth: float64, of `expected`'s shape: 0, 1 or NaN.
+        images_per_s: throughput of the engine.
+        torch_images_per_s: throughput of the model in torch.
+        truth: ground truth, float64 in the shape of `expected`: 0, 1 or NaN.
     """
     gate, photos, maps = GATES[precision], len(expected), expected.ndim > 2
     expected, got = _by_output(expected), _by_output(got)
@@ -151,7 +155,7 @@ def compare(
 
 
 def _by_output(values: NDArray[_Float]) -> NDArray[_Float]:
-    """[N, L] as it is, [N, L, S, S] as [N * S * S, L]."""
+    """Return [N, L] unchanged and [N, L, S, S] as [N * S * S, L]."""
     return np.moveaxis(values, 1, -1).reshape(-1, values.shape[1])
 
 
@@ -161,13 +165,16 @@ def _auroc_loss(expected: NDArray[np.float32], got: NDArray[np.float32], truth: 
         yes, no = (known == side for side in (1, 0))
         if yes.any() and no.any():
             loss = _auroc(before[yes], before[no]) - _auroc(after[yes], after[no])
-            # One pair in another order is the least that can be seen: on few photos it says nothing.
+            # A single pair in another order is the smallest possible loss, and not informative on few photos.
             losses.append(0.0 if loss <= 1 / (int(yes.sum()) * int(no.sum())) * (1 + 1e-9) else loss)
     return max(losses) if losses else None
 
 
 def _auroc(yes: NDArray[np.float32], no: NDArray[np.float32]) -> float:
-    """Share of pairs in the right order, ties by half; without a library that screening would have to install."""
+    """Return the share of correctly ordered pairs, ties counting half.
+
+    Implemented here so that screening needs no further dependency.
+    """
     no = np.sort(no)
     below, up_to = (np.searchsorted(no, yes, side=side).mean() for side in ("left", "right"))
     return float((below + up_to) / 2 / len(no))

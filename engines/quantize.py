@@ -1,7 +1,7 @@
-"""Eight bits, explicit in the graph: ranges learned on calibration photos. Needs extra `train`; no torch.
+"""Explicit 8-bit quantisation of a graph with ranges learned on calibration photos.
 
-Only the network is quantised. Normalisation before it and calibration after it stay in floating point: they cost
-nothing, and a threshold on rounded probabilities would mean little.
+Needs the extra `train`, but not torch. Only the network is quantised. Normalisation before it and calibration after it
+stay in floating point: they cost nothing, and a threshold on rounded probabilities would mean little.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from fastfundus.errors import require
 __all__ = ["MOST_CALIBRATION_PHOTOS", "MOST_DRIFT", "quantize_graph", "quantize_openvino"]
 
 MOST_CALIBRATION_PHOTOS = 128
-"""Ranges hardly change beyond a hundred photos, and each costs a pass of the float32 model."""
+"""Maximum number of calibration photos. Ranges hardly change beyond a hundred, and each photo costs a forward pass of
+the float32 model."""
 MOST_DRIFT = 0.04
-"""Largest |dp| on calibration photos beyond which layers go back to floating point, the worst first. Photos that were
-not seen differ by more: the gate, which they are held against, allows 0.1."""
+"""Largest allowed |dp| on calibration photos. Above it, layers are restored to floating point, worst first. Unseen
+photos differ by more; the parity gate allows them 0.1."""
 _JUDGED = 48
-"""Photos that drift is measured on; each layer that is put back asks for a pass over them."""
+"""Number of photos on which drift is measured. Each restored layer costs another pass over them."""
 _MOST_LAYERS_BACK = 8
 
 
 def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[str, Any]]:
-    """Quantise a model of OpenVINO by NNCF, under control of its accuracy.
+    """Quantise an OpenVINO model by NNCF with accuracy control.
 
     Args:
-        model: of OpenVINO; uint8 [N, S, S, 3] in.
-        photos: uint8 [N, S, S, 3] to learn ranges on.
+        model: OpenVINO model whose input is uint8 [N, S, S, 3].
+        photos: calibration photos, uint8 [N, S, S, 3].
 
     Returns:
-        The quantised model, and plain data on how: photos, and the largest |dp| that is left on some of them.
+        The quantised model, and metadata as plain data: the method, the number of calibration photos, and the largest
+        |dp| that remains on a subset of them.
 
     Raises:
-        MissingDependency: nncf is not installed.
+        MissingDependency: if nncf is not installed.
     """
     from fastfundus.engines.openvino_backend import forbid_telemetry, shared_core
 
-    # It loads torch's tools for building extensions, which say at length that there is no GPU.
+    # NNCF imports torch's extension builder, which logs verbose warnings if there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     core = shared_core()
     forbid_telemetry("nncf")
@@ -62,7 +64,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     drifts: list[float] = []
 
     def agreement(compiled: Any, batches: Iterator[NDArray[np.uint8]]) -> tuple[float, None]:
-        # NNCF hands out its batches in their order, also when it ranks layers on some of them.
+        # Batches are numbered because NNCF may pass only a subset of them, when it ranks layers.
         differences = [float(np.abs(compiled(batch)[0] - expected[number]).max()) for number, batch in batches]
         drifts.append(max(differences))
         return 1 - drifts[-1], None
@@ -71,7 +73,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     level = logging.getLogger("nncf").level
     logging.getLogger("nncf").setLevel(logging.ERROR)
     try:
-        # It draws its progress on the output, which is for results.
+        # NNCF draws progress bars on stdout, which is reserved for results.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             quantized = nncf.quantize_with_accuracy_control(
@@ -83,10 +85,10 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=len(chosen),
                 preset=nncf.QuantizationPreset.MIXED,
-                # Of sums and products nothing is gained: they are bound by memory, or part of a convolution. Sums of
-                # residual blocks moved the demo's ResNet-18 by 0.4 in probability on average.
+                # Quantising sums and products gains nothing: they are memory-bound, or fused into a convolution.
+                # Quantised residual sums changed probabilities of the demo's ResNet-18 by 0.4 on average.
                 ignored_scope=nncf.IgnoredScope(types=["Add", "Multiply"]),
-                # The mean of the photos' largest values, NNCF's way, cuts off what lesions look like.
+                # NNCF's default, the mean of the per-photo maxima, clips the activations of lesions.
                 advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(
                     activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
                 ),
@@ -100,18 +102,19 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
 
 
 def quantize_graph(graph: Path, photos: NDArray[np.uint8], output: Path, *, precision: str = "int8") -> None:
-    """Quantise an ONNX graph explicitly: Q/DQ pairs around convolutions and matrix products.
+    """Quantise an ONNX graph explicitly, with Q/DQ pairs around convolutions and matrix products.
 
-    Weights by output channel, activations by tensor, both symmetric around zero, as TensorRT demands.
+    Weights are quantised per output channel and activations per tensor, both symmetrically around zero, as TensorRT
+    requires.
 
     Args:
-        graph: float32.
-        photos: uint8 [N, S, S, 3] to learn ranges on.
-        output: the file to write.
-        precision: "int8", or "fp8" (E4M3: 4 bits of mantissa, 448 at most; the same ranges).
+        graph: path of the float32 graph.
+        photos: calibration photos, uint8 [N, S, S, 3].
+        output: file to write.
+        precision: "int8", or "fp8" (E4M3: 4 mantissa bits, maximum 448; the same ranges).
 
     Raises:
-        MissingDependency: onnxruntime is not installed.
+        MissingDependency: if onnxruntime is not installed.
     """
     require("onnxruntime", extra="train")
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -146,9 +149,9 @@ def quantize_graph(graph: Path, photos: NDArray[np.uint8], output: Path, *, prec
 
 
 def _integers_to_float8(file: Path, floats: Path) -> None:
-    """Rewrite an int8 graph: the same places and ranges, weights rounded anew from float32.
+    """Convert an int8 graph to float8 in place: same Q/DQ nodes and ranges, weights rounded from float32 again.
 
-    ONNX Runtime's own quantiser gives weights that are no numbers for this type (1.32).
+    ONNX Runtime's own quantiser (1.32) produces NaN weights for this type.
     """
     import ml_dtypes
     import onnx

@@ -1,4 +1,4 @@
-"""What every engine can do, and how one is loaded. No torch."""
+"""Common interface of all engines, and loading of engines. Does not need torch."""
 
 from __future__ import annotations
 
@@ -30,38 +30,40 @@ __all__ = [
 ]
 
 BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt")
-"""Names of the backends that can be built and run; each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
+"""Names of the available backends. Each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
 `build(blueprint, folder, precision)` and `load(folder, about)`."""
 GRAPH = "model.onnx"
-"""The graph that every bundle holds, whatever its engine."""
+"""File name of the ONNX graph in every bundle, whatever its backend."""
 INPUT, OUTPUT = "photos", "probabilities"
-"""Names of the graph's input and output."""
+"""Names of the input and output of the graph."""
 FEATURES = "features"
-"""Name, inside the graph, of the last maps before they are pooled, where the network has such."""
+"""Name inside the graph of the final feature maps before pooling, if the network has any."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What backends build from; each takes what it needs."""
+    """Inputs from which backends build an engine; each backend uses what it needs."""
 
     model: Any
-    """`export.ScreeningModel` on the CPU, in evaluation mode; builders leave it as it is."""
+    """`export.ScreeningModel` on the CPU, in evaluation mode; builders do not modify it."""
     graph: Path
-    """The same in ONNX, float32."""
+    """Path of the same model as a float32 ONNX graph."""
     size: int
     """Side of the photos in pixels."""
     calibration: NDArray[np.uint8]
-    """[N, S, S, 3] photos that engines of eight bits learn their ranges on; never those that an engine is proven on."""
+    """Photos [N, S, S, 3] for calibrating the ranges of 8-bit engines, disjoint from those of the parity check."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of one backend; it names those that it knows."""
+    """Options of the backend, which documents the names it accepts."""
 
 
 class Engine(ABC):
-    """A loaded engine. One thread at a time may call `infer`; it may use every core itself.
+    """Base class of loaded engines.
+
+    Only one thread at a time may call `infer`, which may use all cores itself.
 
     Args:
-        size: side of the photos that it takes, in pixels.
-        name: of the bundle, for messages.
+        size: side of its input photos in pixels.
+        name: name of the bundle, for messages.
     """
 
     def __init__(self, size: int, name: str) -> None:
@@ -72,14 +74,15 @@ class Engine(ABC):
         """Score photos.
 
         Args:
-            photos: uint8 [N, S, S, 3] RGB, prepared as the bundle's spec says; N at least 1, of any size.
+            photos: uint8 [N, S, S, 3] RGB, prepared according to the bundle's spec; N is at least 1, without an upper
+                limit.
 
         Returns:
-            float32 [N, L] probabilities, 0 to 1; [N, L, S, S] for bundles that map.
+            float32 probabilities from 0 to 1, [N, L], or [N, L, S, S] for bundles that output maps.
 
         Raises:
-            ValueError: the photos are something else.
-            BundleError: the engine was closed, was loaded before this process was forked, or gave an answer that is no
+            ValueError: if the photos have another dtype or shape.
+            BundleError: if the engine was closed, was loaded before this process was forked, or returned an invalid
                 probability.
         """
         self._require_usable()
@@ -91,18 +94,18 @@ class Engine(ABC):
         return self._checked(self._run(photos))
 
     def infer_on_device(self, photos: Any) -> NDArray[np.float32]:
-        """Score photos that lie on the engine's own device, and do not leave it.
+        """Score photos that are already on the engine's device, without copying them to the host.
 
         Args:
-            photos: as for `infer`, contiguous: a torch tensor, or anything with `__cuda_array_interface__`. What wrote
-                it must be done.
+            photos: same as for `infer`, contiguous, as a torch tensor or any object with `__cuda_array_interface__`.
+                All work that writes to it must have completed.
 
         Returns:
-            As `infer`.
+            Probabilities on the host; see `infer`.
 
         Raises:
-            ValueError: the photos are something else.
-            BundleError: as `infer`, or the backend takes photos from the host only.
+            ValueError: if the photos have another dtype or shape.
+            BundleError: see `infer`; also if the backend only accepts photos in host memory.
         """
         self._require_usable()
         shape, kind = tuple(photos.shape), str(photos.dtype).removeprefix("torch.")
@@ -111,62 +114,62 @@ class Engine(ABC):
         return self._checked(self._run_on_device(photos))
 
     def _require_usable(self) -> None:
-        """Refuse calls after `close`, and in a fork of the process that loaded the engine."""
+        """Raise if the engine was closed, or if this process is a fork of the one that loaded it."""
         if not self._open:
             raise BundleError(f"{self.name}: the engine was closed; load the bundle again")
         if os.getpid() != self._process:
-            # Threads and device contexts do not survive a fork: the call would wait for ever, or worse.
+            # Threads and device contexts do not survive a fork: the call would hang, or worse.
             raise BundleError(
-                f"{self.name}: the engine was loaded by process {self._process}, of which this is a fork; load the "
-                "bundle in this process, or start it with the method 'spawn'"
+                f"{self.name}: the engine was loaded by process {self._process}, and this process is a fork of it; "
+                "load the bundle in this process, or start the process with the 'spawn' method"
             )
 
     def _checked(self, answers: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Refuse answers that are no probabilities."""
-        # Written so that NaN fails too. Smallest and largest: no copy of whole maps.
+        """Return the answers, or raise if any is not a probability."""
+        # Written so that NaN fails too; min and max avoid a copy of whole maps.
         if not (answers.min() >= 0 and answers.max() <= 1):
             parts = answers.reshape(len(answers), -1)
             bad = np.flatnonzero(~((parts >= 0) & (parts <= 1)).all(axis=1)).tolist()
             raise BundleError(
-                f"{self.name}: the engine gave an answer that is no probability for photo {bad[0]} of {len(answers)}"
-                f"{f' and {len(bad) - 1} others' if len(bad) > 1 else ''}; build it again on this machine with "
+                f"{self.name}: the engine returned an invalid probability for photo {bad[0]} of {len(answers)}"
+                f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}; rebuild it on this machine with "
                 "--precision fp32"
             )
         return answers
 
     def close(self) -> None:
-        """Free what it holds; `infer` fails afterwards. Safe to call twice."""
+        """Free the resources of the engine; `infer` raises afterwards. Safe to call twice."""
         if self._open and os.getpid() == self._process:
             self._free()
         self._open = False
 
     @abstractmethod
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Answer checked photos."""
+        """Score validated photos."""
 
     def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
-        """Answer checked photos on the device; backends that cannot leave this as it is."""
+        """Score validated photos on the device; overridden by backends that support it."""
         raise BundleError(
-            f"{self.name}: its backend takes photos from the host only; build it with --backend tensorrt or aoti"
+            f"{self.name}: its backend only accepts photos in host memory; build it with --backend tensorrt or aoti"
         )
 
     @abstractmethod
     def _free(self) -> None:
-        """Free what is held; called once."""
+        """Free the resources; called once."""
 
     def __enter__(self) -> Self:
-        """Return the engine; the end of the block closes it."""
+        """Return the engine, which is closed at the end of the block."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
+        """Close the engine."""
         self.close()
 
 
 def processor() -> str:
-    """Name of this machine's processor."""
+    """Return the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -175,21 +178,21 @@ def processor() -> str:
 
 
 def require_needs(folder: Path, wanted: dict[str, str], here: dict[str, str]) -> None:
-    """Refuse an engine that was built for something else.
+    """Raise if this machine does not meet the requirements of an engine.
 
     Args:
-        folder: the bundle.
-        wanted: what it needs, as `bundle.json` says.
-        here: what this machine has, by the same names.
+        folder: folder of the bundle.
+        wanted: requirements of the engine from `bundle.json`.
+        here: properties of this machine under the same names.
 
     Raises:
-        BundleError: they differ.
+        BundleError: if they differ.
     """
     for name, value in wanted.items():
         if here.get(name) != value:
             raise BundleError(
-                f"{folder}: was compiled for {name} {value}, this is {here.get(name, 'unknown')}; build it here again "
-                "from its run, or run the graph inside it in float32: --backend openvino or onnxruntime"
+                f"{folder}: compiled for {name} {value}, but this machine has {here.get(name, 'unknown')}; rebuild it "
+                "here from its run, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
             )
 
 
@@ -198,16 +201,17 @@ def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
 
     Args:
         name: one of `BACKENDS`.
-        folder: the bundle.
-        about: its `bundle.json`.
+        folder: folder of the bundle.
+        about: content of its `bundle.json`.
 
     Raises:
-        BundleError: this FastFundus knows no such backend, or the machine lacks what the engine needs.
+        BundleError: if this FastFundus does not support the backend, or the machine does not meet the requirements of
+            the engine.
     """
     if name not in BACKENDS:
         raise BundleError(
-            f"{folder}: was built for the backend {name!r}; this FastFundus runs {', '.join(BACKENDS)}: upgrade it, or "
-            "run the graph inside the bundle in float32: --backend openvino or onnxruntime"
+            f"{folder}: built for the backend {name!r}, but this FastFundus supports {', '.join(BACKENDS)}; upgrade "
+            "FastFundus, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
         )
     engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, about)
     return engine

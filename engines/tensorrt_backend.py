@@ -1,4 +1,4 @@
-"""TensorRT on an NVIDIA GPU: built here, run without torch. Needs extra `tensorrt`."""
+"""TensorRT backend for NVIDIA GPUs. Needs the extra `tensorrt`; running an engine does not need torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["PACKAGE", "build", "load", "needs", "precisions"]
 PACKAGE = "tensorrt"
 _PLAN, _TYPED, _LAYERS = "engine.plan", "engine.onnx", "layers.json"
 _BFLOAT16_FROM = (8, 0)
-"""Compute capability: A100 and later."""
+"""Minimum compute capability for bfloat16: A100 and later."""
 _FLOAT8_FROM = (8, 9)
-"""L4, H100 and later."""
+"""Minimum compute capability for float8: L4, H100 and later."""
 
 
 def _device() -> tuple[str, tuple[int, int]]:
-    """Name and compute capability of the first GPU.
+    """Return the name and compute capability of the first GPU.
 
     Raises:
-        BundleError: there is none.
+        BundleError: if there is no GPU.
     """
     require("pycuda", extra="tensorrt")
     import pycuda.driver as cuda
@@ -34,20 +34,20 @@ def _device() -> tuple[str, tuple[int, int]]:
         device = cuda.Device(0)
     except cuda.Error as error:
         raise BundleError(
-            f"TensorRT needs an NVIDIA GPU, and there is none ({error}); take --backend openvino"
+            f"TensorRT needs an NVIDIA GPU, but none was found ({error}); use --backend openvino"
         ) from None
     return device.name(), tuple(device.compute_capability())
 
 
 def needs() -> dict[str, str]:
-    """What a machine must have to run a plan that is not portable: this very GPU and TensorRT."""
+    """Return what a machine needs to run a plan that is not portable: the same GPU model and TensorRT version."""
     trt = require("tensorrt", extra="tensorrt")
     name, (major, minor) = _device()
     return {"device": f"{name} (compute capability {major}.{minor})", "tensorrt": trt.__version__}
 
 
 def precisions() -> tuple[str, ...]:
-    """Precisions that this GPU computes in, eight bits last."""
+    """Return the precisions this GPU computes in, 8-bit ones last."""
     require("tensorrt", extra="tensorrt")
     _, capability = _device()
     bf16 = ("bf16",) if capability >= _BFLOAT16_FROM else ()
@@ -58,21 +58,21 @@ def precisions() -> tuple[str, ...]:
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     """Build a plan for this GPU.
 
-    The types of the graph say what is computed in: for "fp16" and "bf16" the model is exported anew in them, for "int8"
-    and "fp8" the graph is quantised explicitly. Preprocessing and probabilities stay float32.
+    The tensor types of the graph determine the precision: for "fp16" and "bf16" the model is exported again in that
+    type, for "int8" and "fp8" the graph is quantised explicitly. Preprocessing and probabilities stay float32.
 
     Args:
-        blueprint: its model, its graph, for eight bits its calibration photos; options are those of `PlanOptions`, and
-            `progress`.
-        folder: where the plan goes, and what the inspector says of its layers.
+        blueprint: source of the engine: its model, its graph and, for 8-bit precisions, its calibration photos. Its
+            options are the fields of `PlanOptions` and `progress`.
+        folder: folder to write the plan and the inspector's layer information to.
         precision: one of `precisions`.
 
     Returns:
-        What `bundle.json` says of the engine.
+        Entries for `bundle.json`.
 
     Raises:
-        BundleError: TensorRT refuses.
-        ConfigError: there is no such option.
+        BundleError: if TensorRT cannot build the plan.
+        ConfigError: if an option is unknown.
     """
     from fastfundus.engines.export import export_onnx
     from fastfundus.engines.quantize import quantize_graph
@@ -113,7 +113,7 @@ def load(folder: Path, about: dict[str, Any]) -> Engine:
     """Load the engine of a bundle.
 
     Raises:
-        BundleError: it was built for another GPU or TensorRT, or cannot be loaded.
+        BundleError: if the engine was built for another GPU or TensorRT version, or cannot be loaded.
     """
     from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 

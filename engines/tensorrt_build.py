@@ -1,7 +1,7 @@
-"""A strongly typed TensorRT network from ONNX, and its plan: for TensorRT 10.12 and later, and 11.
+"""TensorRT plans from ONNX graphs, built as strongly typed networks. Supports TensorRT 10.12 and later, and 11.
 
-Types are those of the graph: there are no builder flags for precision, which TensorRT 11 no longer has. Needs a GPU, no
-torch.
+Precision is determined by the types of the graph and not by builder flags, which TensorRT 11 removed. Needs a GPU, but
+not torch.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from fastfundus.kernels.building import cache_folder
 __all__ = ["Plan", "PlanOptions", "Progress", "build_plan", "message_logger", "profile_ranges", "timing_cache_file"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with the phase, the steps that are done, and how many there are."""
+"""Progress callback, called with the phase, the number of completed steps and the total number of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a plan is built for."""
+    """Build options of a plan."""
 
     batches: tuple[int, ...] = (1, 8, 64)
-    """Ascending; each gets a profile that is tuned for it and reaches down to the one before. The last is the most that
-    the engine takes at once; `infer` deals larger batches out."""
+    """Batch sizes in ascending order. Each gets an optimization profile that is tuned for it and covers the sizes above
+    the previous one. The last is the largest batch of one launch; `infer` splits larger ones."""
     portable: bool = False
-    """Runs on later GPUs too (A100 and newer) and in other versions of TensorRT; slower, and loading it runs code that
-    it brings."""
+    """Build a plan that also runs on later GPUs (A100 and newer) and in other TensorRT versions. It is slower, and
+    loading it executes code contained in the plan."""
     weightless: bool = False
-    """Leaves the weights out; they are put in from the graph when it is loaded."""
+    """Build a plan without weights, which are read from the graph when the engine is loaded."""
 
     def __post_init__(self) -> None:
         if not self.batches or list(self.batches) != sorted(set(self.batches)) or self.batches[0] < 1:
-            raise ConfigError(f"batches must be ascending and at least 1, got {list(self.batches)}; take 1, 8, 64")
+            raise ConfigError(f"batches must be ascending and at least 1, got {list(self.batches)}; e.g. 1, 8, 64")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A built engine."""
+    """Built engine."""
 
     data: bytes
-    """To be deserialised."""
+    """Serialised engine."""
     layers: str
-    """What the inspector says of every layer, JSON."""
+    """Information on every layer from the engine inspector, as JSON."""
 
 
 def profile_ranges(batches: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Smallest, tuned-for and largest batch of each profile."""
+    """Return the smallest, optimal and largest batch size of each profile."""
     return [(1 + before, batch, batch) for before, batch in zip((0, *batches), batches, strict=False)]
 
 
 def message_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps what went wrong, for messages; `last()` gives it in one line."""
+    """Return a TensorRT logger that collects errors; its `last()` returns the most recent one as a single line."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -74,7 +74,7 @@ def message_logger(trt: Any) -> Any:
 
 
 def timing_cache_file(version: str, device: str) -> Path:
-    """Where measured kernels are kept between builds: by version of TensorRT and by device, for they are not alike."""
+    """Return the path of the timing cache, which holds kernel timings of one TensorRT version on one device."""
     name = re.sub(r"[^A-Za-z0-9.]+", "_", f"{version} {device}")
     return cache_folder() / "tensorrt" / f"{name}.timing"
 
@@ -82,20 +82,20 @@ def timing_cache_file(version: str, device: str) -> Path:
 def build_plan(
     trt: Any, graph: bytes, tensor: str, options: PlanOptions, *, exact: bool, device: str, progress: Progress
 ) -> Plan:
-    """Build.
+    """Build a plan from an ONNX graph.
 
     Args:
         trt: the module `tensorrt`.
-        graph: ONNX, whose types say what is computed in.
+        graph: serialised ONNX graph, whose tensor types determine the precision.
         tensor: name of its input, uint8 [N, S, S, 3].
-        options: what to build for.
+        options: build options.
         exact: do not round float32 to TF32.
-        device: name of the GPU, for the cache of timings.
-        progress: called as the builder goes on.
+        device: name of the GPU, for the timing cache.
+        progress: receives progress callbacks.
 
     Raises:
-        BundleError: the parser or the builder refuses; their words are in the message.
-        KeyboardInterrupt: the user stopped it; the builder was told.
+        BundleError: if the parser or the builder fails; the message contains TensorRT's error.
+        KeyboardInterrupt: if the user interrupted the build, once the builder has stopped.
     """
     logger = message_logger(trt)
     builder = trt.Builder(logger)
@@ -103,7 +103,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         first = parser.get_error(0).desc() if parser.num_errors else logger.last()
-        raise BundleError(f"TensorRT {trt.__version__} cannot read the graph ({first}); take --backend aoti")
+        raise BundleError(f"TensorRT {trt.__version__} cannot read the graph ({first}); use --backend aoti")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if exact:
@@ -119,7 +119,7 @@ def build_plan(
         profile = builder.create_optimization_profile()
         profile.set_shape(tensor, (smallest, *photo), (tuned, *photo), (largest, *photo))
         if config.add_optimization_profile(profile) < 0:
-            raise BundleError(f"TensorRT refuses a profile of {smallest} to {largest} photos ({logger.last()})")
+            raise BundleError(f"TensorRT rejected a profile of {smallest} to {largest} photos ({logger.last()})")
     kept = timing_cache_file(trt.__version__, device)
     _use_timings(config, kept)
     monitor = _monitor(trt, progress)
@@ -138,13 +138,13 @@ def build_plan(
     runtime.engine_host_code_allowed = options.portable
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise BundleError(f"TensorRT {trt.__version__} cannot load what it built ({logger.last()})")
+        raise BundleError(f"TensorRT {trt.__version__} cannot load the engine it built ({logger.last()})")
     layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return Plan(plan, layers)
 
 
 def _use_timings(config: Any, file: Path) -> None:
-    """Start from timings of earlier builds; damaged ones, or those of another device, are left and written anew."""
+    """Load the timing cache of earlier builds, or start with an empty one if it is damaged or of another device."""
     try:
         known = file.read_bytes()
     except OSError:
@@ -163,7 +163,7 @@ def _keep_timings(config: Any, file: Path) -> None:
 
 def _monitor(trt: Any, progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Tells how far the builder is. Ctrl-C arrives in one of these calls, which stops the builder."""
+        """Reports the progress of the builder, and stops it when Ctrl-C arrives in one of these calls."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +186,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             try:
                 progress(phase, step, self.steps.get(phase, 0))
             except KeyboardInterrupt:
-                # An exception must not cross the builder's own code.
+                # An exception must not propagate through the builder's native code.
                 self.stopped = True
 
     return Monitor()

@@ -1,6 +1,7 @@
-"""Runs a TensorRT plan without torch: pinned buffers, two streams, one CUDA graph a profile, no allocation a call.
+"""Torch-free runtime for TensorRT plans.
 
-The device's primary context is retained, the one that torch and the CUDA runtime use too.
+It uses pinned buffers, two streams and one CUDA graph per profile, and allocates nothing per call. It retains the
+device's primary context, which torch and the CUDA runtime also use.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ from fastfundus.kernels.jobs import pack_jobs
 __all__ = ["SLOTS", "TensorRtEngine"]
 
 SLOTS = 2
-"""Batches on their way at once: one is copied while the other is computed."""
+"""Number of batches in flight: one is copied while the other is computed."""
 
 
 class TensorRtEngine(Engine):
-    """A plan on the first GPU.
+    """Engine that runs a plan on the first GPU.
 
-    A batch of up to the largest profile is one launch; larger ones are dealt out, the next copied while one computes.
+    A batch up to the size of the largest profile is a single launch. Larger batches are split, and each part is copied
+    while the previous one is computed.
 
     Args:
         trt: the module `tensorrt`.
-        plan: of `tensorrt_build.build_plan`.
+        plan: plan built by `tensorrt_build.build_plan`.
         size: side of the photos in pixels.
-        name: of the bundle, for messages.
-        portable: the plan brings code of its own that must be run.
-        weights: ONNX that a plan without weights gets them from.
+        name: name of the bundle, for messages.
+        portable: allow the plan to run the host code that it contains.
+        weights: serialised ONNX graph that supplies the weights of a plan without weights.
 
     Raises:
-        MissingDependency: pycuda is not installed.
-        BundleError: TensorRT refuses the plan, or the GPU has too little memory.
+        MissingDependency: if pycuda is not installed.
+        BundleError: if TensorRT cannot load the plan, or the GPU has too little memory.
     """
 
     def __init__(
@@ -59,8 +61,8 @@ class TensorRtEngine(Engine):
         except cuda.MemoryError as error:
             self._free()
             raise BundleError(
-                f"{name}: the GPU has too little memory for it ({error}); build it with a smaller --max-batch, or free "
-                "the GPU"
+                f"{name}: the GPU has too little memory for the engine ({error}); build it with a smaller --max-batch, "
+                "or free GPU memory"
             ) from None
         except BaseException:
             self._free()
@@ -73,15 +75,15 @@ class TensorRtEngine(Engine):
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(
-                f"{name}: TensorRT {trt.__version__} cannot load the engine ({self._logger.last()}); build it here "
-                "again from its run, or run the graph inside it in float32: --backend openvino or onnxruntime"
+                f"{name}: TensorRT {trt.__version__} cannot load the engine ({self._logger.last()}); rebuild it here "
+                "from its run, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
             )
         if weights is not None:
             refitter = trt.Refitter(engine, self._logger)
             parsed = trt.OnnxParserRefitter(refitter, self._logger).refit_from_bytes(weights)
             if not parsed or not refitter.refit_cuda_engine():
-                raise BundleError(f"{name}: its weights do not fit the engine ({self._logger.last()}); build it again")
-        # Kept alive: contexts use them.
+                raise BundleError(f"{name}: its weights do not fit the engine ({self._logger.last()}); rebuild it")
+        # Keep references because the execution contexts use them.
         self._runtime, self._engine = runtime, engine
         shapes = [engine.get_tensor_profile_shape(INPUT, p) for p in range(engine.num_optimization_profiles)]
         ranges = [(int(smallest[0]), int(largest[0])) for smallest, _, largest in shapes]
@@ -93,7 +95,7 @@ class TensorRtEngine(Engine):
             slot = Slot(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
             self._slots.append(slot)
             if not slot.record():
-                raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); build it again")
+                raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); rebuild it")
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         rows = [slice(start, start + self._batch) for start in range(0, len(photos), self._batch)]
@@ -110,19 +112,20 @@ class TensorRtEngine(Engine):
         return self._dealt(len(photos), rows, begin)
 
     def infer_frames(self, frames: Sequence[NDArray[np.uint8]], geometry: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Score decoded photos, which csrc's kernel cuts and resizes on the GPU, area-exact.
+        """Score decoded photos, which the csrc kernel crops and resizes on the GPU with exact area averaging.
 
         Args:
-            frames: N of them, at least 1, uint8 [H, W, 3] RGB, each of its own size.
-            geometry: float32 [N, 2, 3], positions of the engine's photos to positions of the frames, in pixels.
+            frames: N decoded photos, N at least 1, uint8 [H, W, 3] RGB of any sizes.
+            geometry: float32 [N, 2, 3], matrices from pixel positions in the engine's photos to pixel positions in the
+                frames.
 
         Returns:
-            As `infer`. The kernel differs from the CPU's way by half a grey level (docs/kernels.md).
+            See `infer`. The kernel differs from preprocessing on the CPU by half a grey level (docs/kernels.md).
 
         Raises:
-            ValueError: frames or matrices are not allowed; the message names them.
-            BundleError: as `infer`.
-            FastFundusError: there is no nvcc to compile the kernel, and it is not in the cache folder.
+            ValueError: if frames or matrices are invalid; the message names them.
+            BundleError: see `infer`.
+            FastFundusError: if the kernel is not in the cache folder and there is no nvcc to compile it.
         """
         for number, frame in enumerate(frames):
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
@@ -148,7 +151,7 @@ class TensorRtEngine(Engine):
         return self._checked(self._dealt(len(frames), rows, start))
 
     def _dealt(self, count: int, rows: list[slice], start: Callable[[Slot, slice], bool]) -> NDArray[np.float32]:
-        """Start batch after batch on the slots in turn, and collect each before its slot is needed again."""
+        """Run the batches on the slots in turn, and collect each result before its slot is reused."""
         result = np.full((count, *self._slots[0].answer), np.nan, np.float32)
         with current(self._context, cuda=self._cuda):
             waiting: list[tuple[Slot, slice]] = []

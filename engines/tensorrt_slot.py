@@ -1,4 +1,4 @@
-"""One batch on its way through a TensorRT engine: its buffers, its stream, its recorded graphs. No torch."""
+"""Resources for one batch in flight in a TensorRT engine: buffers, stream, recorded graphs. Does not need torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Slot"]
 
 
 class Slot:
-    """Buffers, a stream, and for each profile an execution context and a recorded graph of its largest batch.
+    """Buffers and a stream, and for each profile an execution context and a recorded graph of its largest batch.
 
     The device's context must be current in every call.
 
     Args:
         trt: the module `tensorrt`.
         cuda: the module `pycuda.driver`.
-        engine: deserialised.
-        ranges: smallest and largest batch of each profile.
-        batch: the largest of all.
+        engine: deserialised engine.
+        ranges: smallest and largest batch size of each profile.
+        batch: largest batch size of all profiles.
         photo: shape of one photo.
-        answer: shape of the answer to one.
-        memory: bytes that the layers of any profile work in.
+        answer: shape of the output for one photo.
+        memory: bytes of working memory that the layers need, the maximum over all profiles.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Slot:
         self._contexts: list[Any] = []
         self._device_photos = cuda.mem_alloc(self._photos.nbytes)
         self._device_answers = cuda.mem_alloc(self._answers.nbytes)
-        # Profiles of one slot never run at once: they share what the layers work in.
+        # Profiles of one slot never run concurrently, so they share working memory.
         self._memory = cuda.mem_alloc(max(1, memory))
         self._stream = cuda.Stream()
         self._frames = self._jobs = np.empty(0, np.uint8)
@@ -65,10 +65,10 @@ class Slot:
         self._stream.synchronize()
 
     def record(self) -> bool:
-        """Record the largest batch of each profile, so that it is launched as one; whether all of them run."""
+        """Record the largest batch of each profile as one graph; return whether all profiles run."""
         self._photos[:] = 0
         for number, (_, largest) in enumerate(self._ranges):
-            # Once as it is: the first run of a shape does work that must not be recorded.
+            # Run once without recording: the first run of a shape does work that must not be recorded.
             if not self._enqueue(number, largest):
                 return False
             self._stream.synchronize()
@@ -79,7 +79,7 @@ class Slot:
         return True
 
     def start(self, photos: NDArray[np.uint8]) -> bool:
-        """Begin a batch; returns before it is done, False where TensorRT refuses."""
+        """Start a batch asynchronously; return False if TensorRT cannot run it."""
         count = len(photos)
         self._photos[:count] = photos
         if count in self._graphs:
@@ -90,10 +90,10 @@ class Slot:
     def start_frames(
         self, sampler: CudaSampler, frames: Sequence[NDArray[np.uint8]], jobs: NDArray[Any], mode: int, size: int
     ) -> bool:
-        """Begin a batch of frames, which the kernel turns into the engine's photos; as `start`."""
+        """Start a batch of frames, which the kernel converts to the engine's photos; see `start`."""
         used = sum(frame.nbytes for frame in frames)
         if used > len(self._frames):
-            # Grows to the largest batch that was ever met, and stays.
+            # Grows to the largest batch seen so far and never shrinks.
             self._free_frames()
             self._frames = self._cuda.pagelocked_empty(used, np.uint8)
             self._jobs = self._cuda.pagelocked_empty(len(self._photos) * jobs.itemsize, np.uint8)
@@ -111,7 +111,7 @@ class Slot:
         return self._enqueue(self._profile_of(len(jobs)), len(jobs), copy=False)
 
     def start_device(self, photos: int, count: int) -> bool:
-        """Begin a batch that lies at an address of the device; as `start`."""
+        """Start a batch of photos at a device address; see `start`."""
         size = count * self._photos[0].nbytes
         self._cuda.memcpy_dtod_async(int(self._device_photos), photos, size, self._stream)
         return self._enqueue(self._profile_of(count), count, copy=False)
@@ -120,7 +120,7 @@ class Slot:
         return next(n for n, (smallest, largest) in enumerate(self._ranges) if smallest <= count <= largest)
 
     def collect(self, into: NDArray[np.float32]) -> None:
-        """Wait for the batch that was begun."""
+        """Wait for the current batch and copy its outputs."""
         self._stream.synchronize()
         into[:] = self._answers[: len(into)]
 

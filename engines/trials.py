@@ -1,4 +1,4 @@
-"""Engines that are tried for one graph: built, run on the same photos, compared with the model. Needs torch."""
+"""Precision search: build engines from one graph and compare each with the model on the same photos. Needs torch."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["EIGHT_BITS", "Evidence", "Trials"]
 
 EIGHT_BITS = ("int8", "fp8")
-"""Learned on calibration photos, and kept only if they are worth it."""
+"""Precisions that are calibrated on photos, and kept only if they are fast enough to be worthwhile."""
 _GRAPH_PHOTOS = 8
-"""Photos that the graph is checked on in another runtime."""
+"""Number of photos on which the graph is checked in another runtime."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Photos that an engine is proven with."""
+    """Parity data: the photos on which an engine is calibrated and compared with its model."""
 
     photos: NDArray[np.uint8]
-    """[N, S, S, 3], N at least 1, that the run did not learn from."""
+    """Photos [N, S, S, 3] that the run was not trained on, N at least 1."""
     truth: NDArray[np.float64] | None
-    """[N, L] or [N, L, S, S] what is known of them: 0, 1 or NaN; with it the loss of AUROC is measured too."""
+    """Ground truth [N, L] or [N, L, S, S]: 0, 1 or NaN. If given, the loss of AUROC is measured as well."""
     calibration: NDArray[np.uint8]
-    """[M, S, S, 3] others, for engines of eight bits to learn their ranges on; may be empty, there are then none."""
+    """Other photos [M, S, S, 3] for calibrating 8-bit engines. If empty, no 8-bit engines are built."""
 
 
 class Trials:
-    """One graph, and the engines that are tried for it, each in a folder of its own."""
+    """Precision search over one graph, with each engine in its own folder."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Trials:
         self.reports: dict[str, ParityReport] = {}
 
     def attempt(self, precisions: tuple[str, ...]) -> list[ParityReport]:
-        """Build engines and compare them with the model; those of eight bits with the fastest of the others too."""
+        """Build engines and compare them with the model, and 8-bit engines also with the fastest passing other one."""
         reports = [self._compared(name) for name in precisions]
         if not set(precisions) & set(EIGHT_BITS):
             return reports
@@ -104,7 +104,7 @@ class Trials:
             with self._load(precision) as engine:
                 got, rate = _run_engine(engine, self.photos)
         except BundleError as refusal:
-            # A builder that refuses, an answer that is no probability: to be reported, and no reason not to try others.
+            # The builder failed or an output is not a probability: report it, and continue with other precisions.
             got, rate, error = np.full_like(self.expected, np.nan), 0.0, str(refusal)
         report = compare(
             self.expected, got, self.thresholds, precision=precision, images_per_s=rate,
@@ -114,7 +114,7 @@ class Trials:
         return self.reports[precision]
 
     def take(self, precision: str) -> dict[str, Any]:
-        """Keep one of the engines, forget the others; what its `bundle.json` says of it."""
+        """Keep one engine, delete the others, and return its entries for `bundle.json`."""
         for place in self.folder.glob("attempt_*"):
             if place.name == f"attempt_{precision}":
                 for file in place.iterdir():
@@ -140,7 +140,7 @@ def _run_engine(engine: Engine, photos: NDArray[np.uint8]) -> tuple[NDArray[np.f
 
 
 def _ratio(challenger: Engine, reference: Engine, photos: NDArray[np.uint8]) -> float:
-    """How many times as fast: median of rounds in turns, so that a machine's moods hit both."""
+    """Return the speedup as the median of alternating rounds, so that noise affects both engines equally."""
     some = np.resize(photos, (32, *photos.shape[1:]))
     ratios = []
     with challenger, reference:

@@ -1,17 +1,17 @@
-"""The exceptions users may meet.
+"""The exceptions that FastFundus raises.
 
     FastFundusError
-    ├── ConfigError           a setting, flag or TOML key is wrong
-    ├── DataError             a label file, manifest or cache is wrong; carries path and row
-    ├── PhotoError            one photo cannot be used; carries a `Status`, becomes a result row
+    ├── ConfigError           a setting, flag or TOML key is invalid
+    ├── DataError             a label file, manifest or cache is invalid; carries path and row
+    ├── PhotoError            a photo cannot be used; carries a `Status` and becomes a result row
     ├── CheckpointError       weights or a run folder cannot be used
     ├── SpecMismatch          two parts were made with different preprocessing
     ├── BundleError           an engine bundle is damaged, too new, or for another machine
     ├── GateRefused           an engine differs from its model by more than the gate allows
-    └── MissingDependency     an optional package is absent; says how to install it
+    └── MissingDependency     an optional package is not installed; the message tells how to install it
 
-Messages say what failed, the value, what is allowed and the next step, in that order. The command line prints them
-as one line and exits 1.
+Messages state what failed, the value, what is allowed and the next step, in that order. The command line prints them
+on one line and exits with 1.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ __all__ = [
 
 
 class FastFundusError(Exception):
-    """Base of every error that FastFundus raises on purpose."""
+    """Base class of all errors that FastFundus raises deliberately."""
 
 
 class ConfigError(FastFundusError):
-    """A setting is wrong; the message starts with its dotted name."""
+    """A setting is invalid; the message starts with its dotted name."""
 
 
 class DataError(FastFundusError):
-    """A label file, manifest or cache is wrong.
+    """A label file, manifest or cache is invalid.
 
     Args:
         message: what is wrong and what to do.
-        path: the file at fault.
-        row: its line, counted from 1 with the header as line 1.
+        path: the invalid file.
+        row: line of the file, counted from 1; the header is line 1.
     """
 
     def __init__(self, message: str, *, path: str | Path | None = None, row: int | None = None) -> None:
@@ -63,11 +63,11 @@ class DataError(FastFundusError):
 
 
 class PhotoError(FastFundusError):
-    """One photo cannot be used. Callers turn it into that photo's result row.
+    """A photo cannot be used. Callers turn the error into the result row of the photo.
 
     Args:
-        status: the row's status.
-        reason: in words a camera operator understands, without the path.
+        status: status of the row.
+        reason: explanation that a camera operator understands, without the path.
     """
 
     def __init__(self, status: Status, reason: str) -> None:
@@ -88,15 +88,15 @@ class BundleError(FastFundusError):
 
 
 class GateRefused(FastFundusError):
-    """An engine's answers differ from its model's by more than the gate allows."""
+    """The outputs of an engine differ from those of its model by more than the gate allows."""
 
 
 class MissingDependency(FastFundusError):
-    """An optional package is absent.
+    """An optional package is not installed.
 
     Args:
-        name: what is missing, as users know it.
-        how: the command that installs it.
+        name: name of the package, as users know it.
+        how: command that installs it.
     """
 
     def __init__(self, name: str, how: str) -> None:
@@ -109,22 +109,22 @@ def require(module: str, *, extra: str) -> ModuleType:
 
     Args:
         module: import name, such as "torch".
-        extra: the FastFundus extra that brings it, such as "train".
+        extra: FastFundus extra that installs it, such as "train".
 
     Raises:
-        MissingDependency: the package is absent.
+        MissingDependency: the package is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A package that is there but lacks one of its own parts is a different fault, to be shown as it is.
+        # If the package is installed but lacks one of its own dependencies, that error is shown unchanged.
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise MissingDependency(error.name, f"pip install 'fastfundus[{extra}]'") from None
 
 
 def close_matches(name: str, allowed: Iterable[str]) -> str:
-    """Write ``; did you mean 'x'?`` or the list of what is allowed, for the end of an error message."""
+    """Return ``; did you mean 'x'?`` or the list of allowed names, for the end of an error message."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:

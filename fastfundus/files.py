@@ -1,4 +1,4 @@
-"""Files that are whole whenever somebody looks. Standard library only."""
+"""Atomic writes of files. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["replaced"]
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yield a path beside `file` to write to, then move it there.
+    """Yield a temporary path in the folder of `file` to write to, then rename it to `file`.
 
-    Who reads meanwhile, and who comes after a kill, meets the old file or the new one, never half of one. An error
-    leaves the old file, and nothing beside it.
+    Readers, and a restart after a crash, see either the old or the new file, never a partial one. On an error, the old
+    file is kept and the temporary one is removed.
     """
     partial = file.with_name(file.name + ".partial")
     try:

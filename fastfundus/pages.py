@@ -1,4 +1,4 @@
-"""Pages that stand alone: one HTML file each, of one look, that needs neither network nor folder."""
+"""Self-contained HTML pages in a common style: one file each, which needs no network and no other files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _template(name: str) -> str:
 
 
 def write_page(path: Path, template: str, **facts: object) -> None:
-    """Write a page, which appears when it is complete.
+    """Render a template and write the page atomically.
 
-    Names of files and reasons come from outside: what is put into a template is escaped.
+    All values are escaped, because file names and reasons come from outside.
 
     Args:
-        path: the HTML file.
-        template: its place in the package, such as "screen/report.html"; it may include "page.css".
-        facts: what the template names; every name that it uses must be there.
+        path: the HTML file to write.
+        template: path of the template in the package, such as "screen/report.html"; it may include "page.css".
+        facts: the variables of the template; all variables that it uses must be given.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(_template)

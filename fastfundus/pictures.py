@@ -1,4 +1,4 @@
-"""Pictures for pages that must stand alone: thumbnails as data, plots as SVG."""
+"""Pictures for self-contained pages: thumbnails as data URLs, plots as SVG."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _THUMB_PX = 160
 
 
 def thumbnail(image: NDArray[np.uint8], side: int = _THUMB_PX) -> str:
-    """A square picture, uint8 [S, S, 3] RGB, as a small JPEG in a data URL."""
+    """Return a square picture, uint8 [S, S, 3] RGB, as a small JPEG in a data URL."""
     small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
 
 
 def with_heat(image: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Lay a heatmap over a photo.
+    """Overlay a heatmap on a photo.
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        heat: [h, w], not negative; its largest value is drawn strongest.
+        heat: [h, w], non-negative; normalised to its largest value.
     """
     height, width = image.shape[:2]
     highest = float(heat.max())
     smooth = cv2.resize(heat / highest if highest else heat, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
     colours = cv2.applyColorMap((smooth * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
-    # Weak heat leaves the retina as it is.
+    # The opacity follows the heat, so that the retina stays visible where it is weak.
     return blend(image, 0.6 * smooth, colours)
 
 
 def blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colours: NDArray[Any]) -> NDArray[np.uint8]:
-    """Lay colours, [3] or [H, W, 3], over a picture [H, W, 3], as strong as [H, W] says, 0 to 1."""
+    """Overlay colours, [3] or [H, W, 3], on a picture [H, W, 3] with opacity `strength`, [H, W], 0 to 1."""
     share = strength[..., None]
     return (image * (1 - share) + colours * share).round().astype(np.uint8)
 
@@ -48,13 +48,13 @@ def blend(image: NDArray[np.uint8], strength: NDArray[np.float32], colours: NDAr
 def as_svg(
     draw: Callable[[Sequence[Any]], None], *, columns: int, width_in: float = 7.2, height_in: float = 2.5
 ) -> str:
-    """Draw with matplotlib, and return an SVG element; equal data gives equal text.
+    """Draw with matplotlib and return an SVG element; equal data give equal text.
 
     Args:
-        draw: is given the axes, one a column.
-        columns: plots side by side.
-        width_in: of all of them, in inches; pages scale the picture to their own width.
-        height_in: likewise.
+        draw: receives the axes, one per column.
+        columns: number of plots next to each other.
+        width_in: total width in inches; pages scale the picture to their own width.
+        height_in: height in inches.
     """
     matplotlib.use("svg")
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a photo is called and what became of it: words shared by every part. Standard library only."""
+"""Identity and status of a photo: types shared by all parts of the library. Standard library only."""
 
 from __future__ import annotations
 
@@ -37,83 +37,83 @@ PHOTO_SUFFIXES = frozenset(
         ".dicom",
     }
 )
-"""File name endings, lower case, that a folder search takes for photographs."""
+"""Lower-case file name suffixes that a folder search recognises as photographs."""
 
 
 NORMAL_NAMES = frozenset({"normal", "healthy", "nodr", "no_dr", "no dr", "negative"})
-"""Names, lower case, by which sets say that nothing was found."""
+"""Lower-case label and class names that mean that nothing was found."""
 
 
 class Status(StrEnum):
-    """What became of one input. Every input ends with exactly one."""
+    """Status of one input. Every input ends with exactly one."""
 
     OK = "ok"
     """A colour fundus photograph that was preprocessed (and, when screening, scored)."""
     UNGRADABLE = "ungradable"
-    """A fundus photograph too poor to grade: take it again."""
+    """A fundus photograph of insufficient quality: take it again."""
     NOT_FUNDUS = "not_fundus"
     """A picture of something else, or a wide-field picture."""
     UNREADABLE = "unreadable"
-    """Missing, empty, damaged, or no picture at all."""
+    """Missing, empty, damaged, or not a picture."""
     UNSUPPORTED = "unsupported"
-    """A sound picture of a kind that cannot be screened: grey, CMYK, tiny, several frames."""
+    """A valid picture of a type that cannot be screened: grey, CMYK, tiny, several frames."""
     FAILED = "failed"
-    """Sound, but the engine failed on it, alone too: screen it again. Only when screening."""
+    """Valid, but the engine failed on it, also on its own: screen it again. Occurs only when screening."""
 
 
 @dataclass(frozen=True, slots=True)
 class FieldCircle:
     """The retinal field in one photo, in pixels of the upright photo at full size.
 
-    Pixel (0, 0) covers [0, 1] x [0, 1]: its centre lies at (0.5, 0.5).
+    Pixel (0, 0) covers [0, 1] x [0, 1]; its centre is (0.5, 0.5).
     """
 
     x_px: float
     y_px: float
     radius_px: float
     confidence: float
-    """0 to 1: the share of the visible rim that agrees with the circle; 0 when none was found."""
+    """Share of the visible field edge that agrees with the circle, 0 to 1; 0 if no field was found."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoFacts:
-    """What a file says about its photo, of pictures the camera only; None is unknown."""
+    """Metadata of a photo from its file; files other than DICOM provide the camera only. None is unknown."""
 
     patient: str | None = None
     eye: str | None = None
     """"L" or "R"."""
     camera: str | None = None
-    """Manufacturer and model, as DICOM or EXIF has them."""
+    """Manufacturer and model, from DICOM or EXIF."""
     pixel_spacing_mm: float | None = None
-    """On the retina, as the camera states it: nominal, for the photo at full size."""
+    """Pixel spacing on the retina, as stated by the camera: nominal, for the photo at full size."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePhoto:
-    """One input of `prepare` or `screen`, before anything is read from it."""
+    """One input of `prepare` or `screen`, before its file is read."""
 
     path: Path
-    """Where the file is."""
+    """Path of the file."""
     name: str
-    """How results name it: the path relative to the source, with forward slashes."""
+    """Name in results: the path relative to the source, with forward slashes."""
     patient: str
-    """Groups photos that must never be split; equals `name` when nothing is known."""
+    """Groups photos that must stay on one side of a split; equals `name` if the patient is unknown."""
     patient_known: bool = False
-    """False when `patient` is only the photo's own name."""
+    """False if `patient` is only the name of the photo."""
     eye: str | None = None
-    """"L", "R" or unknown."""
+    """"L", "R", or None if unknown."""
     split: str | None = None
-    """"train", "val" or "test" when the label file fixes it."""
+    """"train", "val" or "test" if the label file fixes it."""
     camera: str | None = None
-    """As the label file names it."""
+    """Camera according to the label file."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None
-    """A fault found while listing, such as a file that the label file names but is not there."""
+    """Fault found while listing, such as a file that the label file names but that does not exist."""
 
 
 def interval_text(entry: dict[str, float | None]) -> str:
-    """Write a metric with its interval, from the plain data that results hold; None stands for what is not known."""
+    """Format a metric with its confidence interval, given as plain data; None values are unknown."""
     if entry["value"] is None:
         return "not estimable"
     if entry["low"] is None or entry["high"] is None:
@@ -122,14 +122,14 @@ def interval_text(entry: dict[str, float | None]) -> str:
 
 
 def told_name(name: str) -> str:
-    r"""Write a file name so that it can stand in a UTF-8 file: bytes that are not UTF-8 on disk become \xNN."""
+    r"""Return a file name that can be written to a UTF-8 file: bytes that are not valid UTF-8 become \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def identity(source: SourcePhoto, facts: PhotoFacts) -> tuple[str, bool, str | None]:
-    """Whose photo it is: patient, whether that is known, and eye.
+    """Return the patient of a photo, whether the patient is known, and the eye.
 
-    A label file or a telling file name goes before what DICOM says: it was written for the purpose.
+    A label file or an informative file name takes precedence over DICOM, because it was written for this purpose.
     """
     if source.patient_known or facts.patient is None:
         return source.patient, source.patient_known, source.eye or facts.eye

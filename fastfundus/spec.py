@@ -1,4 +1,4 @@
-"""The one definition of what happens to a photo before a model sees it. Standard library only."""
+"""The single definition of how a photo is preprocessed for a model. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["PreprocessSpec", "fingerprint_of"]
 
 
 def fingerprint_of(value: Any) -> str:
-    """Hash plain data (dicts, lists, strings, numbers): sha256 of its canonical JSON, as 64 hex digits."""
+    """Return the sha256 of the canonical JSON of plain data (dicts, lists, strings, numbers), as 64 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -22,33 +22,33 @@ def fingerprint_of(value: Any) -> str:
 class PreprocessSpec:
     """Field detection, crop, size and normalisation of one photo.
 
-    Two specs with equal fields have equal fingerprints; caches, checkpoints, bundles and results store the
-    fingerprint, and parts whose fingerprints differ refuse to work together.
+    Specs with equal fields have equal fingerprints. Caches, checkpoints, bundles and results store the fingerprint, and
+    parts with different fingerprints refuse to work together.
     """
 
     version: int = 2
-    """Meaning of the fields below; rises when any step changes its output by more than rounding. 2: squeezed fields are
-    cut out whole, white margins are black, JPEGs are only scaled by halves."""
+    """Version of the preprocessing; it increases when any step changes its output by more than rounding. Since version
+    2, squeezed fields are cropped whole, white margins become black, and JPEGs are scaled by halves only."""
     size: int = 512
     """Side of the square output in pixels, 32 to 4096."""
     field: Literal["circle", "frame"] = "circle"
-    """"circle": crop to the detected retinal field; "frame": take the largest centred square of the whole photo."""
+    """"circle": crop to the detected retinal field; "frame": crop to the largest centred square of the photo."""
     margin: float = 0.02
-    """Black rim kept around the field, as a share of its radius, 0 to 0.5."""
+    """Black margin kept around the field, as a share of its radius, 0 to 0.5."""
     mask_outside: bool = True
-    """Blacken what lies outside the field circle and its margin: burned-in text must not become a feature."""
+    """Blacken everything outside the field circle and its margin, so that burned-in text cannot become a feature."""
     filter: Literal["area"] = "area"
-    """Area average when shrinking, bilinear when enlarging."""
+    """Resampling filter: area average when shrinking, bilinear when enlarging."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from RGB in 0 to 1. Source: ImageNet training set, as in torchvision's published weights."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divides RGB in 0 to 1 after the mean is subtracted. Source: as `mean`."""
+    """Divides RGB in 0 to 1 after the mean is subtracted. Source: see `mean`."""
 
     def __post_init__(self) -> None:
         if self.version != 2:
             older = self.version < 2
             cure = "prepare the photos and train again" if older else "upgrade FastFundus"
-            raise ConfigError(f"spec.version is {self.version}; this FastFundus knows version 2 only: {cure}")
+            raise ConfigError(f"spec.version is {self.version}, but this FastFundus supports only version 2; {cure}")
         if not 32 <= self.size <= 4096:
             raise ConfigError(f"spec.size must be 32 to 4096 pixels, got {self.size}")
         if self.field not in ("circle", "frame"):
@@ -90,15 +90,15 @@ class PreprocessSpec:
         return fingerprint_of(self.to_dict())
 
     def require_same(self, other: PreprocessSpec, *, mine: str, theirs: str) -> None:
-        """Refuse to go on when two parts were preprocessed differently.
+        """Raise an error if two parts were preprocessed differently.
 
         Args:
-            other: the other part's spec.
-            mine: what this spec belongs to, in words, such as "the cache odir/".
-            theirs: what `other` belongs to.
+            other: spec of the other part.
+            mine: description of the part that this spec belongs to, such as "the cache odir/".
+            theirs: description of the part that `other` belongs to.
 
         Raises:
-            SpecMismatch: the fingerprints differ; the message lists each field that does.
+            SpecMismatch: the fingerprints differ; the message lists the fields that differ.
         """
         if self.fingerprint == other.fingerprint:
             return

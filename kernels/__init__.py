@@ -1,5 +1,9 @@
-"""Kernels, their PyTorch reference and their torch operators: a leaf that one could lift into another project."""
+"""Kernels, their PyTorch reference and their torch operators.
+
+The package imports nothing else from FastFundus and can be copied into another project.
+"""
 
 if __name__ != "fastfundus.kernels":
-    # From a checkout `import kernels` finds this folder too; a second copy would register every operator twice.
+    # In a checkout, `import kernels` would find this folder too, and the second copy would register every operator
+    # again.
     raise ImportError("import fastfundus.kernels, not kernels")

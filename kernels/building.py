@@ -1,4 +1,4 @@
-"""Compiles csrc on first use, into a cache folder: `~/.cache/fastfundus`, or below `XDG_CACHE_HOME`."""
+"""On-demand compilation of csrc into a cache folder: `~/.cache/fastfundus`, or `fastfundus` below `XDG_CACHE_HOME`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 __all__ = ["CSRC", "build", "cache_folder", "cached_build"]
 
 CSRC = Path(__file__).parent.parent / "csrc"
-"""Beside this package, in a checkout and in an installed wheel alike."""
+"""Next to this package, both in a checkout and in an installed wheel."""
 
 
 def build(compiler: str, flags: Sequence[str], source: Path, target: Path) -> Path:
-    """Compile `source` to `target`, in place at once.
+    """Compile `source` to `target` and return `target`, which is replaced atomically.
 
     Raises:
-        subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
-        OSError: the compiler cannot be run, or the folder not be written.
+        subprocess.CalledProcessError: the compiler failed; its output is in `stderr`.
+        subprocess.TimeoutExpired: the compiler took longer than ten minutes.
+        OSError: the compiler cannot be run, or the folder cannot be written.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
@@ -32,28 +33,29 @@ def build(compiler: str, flags: Sequence[str], source: Path, target: Path) -> Pa
 
 
 def cache_folder() -> Path:
-    """`~/.cache/fastfundus`, or below `XDG_CACHE_HOME`; made if absent.
+    """Return the cache folder, `~/.cache/fastfundus` or `fastfundus` below `XDG_CACHE_HOME`; create it if absent.
 
     Raises:
-        PermissionError: others may write to it.
-        OSError: it cannot be made.
+        PermissionError: the folder is owned by another user, or other users can write to it.
+        OSError: the folder cannot be created.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "fastfundus"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        # What lies there is loaded and run.
-        raise PermissionError(f"others may write to {folder}: run chmod go-w on it, or set XDG_CACHE_HOME")
+        # Libraries in this folder are loaded and executed.
+        raise PermissionError(f"{folder} is owned or writable by others: run chmod go-w on it, or set XDG_CACHE_HOME")
     return folder
 
 
 def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str) -> Path:
-    """Compile `source` unless the cache has it: from the same sources, compiler, flags and processor.
+    """Compile `source`, or return the cached result for the same sources, compiler, flags and processor.
 
     Raises:
-        subprocess.CalledProcessError: the compiler refuses; its words are in `stderr`.
-        OSError: the compiler cannot be run, or the cache not be written; also `cache_folder`'s.
+        subprocess.CalledProcessError: the compiler failed; its output is in `stderr`.
+        subprocess.TimeoutExpired: the compiler did not finish in time.
+        OSError: the compiler cannot be run, or the cache cannot be written; see `cache_folder`.
     """
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     texts = [path.read_text() for path in [*sorted(CSRC.glob("*.cu*")), source]]
@@ -63,7 +65,7 @@ def cached_build(compiler: str, flags: Sequence[str], source: Path, suffix: str)
 
 
 def _processor() -> str:
-    """What `-march=native` looks at: a home folder may be shared by unlike machines."""
+    """Return the CPU features that `-march=native` depends on: different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

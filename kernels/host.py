@@ -1,7 +1,7 @@
-"""csrc/sample_host.cpp on the CPU: compiled on first use, and kept in a cache folder.
+"""The CPU implementation, csrc/sample_host.cpp, compiled on first use and kept in a cache folder.
 
-Where there is no C++ compiler the operators fall back on the reference: the same values within `tolerances.py`, some
-thirty times slower. `fastfundus doctor` says which of the two runs.
+Without a C++ compiler, the operators fall back to the reference: the results agree within `tolerances.py`, but take
+about thirty times longer. `fastfundus doctor` reports which of the two is in use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 
 
 class HostLibrary:
-    """The compiled functions. They release the interpreter's lock."""
+    """The compiled functions. They release the GIL."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,17 @@ class HostLibrary:
     def sample(
         self, pixels: int, jobs: NDArray[Any], out: int, out_size: int, item_bytes: int, out_type: int, mode: int
     ) -> Callable[[int], None]:
-        """Return what samples photo n: addresses of pixels, output, packed jobs, type (0 f32, 1 f16, 2 bf16, 3 u8)."""
+        """Return a function that samples photo n.
+
+        Args:
+            pixels: address of the buffer of photos.
+            jobs: packed jobs, one per photo.
+            out: address of the output.
+            out_size: side of the output in pixels.
+            item_bytes: bytes per output value.
+            out_type: 0 float32, 1 float16, 2 bfloat16, 3 uint8.
+            mode: one of `jobs.MODES`.
+        """
         address, stride = jobs.ctypes.data, jobs.itemsize
         photo_bytes = 3 * out_size * out_size * item_bytes
 
@@ -62,12 +72,12 @@ class HostLibrary:
 class _Loaded:
     library: HostLibrary | None
     reason: str
-    """Why there is no library; empty when there is."""
+    """Why the library is unavailable; empty if it was loaded."""
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> _Loaded:
-    """Compile if need be, load, and say why not where that fails. Never raises."""
+    """Load the library, compiling it if necessary; on failure return the reason. Never raises."""
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return _Loaded(None, "no C++ compiler: install g++")
@@ -79,9 +89,10 @@ def load() -> _Loaded:
 
 
 def in_parallel(job: Callable[[int], None], count: int, threads: int) -> None:
-    """Call job(0) ... job(count - 1) on so many threads.
+    """Call job(0) ... job(count - 1) on `threads` threads.
 
-    Threads are started for each call: they cost tens of microseconds, photos milliseconds, and no pool survives a fork.
+    Threads are started for each call: this takes tens of microseconds, while a photo takes milliseconds, and a
+    persistent pool would not survive a fork.
     """
     if min(count, threads) <= 1:
         for n in range(count):

@@ -1,7 +1,7 @@
-"""What one photo of a batch needs, packed as the kernels read it, and checked: NumPy only, no torch.
+"""Validation and packing of a batch's per-photo arguments into the layout that the kernels read; NumPy only, no torch.
 
-The 88 bytes of a job are the struct `Job` of csrc/sample.cuh. Matrices are small and are made on the host: there their
-values can be checked without waiting for a device, and one copy takes all of a batch's jobs there.
+The 88 bytes of a job are the struct `Job` of csrc/sample.cuh. The matrices are small and are created on the host, where
+their values can be checked without waiting for a device; a single copy then transfers all jobs of a batch.
 """
 
 from __future__ import annotations
@@ -27,43 +27,44 @@ JOB = np.dtype(
     [("offset", "<i8"), ("height", "<i4"), ("width", "<i4"), ("geometry", "<f4", (2, 3)), ("colour", "<f4", (3, 4))]
 )
 INTERPOLATE, INTEGRATE, NEAREST = MODES = (0, 1, 2)
-"""How a pixel is taken; csrc/sample.cuh's `Mode`. INTEGRATE is right for every geometry, INTERPOLATE where no output
-step spans more than one pixel, and faster."""
+"""Sampling modes, `Mode` in csrc/sample.cuh. INTEGRATE is correct for every geometry. INTERPOLATE is faster but correct
+only if no output step spans more than one source pixel."""
 LARGEST_SIDE_PX = 1 << 20
 _LARGEST_BYTES = 2**31 - 1
 _LARGEST_OUTPUT_PX = 16384
-"""3 * 16384^2 is below 2^31."""
+"""Keeps the number of output values, 3 * 16384^2, below 2^31."""
 _FARTHEST_PX = 2.0**22
-"""Positions are float32: beyond this, halves of a pixel are lost, and then integers overflow."""
+"""Positions are float32: beyond this limit they no longer resolve half pixels, and further out integers overflow."""
 _LEAST_DETERMINANT = 1e-6
-"""Of the rows scaled to length one: below, the photo is squeezed into a line."""
+"""Limit on the determinant of the rows scaled to unit length; below it, the photo is squeezed into a line."""
 LEAST_MINIFICATION = 1 + 2**-12
-"""A box less than this many pixels wide is one pixel wide: a rotation's rounding must not turn four taps into nine."""
+"""A box narrower than this many pixels counts as one pixel wide; otherwise rounding in a rotation would turn four taps
+into nine."""
 
 
 def check_photos(offsets: NDArray[np.int64], sizes: NDArray[np.int32], available: int) -> None:
-    """Check that photos lie within a buffer.
+    """Check that all photos are contained in a buffer.
 
     Args:
-        offsets: [N] first byte of each photo.
-        sizes: [N, 2] height and width.
-        available: bytes of the buffer.
+        offsets: [N], first byte of each photo.
+        sizes: [N, 2], height and width in pixels.
+        available: size of the buffer in bytes.
 
     Raises:
-        ValueError: one does not; the message names the photo, the value and what is allowed.
+        ValueError: a size or an offset is out of range; the message gives the photo, the value and the allowed range.
     """
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     bad = (np.minimum(height, width) < 1) | (np.maximum(height, width) > LARGEST_SIDE_PX)
     if bad.any():
         n = int(np.argmax(bad))
-        raise ValueError(f"sizes[{n}] must be 1 to {LARGEST_SIDE_PX} pixels a side, got {height[n]} x {width[n]}")
+        raise ValueError(f"sizes[{n}] must be 1 to {LARGEST_SIDE_PX} pixels per side, got {height[n]} x {width[n]}")
     length = 3 * height * width
     if (length > _LARGEST_BYTES).any():
         n = int(np.argmax(length > _LARGEST_BYTES))
         raise ValueError(
-            f"sizes[{n}] is {height[n]} x {width[n]}, {length[n]} bytes; a photo may have {_LARGEST_BYTES} at most"
+            f"sizes[{n}] is {height[n]} x {width[n]}, {length[n]} bytes; a photo may have at most {_LARGEST_BYTES}"
         )
-    # The sum could overflow; the difference cannot.
+    # Computing offsets + length could overflow; available - length cannot.
     bad = (offsets < 0) | (offsets > available - length)
     if bad.any():
         n = int(np.argmax(bad))
@@ -82,22 +83,22 @@ def pack_jobs(
     available: int,
     nearest: bool = False,
 ) -> tuple[NDArray[Any], int]:
-    """Check a batch and pack it.
+    """Check the arguments of a batch and pack them into jobs.
 
     Args:
-        offsets: [N] first byte of each photo.
-        sizes: [N, 2] height and width in pixels.
-        geometry: [N, 2, 3], output pixels to source pixels.
-        colour: [N, 3, 4], RGB in grey levels to output channels.
+        offsets: [N], first byte of each photo.
+        sizes: [N, 2], height and width in pixels.
+        geometry: [N, 2, 3], maps output pixels to source pixels.
+        colour: [N, 3, 4], maps RGB in grey levels to output channels.
         out_size: side of the output in pixels, 1 to 16384.
-        available: bytes of the buffer of pixels.
-        nearest: take the nearest pixel.
+        available: size of the pixel buffer in bytes.
+        nearest: sample the nearest pixel.
 
     Returns:
-        The jobs [N] of type `JOB`, and the mode that is right for all of them.
+        The jobs, [N] of type `JOB`, and the mode that is correct for all of them.
 
     Raises:
-        ValueError: a value is not allowed; the message names the argument, the photo and the value.
+        ValueError: a value is out of range; the message gives the argument, the photo and the value.
     """
     if not 1 <= out_size <= _LARGEST_OUTPUT_PX:
         raise ValueError(f"out_size must be 1 to {_LARGEST_OUTPUT_PX} pixels, got {out_size}")
@@ -111,12 +112,12 @@ def pack_jobs(
     extents = np.hypot(linear[:, :, 0], linear[:, :, 1])
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.abs(np.linalg.det(linear)) / extents.prod(axis=1)
-    # Written so that 0 / 0, a row of zeros, counts as squeezed.
+    # The negated comparison also catches NaN, the 0 / 0 of an all-zero row.
     bad = ~(relative >= _LEAST_DETERMINANT)
     if bad.any():
         n = int(np.argmax(bad))
         raise ValueError(
-            f"geometry[{n}] cannot be inverted, it squeezes the photo into a line or point: {geometry[n].tolist()}"
+            f"geometry[{n}] cannot be inverted: it squeezes the photo into a line or a point: {geometry[n].tolist()}"
         )
     corners = np.array([[0, 0, 1], [out_size, 0, 1], [0, out_size, 1], [out_size, out_size, 1]], np.float64)
     farthest = np.abs(geometry.astype(np.float64) @ corners.T).max(axis=(1, 2), initial=0)
@@ -129,6 +130,6 @@ def pack_jobs(
     jobs = np.empty(len(sizes), JOB)
     jobs["offset"], jobs["height"], jobs["width"] = offsets, sizes[:, 0], sizes[:, 1]
     jobs["geometry"], jobs["colour"] = geometry, colour
-    # In float32, as the kernels decide.
+    # Compared in float32, as in the kernels.
     minifies = bool((extents.astype(np.float32) >= np.float32(LEAST_MINIFICATION)).any())
     return jobs, NEAREST if nearest else INTEGRATE if minifies else INTERPOLATE

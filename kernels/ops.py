@@ -1,10 +1,10 @@
-"""The kernels as torch operators: schema, shape function, and an implementation for each device.
+"""The kernels as torch operators, each with a schema, a shape function and one implementation per device.
 
-    fastfundus::sample      Triton on CUDA; on the CPU csrc/sample_host.cpp, or the reference without a C++ compiler
+    fastfundus::sample      Triton on CUDA; csrc/sample_host.cpp on the CPU, or the reference without a C++ compiler
     fastfundus::cell_sums   the same
 
-Pixels are on any device. Offsets, sizes and matrices are always on the host, where they are made: their values are
-checked before anything is launched, without waiting for the device, and one copy takes them there. Operators are opaque
+Pixels may be on any device. Offsets, sizes and matrices are always on the host, where they are created: their values
+are checked before a launch, without waiting for the device, and a single copy transfers them. The operators are opaque
 to torch.compile and work under `fullgraph=True`. Their input is uint8, so they have no gradient.
 """
 
@@ -32,24 +32,25 @@ def sample(
     *,
     nearest: bool = False,
 ) -> Tensor:
-    """Crop, turn, scale, recolour and normalise a batch of photos of one size.
+    """Crop, rotate, scale, recolour and normalise a batch of photos of equal size.
 
     Args:
-        images: [N, H, W, 3] uint8 RGB, contiguous, on any device; H and W at least 1.
-        geometry: [N, 2, 3] float32 on the host, output pixels to source pixels; finite, invertible.
-        colour: [N, 3, 4] float32 on the host, RGB in grey levels (0 to 255) to output channels; finite.
+        images: [N, H, W, 3] uint8 RGB, contiguous, on any device; H and W are at least 1.
+        geometry: [N, 2, 3] float32 on the host, maps output pixels to source pixels; finite and invertible.
+        colour: [N, 3, 4] float32 on the host, maps RGB in grey levels (0 to 255) to output channels; finite.
         out_size: side of the output in pixels, 1 to 16384.
         dtype: float32, float16 or bfloat16.
-        nearest: take the nearest pixel, for masks, instead of averaging over the area of an output pixel.
+        nearest: sample the nearest pixel, as masks require, instead of averaging over the area of an output pixel.
 
     Returns:
         [N, 3, out_size, out_size] of `dtype`, channels-last, on the device of `images`.
 
     Raises:
-        ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
+        ValueError: an argument violates the requirements above; the message gives its name, its value and what is
+            allowed.
 
-    Error: of `reference.sample`, before the colour matrix, 4e-7 of the farthest position times 255 grey levels a pixel.
-    Source: conventions in `fastfundus/kernels/reference.py`.
+    The error relative to `reference.sample`, before the colour matrix, is 4e-7 of the farthest position times 255 grey
+    levels per pixel. `fastfundus/kernels/reference.py` defines the conventions.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
@@ -74,23 +75,24 @@ def sample_ragged(
     *,
     nearest: bool = False,
 ) -> Tensor:
-    """Sample photos of many sizes at once; as `sample`, but for the first arguments.
+    """Sample photos of different sizes in one batch; apart from the buffer, the arguments are those of `sample`.
 
     Args:
-        pixels: [B] uint8, contiguous: photos [H, W, 3] RGB, anywhere in it, on any device.
+        pixels: [B] uint8, contiguous, on any device: a buffer with photos [H, W, 3] RGB at any positions.
         offsets: [N] int64 on the host, the first byte of each photo.
         sizes: [N, 2] int32 on the host, height and width of each photo; a photo has less than 2^31 bytes.
         geometry: [N, 2, 3] float32 on the host.
         colour: [N, 3, 4] float32 on the host.
         out_size: side of the output in pixels.
         dtype: float32, float16 or bfloat16.
-        nearest: take the nearest pixel.
+        nearest: sample the nearest pixel.
 
     Returns:
         [N, 3, out_size, out_size] of `dtype`, channels-last, on the device of `pixels`.
 
     Raises:
-        ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
+        ValueError: an argument violates the requirements above; the message gives its name, its value and what is
+            allowed.
     """
     _check_buffer(pixels, offsets, sizes)
     count = sizes.shape[0]
@@ -143,7 +145,7 @@ def _check_host(name: str, value: Tensor, dtype: torch.dtype, shape: list[int]) 
     if value.dtype != dtype or list(value.shape) != shape:
         raise ValueError(f"{name} must be {dtype} {shape}, got {value.dtype} {list(value.shape)}")
     if value.device.type != "cpu":
-        raise ValueError(f"{name} must be on the host, where it is checked; got {value.device}: call .cpu()")
+        raise ValueError(f"{name} must be on the host, where it is checked, got {value.device}; call .cpu()")
 
 
 def packed(
@@ -155,12 +157,12 @@ def packed(
     out_size: int,
     nearest: bool = False,
 ) -> tuple[NDArray[np.void], int]:
-    """Check the values of a batch and pack it for a launch: `jobs.pack_jobs` of the arguments of `sample_ragged`."""
+    """Check and pack a batch for a launch: call `jobs.pack_jobs` with the arguments of `sample_ragged`."""
     arrays = (value.contiguous().numpy() for value in (offsets, sizes, geometry, colour))
     return pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
 
 
-# Values are checked within the operators: under torch.compile the functions above only see shapes.
+# Values are checked inside the operators, because under torch.compile the functions above see only shapes.
 
 
 @torch.library.custom_op("fastfundus::sample", mutates_args=(), device_types="cpu")
@@ -188,7 +190,7 @@ def _(
     from fastfundus.kernels import sample as triton_sample
 
     jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size, nearest)
-    # Triton launches on the current device, whichever that is.
+    # Triton launches on the current device, not on the device of its arguments.
     with torch.cuda.device(pixels.device):
         return triton_sample.launch(pixels, jobs, out_size, dtype, mode).permute(0, 3, 1, 2)
 

@@ -1,7 +1,7 @@
-"""`sample` in Triton: crops, turns, minifies, recolours and narrows photos of any sizes in one pass.
+"""Triton implementation of `sample`: crop, rotate, minify, recolour and convert photos of any sizes in one pass.
 
-Meaning and conventions: `reference.py`. A photo's matrices and place come packed as a job of 88 bytes (`jobs.py`), seen
-here as eleven int64, or twenty-two int32 or float32.
+`reference.py` defines the result and the conventions. The offset, size and matrices of a photo are packed as a job of
+88 bytes (`jobs.py`), which the kernel reads as eleven int64, or twenty-two int32 or float32 values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastfundus.kernels.triton_env import tilings
 __all__ = ["TILINGS", "launch", "sample_kernel"]
 
 TILINGS = ((256, 4), (512, 4), (1024, 4))
-"""Output pixels a program, and warps: what a thread does once is shared by two, four or eight pixels."""
+"""Output pixels per program, and warps. Each thread handles two, four or eight pixels, which share its fixed costs."""
 _NEAREST = tl.constexpr(NEAREST)
 _INTEGRATE = tl.constexpr(INTEGRATE)
 _LEAST_MINIFICATION = tl.constexpr(LEAST_MINIFICATION)
@@ -27,23 +27,23 @@ _LEAST_MINIFICATION = tl.constexpr(LEAST_MINIFICATION)
 
 @triton.jit
 def _extent(along_x, along_y):
-    """Width or height of the box, from one row of the geometry."""
+    """Return the width or height of the box from one row of the geometry."""
     length = tl.sqrt(along_x * along_x + along_y * along_y)
     return tl.where(length < _LEAST_MINIFICATION, 1.0, length)
 
 
 @triton.jit
 def _overlap(start, length, at):
-    """How much of pixel `at` lies in the box, on one axis."""
+    """Return the length of pixel `at` that is inside the box, on one axis."""
     place = at.to(tl.float32)
     return tl.maximum(tl.minimum(start + length, place + 1.0) - tl.maximum(start, place), 0.0)
 
 
 @triton.jit
 def _held(at, size, share):
-    """The pixel of an axis nearest to `at`, and `share` where that is `at` itself: beyond the edge all is black.
+    """Clamp `at` to an axis of `size` pixels and return it with `share`, or with zero beyond the edge (black).
 
-    A weight of zero costs one comparison an axis; masks would cost four comparisons a pixel.
+    A weight of zero takes one comparison per axis; masks would take four comparisons per pixel.
     """
     place = tl.minimum(tl.maximum(at, 0), size - 1)
     return place, tl.where(place == at, share, 0.0)
@@ -51,7 +51,7 @@ def _held(at, size, share):
 
 @triton.jit
 def _fetch(photo_pointer, offset):
-    """Three channels of the pixel at a byte of the photo, float32."""
+    """Load the three channels of the pixel at a byte offset in the photo, as float32."""
     place = photo_pointer + offset
     red = tl.load(place).to(tl.float32)
     green = tl.load(place + 1).to(tl.float32)
@@ -67,27 +67,28 @@ def _sample_kernel(
     """Sample every photo of a batch.
 
     Args:
-        pixels_pointer: uint8, all photos, each [height, width, 3] from its job's offset on.
-        longs_pointer: int64 [N, 11], the jobs; word 0 is the offset.
-        words_pointer: int32 [N, 22], the same bytes; words 2 and 3 are height and width.
-        floats_pointer: float32 [N, 22], the same bytes; 4 to 9 the geometry, 10 to 21 the colour matrix, row by row.
+        pixels_pointer: uint8, all photos, each [height, width, 3], starting at the offset in its job.
+        longs_pointer: int64 [N, 11], the jobs; value 0 is the offset.
+        words_pointer: int32 [N, 22], the same bytes; values 2 and 3 are height and width.
+        floats_pointer: float32 [N, 22], the same bytes; values 4 to 9 are the geometry and 10 to 21 the colour matrix,
+            row by row.
         output_pointer: [N, out_size, out_size, 3], float32, float16 or bfloat16, contiguous.
         out_size: side of the output in pixels.
-        MODE: 0 interpolates, 1 integrates a box, 2 takes the nearest pixel.
-        COLUMNS: the power of two from `out_size` on.
-        BLOCK: output pixels a program.
+        MODE: 0 interpolates, 1 integrates over a box, 2 samples the nearest pixel.
+        COLUMNS: the smallest power of two that is at least `out_size`.
+        BLOCK: output pixels per program.
 
-    One program covers BLOCK pixels: a part of a row of one output, or some rows. Nothing is divided.
+    One program covers BLOCK pixels of one output: part of a row, or several rows. This needs no division by `out_size`.
     """
     WIDE: tl.constexpr = BLOCK if BLOCK < COLUMNS else COLUMNS
     HIGH: tl.constexpr = BLOCK // WIDE
-    # The photo comes first: only that axis of a grid may be longer than 65,535.
+    # Photos are on the first axis of the grid, the only one that may exceed 65,535.
     photo = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     out_column = tl.program_id(1) * WIDE + place % WIDE
     out_row = tl.program_id(2) * HIGH + place // WIDE
 
-    # int64: batches exceed 2^31 bytes. Within a photo int32 is enough, jobs.py sees to that.
+    # int64, because batches exceed 2^31 bytes. Within a photo int32 is sufficient; jobs.py enforces this.
     photo_pointer = pixels_pointer + tl.load(longs_pointer + photo * 11)
     height = tl.load(words_pointer + photo * 22 + 2)
     width = tl.load(words_pointer + photo * 22 + 3)
@@ -96,7 +97,7 @@ def _sample_kernel(
     g00, g01, g02 = tl.load(geometry), tl.load(geometry + 1), tl.load(geometry + 2)
     g10, g11, g12 = tl.load(geometry + 3), tl.load(geometry + 4), tl.load(geometry + 5)
 
-    # Beyond the output's edge its last pixels are worked out again, and not written.
+    # Positions beyond the output's edge recompute its last pixels; their results are not written.
     along_x = tl.minimum(out_column, out_size - 1).to(tl.float32) + 0.5
     along_y = tl.minimum(out_row, out_size - 1).to(tl.float32) + 0.5
     x = g00 * along_x + g01 * along_y + g02
@@ -150,7 +151,7 @@ def _sample_kernel(
     out1 = tl.load(colour + 4) * red + tl.load(colour + 5) * green + tl.load(colour + 6) * blue + tl.load(colour + 7)
     out2 = tl.load(colour + 8) * red + tl.load(colour + 9) * green + tl.load(colour + 10) * blue + tl.load(colour + 11)
 
-    # [BLOCK, 4], the fourth masked: neighbouring threads then write neighbouring channels, not every third value.
+    # [BLOCK, 4] with the fourth value masked, so that adjacent threads write adjacent channels, not every third value.
     interleaved = tl.join(tl.join(out0, out2), tl.join(out1, out2)).reshape(BLOCK, 4)
     channel = tl.arange(0, 4)[None, :]
     photo_output = output_pointer + photo * out_size * out_size * 3
@@ -163,7 +164,7 @@ sample_kernel = triton.autotune(configs=tilings("BLOCK", TILINGS), key=["out_siz
 
 
 def launch(pixels: Tensor, jobs: NDArray[np.void], out_size: int, dtype: torch.dtype, mode: int) -> Tensor:
-    """Run the kernel on the device that holds `pixels`: [N, out_size, out_size, 3] of `dtype`, contiguous."""
+    """Run the kernel on the device of `pixels`; return [N, out_size, out_size, 3] of `dtype`, contiguous."""
     out = torch.empty(len(jobs), out_size, out_size, 3, dtype=dtype, device=pixels.device)
     if len(jobs):
         longs = torch.from_numpy(jobs.view(np.int64).reshape(-1, 11)).to(pixels.device, non_blocking=True)

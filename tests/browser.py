@@ -1,4 +1,4 @@
-"""A real browser in tests: Chromium, headless, driven through its debugging protocol."""
+"""A real browser for tests: headless Chromium, driven through its debugging protocol."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _START_S, _ANSWER_S = 60.0, 60.0
 
 
 class Page:
-    """One tab: what it asked the network for, and what it complained of, is kept."""
+    """One tab, which records its network requests and its console complaints."""
 
     def __init__(self, address: str) -> None:
         self._socket = websocket.create_connection(address, timeout=_ANSWER_S)
         self._numbers = itertools.count(1)
         self.requests: list[str] = []
-        """Addresses asked for, but for what is inside the page."""
+        """Requested addresses, except data and blob URLs."""
         self.complaints: list[str] = []
         """Console errors, warnings and exceptions."""
         for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call the protocol and wait for the answer."""
+        """Call a method of the protocol and return its result."""
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
@@ -56,26 +56,26 @@ class Page:
         self.wait_for("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
-        """Evaluate JavaScript; promises are waited for."""
+        """Evaluate JavaScript and return its value; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def wait_for(self, condition: str, seconds: float = _ANSWER_S) -> None:
-        """Wait until JavaScript is true."""
+        """Wait until a JavaScript condition is true."""
         deadline = time.monotonic() + seconds
         while not self.run(f"Boolean({condition})"):
-            assert time.monotonic() < deadline, f"never: {condition}; {self.complaints}"
+            assert time.monotonic() < deadline, f"never true: {condition}; console: {self.complaints}"
             time.sleep(0.05)
 
     def choose_files(self, selector: str, *files: Path) -> None:
-        """Put files into a file input, as a user does."""
+        """Choose files in a file input, as a user does."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def picture(self, file: Path) -> Path:
-        """Write the whole page as a PNG."""
+        """Write a screenshot of the whole page as a PNG."""
         data = self.call("Page.captureScreenshot", captureBeyondViewport=True, format="png")["data"]
         file.write_bytes(base64.b64decode(data))
         return file
@@ -94,7 +94,7 @@ class Page:
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Page]:
-    """A browser with one tab; the test is skipped where there is none."""
+    """Open a browser with one tab; the test is skipped if no browser is installed."""
     program = next(
         (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
     )
@@ -111,7 +111,7 @@ def open_browser(profile: Path) -> Iterator[Page]:
         told, deadline = profile / "DevToolsActivePort", time.monotonic() + _START_S
         while not (told.is_file() and told.read_text().count("\n")):
             assert time.monotonic() < deadline, "the browser did not start"
-            assert process.poll() is None, "the browser ended"
+            assert process.poll() is None, "the browser exited"
             time.sleep(0.05)
         port = told.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=_ANSWER_S) as answer:

@@ -1,4 +1,4 @@
-"""Shared fixtures: real photographs where they are at hand, one tiny trained run, and guards against silent skips."""
+"""Shared fixtures: real photographs if available, one tiny trained run, and guards against silent skips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is loaded: workers that each took every core would wait for one another.
+    # Set before torch is imported: workers that each used all cores would slow one another down.
     _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
@@ -20,10 +20,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton chooses when it is imported: without a GPU its kernels run as NumPy.
+    # Triton decides at import: without a GPU its kernels are interpreted with NumPy.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The rest is loaded by the fixtures that need it: kernel tests run where only torch, Triton and OpenCV are installed.
+# Fixtures import the rest themselves, because kernel tests run where only torch, Triton and OpenCV are installed.
 if TYPE_CHECKING:
     from fastfundus.data import PhotoCache
     from fastfundus.engines.bundle import Bundle
@@ -39,15 +39,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # Of every test, also those that ran in a worker; a report's keywords name its markers.
-    # Without a GPU the interpreter and the host's build stand in, and tests that only a GPU can run may be skipped.
+    # Reports cover every test, including those run in a worker; their keywords include the markers.
+    # Without a GPU, the interpreter and the host's build are used instead, and tests that need a GPU may be skipped.
     excused = "gpu" in report.keywords and not _REQUIRE_GPU
     if report.skipped and "kernel" in report.keywords and not excused:
         _skipped_kernels.append(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    # A green run whose kernel tests were skipped would say nothing about the kernels.
+    # A passing run whose kernel tests were skipped would prove nothing about the kernels.
     if _REQUIRE_KERNELS and _skipped_kernels:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -59,7 +59,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def _fence_random_state() -> Iterator[None]:
-    """No test may depend on random numbers that another one drew."""
+    """Restore NumPy's random state, so that no test depends on random numbers drawn by another."""
     state = np.random.get_state()  # noqa: NPY002
     yield
     np.random.set_state(state)  # noqa: NPY002
@@ -67,16 +67,16 @@ def _fence_random_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real photographs; tests that need it are skipped without it."""
+    """Return the folder of real photographs; tests that need it are skipped if it is missing."""
     folder = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (folder / "odir" / "labels.csv").is_file():
-        pytest.skip(f"no real photographs at {folder}: set FASTFUNDUS_DATA to their folder")
+        pytest.skip(f"no real photographs at {folder}: set FASTFUNDUS_DATA to the folder that contains them")
     return folder
 
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 synthetic patients with labels, small frames."""
+    """Write small synthetic photos of 24 patients, with labels."""
     from fastfundus.synthetic import write_dataset
 
     folder = tmp_path_factory.mktemp("photos")
@@ -86,7 +86,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
-    """The photos of `photo_folder` at 64 px."""
+    """Prepare the photos of `photo_folder` at 64 px."""
     from fastfundus.data import build_cache, list_photos
     from fastfundus.spec import PreprocessSpec
 
@@ -97,7 +97,7 @@ def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Photo
 
 @pytest.fixture(scope="session")
 def vessel_cache(tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
-    """Nine synthetic photos in DRIVE's layout, prepared at their own resolution."""
+    """Prepare nine synthetic photos in DRIVE's layout at their own resolution."""
     from PIL import Image
 
     from fastfundus.data import build_cache, list_photos
@@ -129,7 +129,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model trained for two epochs: it knows nothing, but every file that it leaves is real."""
+    """Train a model for two epochs: it has learned nothing useful, but all files of the run are real."""
     from fastfundus.cli.building import build_from_run
     from fastfundus.config import TrainConfig
     from fastfundus.evaluate.operating_point import fit_operating_point
@@ -147,7 +147,7 @@ def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trai
 
 @pytest.fixture(scope="session")
 def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A bundle of another backend; compiling ahead of time takes its time, so there is one for all tests."""
+    """Return a function that builds the bundle of a backend, once for all tests because compilation is slow."""
 
     from fastfundus.cli.building import build_from_run
     from fastfundus.train.run import Run
@@ -164,14 +164,14 @@ def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def write_rgb(path: Path, rgb: np.ndarray, *options: int) -> Path:
-    """Write RGB pixels in the format that the name asks for."""
+    """Write RGB pixels in the format given by the file name."""
     assert cv2.imwrite(str(path), rgb[..., ::-1], list(options))
     return path
 
 
 @pytest.fixture
 def broken_photos(tmp_path: Path, photo_folder: Path) -> Path:
-    """A folder of files that go wrong, each in its own way, and one good photo."""
+    """Write a folder of one good photo and files that are each faulty in a different way."""
     from PIL import Image
 
     folder = tmp_path / "broken"
@@ -195,9 +195,9 @@ def broken_photos(tmp_path: Path, photo_folder: Path) -> Path:
 
 @pytest.fixture
 def shut_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders called "shut" cannot be searched.
+    """Make folders named "shut" unsearchable.
 
-    The superuser may search every folder, so the operating system's refusal is played.
+    The superuser may search every folder, so the refusal of the operating system is simulated.
     """
     real = os.scandir
 

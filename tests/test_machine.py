@@ -81,9 +81,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize(("line", "native"), PROCESSORS.values(), ids=PROCESSORS)
-def test_bfloat16_by_capability(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, native: bool
-) -> None:
+def test_bfloat16_by_capability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, native: bool) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     write(tmp_path, {"cpuinfo": f"processor : 0\nvmx flags : bf16\n{line}\n"})
     assert machine.cpu_computes_bfloat16(tmp_path) is native

@@ -1,4 +1,4 @@
-"""A green run says that the kernels were tested: also where tests run in several processes."""
+"""A passing run proves that the kernels were tested, even when tests run in several processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The command line: one group, a file a command. Nothing heavy is imported before a command runs.
+"""The command line: one group, with one module per command. Heavy packages are imported only when a command runs.
 
-stdout carries results, stderr progress and remarks. Exit 0: done. 1: could not, or not everything. 2: wrong usage.
+Results go to stdout, progress and notes to stderr. Exit codes: 0 for success, 1 for failure or incomplete results, and
+2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["main"]
 
 
 class _Group(click.Group):
-    """Turns our errors into one line and exit code 1; a traceback would be a defect of ours."""
+    """Reports FastFundus errors on one line with exit code 1; a traceback indicates a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -41,21 +42,21 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        # In the order of use, not of the alphabet.
+        # In order of use, not alphabetically.
         return list(self.commands)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fastfundus")
 def main() -> None:
-    """Retinal photographs: from camera files to a trained model to an engine that screens them.
+    """Prepare retinal photographs, train models on them, and screen photos with inference engines.
 
     For research use only: not a medical device.
     """
 
 
 def _keep_examples(command: click.Command) -> None:
-    """Give click the character it keeps paragraphs as they are by: docstrings spell it, being raw strings."""
+    """Insert the control character that makes click keep line breaks; the raw docstrings only spell it out."""
     command.help = (command.help or "").replace("\\b\n", "\b\n")
     for part in getattr(command, "commands", {}).values():
         _keep_examples(part)

@@ -1,4 +1,4 @@
-"""``fastfundus audit``: what a screening did, and whether its results are still what it wrote."""
+"""The ``fastfundus audit`` commands, which check the results of a screening."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def audit() -> None:
 
 @audit.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--files", is_flag=True, help="Read every input again and compare its hash.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--files", is_flag=True, help="Also read every input file and compare its hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(output: Path, files: bool, as_json: bool) -> None:
-    r"""Recompute what a results folder claims.
+    r"""Verify the results in OUTPUT by recomputing them.
 
-    The hash chain of audit.jsonl, every decision from the probabilities and thresholds noted there, the tables of eyes
-    and patients, and with --files the hash of every photo. Exits 1 if anything differs.
+    Checks the hash chain of audit.jsonl, every decision from the recorded probabilities and thresholds, the tables of
+    eyes and patients, and with --files the hash of every photo. Exits with 1 if anything differs.
 
     \b
     Example:
@@ -43,8 +43,8 @@ def verify(output: Path, files: bool, as_json: bool) -> None:
     else:
         click.echo(f"{found.rows} rows recomputed")
         if files:
-            click.echo(f"{found.files} files have the hash that was noted; {found.absent} are not there any more")
+            click.echo(f"{found.files} files match their recorded hash; {found.absent} no longer exist")
     if found.faults:
-        raise click.ClickException("\n".join([f"{output}: is not what the run wrote:", *found.faults]))
+        raise click.ClickException("\n".join([f"{output} differs from what the run wrote:", *found.faults]))
     if not as_json:
-        click.echo("everything agrees")
+        click.echo("no differences found")

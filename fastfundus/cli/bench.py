@@ -29,15 +29,20 @@ _SOME = 64
     type=click.FloatRange(0.1),
     default=5.0,
     show_default=True,
-    help="Minimum duration of each measurement.",
+    help="Minimum duration of each measurement in seconds.",
 )
 @click.option("--predict", is_flag=True, help="Also predict the throughput of another machine.")
 @click.option("--cores", type=click.IntRange(1), help="CPU cores of the other machine  [default: as here]")
-@click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs of the other machine.")
+@click.option("--gpus", type=click.IntRange(0), default=0, help="GPUs of the other machine  [default: 0]")
 @click.option(
-    "--gpu-rate", type=click.FloatRange(0, min_open=True), metavar="IMAGES/S", help="Throughput of the engine per GPU."
+    "--gpu-rate",
+    type=click.FloatRange(0, min_open=True),
+    metavar="IMAGES/S",
+    help="Engine throughput per GPU of the other machine.",
 )
-@click.option("--storage", type=click.FloatRange(0, min_open=True), metavar="MB/S", help="Read rate of the storage.")
+@click.option(
+    "--storage", type=click.FloatRange(0, min_open=True), metavar="MB/S", help="Read throughput of its storage."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def bench(
     suite: str,
@@ -53,7 +58,8 @@ def bench(
 ) -> None:
     r"""Measure the throughput of this machine and find its bottleneck.
 
-    Measures preparing photos, running the engine, and screening end to end, each on its own. SUITE selects one of them.
+    Measures preparing photos (prepare), running the engine (engine), and screening end to end (screen); by default, all
+    of them.
 
     With --predict, also predicts the hourly throughput and the bottleneck of another machine, described by --cores,
     --gpus, --gpu-rate and --storage. Its cores are assumed to be as fast as those of this machine, and its photos to be
@@ -166,7 +172,7 @@ def _predicted(
     from fastfundus.screen.cost import Machine, predict
 
     if "prepare" not in found or "engine" not in found:
-        raise ConfigError("--predict needs the measurements of all suites; omit SUITE")
+        raise ConfigError("--predict needs all measurements; omit the argument, or give all")
     if found["backend"] == "tensorrt" and not gpu_rate:
         gpu_rate = found["engine"]["photos_per_s"]
     machine = Machine(cores or found["cores"], gpus, storage)

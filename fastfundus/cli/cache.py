@@ -1,4 +1,4 @@
-"""``fastfundus cache``: look at a cache, check it, look for leaks, and make splits to share."""
+"""The ``fastfundus cache`` commands, which inspect, verify, audit and split a photo cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastfundus.config import TASKS
 
 @click.group()
 def cache() -> None:
-    r"""Look at a photo cache, check it, look for leaks, and split it.
+    r"""Inspect, verify, audit and split a photo cache.
 
     \b
     Example:
@@ -23,9 +23,9 @@ def cache() -> None:
 
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def info(folder: Path, as_json: bool) -> None:
-    r"""Say what is in a cache.
+    r"""Summarise the content of a cache.
 
     \b
     Example:
@@ -75,20 +75,22 @@ def info(folder: Path, as_json: bool) -> None:
             click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in about[name].items()))
     hashed = ", hashed" if about["patients_hashed"] else ""
     click.echo(f"patients: {about['patients']}{hashed}; {about['patients_unknown']} photos of unknown patients")
-    click.echo(f"pairs of photos of different patients that are or look the same: {about['duplicate_pairs']}")
+    click.echo(f"pairs of duplicates or near duplicates across patients: {about['duplicate_pairs']}")
     for name, entry in labels.items():
         values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
         more = f", ... ({entry['distinct']} values)" if entry["distinct"] > 8 else ""
-        click.echo(f"label {name}: known for {entry['known']}; {values}{more}")
-    click.echo(f"from {opened.source}; preprocessing {opened.spec.fingerprint[:12]}")
+        click.echo(f"label {name}: known for {entry['known']} photos; {values}{more}")
+    click.echo(f"prepared from {opened.source}; preprocessing {opened.spec.fingerprint[:12]}")
 
 
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--sources", is_flag=True, help="Compare the source files with their hashes too.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--sources", is_flag=True, help="Also compare the source files with their hashes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(folder: Path, sources: bool, as_json: bool) -> None:
-    r"""Compare every photo of a cache with its checksum. Exit 1 if anything is wrong.
+    r"""Compare every photo of a cache with its checksum.
+
+    Exits with 1 if a photo does not match.
 
     \b
     Example:
@@ -104,7 +106,7 @@ def verify(folder: Path, sources: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"cache": str(folder), "photos": len(opened.manifest), "faults": faults}))
     elif not faults:
-        click.echo(f"{folder}: {len(opened.manifest)} photos are as they were prepared")
+        click.echo(f"{folder}: {len(opened.manifest)} photos match their checksums")
     if faults:
         raise click.ClickException("\n".join([f"{len(faults)} faults:", *faults[:50]]))
 
@@ -112,14 +114,17 @@ def verify(folder: Path, sources: bool, as_json: bool) -> None:
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "--splits", type=click.Path(path_type=Path), help="A split to check: a CSV or Parquet file, or a run folder."
+    "--splits", type=click.Path(path_type=Path), help="Split to check: a CSV or Parquet file, or a run folder."
 )
 @click.option(
-    "--against", multiple=True, type=click.Path(path_type=Path), help="Another cache that must share no photo."
+    "--against",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Another cache that must not share photos with this one; may be repeated.",
 )
-@click.option("--label", "labels", multiple=True, help="Say which pairs differ in this label.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write all pairs to this CSV.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--label", "labels", multiple=True, help="Mark pairs that differ in this label; may be repeated.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write all pairs to this CSV file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def audit(
     folder: Path,
     splits: Path | None,
@@ -128,9 +133,10 @@ def audit(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Look for leaks: the same photo under two patients, on two sides of a split, or in two caches.
+    r"""Check a cache for leakage between patients, splits and caches.
 
-    Exit 1 if a photo is on two sides of --splits, or in one of --against.
+    Lists duplicates and near duplicates of different patients, and photos shared with another cache. Exits with 1 if a
+    photo is on two sides of --splits, or in an --against cache.
 
     \b
     Example:
@@ -145,7 +151,7 @@ def audit(
     opened = PhotoCache.open(folder)
     for label in labels:
         if label not in opened.manifest.columns:
-            raise DataError(f"has no label {label!r}{close_matches(label, opened.manifest.columns)}", path=folder)
+            raise DataError(f"there is no label {label!r}{close_matches(label, opened.manifest.columns)}", path=folder)
     names = None
     if splits is not None:
         splits = splits / "splits.parquet" if splits.is_dir() else splits
@@ -174,33 +180,31 @@ def audit(
             sides = f" ({row['split_a']} / {row['split_b']})" if names is not None else ""
             click.echo(f"  {row['kind']} ({row['likeness']:.2f}{differ}): {row['path_a']} / {row['path_b']}{sides}")
         if len(found.pairs) > 20:
-            click.echo(f"  and {len(found.pairs) - 20} more; --output writes them all")
+            click.echo(f"  and {len(found.pairs) - 20} more; write all of them with --output")
         if names is not None:
-            click.echo(f"pairs on two sides of the split: {len(leaks)}")
+            click.echo(f"pairs on different sides of the split: {len(leaks)}")
         for path, table in shared.items():
             click.echo(f"photos shared with {path}: {len(table)}")
             for row in table.head(20).iter_rows(named=True):
                 click.echo(f"  {row['kind']} ({row['likeness']:.2f}): {row['path_a']} / {row['path_b']}")
     if found.unknown_patients:
         remark(
-            f"note: the patient of {found.unknown_patients} photos is unknown: eyes of one patient may be on two sides"
+            f"note: the patient of {found.unknown_patients} photos is unknown: a split may separate a patient's eyes"
         )
     if len(leaks) or any(len(table) for table in shared.values()):
-        raise click.ClickException("photos leak: see above; data.duplicates=together keeps copies on one side")
+        raise click.ClickException("photos leak, see above; data.duplicates=together keeps duplicates on one side")
 
 
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="CSV, or Parquet by its ending.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="CSV or .parquet file to write.")
 @click.option("--task", type=click.Choice([task for task in TASKS if task != "vessels"]), default="abnormality")
-@click.option("--label", "labels", multiple=True, help="Label that the sides are balanced by, as for train.")
-@click.option("--folds", type=click.IntRange(3, 100), help="Deal patients into folds  [default: 5]")
-@click.option("--fold", type=int, default=0, show_default=True, help="Which fold tests; the next one validates.")
-@click.option(
-    "--holdout", nargs=2, type=float, help="Instead of folds: shares that test and validate, such as 0.2 0.1."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Deals patients.")
-@click.option("--ignore-duplicates", is_flag=True, help="Split by patient alone.")
+@click.option("--label", "labels", multiple=True, help="Label to stratify by, as for train; may be repeated.")
+@click.option("--folds", type=click.IntRange(3, 100), help="Number of folds  [default: 5]")
+@click.option("--fold", type=int, default=0, show_default=True, help="Index of the test fold; the next one validates.")
+@click.option("--holdout", nargs=2, type=float, help="Test and validation shares, such as 0.2 0.1, instead of folds.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split.")
+@click.option("--ignore-duplicates", is_flag=True, help="Split by patient alone, even if this separates duplicates.")
 def split(
     folder: Path,
     output: Path,
@@ -212,7 +216,10 @@ def split(
     seed: int,
     ignore_duplicates: bool,
 ) -> None:
-    r"""Write a split by patient that others can use: data.split_file reads it.
+    r"""Split a cache by patient and write the split to a file.
+
+    --task (default: abnormality) and --label select the labelled photos to split and the classes to stratify by. To
+    train on the split, set data.split_file in the configuration.
 
     \b
     Example:
@@ -253,13 +260,22 @@ def split(
 
 @cache.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PNG or JPEG file.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of a run.")
-@click.option("--photos", "count", type=click.IntRange(1, 64), default=6, show_default=True, help="Rows of the sheet.")
-@click.option("--draws", type=click.IntRange(1, 64), default=8, show_default=True, help="Draws of each photo.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses photos and draws.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="PNG or JPEG file to write."
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of a run  [default: no file, all defaults]",
+)
+@click.option("--photos", "count", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of photos.")
+@click.option("--draws", type=click.IntRange(1, 64), default=8, show_default=True, help="Augmentations per photo.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of photos and augmentations.")
 def augment(folder: Path, output: Path, config_file: Path | None, count: int, draws: int, seed: int) -> None:
-    r"""Show what training would do to photos: a sheet, a row a photo, first as it is, then drawn changes.
+    r"""Draw a contact sheet of augmented photos, to check the settings before training.
+
+    Each row shows one photo: the original, then random augmentations.
 
     \b
     Example:
@@ -274,7 +290,7 @@ def augment(folder: Path, output: Path, config_file: Path | None, count: int, dr
     from fastfundus.errors import DataError, require
 
     require("torch", extra="train")
-    # Only now: it imports torch.
+    # Imported late, because it imports torch.
     from fastfundus.train.sheet import augmentation_sheet
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -283,7 +299,7 @@ def augment(folder: Path, output: Path, config_file: Path | None, count: int, dr
     config = TrainConfig.from_toml(config_file) if config_file else TrainConfig()
     usable = opened.manifest.with_row_index("row").filter(pl.col("status") == "ok")["row"].to_numpy()
     if not len(usable):
-        raise DataError("has no photo with status ok", path=folder)
+        raise DataError("no photo has status ok", path=folder)
     rows = np.sort(np.random.default_rng(seed).permutation(usable)[:count]).astype(np.int64)
     sheet = augmentation_sheet(opened.photos, rows, opened.spec, config.augment, draws=draws, seed=seed)
     written, encoded = cv2.imencode(output.suffix, sheet[..., ::-1])

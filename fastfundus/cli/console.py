@@ -1,4 +1,4 @@
-"""Progress and remarks on stderr, and how signals end a command."""
+"""Progress and notes on stderr, and other helpers of the commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
 
 _LINE_S = 30.0
-"""Where stderr is no terminal, a line every so often: logs of a day stay readable."""
+"""Seconds between progress lines if stderr is not a terminal, so that logs of a whole day stay readable."""
 
 
 def remark(text: str) -> None:
@@ -28,20 +28,20 @@ def remark(text: str) -> None:
 
 
 def remarks(notes: Iterable[str], *, most: int = 20) -> None:
-    """Write faults that were dealt with, a line each, and count those that would flood the screen."""
+    """Write notes to stderr, one per line; of more than `most`, only count the rest."""
     notes = list(notes)
     for note in notes[:most]:
         remark(f"note: {note}")
     if len(notes) > most:
-        remark(f"note: and {len(notes) - most} more of the kind")
+        remark(f"note: and {len(notes) - most} more")
 
 
 @contextmanager
 def progress_bar(*extra: str) -> Iterator[Any]:
-    """A rich progress bar on stderr; where stderr is no terminal it stays silent.
+    """Show a rich progress bar on stderr; it stays silent if stderr is not a terminal.
 
     Args:
-        extra: names of fields shown as text behind the bar; set them with `update(task, name="text")`.
+        extra: names of text fields shown after the bar; set them with `update(task, name="text")`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,7 +55,7 @@ def progress_bar(*extra: str) -> Iterator[Any]:
 
 @contextmanager
 def screening_progress() -> Iterator[Callable[[int, int, Timing], None]]:
-    """What `screen_to_folder` calls: a bar with rate, time left and the stage that limits, or a line now and then."""
+    """Yield a progress callback for `screen_to_folder`: a bar with rate and bottleneck, or a line at intervals."""
     latest = time.monotonic()
     with progress_bar("rate") as progress:
         task = progress.add_task("screening", total=None, rate="")
@@ -63,20 +63,21 @@ def screening_progress() -> Iterator[Callable[[int, int, Timing], None]]:
         def show(done: int, total: int, timing: Timing) -> None:
             nonlocal latest
             if not progress.disable:
-                rate = f"{timing.images_per_s:.1f} photos/s, {timing.limit} limits" if timing.photos else ""
+                rate = f"{timing.images_per_s:.1f} photos/s, bottleneck: {timing.limit}" if timing.photos else ""
                 progress.update(task, completed=done, total=total, rate=rate)
             elif time.monotonic() - latest > _LINE_S and timing.photos:
                 latest = time.monotonic()
                 left = timedelta(seconds=round((total - done) / timing.images_per_s))
                 remark(
-                    f"{done} of {total} photos, {timing.images_per_s:.1f} photos/s, {left} left; {timing.limit} limits"
+                    f"{done} of {total} photos, {timing.images_per_s:.1f} photos/s, {left} left, "
+                    f"bottleneck: {timing.limit}"
                 )
 
         yield show
 
 
 def quiet_decoders() -> None:
-    """Keep OpenCV and pydicom from writing lines of their own about odd files: each has a row that says its fault."""
+    """Silence the warnings of OpenCV and pydicom about faulty files: the faults are reported in the result rows."""
     import logging
 
     import cv2
@@ -86,10 +87,10 @@ def quiet_decoders() -> None:
 
 
 def read_salt(path: Path | None) -> bytes | None:
-    """Read the salt that hashes patients.
+    """Read the salt for hashing patients.
 
     Raises:
-        ConfigError: the file cannot be read, or is too short to keep a secret.
+        ConfigError: the file cannot be read, or the salt is too short to be secure.
     """
     if path is None:
         return None
@@ -99,7 +100,7 @@ def read_salt(path: Path | None) -> bytes | None:
         raise ConfigError(f"--patient-salt {path}: cannot be read ({error.strerror})") from None
     if len(salt) < 16:
         raise ConfigError(
-            f"--patient-salt {path}: {len(salt)} bytes are easily guessed; 16 are needed at least, such as those of: "
-            "openssl rand -hex 32"
+            f"--patient-salt {path}: a salt of {len(salt)} bytes is too easy to guess; at least 16 bytes are needed, "
+            "such as the output of: openssl rand -hex 32"
         )
     return salt

@@ -1,4 +1,4 @@
-"""``fastfundus convert``."""
+"""The ``fastfundus convert`` command."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import click
 
 @click.command()
 @click.argument("weights", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="A .safetensors file.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
 @click.option(
     "--backbone",
     default="auto",
     show_default=True,
-    help="The timm model that the weights are of; auto knows ResNets and plain ViTs.",
+    help="timm model of the weights; auto recognises ResNets and plain ViTs.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what became of every tensor as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report on every tensor as JSON.")
 def convert(weights: Path, output: Path, backbone: str, as_json: bool) -> None:
-    r"""Bring weights from elsewhere into a file that train --init takes.
+    r"""Convert third-party WEIGHTS to a file for train --init.
 
-    WEIGHTS is a .safetensors file, a state dict, or a whole pickled ResNet, also wrapped for several GPUs. No code in
-    it is run. Every tensor is accounted for: taken over, resampled, or left aside, such as heads.
+    WEIGHTS is a .safetensors file, a state dict, or a whole pickled ResNet, with or without a multi-GPU wrapper. No
+    code in it is run. Every tensor is reported as used, resampled, or left out (such as heads).
 
     \b
     Example:
@@ -38,8 +38,8 @@ def convert(weights: Path, output: Path, backbone: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
         return
-    click.echo(f"{output}: {report.backbone}, from {report.what}: {len(report.used)} tensors as they are")
+    click.echo(f"{output}: {report.backbone}, from {report.what}: {len(report.used)} tensors used unchanged")
     for name in report.reshaped:
         click.echo(f"  resampled: {name}")
     for name in report.unused:
-        click.echo(f"  left aside: {name}")
+        click.echo(f"  left out: {name}")

@@ -1,4 +1,4 @@
-"""``fastfundus evaluate``."""
+"""The ``fastfundus evaluate`` command."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ import click
 )
 @click.option(
     "--map", "rules", multiple=True, metavar="OUTPUT=COLUMN",
-    help="What another set's labels mean: abnormal=dr_grade>=1, dr=!normal, a=b|c (any of them); may be repeated.",
+    help="Define an output by labels of another data set: abnormal=dr_grade>=1, dr=!normal, or a=b|c (any of them); "
+    "may be repeated.",
 )  # fmt: skip
-@click.option("--by", multiple=True, metavar="COLUMN", help="Also by camera, eye, quality, ...; may be repeated.")
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="COLUMN",
+    help="Also report subgroups by this column, such as camera, eye or quality; may be repeated.",
+)
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="RUN", help="Compare with another run on the same photos."
 )
 @click.option(
     "--prevalence", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Share of positives where it will be used: for the predictive values.",
+    help="Prevalence in the target population, for predictive values.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def evaluate(
@@ -42,10 +48,11 @@ def evaluate(
     prevalence: float | None,
     as_json: bool,
 ) -> None:
-    r"""Measure RUN, with its locked threshold, on photos of CACHE it has not learned from.
+    r"""Evaluate RUN on the photos of CACHE that it has not learned from.
 
-    On the run's own cache these are its test patients; on any other, all photos whose bytes it has not seen. Intervals
-    are of patients, 95 %.
+    In the run's own cache, these are the test patients; in any other cache, all photos except byte-identical copies of
+    photos that the run has learned from. Thresholds are those locked in RUN. The 95 % confidence intervals are
+    clustered by patient.
 
     \b
     Example:
@@ -87,6 +94,6 @@ def _further_lines(document: dict[str, Any]) -> Iterator[str]:
                 what = f"{column} {group['group']}, {name}: {group['photos']} photos of {group['patients']} patients"
                 key = "dice" if "dice" in group else "auroc"
                 figures = f", {FIGURE_NAMES[key]} {interval_text(group[key])}" if group["photos"] else ""
-                yield f"{what}{figures}{' (few: read with care)' if group['small'] else ''}"
+                yield f"{what}{figures}{' (small group, interpret with care)' if group['small'] else ''}"
     for name, figure, shown, p in differences(document.get("against")):
         yield f"{name}, {figure}: first minus second {shown}, p = {p}"

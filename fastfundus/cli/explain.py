@@ -1,4 +1,4 @@
-"""``fastfundus explain``."""
+"""The ``fastfundus explain`` command."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ _SHOWN_PX = 288
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the heatmaps.")
-@click.option("--label", metavar="NAME", help="Output to explain; without it, the first finding.")
+@click.option("--label", metavar="NAME", help="Output to explain  [default: the first finding]")
 @click.option(
     "--method", type=click.Choice(["gradcam", "occlusion"]), default="gradcam", show_default=True,
-    help="occlusion suits every network, and takes some hundred times as long.",
+    help="Explanation method; occlusion works with every network but is over 100 times slower.",
 )  # fmt: skip
 @click.option(
-    "--most", type=click.IntRange(1), default=12, show_default=True, help="Photos of each outcome, of a cache."
+    "--most",
+    type=click.IntRange(1),
+    default=12,
+    show_default=True,
+    help="Maximum number of photos per outcome of a cache.",
 )
 def explain(run: Path, sources: tuple[Path, ...], output: Path, label: str | None, method: str, most: int) -> None:
-    r"""Show where RUN looks.
+    r"""Draw heatmaps of the image regions that RUN relies on.
 
-    SOURCES are photos, folders or CSV files: each photo gets a heatmap over it in the camera's own frame, a line in
-    explain.csv, and a place on explain.html. Or a cache: its test patients by outcome, with a test of how far the
-    heatmaps are true.
+    SOURCES are photos, folders or CSV files: each photo gets a heatmap overlay in its original frame, a row in
+    explain.csv, and an entry in explain.html. Alternatively, SOURCES is one cache: explain.html then shows its test
+    patients by outcome, with a faithfulness test of the heatmaps.
 
     \b
     Example:
@@ -48,12 +52,12 @@ def explain(run: Path, sources: tuple[Path, ...], output: Path, label: str | Non
     opened = Run.open(run)
     if opened.config.task == "vessels":
         raise ConfigError(
-            "runs that map vessels need no heatmap: their maps say where; screen photos with their bundle"
+            "runs that map vessels need no heatmap, because their output is a map; screen photos with their bundle"
         )
     explainer = Explainer(opened, method)  # type: ignore[arg-type]
     name = label or _first_finding(opened)
     if name not in opened.labels:
-        raise ConfigError(f"--label {name!r}: the run has no such output{close_matches(name, opened.labels)}")
+        raise ConfigError(f"--label {name!r} is not an output of the run{close_matches(name, opened.labels)}")
     output.mkdir(parents=True, exist_ok=True)
     whole = len(sources) == 1 and (sources[0] / "manifest.parquet").is_file()
     page = (
@@ -72,7 +76,7 @@ def _first_finding(run: Run) -> str:
 
 
 def _photos(run: Run, explainer: Explainer, sources: tuple[Path, ...], output: Path, name: str) -> Path:
-    """Heatmaps of photos, in the camera's frame."""
+    """Write heatmaps of photos in their original frame; return the page."""
     import cv2
     import polars as pl
 
@@ -92,7 +96,7 @@ def _photos(run: Run, explainer: Explainer, sources: tuple[Path, ...], output: P
             row, overlay, photo, heat = _one(run, explainer, source.path, name)
             rows.append({"path": source.name, **row})
             if overlay is not None:
-                # Numbered: names come from outside, and may be alike in two folders.
+                # Numbered, because photos of different folders may have the same name.
                 file = output / f"{number:05d}_{Path(source.name).stem[:80]}.jpg"
                 cv2.imwrite(str(file), overlay[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
                 rows[-1]["heatmap"] = file.name
@@ -106,14 +110,14 @@ def _photos(run: Run, explainer: Explainer, sources: tuple[Path, ...], output: P
     )
     left = sum(row["status"] != "ok" for row in rows)
     facts = [
-        f"{name}, by {explainer.method}; {len(rows)} photos, of which {left} cannot be scored (explain.csv says why)"
+        f"{name}, by {explainer.method}; {len(rows)} photos, of which {left} cannot be scored (reasons in explain.csv)"
     ]
     write_sheet(output / "explain.html", "Where the network looks", facts, [("Photos", shown)])
     return output / "explain.html"
 
 
 def _one(run: Run, explainer: Explainer, path: Path, name: str) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Row, heatmap over the photo in its own frame, the crop, and its heat."""
+    """Return the row, the heatmap over the photo in its original frame, the crop, and the heat of the crop."""
     import cv2
     import numpy as np
 
@@ -152,7 +156,7 @@ def _one(run: Run, explainer: Explainer, path: Path, name: str) -> tuple[dict[st
 
 
 def _cache(run: Run, explainer: Explainer, path: Path, output: Path, name: str, most: int) -> Path:
-    """A sheet of each outcome, and how faithful the heatmaps of the positive calls are."""
+    """Write a sheet for each outcome, and test the faithfulness of the true positives' heatmaps; return the page."""
     import json
 
     import numpy as np
@@ -198,9 +202,9 @@ def _cache(run: Run, explainer: Explainer, path: Path, output: Path, name: str, 
     if document:
         told_as = {key: interval_text(value) for key, value in document.items()}
         facts += [
-            f"Faithfulness on {len(chosen['true positives'])} true positives, area under the probability: deletion "
-            f"{told_as['deletion']} (cells in random order {told_as['random_deletion']}; lower is better), insertion "
-            f"{told_as['insertion']} (random {told_as['random_insertion']}; higher is better)."
+            f"Faithfulness on {len(chosen['true positives'])} true positives, area under the probability curve: "
+            f"deletion {told_as['deletion']} (random order {told_as['random_deletion']}; lower is better), insertion "
+            f"{told_as['insertion']} (random order {told_as['random_insertion']}; higher is better)."
         ]
     (output / "faithfulness.json").write_text(json.dumps(document, indent=1) + "\n")
     write_sheet(output / "explain.html", f"Where the network looks: {name}", facts, groups)

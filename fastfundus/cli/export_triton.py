@@ -1,4 +1,4 @@
-"""``fastfundus export-triton``."""
+"""The ``fastfundus export-triton`` command."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import click
 
 @click.command("export-triton")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The model repository; made if absent.")
-@click.option("--name", default="fundus", show_default=True, help="Of the ensemble that clients ask.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Model repository; created if absent.")
+@click.option("--name", default="fundus", show_default=True, help="Name of the ensemble that clients call.")
 def export_triton(bundle: Path, output: Path, name: str) -> None:
-    r"""Write BUNDLE into a model repository of NVIDIA Triton Inference Server.
+    r"""Export BUNDLE to a model repository of NVIDIA Triton Inference Server.
 
-    Three models: preparing (by this library, in the server's Python backend), the engine, and both as an ensemble that
-    takes pictures as bytes and gives probabilities. A picture that cannot be scored is answered with its status and
-    reason as an error.
+    Writes three models: preprocessing (by this library, in the server's Python backend), the engine, and an ensemble of
+    both that takes image files as bytes and returns probabilities. For a photo that cannot be scored, the server
+    returns an error with its status and reason.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""``fastfundus prepare``."""
+"""The ``fastfundus prepare`` command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _list_adapters(context: click.Context) -> None:
 
 
 def _gpu_decodes() -> bool:
-    """Whether DALI, torch and a GPU are there; torch is not loaded just to find that there is no GPU."""
+    """Return whether DALI, torch and a GPU are available; do not import torch on machines without a GPU."""
     import importlib.util
 
     has = all(importlib.util.find_spec(name) for name in ("nvidia", "torch"))
@@ -34,7 +34,7 @@ def _gpu_decodes() -> bool:
 
 
 def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
-    """Files a group, and what prepares a group."""
+    """Return the number of files per group, and the function that prepares a group."""
     from fastfundus.errors import require
 
     require("torch", extra="train")
@@ -45,7 +45,7 @@ def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
     from fastfundus.dali.prepare import DaliPreparer
 
     on_gpu = torch.cuda.is_available()
-    # Decoded photos of a group are held at once: 30 MB each at 10 megapixels.
+    # All decoded photos of a group are in memory at once: 30 MB each at 10 megapixels.
     group = 64 if on_gpu else 8
     decoder = DaliDecoder(device_id=0 if on_gpu else None, batch_size=group, threads=workers)
     return group, DaliPreparer(spec, decoder, threads=workers)
@@ -53,18 +53,18 @@ def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The cache, a folder to be made.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Cache folder to create or extend.")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="CSV with a column 'file', and labels; 'patient', 'eye', 'camera' and 'split' are understood.",
+    help="CSV file with a column 'file' and labels; 'patient', 'eye', 'camera' and 'split' are recognised.",
 )
 @click.option(
     "--adapter",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="How SOURCE is read: folder, classes, csv, a public data set (see --list-adapters); auto finds out.",
+    help="Layout of SOURCE: folder, classes, csv, or a public data set (see --list-adapters); auto detects it.",
 )
 @click.option(
     "--list-adapters",
@@ -72,7 +72,7 @@ def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
     is_eager=True,
     expose_value=False,
     callback=lambda context, parameter, value: _list_adapters(context) if value else None,
-    help="List the public data sets that are known, and stop.",
+    help="List the supported public data sets and exit.",
 )
 @click.option("--size", type=int, default=512, show_default=True, help="Side of the prepared photos in pixels.")
 @click.option(
@@ -80,16 +80,16 @@ def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
     type=click.Choice(["auto", "cpu", "dali"]),
     default="auto",
     show_default=True,
-    help="What decodes; dali is for GPUs, and auto takes it where there is one and nvidia-dali is installed.",
+    help="Decoder; auto uses dali if there is a GPU and nvidia-dali is installed.",
 )
-@click.option("--workers", type=click.IntRange(1, 1024), help="Decoding threads  [default: one a core]")
+@click.option("--workers", type=click.IntRange(1, 1024), help="Decoding threads  [default: one per core]")
 @click.option(
     "--patient-salt",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Replace patients by a hash that only who has this file's content can recompute.",
+    help="Replace patient identifiers by hashes, salted with the secret content of this file.",
 )
 @click.option(
-    "--preview", is_flag=True, help="Write preview.html into the cache: photos, circles and crops to look at."
+    "--preview", is_flag=True, help="Write preview.html into the cache, with detected fields and crops to check."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def prepare(
@@ -104,11 +104,11 @@ def prepare(
     preview: bool,
     as_json: bool,
 ) -> None:
-    r"""Decode every photo of SOURCE once into a cache to train from.
+    r"""Decode every photo of SOURCE once, into a cache for training.
 
-    SOURCE is a folder (searched through), a folder with one sub-folder a class, a public data set as it was unpacked,
-    or a CSV that names photos. Every photo gets a row with a status in the cache's manifest, the unusable ones too. Run
-    it again to add new photos.
+    SOURCE is a folder (searched recursively), a folder with one subfolder per class, an unpacked public data set, or a
+    CSV file that lists photos. Every photo gets a row with a status in the cache's manifest, including unusable ones.
+    Run the command again to add new photos.
 
     \b
     Example:
@@ -125,7 +125,7 @@ def prepare(
     group, preparer = 1, None
     if backend == "dali" or (backend == "auto" and _gpu_decodes()):
         group, preparer = _dali(spec, workers)
-        # Two, so that one reads and finishes while the other decodes.
+        # Two workers: one reads files and finishes photos while the other decodes.
         workers = 2
     listing = list_photos(source, labels=labels, adapter=adapter)
     remarks(listing.notes)
@@ -145,23 +145,23 @@ def prepare(
             )
         except KeyboardInterrupt:
             progress.stop()
-            raise click.ClickException("interrupted; run the same command again to go on where it stopped") from None
+            raise click.ClickException("interrupted; run the same command again to continue where it stopped") from None
     counts = {status.value: int((cache.manifest["status"] == status.value).sum()) for status in Status}
-    del counts[Status.FAILED.value]  # only an engine can fail
+    del counts[Status.FAILED.value]  # occurs only when screening
     for row in cache.manifest.filter(cache.manifest["status"] != "ok").head(20).iter_rows(named=True):
         remark(f"{row['status']}: {row['path']}: {row['reason']}")
     unknown = int((~cache.manifest["patient_known"]).sum())
     if unknown:
-        remark(f"note: the patient of {unknown} photos is unknown; each counts as a patient of its own when splitting")
+        remark(f"note: the patient of {unknown} photos is unknown; splits treat each of them as a separate patient")
     pairs = len(cache.duplicates())
     if pairs:
         remark(
-            f"note: pairs of photos of different patients that are or look the same: {pairs}; they stay on one side "
-            f"when splitting; fastfundus cache audit {output} lists them"
+            f"note: pairs of duplicates or near duplicates across patients: {pairs}; splits keep each pair on one "
+            f"side; list them with: fastfundus cache audit {output}"
         )
     if preview:
         shown = write_preview(cache, output / "preview.html")
-        remark(f"{output / 'preview.html'}: {shown} photos to look at")
+        remark(f"{output / 'preview.html'}: preview of {shown} photos")
     if as_json:
         summary = {"cache": str(output), "photos": len(listing.photos), "status": counts, "duplicate_pairs": pairs}
         click.echo(json.dumps({**summary, "lost": listing.lost}))

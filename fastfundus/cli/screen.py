@@ -1,4 +1,4 @@
-"""``fastfundus screen``."""
+"""The ``fastfundus screen`` command."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with a run that was stopped, with the same bytes as if it had not been."
+    "--resume", is_flag=True, help="Continue an interrupted run; the results equal those of an uninterrupted one."
 )
-@click.option("--overwrite", is_flag=True, help="Replace results that are there already.")
+@click.option("--overwrite", is_flag=True, help="Replace existing results.")
 @click.option(
     "--backend",
     type=click.Choice(["openvino", "onnxruntime"]),
-    help="Run the graph inside the bundle in float32, instead of the engine that was built and proven.",
+    help="Run the bundle's graph in float32 on this runtime, instead of the verified engine.",
 )
 @click.option(
     "--abstain", type=float, default=0.0, metavar="WIDTH",
-    help="Call photos closer than this to a threshold uncertain, for somebody to read.",
+    help="Mark photos closer than this to a threshold as uncertain, for human review  [default: 0]",
 )  # fmt: skip
 @click.option(
-    "--least-images", type=int, default=1, show_default=True, help="Scored photos an eye needs to be negative."
+    "--least-images", type=int, default=1, show_default=True, help="Scored photos that an eye needs to be negative."
 )
 @click.option(
     "--unusable", type=click.Choice(["block", "ignore"]), default="block", show_default=True,
-    help="Whether one ungradable or unreadable photo keeps its eye from being negative.",
+    help="With block, an eye with an ungradable or unreadable photo is never negative; ignore disregards such photos.",
 )  # fmt: skip
-@click.option("--both-eyes", is_flag=True, help="A patient without photos of both eyes is never negative.")
+@click.option("--both-eyes", is_flag=True, help="Never call a patient negative without photos of both eyes.")
 @click.option(
     "--decode", type=click.Choice(["cpu", "dali"]), default="cpu", show_default=True,
-    help="dali feeds engines of TensorRT and AOTInductor on the GPU, where photos then stay.",
+    help="Decoder; dali decodes on the GPU for TensorRT and AOTInductor engines.",
 )  # fmt: skip
 @click.option(
-    "--ray", metavar="ADDRESS", help='Deal the work to a Ray cluster: "host:6379", "auto", or "local". Extra: fleet.'
+    "--ray", metavar="ADDRESS", help='Run on a Ray cluster: "host:6379", "auto" or "local"; needs the extra "fleet".'
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def screen(
@@ -61,11 +61,11 @@ def screen(
     ray: str | None,
     as_json: bool,
 ) -> None:
-    r"""Screen photos with BUNDLE: exactly one row per input, and a report.
+    r"""Screen photos with BUNDLE; write exactly one row per input, and a report.
 
-    SOURCES are folders, photos, or CSV files with a column 'file'. What cannot be screened gets a row that says why.
-    Killed at any moment, the same command with --resume goes on. Exits 0 only if every input could be listed and no
-    photo failed in the engine. For research use only.
+    SOURCES are folders, photos, or CSV files with a column 'file'. An input that cannot be screened gets a row with the
+    reason. After an interruption or a crash, repeat the command with --resume. Exits with 0 only if every input could
+    be listed and no photo failed in the engine. For research use only.
 
     \b
     Example:
@@ -81,15 +81,15 @@ def screen(
     from fastfundus.screen.run import screen_to_folder
 
     if ray and decode == "dali":
-        raise ConfigError("--ray and --decode dali do not go together; give one of them")
+        raise ConfigError("--ray and --decode dali cannot be combined; give only one of them")
     if resume and overwrite:
-        raise ConfigError("--resume goes on with what is there, --overwrite throws it away; give one of them")
+        raise ConfigError("--resume continues existing results, --overwrite deletes them; give only one of them")
     quiet_decoders()
     policy = ScreenPolicy(abstain=abstain, least_images=least_images, unusable=unusable, both_eyes=both_eyes)  # type: ignore[arg-type]
     opened = Bundle.open(bundle)
     if backend:
         opened = opened.using(backend)
-    # Every picture is an input here, also the masks and spare pictures of a public data set.
+    # Every picture is an input here, including the masks and additional pictures of a public data set.
     listing = list_photos(sources, adapter="folder")
     make_blocks = None
     if ray:
@@ -107,16 +107,14 @@ def screen(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise click.ClickException(
-                f"interrupted; what is done is in {output}: the same command with --resume goes on"
+                f"interrupted; {output} has the results so far; repeat the command with --resume to continue"
             ) from None
     remarks(run.notes)
     _summarise(run, listing, as_json)
     faults = [*(["some inputs could not be listed:"] if listing.lost else []), *listing.lost]
     failed = int((run.results["status"] == "failed").sum())
     if failed:
-        faults.append(
-            f"{failed} photos failed in the engine and have no decision; results.csv says why: screen them again"
-        )
+        faults.append(f"{failed} photos failed in the engine and have no decision, see results.csv; screen them again")
     if faults:
         raise click.ClickException("\n".join(faults))
 
@@ -143,12 +141,12 @@ def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:
         )
         return
     click.echo(f"{len(run.results)} inputs: " + ", ".join(f"{count} {name}" for name, count in statuses.items()))
-    click.echo(", ".join(f"{count} {name}" for name, count in decisions.items()) or "nothing was decided")
+    click.echo(", ".join(f"{count} {name}" for name, count in decisions.items()) or "no decisions")
     if timing.photos:
         click.echo(
             f"{timing.images_per_s:.1f} photos/s, {timing.cores_busy:.1f} of {timing.workers} cores busy; "
-            f"{timing.limit} limits"
+            f"bottleneck: {timing.limit}"
         )
     elif run.resumed:
-        click.echo("was finished already; nothing was left to do")
+        click.echo("the run was already complete; nothing to do")
     click.echo(f"report: {run.report}")

@@ -1,4 +1,4 @@
-"""``fastfundus serve``."""
+"""The ``fastfundus serve`` command."""
 
 from __future__ import annotations
 
@@ -11,19 +11,47 @@ import click
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8321, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8321,
+    show_default=True,
+    help="Port to listen on; 0 selects a free one.",
+)
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),
-    help="File with the token clients must bring; or set FASTFUNDUS_TOKEN.",
+    help="File with the token that clients must send; alternatively, set FASTFUNDUS_TOKEN.",
 )
-@click.option("--without-token", is_flag=True, help="Listen beyond this machine without a token.")
-@click.option("--abstain", type=float, default=0.0, metavar="WIDTH", help="As of screen.")
-@click.option("--backend", type=click.Choice(["openvino", "onnxruntime"]), help="As of screen.")
-@click.option("--most-megabytes", type=click.IntRange(1), default=64, show_default=True, help="Of one request.")
-@click.option("--most-seconds", type=click.FloatRange(1.0), default=60.0, show_default=True, help="For one request.")
+@click.option("--without-token", is_flag=True, help="Allow other machines to connect without a token.")
 @click.option(
-    "--most-waiting", type=click.IntRange(1), default=128, show_default=True, help="Photos under way at once."
+    "--abstain",
+    type=float,
+    default=0.0,
+    metavar="WIDTH",
+    help="Mark photos closer than this to a threshold as uncertain, for human review  [default: 0]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["openvino", "onnxruntime"]),
+    help="Run the bundle's graph in float32 on this runtime, instead of the verified engine.",
+)
+@click.option(
+    "--most-megabytes", type=click.IntRange(1), default=64, show_default=True, help="Largest request in megabytes."
+)
+@click.option(
+    "--most-seconds",
+    type=click.FloatRange(1.0),
+    default=60.0,
+    show_default=True,
+    help="Timeout of a request in seconds.",
+)
+@click.option(
+    "--most-waiting",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Maximum number of photos in progress.",
 )
 def serve(
     bundle: Path,
@@ -37,11 +65,11 @@ def serve(
     most_seconds: float,
     most_waiting: int,
 ) -> None:
-    r"""Answer photos over HTTP with BUNDLE, and show a page to drop them on.
+    r"""Serve BUNDLE over HTTP, with a web page for uploading photos.
 
-    POST /v1/screen takes multipart/form-data or one photo as the body; GET /healthz, /metrics, /v1/about. Told to stop
-    (Ctrl-C, SIGTERM), it answers what it has taken. No TLS: put a proxy before it where the network is not your own.
-    For research use only.
+    POST /v1/screen takes multipart/form-data, or one photo as the body. GET /healthz, /metrics and /v1/about describe
+    the server. On Ctrl-C or SIGTERM, it finishes accepted requests before it exits. It does not support TLS: put a
+    proxy in front of it on networks that you do not control. For research use only.
 
     \b
     Example:
@@ -63,8 +91,8 @@ def serve(
     token = _token(token_file)
     if host not in LOOPBACK and token is None and not without_token:
         raise ConfigError(
-            f"--host {host}: others can reach this address; give --token-file FILE, or --without-token where the "
-            "network lets nobody else in"
+            f"--host {host}: other machines can reach this address; add --token-file FILE, or --without-token on a "
+            "closed network"
         )
     opened = Bundle.open(bundle)
     if backend:
@@ -92,6 +120,7 @@ def _token(file: Path | None) -> str | None:
     token = token.strip()
     if len(token) < 16:
         raise ConfigError(
-            f"{where}: {len(token)} characters are easily guessed; 16 are needed at least: openssl rand -hex 32"
+            f"{where}: a token of {len(token)} characters is too easy to guess; at least 16 are needed, such as the "
+            "output of: openssl rand -hex 32"
         )
     return token

@@ -1,4 +1,4 @@
-"""``fastfundus synthesize``."""
+"""The ``fastfundus synthesize`` command."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import click
 
 @click.command()
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for images/ and labels.csv.")
-@click.option("--patients", type=click.IntRange(1), default=50, show_default=True, help="Two photos each.")
+@click.option(
+    "--patients",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Number of patients; two photos are drawn of each.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--masks", is_flag=True, help="Write vessel, disc and cup masks too.")
+@click.option("--masks", is_flag=True, help="Also write vessel, disc and cup masks.")
 def synthesize(output: Path, patients: int, seed: int, masks: bool) -> None:
-    r"""Draw synthetic fundus photographs with labels, to try things on.
+    r"""Draw synthetic, labelled fundus photographs for trials and tests.
+
+    Equal --seed and --patients give equal photos.
 
     \b
     Example:

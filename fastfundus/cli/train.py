@@ -31,7 +31,11 @@ RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 @click.option("--fold", type=int, help="Which of the folds tests  [default: 0]")
 @click.option("--folds", type=click.IntRange(3, 100), help="Train so many folds, one after the other, and pool them.")
 @click.option("--label-fraction", type=float, help="Share of the training patients to learn from  [default: 1]")
-@click.option("--amp/--no-amp", default=None, help="Mixed precision where the device computes it natively, or float32  [default: --amp]")
+@click.option(
+    "--amp/--no-amp",
+    default=None,
+    help="Mixed precision where the device computes it natively, or float32  [default: --amp]",
+)
 @click.option("--recipe", type=click.Choice(RECIPES), help="Start from settings that come with FastFundus.")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; flags win over it.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped; its settings are taken from it.")

@@ -1,4 +1,4 @@
-"""Photographs as data: listing sources, labels, the uint8 cache and its manifest, patient-grouped splits."""
+"""Data handling: listing of sources, labels, the uint8 photo cache and its manifest, patient-grouped splits."""
 
 from fastfundus.data.build import build_cache
 from fastfundus.data.cache import PhotoCache

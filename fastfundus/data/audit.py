@@ -1,4 +1,4 @@
-"""Looks for leaks: the same photo under two patients, on two sides of a split, or in two caches."""
+"""Leakage check: duplicate photos of different patients, on different sides of a split, or in two caches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["Audit", "audit_cache", "overlap", "pair_positions"]
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What was found in one cache."""
+    """Result of the leakage check of one cache."""
 
     photos: int
     patients: int
     unknown_patients: int
-    """Photos whose patient is not known: each counts as a patient of its own."""
+    """Number of photos whose patient is unknown; each counts as a separate patient."""
     pairs: pl.DataFrame
     """path_a, patient_a, path_b, patient_b, kind, likeness, labels_differ and, with a split, split_a and split_b."""
 
     @property
     def leaks(self) -> pl.DataFrame:
-        """Pairs on two sides of the split; none without a split."""
+        """Pairs on different sides of the split; empty without a split."""
         if "split_a" not in self.pairs.columns:
             return self.pairs.clear()
         sides = pl.col("split_a").is_in(SIDES) & pl.col("split_b").is_in(SIDES)
@@ -36,12 +36,12 @@ class Audit:
 
 
 def audit_cache(cache: PhotoCache, names: Sequence[str | None] | None = None, labels: Sequence[str] = ()) -> Audit:
-    """List the pairs of photos of different patients that are or look the same.
+    """List duplicates and near duplicates among photos of different patients.
 
     Args:
-        cache: what to look at.
-        names: side of each row of a split, if there is one.
-        labels: label columns; a pair whose labels differ has a wrong one.
+        cache: the cache to check.
+        names: split side of each row; None without a split.
+        labels: label columns to compare; if the labels of a pair differ, one of them is wrong.
     """
     manifest, pairs = cache.manifest, cache.duplicates()
     columns = {}
@@ -61,14 +61,14 @@ def audit_cache(cache: PhotoCache, names: Sequence[str | None] | None = None, la
 
 
 def pair_positions(cache: PhotoCache, rows: np.ndarray) -> list[tuple[int, int]]:
-    """The cache's pairs as positions in `rows`, without those that are not both in it."""
+    """Return the cache's pairs as positions in `rows`, omitting pairs that are not entirely in it."""
     place = {int(row): position for position, row in enumerate(rows)}
     pairs = cache.duplicates().select("row_a", "row_b").rows()
     return [(place[a], place[b]) for a, b in pairs if a in place and b in place]
 
 
 def overlap(cache: PhotoCache, other: PhotoCache) -> pl.DataFrame:
-    """Photos that two caches share, such as a pretraining set and a test set: path_a, path_b, kind, likeness."""
+    """List photos shared by two caches, such as a pretraining and a test set: path_a, path_b, kind, likeness."""
     found: dict[tuple[int, int], tuple[str, float]] = {}
     mine, theirs = ({sha: row for row, sha in enumerate(c.manifest["sha256"]) if sha} for c in (cache, other))
     for sha in mine.keys() & theirs.keys():

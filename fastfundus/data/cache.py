@@ -1,7 +1,7 @@
-"""The photo cache: every photo decoded once, as uint8 [N, S, S, 3] in `photos.npy` beside `manifest.parquet`.
+"""The photo cache: every photo decoded once, as uint8 [N, S, S, 3] in `photos.npy`, with `manifest.parquet`.
 
-Row i of the manifest describes photo i; a photo that could not be used has a row with its status, and zeros for pixels.
-`duplicates.parquet` names pairs of photos of different patients that are or look the same.
+Row i of the manifest describes photo i; a photo that could not be used has a row with its status, and zeros as pixels.
+`duplicates.parquet` lists duplicates and near duplicates among photos of different patients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["DUPLICATE_COLUMNS", "MANIFEST_COLUMNS", "SCHEMA", "PhotoCache"]
 
 SCHEMA = 3
-"""Version of the cache's files."""
+"""Version of the cache format."""
 MANIFEST_COLUMNS: dict[str, Any] = {
     "path": pl.String,
     "sha256": pl.String,
@@ -53,39 +53,39 @@ MANIFEST_COLUMNS: dict[str, Any] = {
     "bytes": pl.Int64,
     "mtime_ns": pl.Int64,
 }
-"""Columns every manifest has; those of the label file follow, numbers as Float64 and text as String."""
+"""Columns of every manifest; those of the label file follow, numbers as Float64 and text as String."""
 DUPLICATE_COLUMNS = {
     "row_a": pl.Int64,
     "row_b": pl.Int64,
     "kind": pl.String,
     "likeness": pl.Float64,
 }
-"""Of `duplicates.parquet`: two rows of the manifest; "same bytes", "looks the same" or "mirrored"; correlation of
-details."""
+"""Columns of `duplicates.parquet`: two rows of the manifest; the kind of pair, "same bytes", "looks the same" (near
+duplicate) or "mirrored" (flipped near duplicate); and the correlation of details."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoCache:
-    """A complete cache, opened for reading."""
+    """A complete photo cache opened for reading."""
 
     path: Path
     spec: PreprocessSpec
     photos: PhotoArray
     """[N, S, S, 3] uint8 RGB, memory-mapped, read-only."""
     manifest: pl.DataFrame
-    """N rows; the columns are `MANIFEST_COLUMNS` and those of the label file."""
+    """N rows with `MANIFEST_COLUMNS` and the columns of the label file."""
     source: Path
-    """The folder that `path` in the manifest is relative to."""
+    """Folder to which `path` in the manifest is relative."""
     salted: str | None = None
-    """Identifies the salt with which patients were hashed; None when they were not."""
+    """Identifier of the salt used to hash patients; None if they are not hashed."""
 
     @classmethod
     def open(cls, path: Path, *more: Path) -> PhotoCache:
-        """Open a cache, or several as one.
+        """Open a cache, or join several into one.
 
         Raises:
-            DataError: it is no cache, incomplete, damaged, or of another version of FastFundus.
-            SpecMismatch: one was prepared in another way than the first.
+            DataError: a folder is not a cache, or is incomplete, damaged or of another version of FastFundus.
+            SpecMismatch: the preprocessing of a cache differs from that of the first.
         """
         if more:
             from fastfundus.data.union import join_caches
@@ -94,15 +94,15 @@ class PhotoCache:
         if not (path / "spec.json").is_file():
             unfinished = partial_folder(path).is_dir()
             hint = (
-                "its preparation was interrupted: run the same prepare again"
+                "its preparation was interrupted: run the same prepare command again"
                 if unfinished
                 else "run fastfundus prepare"
             )
-            raise DataError(f"is no photo cache; {hint}", path=path)
+            raise DataError(f"is not a photo cache; {hint}", path=path)
         about = json.loads((path / "spec.json").read_text())
         if about.get("schema") != SCHEMA:
             raise DataError(
-                f"has schema {about.get('schema')}, this FastFundus reads {SCHEMA}; prepare it again into a new folder",
+                f"has schema {about.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",
                 path=path,
             )
         spec = PreprocessSpec.from_dict(about["spec"])
@@ -115,25 +115,25 @@ class PhotoCache:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Folders of the cache: one, but for several that are opened as one."""
+        """Folders of the cache; more than one only for joined caches."""
         return (self.path,)
 
     def duplicates(self) -> pl.DataFrame:
-        """Pairs of photos of different patients that are or look the same: the columns are `DUPLICATE_COLUMNS`."""
+        """Return duplicates and near duplicates among photos of different patients, with `DUPLICATE_COLUMNS`."""
         pairs = pl.read_parquet(self.path / "duplicates.parquet", memory_map=False)
-        # A build that is just being finished may have written its pairs before its manifest.
+        # A build that is just finishing may have written its pairs before its manifest.
         return pairs.filter(pl.col("row_b") < len(self.manifest))
 
     def verify(self, *, sources: bool = False, on_photo: Callable[[], None] = lambda: None) -> Iterator[str]:
-        """Compare pixels with their checksums, and on request the source files with theirs.
+        """Verify the checksums of the pixels and, with `sources`, of the source files.
 
         Yields:
-            What is wrong, a line each.
+            One line for each fault.
         """
         rows = self.manifest.select("path", "sha256", "pixels_crc32").iter_rows()
         for row, (name, sha256, checksum) in enumerate(rows):
             if checksum is not None and zlib.crc32(np.ascontiguousarray(self.photos[row]).data) != checksum:
-                yield f"{name}: its pixels in the cache have changed; prepare it again"
+                yield f"{name}: the pixels in the cache have changed; prepare it again"
             if sources and sha256:
                 yield from self._verify_source(name, sha256)
             on_photo()
@@ -147,10 +147,10 @@ class PhotoCache:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where a build in progress keeps its files."""
+    """Return the folder in which a build in progress keeps its files."""
     return output.with_name(output.name + ".partial")
 
 
 def photos_per_file(size: int) -> int:
-    """How many photos of `size` pixels one file holds."""
+    """Return the number of photos of `size` pixels per file."""
     return max(1, SHARD_BYTES // (size * size * 3))

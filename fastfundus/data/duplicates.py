@@ -1,7 +1,7 @@
-"""Finds photos of different patients that are the same: byte for byte, or by what they show.
+"""Detection of duplicates and near duplicates among photos of different patients.
 
-Public sets hold photos twice, re-encoded, resized or mirrored, under two names and now and then with two labels. On two
-sides of a split they let a model recognise what it should judge.
+Public data sets contain some photos twice, re-encoded, resized or flipped, under different names and occasionally with
+different labels. On two sides of a split, such pairs let a model recognise a photo instead of assessing it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fastfundus.photo.look import LOOK_BITS, mirrored_looks, thumbnail
 __all__ = ["MOST_BITS", "alike", "find_duplicates", "near_pairs", "same_bytes", "usable_looks", "write_duplicates"]
 
 MOST_BITS = 24
-"""Pairs whose looks differ in more of their 256 bits are not compared further."""
+"""Pairs whose 256-bit perceptual hashes differ in more bits are not compared further."""
 _LEAST_LIKENESS = 0.93
-"""Correlation of details from which two photos look the same. Different eyes of ODIR reach 0.90 at most; re-encoded,
-resized, brightened, padded or cut copies stay above 0.95 nearly always."""
+"""Minimum correlation of details for a near duplicate. Different eyes of ODIR reach at most 0.90; re-encoded, resized,
+brightened, padded or cropped copies nearly always stay above 0.95."""
 _MANY = 200_000
 
 Recognised = tuple[NDArray[np.int64], NDArray[np.uint8], PhotoArray]
-"""Rows of photos, their looks, and the photos that the rows are of."""
+"""Rows of photos, their perceptual hashes, and the array of photos that the rows index."""
 
 
 def write_duplicates(folder: Path, photos_folder: Path, size: int) -> None:
-    """Find the duplicates of the cache whose manifest is in `folder`, and write `duplicates.parquet` beside it."""
+    """Find the duplicates of the cache whose manifest is in `folder`, and write `duplicates.parquet` there."""
     manifest = pl.read_parquet(
         folder / "manifest.parquet", columns=["sha256", "patient", "status", "look"], memory_map=False
     )
@@ -41,14 +41,14 @@ def write_duplicates(folder: Path, photos_folder: Path, size: int) -> None:
 
 
 def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
-    """Find pairs of photos that are the same although their patients differ.
+    """Find duplicates and near duplicates among photos of different patients.
 
     Args:
         manifest: N rows with sha256, patient, status and look.
         photos: the N photos.
 
     Returns:
-        The columns of `DUPLICATE_COLUMNS`; of photos with equal bytes, each is paired with the first.
+        A table with `DUPLICATE_COLUMNS`; photos with equal bytes are each paired with the first of them.
     """
     patients = manifest["patient"].to_list()
     pairs = [
@@ -56,7 +56,7 @@ def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
     ]
 
     def across_patients(candidates: NDArray[np.int64]) -> NDArray[np.bool_]:
-        # Each pair once, and no photo with itself.
+        # Keep each pair once, and no photo paired with itself.
         return np.array([a < b and patients[a] != patients[b] for a, b in candidates.tolist()], bool)
 
     rows, looks = usable_looks(manifest)
@@ -67,15 +67,15 @@ def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
 def alike(
     mine: Recognised, theirs: Recognised, wanted: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None = None
 ) -> Iterator[tuple[int, int, str, float]]:
-    """Find photos that look the same, as they are or mirrored.
+    """Find near duplicates, unchanged or flipped.
 
     Args:
-        mine: rows and looks from `usable_looks`, and the photos that the rows are of.
-        theirs: likewise.
-        wanted: of int64 [P, 2] rows says which pairs are worth a look at the photos; None looks at all.
+        mine: rows and perceptual hashes from `usable_looks`, and the photos that the rows index.
+        theirs: the same for the other set of photos.
+        wanted: receives int64 [P, 2] rows and selects the pairs whose photos are compared; None compares all.
 
     Yields:
-        Row of mine, row of theirs, kind and likeness of each pair.
+        Row in `mine`, row in `theirs`, kind and likeness of each pair.
     """
     rows, looks, photos = mine
     other_rows, other_looks, others = theirs
@@ -88,9 +88,9 @@ def alike(
 
 
 def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Rows of photos that can be recognised, and their looks, uint8 [N, 32].
+    """Return the rows of photos suitable for comparison and their perceptual hashes, uint8 [N, 32].
 
-    A photo too poor to grade shows too little; of photos with equal bytes, the first stands for all.
+    Photos of insufficient quality show too little detail; of photos with equal bytes, only the first is included.
     """
     usable = manifest["look"].is_not_null() & (manifest["status"] == "ok")
     rows = np.flatnonzero(usable.to_numpy())
@@ -100,18 +100,18 @@ def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Find looks that differ in few bits.
+    """Find perceptual hashes that differ in few bits.
 
-    Bits are cut into bands; only pairs that agree in all bits of some band are compared. Sixteen bands find every pair
-    that differs in up to 15 bits, and 98 of 100 of those that differ in 24. Beyond 200,000 photos eleven longer bands
-    keep the work in proportion, and find every pair up to 10 bits.
+    The bits are divided into bands, and only pairs that agree in all bits of at least one band are compared. Sixteen
+    bands find every pair that differs in up to 15 bits and 98 % of those that differ in 24. Beyond 200,000 photos,
+    eleven longer bands limit the work and find every pair that differs in up to 10 bits.
 
     Args:
         looks: uint8 [N, 32].
         others: uint8 [M, 32].
 
     Returns:
-        int64 [P, 2], positions in `looks` and `others`, each pair once, that differ in at most `MOST_BITS` bits.
+        int64 [P, 2] positions in `looks` and `others` of the pairs that differ in at most `MOST_BITS` bits, each once.
     """
     both = np.concatenate([looks, others])
     is_other = np.arange(len(both)) >= len(looks)
@@ -121,7 +121,7 @@ def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
         order = np.argsort(band, kind="stable")
         sorted_band, step = band[order], 1
         left = np.arange(len(order) - 1)
-        # Neighbours at distance 1, 2, ... in the sorted band, as long as any pair of them agrees.
+        # Compare neighbours at distance 1, 2, ... in the sorted band as long as any of these pairs agrees.
         while len(left):
             left = left[left + step < len(order)]
             left = left[sorted_band[left] == sorted_band[left + step]]
@@ -136,14 +136,14 @@ def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
 
 def _bands(looks: NDArray[np.uint8], count: int) -> Iterator[NDArray[np.uint32]]:
     bits = np.unpackbits(looks, axis=1)
-    # Neighbouring cells are alike: every band takes bits from all over the photo.
+    # Neighbouring cells are correlated, so every band takes bits from all over the photo.
     shuffled = np.random.default_rng(0).permutation(LOOK_BITS)
     for part in np.array_split(shuffled, count):
         yield bits[:, part].astype(np.uint32) @ (np.uint32(1) << np.arange(len(part), dtype=np.uint32))
 
 
 def same_bytes(hashes: Iterable[str]) -> Iterator[tuple[int, int]]:
-    """Pair each photo with the first that has the same bytes; photos without a hash have no bytes to compare."""
+    """Pair each photo with the first one that has the same bytes; photos without a hash are skipped."""
     first: dict[str, int] = {}
     for row, sha256 in enumerate(hashes):
         if sha256 and first.setdefault(sha256, row) != row:
@@ -153,7 +153,7 @@ def same_bytes(hashes: Iterable[str]) -> Iterator[tuple[int, int]]:
 def _confirm(
     candidates: NDArray[np.int64], photos: PhotoArray, others: PhotoArray, kind: str
 ) -> Iterator[tuple[int, int, str, float]]:
-    """Compare candidates by their details, which their looks only sum up.
+    """Compare the details of candidate pairs, which their perceptual hashes only summarise.
 
     Args:
         candidates: int64 [P, 2], rows of `photos` and of `others`.
@@ -162,7 +162,7 @@ def _confirm(
         kind: "looks the same" or "mirrored".
 
     Yields:
-        Row, other row, kind and likeness of each pair that looks the same.
+        Row, other row, kind and likeness of each near duplicate.
     """
     partners: dict[int, list[int]] = defaultdict(list)
     for a, b in candidates.tolist():

@@ -1,4 +1,4 @@
-"""What lets a build go on after a kill, and keeps a second one out."""
+"""The journal for crash-safe resume of a build, and the lock against concurrent builds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["journal_rows", "locked", "mend_journal", "mend_lines"]
 
 @contextmanager
 def locked(output: Path, path: Path, doing: str) -> Iterator[None]:
-    """Keep a second process that does the same out.
+    """Hold an exclusive lock, so that no second process writes the same output.
 
     Args:
-        output: what is being written, for the message.
-        path: the lock; its folder is made if absent.
-        doing: such as "prepared".
+        output: the output being written, for the error message.
+        path: the lock file; its folder is created if absent.
+        doing: past participle for the error message, such as "prepared".
 
     Raises:
-        DataError: one is at work.
+        DataError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -33,7 +33,7 @@ def locked(output: Path, path: Path, doing: str) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
-        raise DataError(f"is being {doing} by another process; wait for it, or stop it", path=output) from None
+        raise DataError(f"is being {doing} by another process; wait for it to finish or stop it", path=output) from None
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ def locked(output: Path, path: Path, doing: str) -> Iterator[None]:
 
 
 def journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
-    """What a build has noted so far, a row a finished photo, in order."""
+    """Yield the rows that a build has recorded so far, one per finished photo, in order."""
     path = partial / "rows.jsonl"
     if path.is_file():
         with path.open(encoding="utf-8") as file:
@@ -50,14 +50,14 @@ def journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
 
 
 def mend_journal(partial: Path) -> None:
-    """Take half a line away that a kill may have left: it must not glue to the next; its photo is prepared again."""
+    """Remove an incomplete last line left by a crash, so the next row starts a new line; its photo is redone."""
     path = partial / "rows.jsonl"
     if path.is_file():
         mend_lines(path)
 
 
 def mend_lines(path: Path) -> None:
-    """Take half a line away at the end of a file of lines."""
+    """Truncate a text file after its last complete line."""
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)
         while end:

@@ -1,4 +1,4 @@
-"""Reads a label CSV: one row a photo, with faults named by file and line and no value guessed."""
+"""Reading of label CSV files, one row per photo. Faults are reported by file and line; no value is guessed."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from fastfundus.errors import DataError
 __all__ = ["FILE_COLUMNS", "UNKNOWN", "LabelRow", "LabelTable", "normal_eye", "read_labels", "value_of"]
 
 FILE_COLUMNS = ("file", "path", "image", "filename", "file_name", "image_path", "image_id", "id")
-"""Column names, in any case, that may name the photo; the first one present is used."""
+"""Names of the column that identifies the photo, case-insensitive; the first one present is used."""
 UNKNOWN = frozenset({"", "nan", "na", "n/a", "none", "null", "?"})
-"""Texts, lower case, that say that a value is not known."""
+"""Lower-case texts that denote an unknown value."""
 _EYES = {"l": "L", "left": "L", "os": "L", "oi": "L", "og": "L", "r": "R", "right": "R", "od": "R"}
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True, slots=True)
 class LabelRow:
-    """One photo's row."""
+    """The row of one photo."""
 
     line: int
-    """Line in the file, the header being line 1."""
+    """Line number in the file; the header is line 1."""
     file: str
     patient: str | None
     eye: str | None
     split: str | None
     camera: str | None
     columns: dict[str, Any]
-    """Every other column: numbers as float, text as text, unknown as None."""
+    """All other columns: numbers as float, text as str, unknown values as None."""
 
 
 @dataclass(slots=True)
 class LabelTable:
-    """A label file."""
+    """The contents of a label file."""
 
     path: Path
     rows: list[LabelRow]
     notes: list[str] = field(default_factory=list)
-    """Faults that were dealt with, a line each, for the user."""
+    """Handled faults to show to the user, one line each."""
 
 
 def normal_eye(text: str | None) -> str | None:
-    """Bring "left", "OS", "R", ... to "L" or "R"; anything else to None."""
+    """Convert "left", "OS", "R", ... to "L" or "R", and anything else to None."""
     return _EYES.get((text or "").strip().lower())
 
 
 def read_labels(path: Path) -> LabelTable:
     """Read a label CSV.
 
-    The file column is one of `FILE_COLUMNS`; `patient`, `eye`, `split` and `camera` are understood; all else is kept as
-    columns.
-    A repeated file keeps its first row; values on which the repeats disagree become unknown. Both are noted.
+    The file column is one of `FILE_COLUMNS`. The columns `patient`, `eye`, `split` and `camera` are interpreted; all
+    others are kept as they are. If a file is listed more than once, its first row is kept and values on which the rows
+    disagree become unknown; both cases are noted.
 
     Raises:
-        DataError: the file cannot be read, has no header or no file column, or a row has another number of cells.
+        DataError: the file cannot be read, has no header or no file column, or a row has the wrong number of cells.
     """
     try:
-        # utf-8-sig: spreadsheets write a byte order mark that would become a part of the first column's name.
+        # utf-8-sig: spreadsheets write a byte order mark, which would otherwise become part of the first column name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
     except OSError as error:
@@ -71,17 +71,17 @@ def read_labels(path: Path) -> LabelTable:
         raise DataError(f"is not a UTF-8 CSV file ({error}); save it as CSV UTF-8", path=path) from None
     if not lines or not any(cell.strip() for cell in lines[0]):
         raise DataError(
-            f"has no header; the first line must name the columns, one of them {FILE_COLUMNS[0]!r}", path=path
+            f"has no header; the first line must name the columns, including {FILE_COLUMNS[0]!r}", path=path
         )
     header = [cell.strip() for cell in lines[0]]
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
-        raise DataError(f"names the column {repeated[0]!r} twice; rename one of them", path=path, row=1)
+        raise DataError(f"has the column {repeated[0]!r} twice; rename one of them", path=path, row=1)
     lower = [name.lower() for name in header]
     file_column = next((lower.index(name) for name in FILE_COLUMNS if name in lower), None)
     if file_column is None:
         raise DataError(
-            f"has no column that names the photos; columns: {', '.join(header)}; "
+            f"has no column that identifies the photos; columns: {', '.join(header)}; "
             f"rename the right one to {FILE_COLUMNS[0]!r}",
             path=path,
             row=1,
@@ -92,10 +92,10 @@ def read_labels(path: Path) -> LabelTable:
             continue
         if len(cells) != len(header):
             raise DataError(
-                f"has {len(cells)} cells where the header has {len(header)}; quote commas", path=path, row=number
+                f"has {len(cells)} cells but the header has {len(header)}; quote commas", path=path, row=number
             )
         if not cells[file_column].strip():
-            table.notes.append(f"{path}, line {number}: names no file; the row is left out")
+            table.notes.append(f"{path}, line {number}: no file name; row skipped")
             continue
         table.rows.append(_read_row(number, header, cells, file_column, table))
     _merge_repeats(table)
@@ -114,7 +114,7 @@ def _read_row(number: int, header: list[str], cells: list[str], file_column: int
             special[name.lower()] = None if columns.pop(name) is None else text
     split = special["split"]
     if split is not None and split.lower() not in _SPLITS:
-        table.notes.append(f"{table.path}, line {number}: split {split!r} is not train, val or test; taken as unknown")
+        table.notes.append(f"{table.path}, line {number}: split {split!r} is not train, val or test; set to unknown")
     return LabelRow(
         line=number,
         file=file.replace("\\", "/"),
@@ -127,7 +127,7 @@ def _read_row(number: int, header: list[str], cells: list[str], file_column: int
 
 
 def value_of(cell: str) -> float | str | None:
-    """Read a cell: a finite number, a text, or None when it is unknown; "true" and "false" are 1 and 0."""
+    """Convert a cell to a finite number, text, or None if unknown; "true" and "false" become 1 and 0."""
     text = cell.strip()
     if text.lower() in UNKNOWN:
         return None
@@ -146,19 +146,19 @@ def _merge_repeats(table: LabelTable) -> None:
             merged.append(row)
             continue
         kept = merged[first[row.file]]
-        place = f"{table.path}, line {row.line}: {row.file} was already named in line {kept.line}"
+        place = f"{table.path}, line {row.line}: {row.file} is already listed in line {kept.line}"
         differing = [name for name, value in row.columns.items() if kept.columns[name] != value]
         if differing:
             columns = {name: None if name in differing else value for name, value in kept.columns.items()}
             merged[first[row.file]] = replace(kept, columns=columns)
-            table.notes.append(f"{place} with another {', '.join(differing)}; taken as unknown: delete the wrong row")
+            table.notes.append(f"{place} with different {', '.join(differing)}; set to unknown: delete the wrong row")
         else:
-            table.notes.append(f"{place}; one row is kept")
+            table.notes.append(f"{place}; duplicate row ignored")
     table.rows = merged
 
 
 def _note_unknown(table: LabelTable) -> None:
-    """Note columns of 0 and 1 with gaps: they are labels, and a gap is a photo that will not teach."""
+    """Note missing values in columns of 0 and 1, which are labels: a photo without a value does not train the label."""
     names = table.rows[0].columns if table.rows else {}
     for name in names:
         values = [row.columns[name] for row in table.rows]
@@ -168,5 +168,5 @@ def _note_unknown(table: LabelTable) -> None:
             where = ", ".join(f"{row.file} (line {row.line})" for row in gaps[:3])
             more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
             table.notes.append(
-                f"{table.path}: label {name!r} is unknown for {where}{more}; kept as unknown, not used to train it"
+                f"{table.path}: label {name!r} is unknown for {where}{more}; these photos are not used to train it"
             )

@@ -1,4 +1,4 @@
-"""Writes the manifest in row groups, so that a million rows need no more memory than one group."""
+"""Writing of the manifest in row groups, so that a million rows need no more memory than one group."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write_manifest(path: Path, photos: Sequence[SourcePhoto], rows: Iterable[dic
     """Write one row per photo.
 
     Args:
-        path: the file.
-        photos: N inputs, with split and label columns.
-        rows: N rows of what was found in them, in the same order.
+        path: the file to write.
+        photos: N inputs, with their split and label columns.
+        rows: N rows with the remaining manifest columns, in the same order.
     """
     schema = {**MANIFEST_COLUMNS, **_label_schema(photos)}
     with pq.ParquetWriter(path, pl.DataFrame(schema=schema).to_arrow().schema, compression="zstd") as writer:
@@ -50,7 +50,7 @@ def _groups(
 
 
 def _label_schema(photos: Sequence[SourcePhoto]) -> dict[str, Any]:
-    """A column is text when any of its values is, else numbers."""
+    """Return the types of the label columns: text if any value of a column is text, numbers otherwise."""
     schema: dict[str, Any] = {}
     for photo in photos:
         for name, value in photo.columns.items():

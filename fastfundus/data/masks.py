@@ -1,4 +1,4 @@
-"""Vessel masks in the frame of the cache, and maps of the cache brought back into the frame of the camera."""
+"""Vessel masks of cached photos, and transforms from cache coordinates to those of the original photo."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from fastfundus.errors import DataError, close_matches
 __all__ = ["MASK_COLUMN", "native_map", "native_masks", "photos_with_masks", "window_of"]
 
 MASK_COLUMN = "mask_vessels"
-"""Manifest column with the path of the mask, as the adapters of DRIVE, STARE, HRF, ... write it."""
+"""Manifest column with the mask path, as written by the adapters of DRIVE, STARE, HRF, ..."""
 _FIELD_COLUMN = "mask_field"
 
 
 def photos_with_masks(manifest: pl.DataFrame, column: str) -> NDArray[np.int64]:
-    """Rows that are `ok` and have a mask.
+    """Return the rows that are `ok` and have a mask.
 
     Raises:
-        DataError: there is no such column, or no such row.
+        DataError: the column does not exist, or there is no such row.
     """
     if column not in manifest.columns or manifest.schema[column] != pl.String:
         masks = [name for name in manifest.columns if name.startswith("mask_")]
         raise DataError(
-            f"the cache has no column {column!r} with paths of masks{close_matches(column, masks) if masks else ''}; "
-            "prepare a set with masks (prepare --list-adapters), or name them in a label file"
+            f"the cache has no column {column!r} with mask paths{close_matches(column, masks) if masks else ''}; "
+            "prepare a data set with masks (see prepare --list-adapters) or list them in a label file"
         )
     rows = np.flatnonzero(manifest.select((pl.col("status") == "ok") & pl.col(column).is_not_null()).to_series())
     if not len(rows):
-        raise DataError("no photo is ok and has a mask; see the status and mask columns of the manifest")
+        raise DataError("no photo has both status ok and a mask; see the status and mask columns of the manifest")
     return rows
 
 
 def window_of(known: dict[str, Any], size: int) -> NDArray[np.float64]:
-    """[2, 3] positions of a photo in the cache to positions in the camera's frame, both in pixels."""
+    """Return the [2, 3] transform from pixel positions in the cached photo to those in the original photo."""
     scale = known["window_side_px"] / size
     return np.array([[scale, 0, known["window_x_px"]], [0, scale, known["window_y_px"]]])
 
 
 def native_masks(cache: PhotoCache, row: int, column: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Vessels and field of view of a photo, [H, W] each, in the frame of the camera.
+    """Read the vessel mask and the field-of-view mask of a photo, [H, W] each, at the original size.
 
-    Where the set has no mask of the field, it is the circle that was found when the photo was prepared.
+    If the data set has no field-of-view mask, the field circle found during preparation is used.
 
     Raises:
-        DataError: a mask cannot be read, or is of another size than its photo.
+        DataError: a mask cannot be read, or its size differs from that of its photo.
     """
     known = cache.manifest.row(row, named=True)
     shape = known["height_px"], known["width_px"]
@@ -66,12 +66,12 @@ def native_masks(cache: PhotoCache, row: int, column: str) -> tuple[NDArray[np.b
 
 
 def native_map(values: NDArray[np.float32], known: dict[str, Any]) -> NDArray[np.float32]:
-    """Bring a map of the cache, [S, S], into the frame of the camera, [H, W]; 0 outside the window.
+    """Warp a map of a cached photo, [S, S], to the original photo, [H, W]; 0 outside the window.
 
-    Bilinear where the camera's frame is finer, as a cache that was made at full resolution asks for.
+    Interpolation is bilinear, suited to an original that is finer than the cache and to full-resolution caches.
     """
     forward = window_of(known, len(values))
-    # OpenCV counts from the centres of pixels, we from their corners.
+    # OpenCV places the origin at a pixel centre, this library at a pixel corner.
     forward[:, 2] += forward[:, :2] @ [0.5, 0.5] - 0.5
     return cv2.warpAffine(values, forward, (known["width_px"], known["height_px"]), flags=cv2.INTER_LINEAR)
 
@@ -81,11 +81,11 @@ def _read(path: Path, shape: tuple[int, int]) -> NDArray[np.bool_]:
         with Image.open(path) as image:
             grey = np.array(image.convert("L") if image.mode not in ("1", "P") else image.convert("RGB").convert("L"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot be read as a mask ({error}); get the file again", path=path) from None
+        raise DataError(f"cannot be read as a mask ({error}); obtain the file again", path=path) from None
     if grey.shape != shape:
         raise DataError(
-            f"is {grey.shape[1]}x{grey.shape[0]} pixels, its photo {shape[1]}x{shape[0]}; masks must be of its size",
+            f"is {grey.shape[1]}x{grey.shape[0]} pixels, but its photo is {shape[1]}x{shape[0]}; sizes must match",
             path=path,
         )
-    # Halfway: masks come as 0 and 1, as 0 and 255, and as JPEGs with grey rims.
+    # Half the maximum as threshold: masks come as 0 and 1, as 0 and 255, and as JPEGs with grey edges.
     return grey > grey.max() / 2

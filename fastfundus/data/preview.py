@@ -1,4 +1,4 @@
-"""A page to check a cache by eye: each photo small, with the circle that was found, and its crop beside it."""
+"""HTML page for visual inspection of a cache: a thumbnail of each photo with its field circle, next to the crop."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _TILE_PX = 200
 
 
 def write_preview(cache: PhotoCache, path: Path, *, most: int = MOST_TILES) -> int:
-    """Write one HTML file, without anything from outside, with the photos that most need a look first.
+    """Write one self-contained HTML file that shows the photos most in need of inspection first.
 
-    Those are what could not be used, then the least certain circles and the poorest quality; the rest is filled up with
-    photos drawn at random, so that the page also shows what is usual.
+    These are the photos that could not be used, followed by those with the least certain field circles and the lowest
+    quality. The remaining places are filled with a random sample, so that the page also shows typical photos.
 
     Args:
-        cache: what to show.
-        path: the file.
-        most: photos on the page.
+        cache: the cache to show.
+        path: the file to write.
+        most: maximum number of photos on the page.
 
     Returns:
-        How many photos it shows.
+        The number of photos shown.
     """
     rows = _chosen(cache.manifest, most)
     tiles = [_tile(cache, int(row)) for row in rows]
@@ -63,7 +63,7 @@ def _chosen(manifest: pl.DataFrame, most: int) -> NDArray[np.int64]:
     rows = table["row"].to_numpy().astype(np.int64)
     if len(rows) <= most:
         return rows
-    # At least a quarter of the page shows the usual.
+    # At least a quarter of the page shows typical photos.
     first = min(int(table["odd"].sum()), most - most // 4)
     rest = np.random.default_rng(0).choice(rows[first:], most - first, replace=False)
     return np.concatenate([rows[:first], np.sort(rest)])
@@ -84,7 +84,7 @@ def _tile(cache: PhotoCache, row: int) -> dict[str, Any]:
     try:
         shown["photo"] = _encoded(_with_circle(decode_at(read_photo(cache.source / about["path"]), _TILE_PX), about))
     except PhotoError:
-        # Its reason stands below the empty tile.
+        # The reason is shown below the empty tile.
         shown["photo"] = None
     shown["crop"] = _encoded(_shrunk(np.asarray(cache.photos[row]))) if about["pixels_crc32"] is not None else None
     return shown
@@ -96,7 +96,7 @@ def _with_circle(rgb: NDArray[np.uint8], about: dict[str, Any]) -> NDArray[np.ui
     if about["field_x_px"] is not None:
         scale = small.shape[1] / full_width
         x, y, radius = (about[name] * scale for name in ("field_x_px", "field_y_px", "field_radius_px"))
-        # The centre of pixel 0 lies at 0.5; sixteenths of a pixel keep the line where the circle is.
+        # The centre of pixel 0 is at 0.5; 1/16 pixel precision keeps the line on the circle.
         centre = (round((x - 0.5) * 16), round((y - 0.5) * 16))
         cv2.circle(small, centre, round(radius * 16), (0, 255, 90), 1, cv2.LINE_AA, shift=4)
     return small

@@ -1,4 +1,4 @@
-"""One photo of a cache: its pixels and what is noted about it."""
+"""Preparation of the pixels and the manifest row of each photo in a cache."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastfundus.spec import PreprocessSpec
 __all__ = ["FACTS", "Preparer", "Row", "hashed_patient", "identified", "prepare_rows", "stamp"]
 
 Row = tuple[dict[str, Any], NDArray[np.uint8] | None]
-"""Manifest columns of one photo, and its pixels if it could be used."""
+"""Manifest columns of one photo, and its pixels, or None if it could not be used."""
 Preparer = Callable[[Sequence[Path]], list[PreparedPhoto]]
-"""Makes a result of each of several files, whatever is in them."""
+"""Prepares several files and returns a result for each, including files that cannot be used."""
 FACTS = tuple(name for name in MANIFEST_COLUMNS if name not in ("path", "split"))
-"""Columns that come from the file; the others come from the listing."""
+"""Manifest columns derived from the file; the others come from the listing."""
 
 
 def prepare_rows(
@@ -35,11 +35,11 @@ def prepare_rows(
 
     Args:
         photos: the inputs.
-        spec: what to make of them.
-        salt: hashes their patients; None keeps patients as they are.
-        prepare: makes a result of each file; None prepares one after the other on the CPU.
+        spec: preprocessing applied to each photo.
+        salt: key for hashing patient identifiers; None keeps them unchanged.
+        prepare: prepares all files at once; None prepares them one by one on the CPU.
     """
-    # Before the files are read: one that changes meanwhile is then taken for changed.
+    # Taken before the files are read, so that a file modified during preparation is later detected as changed.
     stamps = [stamp(photo.path) for photo in photos]
     paths = [photo.path for photo in photos if photo.issue is None]
     results = iter(prepare(paths) if prepare else [prepare_photo(path, spec) for path in paths])
@@ -77,9 +77,9 @@ def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], sa
 
 
 def identified(photo: SourcePhoto, facts: PhotoFacts, salt: bytes | None) -> dict[str, Any]:
-    """Say whose photo it is, which eye, and by which camera: the listing goes before the file.
+    """Return the patient, eye and camera columns of a photo; the listing takes precedence over the file.
 
-    `facts` are hashed already where there is a salt.
+    With a salt, the patient in `facts` must already be hashed.
     """
     patient, known, eye = identity(photo, facts)
     if salt is not None and photo.patient_known:
@@ -88,7 +88,7 @@ def identified(photo: SourcePhoto, facts: PhotoFacts, salt: bytes | None) -> dic
 
 
 def hashed_patient(patient: str, salt: bytes) -> str:
-    """Replace a patient's number: 16 hex digits that only who has the salt can recompute.
+    """Hash a patient identifier to 16 hex digits that can be recomputed only with the salt.
 
     Source: keyed BLAKE2b, RFC 7693.
     """
@@ -96,7 +96,7 @@ def hashed_patient(patient: str, salt: bytes) -> str:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns of a file; zeros when it is not there."""
+    """Return the size in bytes and modification time in ns of a file, or zeros if it does not exist."""
     try:
         stat = path.stat()
     except (OSError, ValueError):

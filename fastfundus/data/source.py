@@ -1,4 +1,4 @@
-"""Lists the photos of a folder, a folder of classes, a CSV or single files, each exactly once."""
+"""Listing of the photos in a folder, a folder of classes, a CSV or single files, each exactly once."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from fastfundus.records import NORMAL_NAMES, PHOTO_SUFFIXES, SourcePhoto, told_n
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
 LAYOUTS = ("auto", "folder", "classes", "csv")
-"""How a source is read: any folder of photos; one sub-folder a class; a label CSV; or whichever it looks like. Names
-of public data sets (`data.adapters.ADAPTERS`) may stand in their place."""
+"""Layouts of a source: any folder of photos ("folder"), one sub-folder per class ("classes"), a label CSV ("csv"), or
+detected automatically ("auto"). The name of a public data set (`data.adapters.ADAPTERS`) may be given instead."""
 _NORMAL_CLASSES = NORMAL_NAMES | {"no_disease", "no disease", "0"}
 _EYE_IN_NAME = re.compile(r"^(?P<patient>.+?)[_\-. ](?P<eye>left|right|od|os|oi|og|l|r)(?:[_\-. ].*)?$", re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class SourceList:
-    """The inputs, sorted by name, and what was noticed while listing."""
+    """The inputs, sorted by name, and remarks collected while listing them."""
 
     root: Path
     photos: list[SourcePhoto]
     notes: list[str] = field(default_factory=list)
-    """Faults that were dealt with, a line each, for the user."""
+    """Handled faults to show to the user, one line each."""
     lost: list[str] = field(default_factory=list)
-    """Places that could not be looked into: inputs may be missing, so commands exit 1."""
+    """Folders that could not be searched: inputs may be missing, so commands exit with status 1."""
 
 
 def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, adapter: str = "auto") -> SourceList:
     """List every input once.
 
     Args:
-        sources: folders (searched through), photos, CSV files that name photos, or .txt files with a path a line,
-            relative to the file. Other files named here are inputs whatever their ending; in folders, endings of
-            `PHOTO_SUFFIXES` are, and DICOM files without one.
-        labels: a label CSV whose file column is relative to the source, to the CSV, or a file name found once.
-        adapter: one of `LAYOUTS`, or the name of a public data set, which takes one folder.
+        sources: folders (searched recursively), photos, CSV files that list photos, or .txt files with one path per
+            line, relative to the file. Other files named here are inputs regardless of their extension; in folders,
+            only files with an extension in `PHOTO_SUFFIXES` and DICOM files without one are.
+        labels: a label CSV whose file column is relative to the source or to the CSV, or is a unique file name.
+        adapter: one of `LAYOUTS`, or the name of a public data set, which requires a single folder.
 
     Raises:
-        DataError: a source is not there, nothing was found, or a label file is wrong.
-        ConfigError: there is no such adapter.
+        DataError: a source does not exist, nothing was found, or a label file is invalid.
+        ConfigError: the adapter is unknown.
     """
     if adapter not in LAYOUTS:
         adapter_named(adapter)
     paths = [sources] if isinstance(sources, Path) else list(sources)
     for path in paths:
         if not path.exists():
-            raise DataError("is not there; give a folder, a photo or a CSV file", path=path)
+            raise DataError("does not exist; give a folder, a photo or a CSV file", path=path)
     paths = [named for path in paths for named in (_lines(path) if path.suffix.lower() == ".txt" else [path])]
     listing = SourceList(_common_root(paths), [])
     tables = [] if labels is None else [labels]
@@ -64,7 +64,7 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     ignored: Counter[str] = Counter()
     one_folder = len(paths) == 1 and paths[0].is_dir() and labels is None
     if adapter not in LAYOUTS and not one_folder:
-        raise DataError(f"the adapter {adapter!r} reads one folder, with the set's own label files", path=paths[0])
+        raise DataError(f"the adapter {adapter!r} reads a single folder with its own label files", path=paths[0])
     for path in paths:
         if path.is_dir():
             files = list(_files(path, listing))
@@ -76,8 +76,8 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
         else:
             _add(path, listing, found)
     if ignored:
-        kinds = ", ".join(f"{count} {suffix or '(no ending)'}" for suffix, count in sorted(ignored.items()))
-        listing.notes.append(f"files that are no photos by their ending were left out: {kinds}")
+        kinds = ", ".join(f"{count} {suffix or '(no extension)'}" for suffix, count in sorted(ignored.items()))
+        listing.notes.append(f"skipped files without the extension of a photo: {kinds}")
     base = _common_root(list(found.values())) if found else listing.root
     photos = {key: _from_name(path, listing.root, base) for key, path in found.items()}
     if adapter == "csv" and not tables:
@@ -87,9 +87,9 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     if adapter == "classes" or (adapter == "auto" and not tables and _looks_like_classes(photos.values())):
         photos = {key: _with_class(photo) for key, photo in photos.items()}
         classes = sorted({str(photo.columns["class"]) for photo in photos.values()})
-        listing.notes.append(f"sub-folders taken as classes: {', '.join(classes)}")
+        listing.notes.append(f"sub-folders interpreted as classes: {', '.join(classes)}")
     if not photos:
-        raise DataError(f"holds no photos; endings searched for: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
+        raise DataError(f"contains no photos; known extensions: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
     return _finished(listing, photos.values())
 
 
@@ -99,16 +99,16 @@ def _finished(listing: SourceList, photos: Iterable[SourcePhoto]) -> SourceList:
 
 
 def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool:
-    """List a folder as the public data set that it is named or looks like; False if it looks like none."""
+    """List a folder as the given or detected public data set; return False if none is detected."""
     names = [os.path.relpath(path.absolute(), listing.root) for path in files]
     chosen = [adapter_named(adapter)] if adapter != "auto" else detect_adapter(names, ADAPTERS.values())
     if len(chosen) > 1:
         sets = " and ".join(f"{entry.title} (--adapter {entry.name})" for entry in chosen)
-        listing.notes.append(f"looks like {sets}: read as plain files; name one of them to have its labels")
+        listing.notes.append(f"looks like {sets}; read as plain files: choose one of them to get its labels")
     if len(chosen) != 1:
         return False
     if adapter == "auto":
-        listing.notes.append(f"looks like {chosen[0].title}: read as such; --adapter folder reads it as plain files")
+        listing.notes.append(f"looks like {chosen[0].title}, read as such; use --adapter folder to read plain files")
     photos, notes = list_with_adapter(listing.root, names, chosen[0])
     listing.notes += notes
     _finished(listing, photos)
@@ -125,14 +125,14 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _lines(path: Path) -> list[Path]:
-    """Paths of a list; lines that are empty, or begin with #, count for nothing."""
+    """Read the paths in a list file, ignoring empty lines and lines that begin with #."""
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", path=path) from None
     named = [path.parent / line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not named:
-        raise DataError("names no photo; give a path a line", path=path)
+        raise DataError("names no photo; give one path per line", path=path)
     return named
 
 
@@ -142,7 +142,7 @@ def _key(path: Path) -> str:
 
 def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
     if _key(path) in found:
-        listing.notes.append(f"{path}: was given twice; it gets one row")
+        listing.notes.append(f"{path}: given twice; it is kept as one row")
     found[_key(path)] = path
 
 
@@ -157,10 +157,10 @@ def _take_photos(
 
 
 def _is_photo_by_name(path: Path) -> bool:
-    """Whether a file counts as a photo: by its ending, or as DICOM without one, as studies on disks have them."""
-    # A photo may be gzipped, as STARE's are.
+    """Return whether a file is a photo: by its extension, or as DICOM without one, as on exported study disks."""
+    # Photos may be gzipped, as in STARE.
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    # Names that are DICOM identifiers end in a number.
+    # File names that are DICOM identifiers end in a number.
     if (ending and not ending[1:].isdigit()) or path.name == "DICOMDIR":
         return ending.lower() in PHOTO_SUFFIXES
     try:
@@ -171,17 +171,17 @@ def _is_photo_by_name(path: Path) -> bool:
 
 
 def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
-    """Every file below a folder, sorted; folders that cannot be searched are noted as lost."""
+    """Yield every file below a folder, sorted; folders that cannot be searched are recorded as lost."""
 
     def complain(error: OSError) -> None:
         listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
 
     for parent, folders, files in os.walk(folder, onerror=complain):
-        # Hidden folders hold thumbnails and trash; sorting makes runs repeat.
+        # Hidden folders contain thumbnails and trash; sorting makes runs reproducible.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # os.walk does not go into links to folders: they may lead in a circle.
+        # os.walk does not follow links to folders, which could form a cycle.
         listing.notes += [
-            f"{Path(parent) / name}: a link to a folder is not followed; name its target to have its photos"
+            f"{Path(parent) / name}: links to folders are not followed; give the target to include its photos"
             for name in folders
             if os.path.islink(os.path.join(parent, name))
         ]
@@ -189,19 +189,19 @@ def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
 
 
 def _from_name(path: Path, root: Path, base: Path) -> SourcePhoto:
-    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`; `base` holds every photo."""
+    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`; `base` contains all photos."""
     name = _name(path, root)
     match = _EYE_IN_NAME.match(path.stem)
     if match is None:
         return SourcePhoto(path=path, name=name, patient=name)
-    # The folder belongs to the patient: numbering often restarts in every folder.
+    # The folder is part of the patient identifier: numbering often restarts in every folder.
     folder = _name(path.parent, base)
     patient = match["patient"] if folder == "." else f"{folder}/{match['patient']}"
     return SourcePhoto(path=path, name=name, patient=patient, patient_known=True, eye=normal_eye(match["eye"]))
 
 
 def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, SourcePhoto]) -> None:
-    """Join a label file to the photos; rows without a photo become inputs that are not there."""
+    """Join a label file to the photos; rows without a photo become inputs with an issue."""
     table = _without_clashes(read_labels(table_path))
     listing.notes += table.notes
     by_name: dict[str, list[str]] = defaultdict(list)
@@ -217,11 +217,9 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
         issue = None
         if key is None:
             key = _key(candidates[0])
-            issue = f"named in {table_path.name}, line {row.line}, but not there; correct the name or delete the row"
+            issue = f"named in {table_path.name}, line {row.line}, but missing; correct the name or delete the row"
             if len(same_name) > 1:
-                issue = (
-                    f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; give the folder too"
-                )
+                issue = f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; add the folder"
         path = Path(key)
         photo = photos.get(key) or _from_name(path, listing.root, listing.root)
         photos[key] = replace(_with_row(photo, row), issue=issue)
@@ -229,15 +227,15 @@ def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, Sourc
     unnamed = [photo.name for key, photo in photos.items() if key not in named]
     if unnamed:
         listing.notes.append(
-            f"{table_path}: does not name {len(unnamed)} of the photos found, such as {unnamed[0]}; no label known"
+            f"{table_path}: has no row for {len(unnamed)} of the photos found, such as {unnamed[0]}; labels unknown"
         )
 
 
 def _without_clashes(table: LabelTable) -> LabelTable:
-    """Rename label columns whose names the manifest uses, such as `path`."""
+    """Rename label columns that clash with manifest columns, such as `path`."""
     clashes = [name for name in (table.rows[0].columns if table.rows else {}) if name in MANIFEST_COLUMNS]
     for name in clashes:
-        table.notes.append(f"{table.path}: the column {name!r} is kept as 'label_{name}': the manifest uses its name")
+        table.notes.append(f"{table.path}: column {name!r} is stored as 'label_{name}': the manifest uses its name")
     renamed = {name: f"label_{name}" for name in clashes}
     for row in table.rows:
         columns = {renamed.get(name, name): value for name, value in row.columns.items()}
@@ -259,7 +257,7 @@ def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
 
 
 def _looks_like_classes(photos: Iterable[SourcePhoto]) -> bool:
-    """Whether every photo lies in a direct sub-folder, and one sub-folder is called normal or the like."""
+    """Return whether all photos are in direct sub-folders, one of which has a name such as "normal"."""
     parents = [Path(photo.name).parent.parts for photo in photos]
     return bool(parents) and all(len(parts) == 1 for parts in parents) and any(_is_normal(p[0]) for p in parents)
 
@@ -273,13 +271,13 @@ def _with_class(photo: SourcePhoto) -> SourcePhoto:
     columns: dict[str, Any] = {**photo.columns, "class": name or None}
     if name:
         columns["abnormal"] = 0.0 if _is_normal(name) else 1.0
-    # A patient may have an eye in each class folder: there the folder is no part of who it is.
+    # A patient may have one eye in each class folder, so class folders are not part of the patient identifier.
     patient = photo.patient.removeprefix(f"{name}/") if photo.patient_known else photo.patient
     return replace(photo, columns=columns, patient=patient)
 
 
 def _mark_split_patients(photos: Iterable[SourcePhoto], listing: SourceList) -> list[SourcePhoto]:
-    """Take patients that the label file puts into two splits out of every split, and say so."""
+    """Exclude patients that the label file assigns to more than one split, and note them."""
     photos = list(photos)
     splits: dict[str, set[str]] = defaultdict(set)
     for photo in photos:
@@ -290,6 +288,6 @@ def _mark_split_patients(photos: Iterable[SourcePhoto], listing: SourceList) -> 
         files = [photo.name for photo in photos if photo.patient == patient]
         listing.notes.append(
             f"patient {patient} is in {' and '.join(sorted(splits[patient]))} ({', '.join(files[:4])}): "
-            "taken out of all splits; put every photo of a patient into one"
+            "excluded from all splits; assign all photos of a patient to one split"
         )
     return [replace(photo, split="excluded") if photo.patient in torn else photo for photo in photos]

@@ -1,4 +1,4 @@
-"""Patient-grouped, stratified splits. A patient, and photos that are or look the same, never straddle two sides."""
+"""Patient-grouped, stratified splits that never separate photos of one patient, duplicates or near duplicates."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file",
 
 SIDES = ("train", "val", "test")
 _DEALS = 20
-"""A hold-out split deals patients into this many parts and takes as many as its shares come to."""
+"""A hold-out split divides patients into this many parts and takes as many parts as its shares correspond to."""
 
 
 @dataclass(slots=True)
 class Split:
-    """Which side each photo is on."""
+    """Assignment of each photo to a side of the split."""
 
     names: list[str]
-    """[N] of "train", "val", "test", "excluded"."""
+    """[N] names, each "train", "val", "test" or "excluded"."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know, a line each."""
+    """Remarks for the user, one line each."""
 
 
 def side_counts(names: Iterable[str]) -> dict[str, int]:
-    """How many photos are on each side."""
+    """Count the photos on each side."""
     counts = Counter(names)
     return {side: counts[side] for side in SIDES}
 
@@ -47,8 +47,8 @@ def group_photos(
 
     Args:
         patients: [N] patient of each photo.
-        hashes: [N] sha256 of each photo; equal bytes under two patients tie these patients together.
-        pairs: positions of photos that look the same; they tie their patients together too.
+        hashes: [N] sha256 of each photo; patients that share a file are merged into one group.
+        pairs: positions of near duplicates; their patients are merged too.
 
     Returns:
         [N] group numbers, counted from 0 in order of appearance.
@@ -74,22 +74,23 @@ def assign_splits(
     config: DataConfig,
     pairs: Sequence[tuple[int, int]] = (),
 ) -> Split:
-    """Say for each photo whether it trains, validates or tests.
+    """Assign each photo to training, validation or test.
 
-    Splits that `config.split_file` or the label file fixed are kept; photos on their training side that are or look the
-    same as one of the other sides are left out; a side that they leave empty, as official splits often do with
-    validation, is dealt from the training patients by the shares. Otherwise patients are dealt, balanced by label: into
-    `config.folds` folds, of which fold `config.fold` tests, the next one validates, and the others train; or once, by
-    the shares.
+    Splits fixed by `config.split_file` or the label file are kept, with two adjustments: training photos that are
+    duplicates or near duplicates of photos on another side are excluded, and a side without photos (official splits
+    often lack validation) is filled from the training patients according to the shares. Otherwise patients are assigned
+    with stratification by class: either into `config.folds` folds, where fold `config.fold` is the test set, the next
+    one the validation set and the others the training set; or as one hold-out split according to the shares.
 
     Args:
-        manifest: a cache's manifest, N rows, or a part of it.
-        classes: [N] class of each photo, to be spread evenly; None where there are none.
-        config: how to split.
-        pairs: positions of photos of different patients that are or look the same; ignored if the config says so.
+        manifest: N rows of a cache's manifest.
+        classes: [N] class of each photo for stratification; None without classes.
+        config: the split settings.
+        pairs: positions of duplicates and near duplicates of different patients; ignored if
+            `config.duplicates` is "ignore".
 
     Raises:
-        DataError: the photos or patients are too few, a patient is on two sides, or a split file does not fit.
+        DataError: there are too few photos or patients, a patient is on two sides, or a split file does not match.
     """
     if config.duplicates == "ignore":
         pairs = ()
@@ -112,8 +113,8 @@ def assign_splits(
         seen = {int(value) for value, name in zip(strata, split.names, strict=True) if name == wanted}
         if not seen or (classes is not None and len(seen) < 2):
             raise DataError(
-                f"the {wanted} split has {'photos of one class only' if seen else 'no photos'}: two classes at least "
-                "are needed in each split; add photos, or change data.folds or data.split_seed"
+                f"the {wanted} split has {'photos of one class only' if seen else 'no photos'}: each split needs at "
+                "least two classes; add photos, or change data.folds or data.split_seed"
             )
     return split
 
@@ -135,9 +136,9 @@ def _deal_missing(
     for row, name in zip(rows.tolist(), dealt, strict=True):
         if name in missing:
             split.names[row] = name
-    counts = " and ".join(f"{split.names.count(name)} photos {name}" for name in missing)
+    counts = " and ".join(f"{split.names.count(name)} photos to {name}" for name in missing)
     split.notes.append(
-        f"the split that is given has no {' and no '.join(missing)}: of its training patients, {counts} "
+        f"the given split has no {' and no '.join(missing)}: moved {counts} from the training patients "
         "(data.val_share, data.test_share)"
     )
 
@@ -156,10 +157,10 @@ def _forget_labels(
     config: DataConfig,
     pairs: Sequence[tuple[int, int]],
 ) -> str:
-    """Exclude training photos until a share of the training patients is left, of every class the same share.
+    """Exclude training photos until the given share of training patients remains, the same share of every class.
 
-    A patient's place in line is a hash: a smaller share is a part of any larger one, whatever the fold, and photos that
-    are added to the cache later change nobody's place.
+    Patients are ordered by a hash, so in every fold a smaller share is a subset of any larger one, and adding photos
+    to the cache later does not change the order of existing patients.
     """
     hashes = manifest["sha256"].to_list()
     groups = _groups(manifest, config, pairs)
@@ -169,7 +170,7 @@ def _forget_labels(
             members.setdefault(group, []).append(index)
     kept = 0
     for value in np.unique(strata):
-        # A patient counts to the class of the highest number: disease before none.
+        # A patient belongs to the highest class among their photos, so disease takes precedence over none.
         stratum = [rows for rows in members.values() if strata[rows].max() == value]
         places = [
             hashlib.sha256(f"{config.split_seed} {min(hashes[row] for row in rows)}".encode()).digest()
@@ -181,17 +182,17 @@ def _forget_labels(
             for row in stratum[place]:
                 split.names[row] = "excluded"
     return (
-        f"data.label_fraction is {config.label_fraction:g}: {kept} of {len(members)} training patients are learned "
-        f"from, {split.names.count('train')} photos"
+        f"data.label_fraction is {config.label_fraction:g}: training on {kept} of {len(members)} training patients, "
+        f"{split.names.count('train')} photos"
     )
 
 
 def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:
-    """Read which side each photo of a manifest is on; None where the file does not name it.
+    """Read the side of each photo of a manifest; None for photos that the file does not list.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, names a side that there is not, names no photo of the
-            manifest, or was made for other bytes under the same name.
+        DataError: the file cannot be read, lacks a column, uses an unknown side, lists no photo of the manifest, or was
+            made for a different file under the same name.
     """
     try:
         table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
@@ -205,22 +206,22 @@ def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:
     expected = dict(manifest.select("path", "sha256").iter_rows())
     for row, (name, side, sha256) in enumerate(zip(table["path"], table["split"], hashes, strict=True), start=2):
         if side not in (*SIDES, "excluded"):
-            raise DataError(f"split {side!r} is not one of {', '.join(SIDES)} and excluded", path=path, row=row)
+            raise DataError(f"split {side!r} is not one of {', '.join(SIDES)} or excluded", path=path, row=row)
         if sides.setdefault(name, side) != side:
-            raise DataError(f"{name} is named twice, as {sides[name]} and {side}", path=path, row=row)
+            raise DataError(f"{name} is listed twice, as {sides[name]} and {side}", path=path, row=row)
         if sha256 and expected.get(name, sha256) != sha256:
             raise DataError(
-                f"{name} has other bytes than when this split was made; make a new split, or get the same photos",
+                f"{name} differs from the photo this split was made for; make a new split or restore the photo",
                 path=path,
                 row=row,
             )
     if not sides.keys() & expected.keys():
-        raise DataError("names no photo of this cache; paths must be those of its manifest", path=path)
+        raise DataError("lists no photo of this cache; paths must match its manifest", path=path)
     return [sides.get(name) for name in manifest["path"]]
 
 
 def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -> None:
-    """Write a split that others can use: path, sha256, patient, split; CSV, or Parquet by the ending of `path`."""
+    """Write a split file with path, sha256, patient and split: Parquet if `path` ends in .parquet, CSV otherwise."""
     table = manifest.select("path", "sha256", "patient").with_columns(pl.Series("split", names))
     if path.suffix == ".parquet":
         table.write_parquet(path)
@@ -238,11 +239,11 @@ def _deal(groups: NDArray[np.int64], strata: NDArray[np.int64], config: DataConf
     splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=config.split_seed)
     try:
         with warnings.catch_warnings():
-            # Said by the caller, in our words, when a split ends up with one class.
+            # The caller reports a split with a single class in clearer terms.
             warnings.simplefilter("ignore", UserWarning)
             folds = [test for _, test in splitter.split(np.zeros(len(strata)), strata, groups)]
     except ValueError as error:
-        raise DataError(f"the photos cannot be dealt into {parts} folds: {error}; add photos") from None
+        raise DataError(f"the photos cannot be divided into {parts} folds: {error}; add photos") from None
     names = np.full(len(strata), "train", dtype=object)
     if config.split == "folds":
         names[folds[(config.fold + 1) % parts]] = "val"
@@ -262,12 +263,12 @@ def _check_patients(manifest: pl.DataFrame, names: list[str]) -> None:
         first, where = home.setdefault(patient, (path, name))
         if where != name:
             raise DataError(
-                f"{first} ({where}) and {path} ({name}) are of one patient, {patient}; put them into one split"
+                f"{first} ({where}) and {path} ({name}) are of the same patient, {patient}; put them into one split"
             )
 
 
 def _drop_copies(manifest: pl.DataFrame, split: Split, pairs: Sequence[tuple[int, int]]) -> None:
-    """Leave out what one side has of a later one: what tests stays, then what validates."""
+    """Exclude copies that are on two sides: the test photo is kept first, then the validation photo."""
     rank = {"train": 0, "val": 1, "test": 2, "excluded": -1}
     paths, dropped = manifest["path"].to_list(), []
     for a, b in [*same_bytes(manifest["sha256"].to_list()), *pairs]:
@@ -276,4 +277,4 @@ def _drop_copies(manifest: pl.DataFrame, split: Split, pairs: Sequence[tuple[int
             dropped.append(f"{paths[lower]} ({split.names[lower]}) is a copy of {paths[upper]} ({split.names[upper]})")
             split.names[lower] = "excluded"
     if dropped:
-        split.notes.append(f"{len(dropped)} photos left out that another side has too: {'; '.join(dropped[:3])}")
+        split.notes.append(f"{len(dropped)} photos excluded as copies on another side: {'; '.join(dropped[:3])}")

@@ -1,7 +1,7 @@
-"""Pixels on disk: uint8 [N, S, S, 3] in `photos.npy`, continued in `photos-00001.npy`, ... when one file is too large.
+"""Pixels on disk: uint8 [N, S, S, 3] in `photos.npy`, continued in `photos-00001.npy`, ... once a file is full.
 
-Written with plain writes, not through a memory map: a full disk is then an error that can be said, where a memory map
-kills the process.
+Pixels are written with plain writes rather than through a memory map: a full disk then raises an error that can be
+reported, whereas a memory map would kill the process.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastfundus.errors import DataError
 __all__ = ["SHARD_BYTES", "JoinedPhotos", "PhotoArray", "PhotoStore", "open_photos"]
 
 SHARD_BYTES = 64 * 2**30
-"""Size of one file at most: easy to copy, and below the limits of every file system and object store."""
+"""Maximum size of one file: easy to copy, and below the limits of common file systems and object stores."""
 
 
 class PhotoArray(Protocol):
-    """Photos as uint8 [N, S, S, 3]: a NumPy array, or files that are read like one."""
+    """Photos as uint8 [N, S, S, 3]: a NumPy array, or files read like one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,11 +36,11 @@ class PhotoArray(Protocol):
 
 
 class JoinedPhotos:
-    """Several arrays of photos, one behind the other, read like one by a row number or an array of them.
+    """Several arrays of photos concatenated into one, indexed by a row number, a slice or an array of row numbers.
 
     Args:
-        parts: of photos of one size.
-        count: how many of all photos are read; None reads them all.
+        parts: arrays of photos of the same size.
+        count: number of photos to expose; None exposes all.
     """
 
     def __init__(self, parts: Sequence[PhotoArray], count: int | None = None) -> None:
@@ -64,30 +64,30 @@ class JoinedPhotos:
 def open_photos(folder: Path, count: int, size: int, per_file: int) -> PhotoArray:
     """Open the first `count` photos for reading, memory-mapped.
 
-    Files may hold more than `count`: what a later build is adding.
+    Files may contain more than `count` photos while a later build is adding some.
 
     Raises:
-        OSError: a file is missing or cut off.
-        ValueError: a file is no array of such photos.
+        OSError: a file is missing or truncated.
+        ValueError: a file does not contain an array of such photos.
     """
     parts = []
     for number in range(max(1, -(-count // per_file))):
         part = np.load(_file(folder, number), mmap_mode="r", allow_pickle=False)
         if part.shape[1:] != (size, size, 3) or part.dtype != np.uint8:
-            raise ValueError(f"{_file(folder, number).name} holds {part.dtype} {part.shape}")
+            raise ValueError(f"{_file(folder, number).name} contains {part.dtype} {part.shape}")
         parts.append(part)
     if sum(map(len, parts)) < count:
-        raise ValueError(f"holds {sum(map(len, parts))} photos, its manifest says {count}")
+        raise ValueError(f"contains {sum(map(len, parts))} photos, but its manifest lists {count}")
     return parts[0][:count] if len(parts) == 1 else JoinedPhotos(parts, count)
 
 
 class PhotoStore:
-    """Writes photos by position, from any thread; unwritten positions read as zeros and take no room on the disk.
+    """Writer of photos by position, from any thread; unwritten positions read as zeros and take no disk space.
 
     Args:
-        folder: where the files are.
-        size: side of a photo in pixels.
-        per_file: photos in each file.
+        folder: folder of the files.
+        size: side length of a photo in pixels.
+        per_file: number of photos per file.
     """
 
     def __init__(self, folder: Path, size: int, per_file: int) -> None:
@@ -110,7 +110,7 @@ class PhotoStore:
             view, at = view[written:], at + written
 
     def cut(self, count: int) -> None:
-        """Take away whatever lies behind the first `count` photos: leavings of a build that was given up."""
+        """Truncate the files after the first `count` photos, removing what an abandoned build left."""
         last = max(0, -(-count // self._per_file) - 1)
         held = count - last * self._per_file
         os.ftruncate(self._descriptor(last), _HEADER + held * self._bytes)
@@ -120,7 +120,7 @@ class PhotoStore:
             number += 1
 
     def finish(self, count: int) -> None:
-        """Give the files their final length and headers, and have them written to the disk."""
+        """Set the final length and header of each file, and flush the files to disk."""
         for number in range(max(1, -(-count // self._per_file))):
             file = self._descriptor(number)
             held = min(count - number * self._per_file, self._per_file)
@@ -144,7 +144,7 @@ _HEADER = 128
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """A version 1 header of NumPy's format, padded to one length so that it can be rewritten as photos are added."""
+    """Return a NumPy format 1.0 header, padded to a fixed length so that it can be rewritten as photos are added."""
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
     body = text.encode().ljust(_HEADER - 11) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
@@ -155,11 +155,11 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def not_written(folder: Path, error: OSError, done: int) -> DataError:
-    """What to tell the user when a write failed."""
+    """Return the error for a failed write."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    cure = "make room" if full else "mend that"
+    cure = "free up space" if full else "fix the cause"
     return DataError(
         f"cannot be written after {done} photos ({error.strerror or error}); {cure} and run the same command again: "
-        "what was prepared is kept",
+        "finished photos are kept",
         path=folder,
     )

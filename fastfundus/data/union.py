@@ -1,4 +1,4 @@
-"""Several caches as one: data sets with different labels, trained on together."""
+"""Joined caches, for training on several data sets with different labels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastfundus.errors import DataError
 __all__ = ["CacheUnion", "join_caches"]
 
 
-# Without slots: the pairs are kept in its dictionary.
+# No slots: cached_property stores the pairs in the instance's __dict__.
 @dataclass(frozen=True)
 class CacheUnion(PhotoCache):
-    """Several caches, read like one. A column that one of them lacks is unknown for its photos."""
+    """Several caches read as one. A column that a cache lacks is unknown for its photos."""
 
     parts: tuple[PhotoCache, ...] = ()
 
@@ -30,38 +30,39 @@ class CacheUnion(PhotoCache):
         return tuple(part.path for part in self.parts)
 
     def duplicates(self) -> pl.DataFrame:
-        """Pairs of photos of different patients that are or look the same, in one cache or across them."""
+        """Return duplicates and near duplicates among photos of different patients, within and across the caches."""
         return self._pairs
 
     @functools.cached_property
     def _pairs(self) -> pl.DataFrame:
-        # Sought once, not once a fold.
+        # Computed once rather than once per fold.
         return find_duplicates(self.manifest, self.photos)
 
 
 def join_caches(caches: Sequence[PhotoCache]) -> PhotoCache:
-    """Read caches as one.
+    """Join caches into one.
 
-    Paths get the name of their cache in front. Patients keep theirs: one who is in two sets is one patient, and equal
-    numbers of strangers only keep two patients on one side of a split.
+    Paths are prefixed with the name of their cache. Patient identifiers are unchanged, so a patient who is in two data
+    sets counts once. If unrelated patients share an identifier, the only effect is that they stay on the same side of
+    a split.
 
     Raises:
-        SpecMismatch: one was prepared in another way than the first.
-        DataError: one is given twice, or a column is text here and numbers there.
+        SpecMismatch: the preprocessing of a cache differs from that of the first.
+        DataError: a cache is given twice, or a column is text in one cache and numeric in another.
     """
     first = caches[0]
     names = [cache.path.absolute().name for cache in caches]
     if len({cache.path.resolve() for cache in caches}) < len(caches):
-        raise DataError("is given twice; name each cache once", path=first.path)
+        raise DataError("is given twice; give each cache once", path=first.path)
     if len(set(names)) < len(names):
         names = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
     tables = []
     for cache, name in zip(caches, names, strict=True):
         cache.spec.require_same(first.spec, mine=f"the cache {cache.path}", theirs=f"the cache {first.path}")
         if cache.salted != first.salted:
-            raise DataError(f"hashes patients otherwise than {first.path}; prepare both with one salt", path=cache.path)
+            raise DataError(f"hashes patients differently from {first.path}; use one salt for both", path=cache.path)
         own = pl.lit(f"{name}/") + pl.col("path")
-        # Masks are named relative to where their set lies.
+        # Mask paths are relative to the source folder of their data set.
         masks = [
             (pl.lit(f"{cache.source}/") + pl.col(column)).alias(column)
             for column in cache.manifest.columns
@@ -73,7 +74,7 @@ def join_caches(caches: Sequence[PhotoCache]) -> PhotoCache:
         for column, kind in table.schema.items():
             other = next(seen for seen in tables if column in seen.columns).schema[column]
             if kind != other:
-                raise DataError(f"its column {column!r} is {kind}, elsewhere {other}; rename one", path=cache.path)
+                raise DataError(f"column {column!r} is {kind} here but {other} elsewhere; rename one", path=cache.path)
     manifest = pl.concat(tables, how="diagonal")
     photos = JoinedPhotos([cache.photos for cache in caches])
     return CacheUnion(first.path, first.spec, photos, manifest, first.source, first.salted, tuple(caches))

@@ -1,1 +1,1 @@
-"""Metrics with intervals, calibration and operating points."""
+"""Metrics with confidence intervals, calibration and operating points."""

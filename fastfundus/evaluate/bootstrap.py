@@ -1,7 +1,7 @@
-"""Intervals by drawing patients with replacement.
+"""Bootstrap confidence intervals that resample patients with replacement.
 
-Photos of one patient are not independent: resampling draws patients, not photos. Resamples are computed some at a time,
-so that fifty thousand photos take no more memory than fifty.
+Photos of one patient are not independent, so patients are resampled rather than photos. Resamples are computed in
+batches: fifty thousand photos need no more memory than fifty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Floats", "Interval", "PatientBootstrap"]
 Floats = NDArray[np.float64]
 
 _MOST_AT_ONCE = 1 << 21
-"""Weights computed with at once: 16 MB, which fits a processor's cache in parts."""
+"""Maximum number of weights per batch: 16 MB, parts of which fit into a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,17 @@ class Interval:
     high: float
 
     def to_dict(self) -> dict[str, float | None]:
-        """Return plain data for JSON, which knows no NaN: None stands for it."""
+        """Return plain data for JSON, with None in place of NaN, which JSON lacks."""
         return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 class PatientBootstrap:
-    """Resamples of one set of photos; equal arguments give equal resamples.
+    """Bootstrap resamples of one set of photos; equal arguments give equal resamples.
 
     Args:
-        patients: [N] who each photo is of.
-        resamples: how many sets are drawn.
-        seed: of the drawing.
+        patients: [N] patient of each photo.
+        resamples: number of resamples.
+        seed: random seed of the resampling.
     """
 
     def __init__(self, patients: Sequence[str], resamples: int = 2000, seed: int = 0) -> None:
@@ -48,10 +48,10 @@ class PatientBootstrap:
         self._resamples, self._seed = resamples, seed
 
     def weights(self, order: NDArray[np.int64] | None = None) -> Iterator[Floats]:
-        """How often each photo counts, [b, N] at a time; the first row of all is the set itself, each photo once.
+        """Yield how often each photo counts, in batches of [b, N]; the very first row is the original set, all ones.
 
         Args:
-            order: in which order of the photos; None takes theirs.
+            order: order in which to return the photos; None keeps the original order.
         """
         number = self._number if order is None else self._number[order]
         chance = np.random.default_rng(self._seed)
@@ -71,11 +71,11 @@ class PatientBootstrap:
     def values(
         self, statistics: Callable[[Floats], dict[str, Floats]], order: NDArray[np.int64] | None = None
     ) -> dict[str, Floats]:
-        """Statistics of the set and of every resample: [1 + resamples] each.
+        """Return the statistics of the original set and of every resample: [1 + resamples] each.
 
         Args:
-            statistics: from weights [b, N] to values [b] by name; NaN where one cannot be estimated.
-            order: as for `weights`.
+            statistics: maps weights [b, N] to named values [b]; NaN where a value cannot be estimated.
+            order: see `weights`.
         """
         parts = [statistics(weights) for weights in self.weights(order)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -83,12 +83,12 @@ class PatientBootstrap:
     def intervals(
         self, statistics: Callable[[Floats], dict[str, Floats]], order: NDArray[np.int64] | None = None
     ) -> dict[str, Interval]:
-        """As `values`, each with its 95 % percentile interval."""
+        """Return each statistic with its 95 % percentile interval; see `values` for the arguments."""
         return {name: interval(values) for name, values in self.values(statistics, order).items()}
 
 
 def interval(values: Floats) -> Interval:
-    """A value, and the percentiles of its resamples that could be estimated: [1 + resamples]."""
+    """Return the value of the original set with the percentile interval of its finite resamples: [1 + resamples]."""
     usable = values[1:][np.isfinite(values[1:])]
     if not len(usable):
         return Interval(float(values[0]), float("nan"), float("nan"))

@@ -1,4 +1,4 @@
-"""A model card (Mitchell et al., FAccT 2019) from a run and its evaluation: what is known, and what is not."""
+"""Model card (Mitchell et al., FAccT 2019) of a run and its evaluation: what is known and what is not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastfundus.train.run import Run
 __all__ = ["model_card"]
 
 _TASKS = {
-    "abnormality": "one probability a photo: that the eye is abnormal",
-    "multiclass": "one probability a class; they sum to one",
-    "multilabel": "one probability a finding, each by itself",
+    "abnormality": "one probability per photo that the eye is abnormal",
+    "multiclass": "one probability per class; they sum to one",
+    "multilabel": "one independent probability per finding",
     "ordinal": "the probability of reaching each grade",
 }
 _FIGURES = ("auroc", "auprc", "sensitivity", "specificity", "ppv", "npv", "ece")
@@ -27,12 +27,11 @@ _TITLES = tuple(FIGURE_NAMES[name] for name in _FIGURES)
 
 
 def model_card(run: Run, document: Mapping[str, Any]) -> str:
-    """Write the card as Markdown.
+    """Return the model card as Markdown.
 
     Args:
-        run: of a task that gives probabilities.
-        document: of its evaluation: `labels`, `overall`, `photos`, and where they were asked for `subgroups` and
-            `against`.
+        run: a run of a task that outputs probabilities.
+        document: its evaluation, with `labels`, `overall`, `photos` and, if requested, `subgroups` and `against`.
     """
     points = read_operating_point(run)["labels"]
     return "\n".join(
@@ -40,7 +39,7 @@ def model_card(run: Run, document: Mapping[str, Any]) -> str:
             f"# Model card: {run.path.name}",
             "",
             "**For research use only. Not a medical device.** Written by FastFundus from the run and its evaluation.",
-            "What else a programme must know (who was photographed, why, with which consent) is to be added by hand.",
+            "Add by hand what else a screening programme must know: who was photographed, why, and with what consent.",
             "",
             "## Model",
             "",
@@ -48,12 +47,12 @@ def model_card(run: Run, document: Mapping[str, Any]) -> str:
             "",
             "## Intended use",
             "",
-            f"- Colour fundus photographs of one eye, prepared as above at {run.spec.size} pixels.",
-            f"- It gives {_TASKS[run.config.task]}.",
-            "- To be used at the thresholds below, which were chosen on validation patients and are locked.",
-            "- Not for other kinds of pictures (wide-field, angiography, OCT), nor for photos that the quality check",
-            "  refuses.",
-            "- Not evaluated on other cameras or populations than those named below.",
+            f"- Colour fundus photographs of one eye, preprocessed as above to {run.spec.size} pixels.",
+            f"- Output: {_TASKS[run.config.task]}.",
+            "- Use it with the thresholds below, which were chosen on validation patients and are locked.",
+            "- Not for other imaging modalities (wide-field, angiography, OCT), nor for photos that the quality check",
+            "  rejects.",
+            "- Not evaluated on cameras or populations other than those named below.",
             "",
             "## Data",
             "",
@@ -61,7 +60,7 @@ def model_card(run: Run, document: Mapping[str, Any]) -> str:
             "",
             f"## Performance: {document['photos']}",
             "",
-            "95 % intervals, patients drawn with replacement."
+            "95 % confidence intervals from resampling patients."
             + _prevalence_note(document["labels"]),
             "",
             *_mapped(document.get("map", {})),
@@ -87,18 +86,18 @@ def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
     model = run.config.model
     yield "network", model.backbone
-    yield "started from", model.init
+    yield "initial weights", model.init
     yield "task", f"{run.config.task}: {', '.join(run.labels)}"
-    yield "epoch kept", f"{run.epoch}, by {run.score[0]} {run.score[1]:.4f} on validation"
-    yield "weights, sha256", f"`{weights_hash(run)}`"
-    yield "preprocessing, fingerprint", f"`{run.spec.fingerprint}`"
+    yield "best epoch", f"{run.epoch}, with {run.score[0]} {run.score[1]:.4f} on validation"
+    yield "SHA-256 of the weights", f"`{weights_hash(run)}`"
+    yield "preprocessing fingerprint", f"`{run.spec.fingerprint}`"
     yield "software", f"FastFundus {__version__}"
 
 
 def _data(run: Run) -> Iterator[str]:
     splits = pl.read_parquet(run.path / "splits.parquet")
     sides = ", ".join(f"{count} {side}" for side, count in side_counts(splits["split"]).items())
-    yield f"- From {', '.join(f'`{path.name}`' for path in run.caches)}; photos: {sides}. Patients stay on one side."
+    yield f"- From {', '.join(f'`{path.name}`' for path in run.caches)}; photos: {sides}. No patient is in two splits."
     table = pl.read_parquet(run.path / "predictions.parquet")
     for name in run.labels:
         known = table[f"label_{name}"].drop_nulls()
@@ -107,12 +106,12 @@ def _data(run: Run) -> Iterator[str]:
 
 def _prevalence_note(labels: Mapping[str, Any]) -> str:
     stated = prevalence_of(labels)
-    return f" PPV and NPV at a prevalence of {stated:g}." if stated else " PPV and NPV at these photos' prevalence."
+    return f" PPV and NPV at a prevalence of {stated:g}." if stated else " PPV and NPV at the prevalence in this set."
 
 
 def _mapped(rules: Mapping[str, str]) -> Iterator[str]:
     if rules:
-        yield from (f"Labels of this set: {', '.join(f'`{name}={rule}`' for name, rule in rules.items())}.", "")
+        yield from (f"Label mapping of this set: {', '.join(f'`{name}={rule}`' for name, rule in rules.items())}.", "")
 
 
 def _performance(labels: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:
@@ -136,7 +135,7 @@ def _subgroups(subgroups: Mapping[str, Any]) -> Iterator[str]:
         for name, groups in outputs.items():
             for group in groups:
                 figures = [interval_text(group[key]) for key in _FIGURES[:4]] if group["photos"] else [""] * 4
-                flag = "few: read with care" if group["small"] else ""
+                flag = "small group: interpret with care" if group["small"] else ""
                 rows.append((name, group["group"], group["photos"], group["patients"], *figures, flag))
         yield from _table(("output", column, "photos", "patients", *_TITLES[:4], ""), rows)
 
@@ -146,9 +145,9 @@ def _against(against: Mapping[str, Any] | None) -> Iterator[str]:
         return
     yield from (
         "",
-        f"### Against `{against['run']}`",
+        f"### Comparison with `{against['run']}`",
         "",
-        f"First minus second, {against['photos']} photos of both.",
+        f"Difference of this run minus the other, on {against['photos']} photos evaluated by both.",
         "",
     )
     yield from _table(("output", "", "difference", "p"), differences(against))
@@ -156,10 +155,10 @@ def _against(against: Mapping[str, Any] | None) -> Iterator[str]:
 
 def _limits(document: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[str]:
     if document["photos"].startswith("test patients"):
-        yield "- Measured on patients of the set that it learned from: on other cameras and people it may do worse."
+        yield "- Measured on held-out patients of the training set: it may do worse on other cameras and populations."
     for name, entry in document["labels"].items():
         if entry["positives"] < 50 or entry["photos"] - entry["positives"] < 50:
-            yield f"- `{name}`: {entry['positives']} positive of {entry['photos']} photos: the intervals are wide."
+            yield f"- `{name}`: {entry['positives']} positive of {entry['photos']} photos, so the intervals are wide."
         if points[name].get("note"):
             yield f"- `{name}`: {points[name]['note']}."
     small = [
@@ -170,7 +169,7 @@ def _limits(document: Mapping[str, Any], points: Mapping[str, Any]) -> Iterator[
         if group["small"]
     ]
     if small:
-        yield f"- Too few photos to judge: {', '.join(dict.fromkeys(small))}."
+        yield f"- Groups too small to judge: {', '.join(dict.fromkeys(small))}."
     if not document.get("subgroups"):
-        yield "- Not measured by subgroup: see `fastfundus evaluate --by`."
-    yield "- Heatmaps say where the network looks, not that it is right."
+        yield "- Not evaluated by subgroup; see `fastfundus evaluate --by`."
+    yield "- Heatmaps show where the network looks, not whether it is right."

@@ -1,7 +1,7 @@
-"""Two models on the same photos: differences with intervals and p-values that know of patients.
+"""Paired comparison of two models on the same photos, with patient-clustered intervals and p-values.
 
-The areas under the ROC curve are compared by DeLong's method (Biometrics 1988) in Obuchowski's form for clustered data
-(Biometrics 1997): with one photo a patient the two are the same. Everything else is compared by drawing patients.
+Areas under the ROC curve are compared by DeLong's method (Biometrics 1988) in Obuchowski's form for clustered data
+(Biometrics 1997); with one photo per patient the two are identical. Everything else is compared by resampling patients.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ class PairedDifference:
     low: float
     high: float
     p: float
-    """Two-sided, of no difference."""
+    """Two-sided p-value of the null hypothesis of no difference."""
 
     def to_dict(self) -> dict[str, float | None]:
-        """Return plain data for JSON; None stands for NaN."""
+        """Return plain data for JSON, with None in place of NaN."""
         return {name: value if np.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def area_covariance(scores: Floats, labels: Floats, patients: Sequence[str]) -> tuple[Floats, Floats]:
-    """Areas under the ROC curves of several models on the same photos, and the covariance of their estimates.
+    """Estimate the areas under the ROC curves of several models on the same photos, and their covariance.
 
     Args:
-        scores: [M, N] by model.
+        scores: [M, N] scores by model.
         labels: [N] 0 or 1.
-        patients: [N] who each photo is of.
+        patients: [N] patient of each photo.
 
     Returns:
-        [M] areas and [M, M] covariances; NaN where a class is absent, or all of its photos are of one patient.
+        [M] areas and [M, M] covariances; NaN if a class is absent or all its photos are of one patient.
     """
     models = len(scores)
     positive, negative = labels == 1, labels == 0
     m, n = int(positive.sum()), int(negative.sum())
     if not m or not n:
         return np.full(models, np.nan), np.full((models, models), np.nan)
-    # How much of the area each photo gives: of a positive, the share of negatives it lies above, ties counting half.
+    # Each photo's contribution to the area: for a positive, the share of negatives below it, ties counting half.
     all_ranks = np.stack([rankdata(row) for row in scores])
     above = (all_ranks[:, positive] - np.stack([rankdata(row[positive]) for row in scores])) / n
     below = 1 - (all_ranks[:, negative] - np.stack([rankdata(row[negative]) for row in scores])) / m
     areas = above.mean(axis=1)
     _, cluster = np.unique(np.asarray(patients), return_inverse=True)
     count = int(cluster.max()) + 1
-    # Deviations, summed over the photos of each patient: [M, patients].
+    # Sums of deviations over the photos of each patient: [M, patients].
     sums_positive = _by_cluster(above - areas[:, None], cluster[positive], count)
     sums_negative = _by_cluster(below - areas[:, None], cluster[negative], count)
     with_positive, with_negative = (len(np.unique(cluster[side])) for side in (positive, negative))
@@ -84,12 +84,13 @@ def compare_areas(
     """Compare the areas under the ROC curves of two models on the same photos.
 
     Args:
-        first: [N] scores.
-        second: [N] scores.
+        first: [N] scores of the first model.
+        second: [N] scores of the second model.
         labels: [N] 0 or 1.
-        patients: [N] who each photo is of.
-        strata: [N] sets of different patients, such as folds, whose scores are of different models and must not be
-            ranked together: areas are taken within each, and averaged over those that hold both classes. None is one.
+        patients: [N] patient of each photo.
+        strata: [N] disjoint sets of patients, such as folds, whose scores come from different models and must not be
+            ranked together. Areas are computed within each stratum and averaged over those with both classes. None
+            means a single stratum.
     """
     strata = np.zeros(len(labels), np.int64) if strata is None else strata
     scores, names = np.stack([first, second]), np.asarray(patients)
@@ -106,9 +107,10 @@ def compare_areas(
     if not differences or not np.isfinite(variance):
         return PairedDifference(difference, float("nan"), float("nan"), float("nan"))
     error = np.sqrt(max(variance, 0.0))
-    # Of few patients the error itself is known badly: Student's t, with what the rarer class leaves of freedom.
+    # With few patients the error estimate is itself uncertain: use Student's t, with degrees of freedom from the rarer
+    # class.
     student = t(max(freedom, 1))
-    # Equal scores differ by nothing, and surely.
+    # Equal scores have neither difference nor error: p is 1.
     p = float(2 * student.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
     reach = float(student.ppf(0.975) * error)
     return PairedDifference(difference, difference - reach, difference + reach, p)
@@ -123,17 +125,18 @@ def compare_rates(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, PairedDifference]:
-    """Compare `sensitivity` and `specificity` of two models' calls on the same photos.
+    """Compare `sensitivity` and `specificity` of two models' decisions on the same photos.
 
-    The p-value is twice the smaller share of resamples on one side of nothing, at least one of them counted.
+    The p-value is twice the smaller share of resamples on either side of zero, where one is added to both the count and
+    the number of resamples.
 
     Args:
-        first: [N] photos called positive.
-        second: likewise.
+        first: [N] photos that the first model calls positive.
+        second: [N] photos that the second model calls positive.
         labels: [N] 0 or 1.
-        patients: [N] who each photo is of.
-        resamples: bootstrap sets.
-        seed: of the resampling.
+        patients: [N] patient of each photo.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the resampling.
     """
     gains = first.astype(np.float64) - second
     of = {"sensitivity": (labels == 1, gains), "specificity": (labels == 0, -gains)}
@@ -149,7 +152,7 @@ def compare_rates(
 def compare_means(
     first: Floats, second: Floats, patients: Sequence[str], *, resamples: int = 2000, seed: int = 0
 ) -> PairedDifference:
-    """Compare the means of one value a photo, [N] each, such as its Dice; p-values as for `compare_rates`."""
+    """Compare the means of one value per photo, [N] each, such as Dice; p-values are computed as in `compare_rates`."""
     gains = first - second
 
     def statistics(weights: Floats) -> dict[str, Floats]:
@@ -159,7 +162,7 @@ def compare_means(
 
 
 def _difference(values: Floats) -> PairedDifference:
-    """From a difference and its resamples."""
+    """Return the difference, interval and p-value from a difference and its resamples, [1 + resamples]."""
     drawn = values[1:][np.isfinite(values[1:])]
     least = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * float(least + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
@@ -168,7 +171,10 @@ def _difference(values: Floats) -> PairedDifference:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p-values for how many there are; NaN stay, and do not count. Source: Holm, Scand. J. Statist. 1979."""
+    """Adjust p-values for multiple testing; NaN values are kept and not counted.
+
+    Source: Holm, Scand. J. Statist. 1979.
+    """
     known = [number for number, value in enumerate(p) if np.isfinite(value)]
     adjusted, highest = list(p), 0.0
     for place, number in enumerate(sorted(known, key=lambda number: p[number])):
@@ -180,37 +186,38 @@ def holm(p: Sequence[float]) -> list[float]:
 def compare_predictions(
     first: pl.DataFrame, second: pl.DataFrame, thresholds: dict[str, tuple[float, float]]
 ) -> dict[str, Any]:
-    """Compare two models on the photos that both were measured on.
+    """Compare two models on the photos on which both were measured.
 
     Args:
         first: predictions of `Measured`, as `evaluate` writes them.
-        second: likewise.
-        thresholds: of each output, the first's and the second's.
+        second: the same for the second model.
+        thresholds: thresholds of the first and second model by output.
 
     Returns:
-        `photos` that both have and `left_out` that one has; by output the differences first minus second, plain data;
-        p-values of the areas also adjusted for the number of outputs, `p_holm`.
+        Plain data: `photos`, the number of shared photos; `left_out`, the number of photos that only one model has; and
+        `labels`, the differences (first minus second) by output. Areas also have `p_holm`, the p-value adjusted for the
+        number of outputs.
 
     Raises:
-        DataError: they share no photo, no output, or differ on what a photo shows.
+        DataError: the runs share no photo or no output, or their labels of a photo differ.
     """
     both = first.join(second, on=["path", "sha256"], how="inner", suffix="_second")
     if not len(both):
-        raise DataError("the two runs were measured on no common photo; evaluate them on one cache")
+        raise DataError("the two runs were not measured on any common photo; evaluate both on the same cache")
     about = {"photos": len(both), "left_out": len(first) + len(second) - 2 * len(both)}
     if "dice" in first.columns and "dice" in second.columns:
         return about | {"labels": {"vessel": _vessels(both)}}
     outputs = [name for name in thresholds if {f"p_{name}", f"p_{name}_second"} <= set(both.columns)]
     if not outputs:
-        raise DataError(f"the two runs share no output; the first has {', '.join(thresholds)}")
+        raise DataError(f"the two runs have no output in common; the first has {', '.join(thresholds)}")
     by_output: dict[str, dict[str, Any]] = {}
     for name in outputs:
         label, other = both[f"label_{name}"], both[f"label_{name}_second"]
         differing = both.filter((label != other) & label.is_not_null() & other.is_not_null())
         if len(differing):
             raise DataError(
-                f"{len(differing)} photos have another {name} in one run than in the other, such as "
-                f"{differing['path'][0]}; their label files disagree"
+                f"{len(differing)} photos have different values of {name} in the two runs, such as "
+                f"{differing['path'][0]}; check the label files of both"
             )
         known = both.filter(label.is_not_null())
         truth, patients = known[f"label_{name}"].to_numpy().astype(np.float64), known["patient"].to_list()

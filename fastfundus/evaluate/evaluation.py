@@ -1,9 +1,9 @@
-"""A run on photos it has not learned from: everything that can be said of it, in files and on one page.
+"""Evaluation of a run on photos it has not learned from, written as files and as one page.
 
-metrics.json      what follows as plain data
-predictions.csv   what every photo was given
-model_card.md     see `card`; runs that give probabilities
-evaluation.html   the same to read, with curves
+metrics.json      all results as plain data
+predictions.csv   labels and predictions of every photo
+model_card.md     see `card`; only for runs that output probabilities
+evaluation.html   the same results as a page, with curves
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ def evaluate_run(
     prevalence: float | None = None,
     rules: Sequence[str] = (),
 ) -> tuple[Measured, dict[str, Any]]:
-    """Measure a run.
+    """Measure a run, optionally by subgroup and compared with another run.
 
     Args:
-        run: finished.
-        cache: its own, of which its test patients are taken, or another.
-        by: columns of the manifest to measure groups of.
-        against: another run, to be compared on the same photos.
-        prevalence: share of positives where it will be used, 0 to 1: for the predictive values.
-        rules: what the cache's labels mean in the run's terms, as for `LabelMap.parse`.
+        run: a finished run.
+        cache: its own cache, of which the test patients are used, or another cache.
+        by: columns of the manifest by which to measure subgroups.
+        against: another run to compare with on the same photos.
+        prevalence: share of positives, 0 to 1, where the model will be used; for the predictive values.
+        rules: how the cache's labels map to the run's outputs; see `LabelMap.parse`.
 
     Returns:
-        What was measured, and the content of metrics.json.
+        The measured results, and the content of metrics.json.
 
     Raises:
-        As `measure`, `subgroup_metrics`, `compare_predictions`.
+        ConfigError, DataError, CheckpointError, SpecMismatch: see `LabelMap.parse`, `measure`, `subgroup_metrics` and
+            `compare_predictions`.
     """
     label_map = LabelMap.parse(rules, run.labels) if rules else None
     measured = measure(run, cache, prevalence=prevalence, label_map=label_map)
@@ -83,7 +84,7 @@ def evaluate_run(
 
 
 def write_evaluation(run: Run, measured: Measured, document: dict[str, Any], output: Path) -> None:
-    """Write the files into a folder, which is made if absent."""
+    """Write all files of an evaluation into a folder, creating it if necessary."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     measured.predictions.write_csv(output / "predictions.csv")
@@ -110,22 +111,23 @@ def write_evaluation(run: Run, measured: Measured, document: dict[str, Any], out
 
 
 _CURVES = (
-    ("Told apart", roc_curves, ""),
-    ("Are its probabilities true?", calibration_curves,
-     "Photos in tenths by the probability they were given; bars are 95 % intervals. On the line, they are."),
-    ("Is acting on it worth it?", decision_curves,
-     "Net benefit: right calls, less wrong ones at the odds of the probability from which one would act. Above both "
-     "other lines, the model helps to decide."),
+    ("ROC curves", roc_curves, ""),
+    ("Calibration curves", calibration_curves,
+     "Photos are binned into tenths by predicted probability; bars are 95 % intervals. The diagonal is perfect "
+     "calibration."),
+    ("Decision curves", decision_curves,
+     "Net benefit: true positives minus false positives weighted by the odds of the threshold probability. The model "
+     "is useful where its curve is above both other lines."),
 )  # fmt: skip
 
 
 def _keys(labels: Mapping[str, Any]) -> list[str]:
-    """Figures that have a value in any output, in the order of their names."""
+    """Return the metrics that have a value for at least one output, in the order of `FIGURE_NAMES`."""
     return [key for key in FIGURE_NAMES if any(entry.get(key) is not None for entry in labels.values())]
 
 
 def _text(value: Any) -> tuple[str, str]:
-    """A figure and its interval."""
+    """Format a metric and its interval."""
     if not isinstance(value, dict):
         return "" if value is None else f"{value:.3f}", ""
     if value["value"] is None:
@@ -134,7 +136,7 @@ def _text(value: Any) -> tuple[str, str]:
 
 
 def _rows(labels: Mapping[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Of each output its name, how many photos, and its figures."""
+    """Yield the name, the number of photos and the metrics of each output."""
     keys = _keys(labels)
     for name, entry in labels.items():
         positives = f", {entry['positives']} positive" if "positives" in entry else ""

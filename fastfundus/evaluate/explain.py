@@ -1,4 +1,4 @@
-"""Where a run looks, by two methods; and how far what they say is true."""
+"""Heatmaps of where a run looks, by two methods, and measures of their faithfulness."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastfundus.train.run import Run
 __all__ = ["CELLS", "METHODS", "Explainer", "Explanation", "Faithfulness", "faithfulness", "points_at"]
 
 METHODS = ("gradcam", "occlusion")
-"""Grad-CAM at the last maps, or tokens; and how much each output's logit falls when a cell of the photo is covered,
-which suits every network and takes `CELLS` squared times as long."""
+"""Grad-CAM at the last feature maps or tokens; and occlusion, the fall of each output's logit when a cell of the photo
+is covered. Occlusion suits every network and takes `CELLS` squared times as long."""
 CELLS = 14
-"""Cells across a photo, of occlusion and of `faithfulness`."""
+"""Number of cells across a photo, for occlusion and for `faithfulness`."""
 _BATCH = 16
 
 Photos = NDArray[np.uint8]
@@ -31,19 +31,19 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a run says of some photos, and where it looks."""
+    """A run's predictions for some photos, and its heatmaps."""
 
     chances: Floats
     """[N, L] calibrated probabilities."""
     heat: NDArray[np.float32]
-    """[N, L, h, w] in the frame of the photos, not negative, in units of the logit."""
+    """[N, L, h, w] heatmaps in the frame of the photos, non-negative, in units of the logit."""
 
 
 class Explainer:
-    """A run that explains itself.
+    """Predictions and heatmaps of one run.
 
     Args:
-        run: of a task that gives probabilities.
+        run: a run of a task that outputs probabilities.
         method: one of `METHODS`.
     """
 
@@ -57,14 +57,14 @@ class Explainer:
         self._mean, self._std = torch.tensor(run.spec.mean), torch.tensor(run.spec.std)
 
     def chances(self, photos: Photos) -> Floats:
-        """Calibrated probabilities [N, L] of photos uint8 [N, S, S, 3]."""
+        """Return calibrated probabilities [N, L] of photos, uint8 [N, S, S, 3]."""
         return probabilities(self._logits(photos) / self._temperatures, self._kind)
 
     def explain(self, photos: Photos) -> Explanation:
-        """Explain photos uint8 [N, S, S, 3], prepared as the run's.
+        """Return probabilities and heatmaps of photos, uint8 [N, S, S, 3], preprocessed like the run's own.
 
         Raises:
-            ConfigError: Grad-CAM was asked for, and the network has no last maps.
+            ConfigError: the method is Grad-CAM and the network has no feature maps to apply it to.
         """
         parts = [photos[row : row + _BATCH] for row in range(0, len(photos), _BATCH)]
         heat = [self._cam(part) if self.method == "gradcam" else self._occluded(part) for part in parts]
@@ -104,17 +104,18 @@ def _cell(row: int, column: int, size: int) -> tuple[slice, slice]:
 
 
 def _typical(photo: Photos) -> NDArray[np.uint8]:
-    """The median colour of the retina: covering with black would make an edge that no retina has."""
+    """Return the median colour of the retina; covering with black would create an edge that no retina has."""
     inside = photo[photo.max(axis=2) > 0]
     return np.median(inside if len(inside) else photo.reshape(-1, 3), axis=0).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Faithfulness:
-    """Areas under the curves of an output's probability over the share of the photo: [N] each.
+    """Areas under the curve of an output's probability over the share of the photo changed: [N] each.
 
-    Deletion covers what is hottest first, and should end an output soon: low is good. Insertion uncovers it first on a
-    blurred photo: high is good. Beside each stands what cells in random order give. Source: Petsiuk et al., BMVC 2018.
+    Deletion covers the hottest cells first, which should lower the probability quickly: low is good. Insertion reveals
+    them first on a blurred photo: high is good. For reference, each has a baseline with cells in random order. Source:
+    Petsiuk et al., BMVC 2018.
     """
 
     deletion: Floats
@@ -126,15 +127,15 @@ class Faithfulness:
 def faithfulness(
     explainer: Explainer, photos: Photos, heat: NDArray[np.float32], label: int, *, steps: int = 14, seed: int = 0
 ) -> Faithfulness:
-    """Test what heatmaps say of one output.
+    """Measure the faithfulness of the heatmaps of one output.
 
     Args:
-        explainer: whose run is asked.
+        explainer: the run to query.
         photos: uint8 [N, S, S, 3].
-        heat: [N, h, w] of that output.
-        label: its number.
-        steps: points of a curve, beside its beginning.
-        seed: of the random order.
+        heat: [N, h, w] heatmaps of the output.
+        label: index of the output.
+        steps: number of points per curve, not counting its start.
+        seed: random seed of the baseline order.
     """
     chance = np.random.default_rng(seed)
     found: dict[str, list[float]] = {name: [] for name in Faithfulness.__dataclass_fields__}
@@ -153,7 +154,7 @@ def faithfulness(
 
 
 def _between(start: Photos, end: Photos, order: NDArray[np.int64], steps: int) -> Photos:
-    """Photos on the way from one to another, a share of the cells after the other: [steps + 1, S, S, 3]."""
+    """Return the photos between `start` and `end`, replacing an equal share of cells per step: [steps + 1, S, S, 3]."""
     way, photo = [start], start.copy()
     for part in np.array_split(order, steps):
         for place in part:
@@ -164,12 +165,13 @@ def _between(start: Photos, end: Photos, order: NDArray[np.int64], steps: int) -
 
 
 def points_at(heat: NDArray[np.float32], mask: NDArray[np.bool_], *, tolerance: float = 0.05) -> bool:
-    """Play the pointing game: whether the hottest place lies on a lesion. Source: Zhang et al., IJCV 2018.
+    """Return whether the hottest point is on a lesion (the pointing game). Source: Zhang et al., IJCV 2018.
 
     Args:
-        heat: [h, w].
-        mask: [S, S] where lesions are.
-        tolerance: how far beside one counts, as a share of the photo's side: maps are coarser than lesions.
+        heat: [h, w] heatmap.
+        mask: [S, S] True on lesions.
+        tolerance: distance from a lesion that still counts as a hit, as a share of the photo's side, because heatmaps
+            are coarser than lesions.
     """
     size = len(mask)
     smooth = cv2.resize(heat, (size, size), interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""Curves of predictions on photos whose truth is known."""
+"""ROC, decision and calibration curves of predictions on photos with ground truth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BINS = 10
 
 
 def roc_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Draw an output a curve, from a table of label_<output> and p_<output>; SVG."""
+    """Draw one ROC curve per output from a table with label_<output> and p_<output>; return SVG."""
     from sklearn.metrics import roc_curve
 
     def draw(axes: Sequence[Any]) -> None:
@@ -40,7 +40,7 @@ def roc_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
 
 
 def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Draw net benefit over the probability at which one would act; an output a plot. SVG."""
+    """Draw net benefit over the threshold probability, one plot per output; return SVG."""
     grid, shown = np.linspace(0.01, 0.99, 99), outputs[:_MOST_PLOTS]
 
     def draw(plots: Sequence[Any]) -> None:
@@ -48,10 +48,10 @@ def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
             known = table.filter(pl.col(f"label_{name}").is_not_null())
             truth = known[f"label_{name}"].to_numpy()
             share = float(truth.mean()) if len(truth) else 0.0
-            axes.plot(grid, net_benefit(known[f"p_{name}"].to_numpy(), truth, grid), color=ink, label="by the model")
-            axes.plot(grid, share - (1 - share) * grid / (1 - grid), color="#6b7280", linestyle="--", label="everybody")
-            axes.axhline(0, color="#9ca3af", linewidth=1, linestyle=":", label="nobody")
-            axes.set(xlabel=f"act from this probability of {name}", ylabel="net benefit a photo", xlim=(0, 1))
+            axes.plot(grid, net_benefit(known[f"p_{name}"].to_numpy(), truth, grid), color=ink, label="treat by model")
+            axes.plot(grid, share - (1 - share) * grid / (1 - grid), color="#6b7280", linestyle="--", label="treat all")
+            axes.axhline(0, color="#9ca3af", linewidth=1, linestyle=":", label="treat none")
+            axes.set(xlabel=f"threshold probability of {name}", ylabel="net benefit per photo", xlim=(0, 1))
             axes.set_ylim(-0.05, max(0.1, 1.1 * share))
             axes.legend(frameon=False, fontsize=8)
 
@@ -59,9 +59,9 @@ def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
 
 
 def calibration_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Draw the share of positives over the probability that was given, in tenths of the photos; an output a plot. SVG.
+    """Draw the share of positives over the predicted probability, one plot per output; return SVG.
 
-    Bars are 95 % intervals of the share, by Wilson.
+    Photos are binned into tenths by probability. Bars are 95 % Wilson intervals of the share.
     """
     from scipy.stats import binomtest
 
@@ -82,7 +82,7 @@ def calibration_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
             bars = np.stack([share - low, high - share]).clip(0)
             axes.plot([0, 1], [0, 1], color="#9ca3af", linewidth=1, linestyle=":")
             axes.errorbar(given, share, bars, color=ink, marker="o", markersize=4, capsize=2, linewidth=1)
-            axes.set(xlabel=f"probability of {name}", ylabel="share of positives", xlim=(-0.02, 1.02),
+            axes.set(xlabel=f"predicted probability of {name}", ylabel="share of positives", xlim=(-0.02, 1.02),
                      ylim=(-0.02, 1.02))  # fmt: skip
 
     return as_svg(draw, columns=len(shown), width_in=2.9 * len(shown), height_in=2.9)

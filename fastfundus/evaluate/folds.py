@@ -1,8 +1,8 @@
-"""Pools the folds of a cross-validation: every photo is tested once, by the model that has not seen its patient.
+"""Pooling of cross-validation folds: every photo is tested once, by a model that has not seen its patient.
 
 out_of_fold.parquet  path, sha256, patient, label_<output>, p_<output>, fold, threshold_<output>; vessels: dice,
                      cldice, auroc
-folds.json           metrics by fold on its test patients, their mean and standard deviation, and of all together
+folds.json           metrics of each fold on its test patients, their mean and standard deviation, and pooled metrics
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ SCHEMA = 2
 
 
 def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str, Any]:
-    """Measure each fold on its test patients and all of them together; write both files into `output`.
+    """Measure each fold on its test patients and all folds pooled; write both files into `output`.
 
-    Decisions are each fold's own, by the threshold that its validation patients locked. Pooled AUROC compares scores of
-    different models: it is a little lower than the mean of the folds when these are calibrated differently.
+    Each fold decides by its own threshold, locked on its validation patients. Pooled AUROC compares scores of different
+    models, so it is slightly lower than the mean over folds when these are calibrated differently.
 
     Args:
         output: folder of the cross-validation.
-        runs: one a fold, in order.
-        cache: that they were trained on.
+        runs: one run per fold, in order.
+        cache: cache that the runs were trained on.
 
     Returns:
         The content of folds.json.
 
     Raises:
-        CheckpointError: a photo is in the test part of two folds, or folds learned different outputs.
+        CheckpointError: a photo is in the test split of two folds, or the folds have different outputs.
     """
     task, outputs = runs[0].config.task, runs[0].labels
     parts, by_fold = [], []
     for fold, run in enumerate(runs):
         if run.labels != outputs:
-            raise CheckpointError(f"{run.path}: learned {run.labels}, {runs[0].path} {outputs}; train both anew")
+            raise CheckpointError(f"{run.path} has outputs {run.labels}, {runs[0].path} {outputs}; train both again")
         measured = measure(run, cache)
         by_fold.append(measured.to_dict())
         points = read_operating_point(run)["labels"]
@@ -59,7 +59,7 @@ def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str
     pooled = pl.concat(parts)
     twice = pooled.filter(pl.col("path").is_duplicated())["path"]
     if len(twice):
-        raise CheckpointError(f"{output}: {twice[0]} is tested by two folds; train all of them with one --folds")
+        raise CheckpointError(f"{output}: {twice[0]} is a test photo of two folds; train all with the same --folds")
     document = {
         "schema": SCHEMA,
         "task": task,
@@ -77,7 +77,7 @@ def pool_folds(output: Path, runs: Sequence[Run], cache: PhotoCache) -> dict[str
 
 
 def _spread(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over the folds of every interval's value, of the folds in which it is known."""
+    """Return mean and standard deviation of every metric over the folds in which it can be estimated."""
     result = {}
     for name in (key for key, value in entries[0].items() if isinstance(value, dict)):
         values = [entry[name]["value"] for entry in entries if entry[name]["value"] is not None]

@@ -1,4 +1,4 @@
-"""Runs that give probabilities: temperature and threshold fitted on validation and locked, then measured on test."""
+"""Operating points of runs that output probabilities: fitted on validation, locked, then measured on test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WITHOUT_POSITIVES = 0.5
 def fit_grading(
     run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90, target_specificity: float | None = None
 ) -> dict[str, Any]:
-    """As `fit_operating_point`."""
+    """Fit temperatures and thresholds of a run that outputs probabilities; see `fit_operating_point`."""
     sides = rows_by_split(run, cache)
     kind = ACTIVATIONS[run.config.task]
     targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
@@ -63,7 +63,7 @@ def fit_grading(
             "threshold_high": None,
             "target_sensitivity": None,
             "target_specificity": None,
-            "note": f"no validation photo is known to be {('negative', 'positive')[counted]}: the threshold is not "
+            "note": f"no validation photo is labelled {('negative', 'positive')[counted]}, so the threshold is not "
             "fitted",
         }
         if (truth == counted).any():
@@ -80,7 +80,7 @@ def fit_grading(
 def _predictions(
     manifest: pl.DataFrame, outputs: tuple[str, ...], truth: NDArray[np.float64], chances: NDArray[np.float64]
 ) -> pl.DataFrame:
-    """A table of path, sha256, patient, label_<output> and p_<output>; a label that is not known is null."""
+    """Return a table of path, sha256, patient, label_<output> and p_<output>; unknown labels are null."""
     known = [pl.Series(f"label_{name}", truth[:, n], nan_to_null=True) for n, name in enumerate(outputs)]
     given = [pl.Series(f"p_{name}", chances[:, n]) for n, name in enumerate(outputs)]
     return manifest.select("path", "sha256", "patient").with_columns(*known, *given)
@@ -116,7 +116,7 @@ def _measured(
 def measure_grading(
     run: Run, cache: PhotoCache, *, prevalence: float | None = None, label_map: LabelMap | None = None
 ) -> Measured:
-    """As `measure`."""
+    """Measure a run that outputs probabilities; see `measure`."""
     points = read_operating_point(run)["labels"]
     if label_map is None:
         targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
@@ -124,7 +124,7 @@ def measure_grading(
         targets = label_map.targets(cache.manifest, run.labels)
     rows, which = rows_to_measure(run, cache, usable_rows(cache.manifest, targets))
     if not any(both_classes(column) for column in targets.truth[rows].T):
-        raise DataError("the photos to evaluate do not show both classes; add photos", path=cache.path)
+        raise DataError("no output has both classes in the photos to evaluate; add photos", path=cache.path)
     temperatures = np.array([points[name]["temperature"] for name in run.labels])
     logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec).astype(np.float64)
     chances = probabilities(logits / temperatures, ACTIVATIONS[run.config.task])

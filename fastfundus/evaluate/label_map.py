@@ -1,4 +1,4 @@
-"""Another set's labels in the terms of a run's outputs: `abnormal=dr_grade>=1|drusen`, `dr=!normal`."""
+"""Mapping of another set's labels to a run's outputs: `abnormal=dr_grade>=1|drusen`, `dr=!normal`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Term:
     value: str
 
     def truth(self, manifest: pl.DataFrame) -> NDArray[np.float64]:
-        """[N] 1, 0, or NaN where the column is empty."""
+        """Return [N] 1, 0, or NaN where the column is empty."""
         if self.column not in manifest.columns:
             close = close_matches(self.column, label_columns(manifest))
             raise ConfigError(f"--map: the manifest has no column {self.column!r}{close}")
@@ -41,8 +41,8 @@ class _Term:
             wrong = wrong if wrong.dtype == pl.String else wrong.filter(~wrong.cast(pl.Float64).is_in([0.0, 1.0]))
             if len(wrong):
                 raise DataError(
-                    f"--map: column {self.column!r} holds {wrong[0]!r}, but only 0 and 1 are yes and no; say which "
-                    f"values are, such as {self.column}=={wrong[0]}"
+                    f"--map: column {self.column!r} holds {wrong[0]!r}, but without a comparison it may hold "
+                    f"only 0 and 1; add a comparison, such as {self.column}=={wrong[0]}"
                 )
             said = values.cast(pl.Float64)
         else:
@@ -56,49 +56,50 @@ class _Term:
             return float(self.value)
         except ValueError:
             raise ConfigError(
-                f"--map: {self.column!r} is a column of numbers and cannot be compared with {self.value!r}"
+                f"--map: {self.column!r} is a numeric column and cannot be compared with {self.value!r}"
             ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
-    """Rules by output."""
+    """Rules by output that derive its ground truth from the columns of a manifest."""
 
     rules: dict[str, tuple[_Term, ...]]
     said: dict[str, str]
-    """As they were given, for the record."""
+    """Text of each rule as given, for the record."""
 
     @classmethod
     def parse(cls, texts: Sequence[str], outputs: Sequence[str]) -> LabelMap:
-        """Read rules of the form OUTPUT=TERM|TERM...
+        """Parse rules of the form OUTPUT=TERM|TERM...
 
-        A term is a column of 0 and 1, or a column and >=, <=, ==, !=, > or < and a value; an ! before it says no.
+        A term is a column of 0 and 1, or a column followed by >=, <=, ==, !=, > or < and a value. A leading !
+        negates it.
 
         Args:
-            texts: a rule an output.
-            outputs: of the run.
+            texts: one rule per output.
+            outputs: outputs of the run.
 
         Raises:
-            ConfigError: one cannot be read, names no output, or names one twice.
+            ConfigError: a rule cannot be parsed, names an unknown output, or names an output twice.
         """
         rules, said = {}, {}
         for text in texts:
             name, equals, rule = text.partition("=")
             name = name.strip()
             if not equals or not rule.strip():
-                raise ConfigError(f"--map {text!r}: must be OUTPUT=COLUMN, such as abnormal=dr_grade>=1")
+                raise ConfigError(f"--map {text!r} must have the form OUTPUT=COLUMN, such as abnormal=dr_grade>=1")
             if name not in outputs:
                 raise ConfigError(f"--map {text!r}: the run has no output {name!r}{close_matches(name, outputs)}")
             if name in rules:
-                raise ConfigError(f"--map: {name!r} is mapped twice; join the columns with |, any of them then counts")
+                raise ConfigError(f"--map: {name!r} is mapped twice; combine the columns with |, which means or")
             rules[name], said[name] = tuple(map(_term, rule.split("|"))), rule.strip()
         return cls(rules, said)
 
     def targets(self, manifest: pl.DataFrame, outputs: tuple[str, ...]) -> Targets:
-        """Truth of every photo: yes where any term says yes, no where all say no, else not known.
+        """Return the targets of every photo: 1 where any term is true, 0 where all are false, and otherwise NaN.
 
-        An output without a rule is the column of its name where there is one, and else not known; rules of other
-        outputs are left alone.
+        An output without a rule takes the column of the same name if there is one, and is otherwise unknown. Rules for
+        outputs that are not in `outputs` are ignored.
         """
         truth = np.full((len(manifest), len(outputs)), np.nan)
         for number, name in enumerate(outputs):
@@ -112,5 +113,5 @@ class LabelMap:
 def _term(text: str) -> _Term:
     found = _TERM.fullmatch(text.strip())
     if not found:
-        raise ConfigError(f"--map: {text!r} is no term; give a column, such as dr_grade>=1 or !normal")
+        raise ConfigError(f"--map: {text!r} is not a valid term; give a column, such as dr_grade>=1 or !normal")
     return _Term(found["column"], bool(found["no"]), found["sign"], found["value"] or "")

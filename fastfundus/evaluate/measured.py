@@ -1,9 +1,9 @@
-"""What a run is worth on validation and test, and the lock on what was fitted.
+"""Locked runs: fitted operating points with metrics on validation and test, protected by a hash.
 
-operating_point.json   schema, task, and by output: temperature, threshold, the target it was chosen for, metrics of
+operating_point.json   schema, task, and by output: temperature, threshold, the target it was chosen for, metrics on
                        validation and test; `overall`, metrics of all outputs together; `lock`, a hash of the weights
-                       and of what was fitted for them
-predictions.parquet    what every photo of validation and test was given
+                       and of the values fitted for them
+predictions.parquet    predictions for every validation and test photo
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _SIDES = ("validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run, as locked, on photos it has not learned from."""
+    """Results of a locked run on photos it has not learned from."""
 
     labels: dict[str, dict[str, Any]]
-    """Metrics by output, plain data."""
+    """Metrics by output, as plain data."""
     overall: dict[str, dict[str, Any]]
-    """Of all outputs together."""
+    """Metrics of all outputs together."""
     predictions: pl.DataFrame
-    """path, sha256, patient, label_<output>, p_<output>; of vessels dice, cldice, auroc."""
+    """Columns path, sha256, patient, label_<output>, p_<output>; for vessels dice, cldice, auroc."""
     which: str
-    """In words, which photos."""
+    """Description of which photos were measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -54,7 +54,7 @@ class Measured:
 
 
 def weights_hash(run: Run) -> str:
-    """Sha256 of the best checkpoint, as 64 hex digits."""
+    """Return the SHA-256 of the best checkpoint as 64 hex digits."""
     with (run.path / "best.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -68,9 +68,9 @@ def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured:
     """Write `operating_point.json` and `predictions.parquet`.
 
     Args:
-        run: where to.
-        points: what was fitted, by output.
-        measured: what "val" and "test" then gave.
+        run: the run to write into.
+        points: fitted values by output.
+        measured: results for "val" and "test" at these values.
 
     Returns:
         The content of operating_point.json.
@@ -91,7 +91,7 @@ def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured:
 
 
 def is_measured(folder: Path) -> bool:
-    """Whether a run's folder has its operating point, which is what is written last."""
+    """Return whether a run's folder contains its operating point, which is written last."""
     return (folder / _FILE).is_file()
 
 
@@ -99,26 +99,25 @@ def read_operating_point(run: Run) -> dict[str, Any]:
     """Read `operating_point.json`.
 
     Raises:
-        CheckpointError: the run has none, or it or the weights were changed after it was locked.
+        CheckpointError: the file is missing or has another schema, or it or the weights changed after locking.
     """
     file = run.path / _FILE
     try:
         document: dict[str, Any] = json.loads(file.read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{run.path}: has no {_FILE}; finish the run: fastfundus train ... --resume") from None
+        raise CheckpointError(f"{run.path} has no {_FILE}; finish the run: fastfundus train ... --resume") from None
     anew = f"remove {_FILE} and finish the run again: fastfundus train ... --resume"
     if document.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file}: has schema {document.get('schema')}, this FastFundus reads {SCHEMA}; {anew}")
+        raise CheckpointError(f"{file} has schema {document.get('schema')}, this FastFundus reads {SCHEMA}; {anew}")
     if document["lock"] != _lock(run, document["labels"]):
         raise CheckpointError(
-            f"{file}: its thresholds or temperatures, or the weights beside it, were changed after they were locked; "
-            f"{anew}"
+            f"{file}: the thresholds, the temperatures or the run's weights were changed after they were locked; {anew}"
         )
     return document
 
 
 def rows_by_split(run: Run, cache: PhotoCache) -> dict[str, NDArray[np.int64]]:
-    """Rows of the run's validation and test photos in its cache."""
+    """Return the rows of the run's validation and test photos in its cache."""
     cache.spec.require_same(run.spec, mine=f"the cache {cache.path}", theirs=f"the run {run.path}")
     splits = pl.read_parquet(run.path / "splits.parquet")
     place = {(path, sha): row for row, (path, sha) in enumerate(cache.manifest.select("path", "sha256").iter_rows())}
@@ -128,28 +127,30 @@ def rows_by_split(run: Run, cache: PhotoCache) -> dict[str, NDArray[np.int64]]:
         missing = [key for key in keys if key not in place]
         if missing:
             raise CheckpointError(
-                f"{run.path}: its {name} photo {missing[0][0]} is not in {cache.path}; give its own cache"
+                f"{run.path}: its {name} photo {missing[0][0]} is not in {cache.path}; use the cache it was trained on"
             )
         result[name] = np.array([place[key] for key in keys], dtype=np.int64)
     return result
 
 
 def rows_to_measure(run: Run, cache: PhotoCache, usable: NDArray[np.int64]) -> tuple[NDArray[np.int64], str]:
-    """Photos that a run has not learned from: its test patients, or of other caches all whose bytes it has not seen.
+    """Return the photos that a run has not learned from.
+
+    In the run's own cache these are its test patients, in other caches all photos whose bytes it has not seen.
 
     Args:
-        run: what is to be measured.
-        cache: its own, or another.
-        usable: rows of the cache that are labelled.
+        run: the run to measure.
+        cache: its own cache or another.
+        usable: labelled rows of the cache.
 
     Returns:
-        Rows, and in words which they are.
+        The rows, and a description of which they are.
     """
     cache.spec.require_same(run.spec, mine=f"the cache {cache.path}", theirs=f"the run {run.path}")
     if tuple(path.absolute() for path in cache.paths) == run.caches:
         rows = rows_by_split(run, cache)["test"]
         known = cache.manifest["sha256"].gather(rows).is_in(list(learned_before(run.path))).sum()
-        flattered = f" ({known} photos of them were learned from by the run it started from: too good)" if known else ""
+        flattered = f" ({known} of them seen by the run it started from: overestimates performance)" if known else ""
         return rows, f"test patients{flattered}"
     seen, hashes = learned_photos(run.path), cache.manifest["sha256"].to_list()
     rows = np.array([row for row in usable if hashes[row] not in seen], dtype=np.int64)

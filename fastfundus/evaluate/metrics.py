@@ -1,4 +1,4 @@
-"""What a model is worth on photos it has not learned from, each figure with its patient-clustered interval."""
+"""Performance metrics with patient-clustered confidence intervals."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _ECE_BINS = 15
 
 @dataclass(frozen=True, slots=True)
 class BinaryMetrics:
-    """Metrics of one label on one set of photos; NaN where a set lacks what it takes."""
+    """Metrics of one label on one set of photos; NaN where the set does not allow an estimate."""
 
     photos: int
     patients: int
     positives: int
     auroc: Interval
     auprc: Interval
-    """Average precision: precision over recall, in steps."""
+    """Average precision: the area under the stepwise precision-recall curve."""
     sensitivity: Interval
-    """At the threshold, as are the next."""
+    """At the threshold, like specificity, PPV, NPV and F1."""
     specificity: Interval
     ppv: Interval
-    """Share of the positive calls that are right, at the prevalence of this set, or at the one that was stated."""
+    """Share of positive calls that are correct, at the stated prevalence or else at that of this set."""
     npv: Interval
     f1: Interval
     brier: Interval
     ece: Interval
-    """Expected calibration error: |share of positives - mean probability| over fifteen equal bins, by their size."""
+    """Expected calibration error: |share of positives - mean probability| in 15 equal-width bins, weighted by size."""
     threshold: float | None
-    """None where each photo has its own."""
+    """None if each photo has its own threshold."""
     prevalence: float | None
-    """That was stated for ppv and npv; None takes this set's."""
+    """Stated prevalence for `ppv` and `npv`; None means the prevalence of this set."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -53,15 +53,15 @@ class BinaryMetrics:
 
 
 def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> Floats:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+    """Return the area under the ROC curve: the probability that a positive outranks a negative, ties counting half.
 
     Args:
-        scores: [N]
+        scores: [N] scores.
         labels: [N] 0 or 1.
-        weights: [B, N] how often each photo counts in each of B sets; None is one set with each photo once.
+        weights: [B, N] how often each photo counts in each of B sets; None means one set with each photo once.
 
     Returns:
-        [B]; NaN where a set lacks one of the classes.
+        [B] areas; NaN where a set lacks one of the classes.
     """
     weights = np.ones((1, len(scores))) if weights is None else weights
     order = np.argsort(scores, kind="stable")
@@ -69,21 +69,21 @@ def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> Floa
 
 
 class _Ranked:
-    """Photos in the order of their scores, equal scores together."""
+    """Labels of photos in ascending order of their scores, with ties grouped."""
 
     def __init__(self, scores: Floats, labels: Floats) -> None:
         self._labels = labels
         self._first_of_tie = np.flatnonzero(np.r_[True, np.diff(scores) > 0])
 
     def areas(self, weights: Floats) -> dict[str, Floats]:
-        """`auroc` and `auprc` of sets [B, N] in the order of the scores."""
+        """Return `auroc` and `auprc` of weighted sets [B, N], with photos in the order of the scores."""
         positive = np.add.reduceat(weights * self._labels, self._first_of_tie, axis=1)
         negative = np.add.reduceat(weights, self._first_of_tie, axis=1) - positive
         below = np.cumsum(negative, axis=1) - negative
         positives, negatives = positive.sum(axis=1), negative.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             roc = (positive * (below + negative / 2)).sum(axis=1) / (positives * negatives)
-            # From the highest score down: precision at each step, weighted by the recall it adds.
+            # From the highest score down, sum the precision at each step weighted by the recall it adds.
             right = np.cumsum(positive[:, ::-1], axis=1)
             called = right + np.cumsum(negative[:, ::-1], axis=1)
             precision = np.divide(right, called, out=np.zeros_like(right), where=called > 0)
@@ -104,23 +104,23 @@ def binary_metrics(
     """Measure one output.
 
     Args:
-        probabilities: [N], 0 to 1.
+        probabilities: [N] probabilities, 0 to 1.
         labels: [N] 0 or 1.
-        patients: [N] who each photo is of.
-        threshold: a photo is positive when its probability is at least this, one for all or [N]; chosen elsewhere,
-            never on these photos.
-        prevalence: share of positives, 0 to 1, where the model will be used: ppv and npv are those there.
-        resamples: bootstrap sets.
-        seed: of the resampling.
+        patients: [N] patient of each photo.
+        threshold: a photo is called positive if its probability is at least this; one value or [N]. It must not have
+            been chosen on these photos.
+        prevalence: share of positives, 0 to 1, where the model will be used; `ppv` and `npv` then refer to it.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the resampling.
 
     Raises:
-        DataError: a probability is none.
+        DataError: a probability is not finite or not within 0 to 1.
     """
     bad = np.flatnonzero(~((probabilities >= 0) & (probabilities <= 1)))
     if len(bad):
         raise DataError(
-            f"{len(bad)} of {len(probabilities)} predictions are no probabilities, the first is "
-            f"{probabilities[bad[0]]} of patient {patients[bad[0]]}; see to the model that gave them"
+            f"{len(bad)} of {len(probabilities)} predictions are not probabilities, the first is "
+            f"{probabilities[bad[0]]} of patient {patients[bad[0]]}; check the model that made them"
         )
     order = np.argsort(probabilities, kind="stable")
     chances, truth = probabilities[order], labels[order]
@@ -165,17 +165,19 @@ def binary_metrics(
 
 
 def net_benefit(probabilities: Floats, labels: Floats, thresholds: Floats) -> Floats:
-    """Net benefit of acting on a model's calls: right calls, less wrong ones at the odds of each threshold, a photo.
+    """Return the net benefit per photo of acting on a model's positive calls.
 
-    Source: Vickers and Elkin, Medical Decision Making 2006.
+    It is the rate of true positives minus that of false positives weighted by the odds of each threshold. Source:
+    Vickers and Elkin, Medical Decision Making 2006.
 
     Args:
-        probabilities: [N]
+        probabilities: [N] probabilities.
         labels: [N] 0 or 1.
-        thresholds: [T] below 1; a probability at which one would act is a statement of what a miss costs.
+        thresholds: [T] threshold probabilities below 1; the probability from which one would act states the cost of a
+            missed positive.
 
     Returns:
-        [T]; acting on everybody gives `prevalence - (1 - prevalence) * threshold / (1 - threshold)`, on nobody 0.
+        [T]; acting on all photos gives `prevalence - (1 - prevalence) * threshold / (1 - threshold)`, acting on none 0.
     """
     called = probabilities[None, :] >= thresholds[:, None]
     right, wrong = (called & (labels == 1)).mean(axis=1), (called & (labels == 0)).mean(axis=1)
@@ -183,16 +185,16 @@ def net_benefit(probabilities: Floats, labels: Floats, thresholds: Floats) -> Fl
 
 
 def quadratic_kappa(truth: NDArray[np.int64], given: NDArray[np.int64], grades: int, weights: Floats) -> Floats:
-    """Cohen's kappa with quadratic weights: agreement on grades beyond chance, 1 when they are all equal.
+    """Return Cohen's kappa with quadratic weights: agreement on grades beyond chance, 1 if all are equal.
 
     Args:
-        truth: [N] 0 to grades - 1.
-        given: [N] likewise.
-        grades: how many there are.
+        truth: [N] true grades, 0 to grades - 1.
+        given: [N] predicted grades, 0 to grades - 1.
+        grades: number of grades.
         weights: [B, N] how often each photo counts in each of B sets.
 
     Returns:
-        [B]; NaN where a set holds one grade only.
+        [B]; NaN where a set contains one grade only.
     """
     table = weights @ np.eye(grades * grades)[truth * grades + given]
     table = table.reshape(-1, grades, grades)
@@ -209,15 +211,16 @@ def overall_metrics(
     """Measure all outputs of a task together.
 
     Args:
-        task: of the config.
+        task: task of the config.
         chances: [N, L] probabilities.
         truth: [N, L] 0, 1 or NaN.
-        patients: [N] who each photo is of.
-        resamples: bootstrap sets.
-        seed: of the resampling.
+        patients: [N] patient of each photo.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the resampling.
 
     Returns:
-        `auroc`, the mean over outputs that have both classes; for classes `accuracy` too, and for grades `qwk`.
+        `auroc`, the mean over outputs that have both classes; also `accuracy` for the task multiclass and `qwk` for
+        ordinal.
     """
     usable = [
         (np.isfinite(known), column, known)
@@ -228,7 +231,7 @@ def overall_metrics(
 
     def statistics(weights: Floats) -> dict[str, Floats]:
         areas = [auroc(column[known], labels[known], weights[:, known]) for known, column, labels in usable]
-        # An output that a resample has left without one of its classes is left out of that resample's mean.
+        # The mean of a resample skips outputs that have only one class in it.
         found = np.array(areas).reshape(-1, len(weights))
         with np.errstate(invalid="ignore"):
             result = {"auroc": np.nansum(found, axis=0) / np.isfinite(found).sum(axis=0)}
@@ -242,7 +245,7 @@ def overall_metrics(
 
 
 def mean_with_interval(values: Floats, patients: Sequence[str], *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean of one value a photo."""
+    """Return the mean of one value per photo, [N], with its interval."""
 
     def statistics(weights: Floats) -> dict[str, Floats]:
         return {"mean": weights @ values / weights.sum(axis=1)}

@@ -1,4 +1,4 @@
-"""The operating point of a run of any task: fitted on validation and locked, then applied to photos it has not seen."""
+"""Operating points for runs of any task: fitted on validation, locked, then applied to unseen photos."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["fit_operating_point", "measure"]
 def fit_operating_point(
     run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90, target_specificity: float | None = None
 ) -> dict[str, Any]:
-    """Fit on the validation patients, measure on the test patients, write both files into the run.
+    """Fit on the validation patients, measure on the test patients, and write both files into the run.
 
     Args:
-        run: finished.
-        cache: its own.
-        target_sensitivity: that each threshold reaches on validation, 0 to 1; vessels take the best mean Dice.
-        target_specificity: the same of specificity, and then in place of sensitivity.
+        run: a finished run.
+        cache: the run's own cache.
+        target_sensitivity: sensitivity that each threshold must reach on validation, 0 to 1. Vessels ignore it and take
+            the threshold of the best mean Dice.
+        target_specificity: specificity to reach instead of the sensitivity.
 
     Returns:
         The content of operating_point.json.
 
     Raises:
-        SpecMismatch, CheckpointError: the cache is not the run's.
+        SpecMismatch, CheckpointError: the cache is not the run's own.
     """
     if run.config.task == "vessels":
         return fit_vessels(run, cache)
@@ -40,20 +41,20 @@ def fit_operating_point(
 def measure(
     run: Run, cache: PhotoCache, *, prevalence: float | None = None, label_map: LabelMap | None = None
 ) -> Measured:
-    """Apply a run, as locked, to photos it has not learned from.
+    """Measure a locked run on photos it has not learned from.
 
     Args:
-        run: finished.
-        cache: its own, of which its test patients are taken, or another.
-        prevalence: as for `binary_metrics`.
-        label_map: what the cache's labels mean in the run's terms; None takes columns as training did.
+        run: a finished run.
+        cache: its own cache, of which the test patients are used, or another cache.
+        prevalence: see `binary_metrics`.
+        label_map: how the cache's labels map to the run's outputs; None uses the same columns as training.
 
     Raises:
-        DataError: the photos show one class only.
-        ConfigError: vessels were given what means nothing to them.
+        DataError: no output has photos of both classes.
+        ConfigError: `prevalence` or `label_map` was given for a vessel run.
     """
     if run.config.task != "vessels":
         return measure_grading(run, cache, prevalence=prevalence, label_map=label_map)
     if prevalence or label_map:
-        raise ConfigError("--prevalence and --map are for runs that give probabilities, not for vessels")
+        raise ConfigError("--prevalence and --map apply only to runs that output probabilities, not to vessel runs")
     return measure_vessels(run, cache)

@@ -1,4 +1,4 @@
-"""`run.html`, a self-contained page with the results of a run that works offline."""
+"""`run.html`, a self-contained page with the results of a run; works offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heatmaps on a page that stands alone, and which photos of a cache to show of each outcome."""
+"""Self-contained pages of heatmaps, and the choice of photos to show for each outcome."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ OUTCOMES = ("true positives", "false positives", "false negatives", "true negati
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One photo of a page."""
+    """One photo on a page."""
 
     name: str
     text: str
     photo: str
-    """A data URL, as is `heat`."""
+    """Data URL, like `heat`."""
     heat: str
 
 
 def outcome_rows(
     chances: NDArray[np.float64], truth: NDArray[np.float64], threshold: float, *, most: int
 ) -> dict[str, NDArray[np.int64]]:
-    """Choose photos of each outcome: the surest of the right ones, and the worst of the wrong ones.
+    """Choose photos of each outcome: the most confident correct ones and the largest errors.
 
     Args:
         chances: [N] probabilities of one output.
-        truth: [N] 0, 1, or NaN where it is not known.
-        threshold: as locked.
-        most: photos of each.
+        truth: [N] 0, 1, or NaN where unknown.
+        threshold: the locked threshold.
+        most: maximum number of photos per outcome.
 
     Returns:
-        Numbers of photos by the names in `OUTCOMES`.
+        Row indices by the names in `OUTCOMES`.
     """
     called = chances >= threshold
     chosen = {}
     for name, label, call in zip(OUTCOMES, (1, 0, 1, 0), (True, True, False, False), strict=True):
         rows = np.flatnonzero((truth == label) & (called == call))
-        # Positive calls from the highest, negative ones from the lowest.
+        # Positive calls in descending, negative calls in ascending order of probability.
         order = np.argsort(-chances[rows] if call else chances[rows], kind="stable")
         chosen[name] = rows[order][:most]
     return chosen
 
 
 def write_sheet(path: Path, title: str, facts: Sequence[str], groups: Sequence[tuple[str, Sequence[Shown]]]) -> None:
-    """Write a page.
+    """Write a page of heatmaps.
 
     Args:
         path: the HTML file.
-        title: of the page.
+        title: title of the page.
         facts: paragraphs above the photos.
-        groups: titles and photos.
+        groups: title and photos of each group.
     """
     write_page(path, "evaluate/sheet.html", title=title, facts=facts, groups=groups)

@@ -1,10 +1,10 @@
-"""A study: upstream runs, then a grid of tasks x inits x label fractions x seeds x folds, each cell a run of its own.
+"""Studies: upstream runs, then a grid of tasks x inits x label fractions x seeds x folds with one run per cell.
 
-study.toml         what was asked for
-environment.json   versions and machine; each run has its own, too
-upstream/          runs that others start from
-cells/             a run a cell, with its exact split; `error.txt` where it could not be done
-cells.csv          a row a cell and output; table.csv, table.md, table.tex, study.html: see `study_tables`
+study.toml         configuration of the study
+environment.json   versions and machine; each run also has its own
+upstream/          runs that other runs start from
+cells/             one run per cell, with its exact split; `error.txt` if it failed
+cells.csv          one row per cell and output; table.csv, table.md, table.tex, study.html: see `study_tables`
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ __all__ = ["CellResult", "run_study"]
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """What became of a cell."""
+    """The outcome of a cell."""
 
     cell: Cell
     path: Path
     error: str = ""
-    """Why it could not be done; empty when it was."""
+    """Why the cell failed; empty on success."""
 
 
 def run_study(
@@ -49,25 +49,26 @@ def run_study(
     say: Callable[[str], None] = lambda text: None,
     runner: AbstractContextManager[Runner] | None = None,
 ) -> tuple[StudyConfig, list[CellResult]]:
-    """Do what is not done yet.
+    """Run a study, or resume it.
 
-    Cells that fail are noted and left out, and tried again by the next call; the rest is done. Killed anywhere, the
-    same call goes on, and ends with the same weights on a CPU.
+    Failed cells are recorded and retried by the next call; all other cells still run. After a crash at any point, the
+    same call resumes the study; on a CPU it ends with the same weights.
 
     Args:
         file: the TOML file.
-        output: the study's folder; made if absent.
-        say: hears of progress, a line a run.
-        runner: does the runs, is entered and left here; None is this machine, one at a time.
+        output: folder of the study; created if absent.
+        say: receives progress messages, one line per run.
+        runner: context manager that yields a runner, entered and exited here; None runs one job at a time on this
+            machine.
 
     Returns:
-        The study, and what became of every cell.
+        The study, and the outcome of every cell.
 
     Raises:
-        ConfigError: the file is wrong, or `output` was begun with another.
-        DataError: an upstream run failed, or has seen photos of a task that starts from it, or another process is at
-            work.
-        Interrupted: SIGINT or SIGTERM came.
+        ConfigError: the file is invalid, or `output` contains another study.
+        DataError: an upstream run failed, an upstream run has seen photos of a task that starts from it, or another
+            process is working on the study.
+        Interrupted: SIGINT or SIGTERM was received.
     """
     study = StudyConfig.from_toml(file)
     output = output.absolute()
@@ -81,7 +82,7 @@ def run_study(
         }
         for job, error in _do(first, run, say).items():
             if error:
-                raise DataError(f"{first[job]} could not be done: {error}")
+                raise DataError(f"{first[job]} failed: {error}")
         upstream = {name: Run.open(output / "upstream" / name) for name in study.upstream}
         _require_disjoint(study, upstream, caches)
         cells = {_job(study, cell, output, upstream): cell for cell in study.cells()}
@@ -90,7 +91,7 @@ def run_study(
 
 
 def _do(jobs: dict[Job, str], runner: Runner, say: Callable[[str], None]) -> dict[Job, str]:
-    """Do what is not done of jobs and their names; errors of all, empty where there is none."""
+    """Run the jobs (mapped to their names) that are not done yet; return an error per job, empty on success."""
     todo = [job for job in jobs if not is_measured(job.folder)]
     began, ended = time.monotonic(), 0
     skipped, begun = len(jobs) - len(todo), 0
@@ -107,7 +108,7 @@ def _do(jobs: dict[Job, str], runner: Runner, say: Callable[[str], None]) -> dic
         ended += 1
         errors[job] = error
         if error:
-            say(f"  could not be done: {jobs[job]}: {error}")
+            say(f"  failed: {jobs[job]}: {error}")
     return errors
 
 
@@ -119,11 +120,11 @@ def _require_same(study: StudyConfig, file: Path, output: Path) -> None:
         about = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         (output / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
     elif told.read_text().strip() != study.fingerprint:
-        raise ConfigError(f"{output}: was begun with another file, which is kept as {kept}; choose another --output")
+        raise ConfigError(f"{output} already contains another study, kept as {kept}; choose another --output")
 
 
 def _require_disjoint(study: StudyConfig, upstream: dict[str, Run], caches: dict[str, PhotoCache]) -> None:
-    """No photo that a task is tested on may have been learned from upstream."""
+    """Raise DataError if an upstream run that inits start from has seen photos of any task."""
     used = {value.removeprefix(UPSTREAM) for value in study.inits.values() if value.startswith(UPSTREAM)}
     for name in sorted(used):
         splits = pl.read_parquet(upstream[name].path / "splits.parquet")
@@ -132,8 +133,8 @@ def _require_disjoint(study: StudyConfig, upstream: dict[str, Run], caches: dict
             shared = cache.manifest.filter(pl.col("sha256").is_in(list(seen)))
             if len(shared):
                 raise DataError(
-                    f"{len(shared)} photos of the task {task} took part in the upstream run {name}, such as "
-                    f"{shared['path'][0]}: its results would be too good; keep patients apart (cache split --holdout)"
+                    f"{len(shared)} photos of the task {task} were used in the upstream run {name}, such as "
+                    f"{shared['path'][0]}; this overestimates performance; separate patients: cache split --holdout"
                 )
 
 

@@ -1,11 +1,11 @@
-"""What a study declares: one TOML file.
+"""Configuration of a study, read from one TOML file.
 
     [study]
     folds = 5
     fractions = [0.1, 1.0]          # shares of the training patients' labels
     seeds = [0]
 
-    [upstream.fundus]               # runs that others start from; trained once
+    [upstream.fundus]               # runs that other runs start from; trained once
     caches = ["upstream/"]
     config.task = "abnormality"
     config.model.backbone = "resnet50"
@@ -14,11 +14,11 @@
     caches = ["dr/"]
     config.model.backbone = "resnet50"
 
-    [inits]                         # "scratch", "imagenet", a path, or "upstream:NAME"; the first is what others are
-    scratch = "scratch"             # compared with
+    [inits]                         # "scratch", "imagenet", a path, or "upstream:NAME"; the others are compared with
+    scratch = "scratch"             # the first
     fundus = "upstream:fundus"
 
-Paths are relative to the file. `config` is what `train --config` takes.
+Paths are relative to the file. `config` has the keys of `train --config`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is trained on what."""
+    """Caches and training configuration of an upstream run or a task."""
 
     caches: tuple[Path, ...]
     config: dict[str, Any]
-    """Plain data of a `TrainConfig`."""
+    """A `TrainConfig` as plain data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,13 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Where it lies, below the study."""
+        """Folder of the run, relative to the study."""
         return f"cells/{self.task}/{self.init}/{self.fraction:g}/seed{self.seed}/fold{self.fold}"
 
 
 @dataclass(frozen=True, slots=True)
 class StudyConfig:
-    """A study, checked as far as it can be without data."""
+    """A study, validated as far as possible without data."""
 
     folds: int
     fractions: tuple[float, ...]
@@ -75,14 +75,14 @@ class StudyConfig:
     tasks: dict[str, Part]
     inits: dict[str, str]
     fingerprint: str
-    """Of all of it: a study is resumed only as it was begun."""
+    """Fingerprint of the whole file; a study can only be resumed with the same one."""
 
     @classmethod
     def from_toml(cls, path: Path) -> StudyConfig:
-        """Read a file.
+        """Read a study from a TOML file.
 
         Raises:
-            ConfigError: it cannot be read, or declares what cannot be done.
+            ConfigError: the file cannot be read or has invalid values.
         """
         plain = read_toml(path)
         try:
@@ -99,17 +99,17 @@ class StudyConfig:
         tasks = {name: _part(value, base, f"tasks.{name}") for name, value in plain.get("tasks", {}).items()}
         inits = plain.get("inits", {"scratch": "scratch"})
         if not tasks:
-            raise ConfigError("tasks: names none; add a table such as [tasks.dr]")
+            raise ConfigError("no tasks are declared; add a table such as [tasks.dr]")
         for name, value in inits.items():
             if not isinstance(value, str):
                 raise ConfigError(f"inits.{name} must be text, got {value!r}")
             if value.startswith(UPSTREAM) and value.removeprefix(UPSTREAM) not in upstream:
                 raise ConfigError(
-                    f"inits.{name}: there is no {value!r}{close_matches(value, [UPSTREAM + n for n in upstream])}"
+                    f"inits.{name}: unknown run {value!r}{close_matches(value, [UPSTREAM + n for n in upstream])}"
                 )
         for name in (*upstream, *tasks, *inits):
             if not name or set(name) - _SAFE or name.startswith("."):
-                raise ConfigError(f"{name!r} becomes a folder: letters, digits and _-+. are allowed")
+                raise ConfigError(f"{name!r} names a folder: use only letters, digits and _-+. and no leading dot")
         inits = {name: _where(value, base) for name, value in inits.items()}
         study = cls(
             int(about.get("folds", 5)), tuple(sorted(map(float, about.get("fractions", [1.0])))),
@@ -120,16 +120,16 @@ class StudyConfig:
         return study
 
     def cells(self) -> Iterator[Cell]:
-        """Every run, in the order they are done."""
+        """Yield every cell in the order of execution."""
         for task, fraction, seed, init in itertools.product(self.tasks, self.fractions, self.seeds, self.inits):
             for fold in range(self.folds):
                 yield Cell(task, init, fraction, seed, fold)
 
     def settings(self, cell: Cell, init: str) -> TrainConfig:
-        """The configuration of a run.
+        """Return the training configuration of a cell.
 
         Raises:
-            ConfigError: a value is out of its range, or the grid sets what the task's config sets too.
+            ConfigError: a value is out of range, or the task's config sets a value that the grid sets.
         """
         part = self.tasks[cell.task]
         own = {
@@ -139,7 +139,7 @@ class StudyConfig:
         for name in own:
             section, key = name.split(".")
             if key in part.config.get(section, {}):
-                raise ConfigError(f"tasks.{cell.task}.config.{name} is set by the study; leave it away")
+                raise ConfigError(f"tasks.{cell.task}.config.{name} is set by the study; omit it")
         return TrainConfig.from_dict(override(part.config, own))
 
 

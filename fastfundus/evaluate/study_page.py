@@ -1,4 +1,4 @@
-"""A study to read: Markdown, LaTeX, and a page with label-efficiency and ROC curves."""
+"""Reports of a study: Markdown, LaTeX, and a page with label-efficiency and ROC curves."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ _HEAD = (
     "labels",
     "init",
     "runs",
-    "folds, mean ± SD",
-    "95 %",
-    "to the first init",
+    "mean ± SD over runs",
+    "95 % interval",
+    "difference from first init",
     "p (Holm)",
 )
 
@@ -87,11 +87,11 @@ def write_study_page(
     """Write `table.md`, `table.tex` and `study.html`.
 
     Args:
-        study: what was declared.
-        table: of `write_tables`.
-        pooled: predictions of every tested photo, by task, init and fraction.
-        cells: `cells.csv`.
-        output: where to.
+        study: the study.
+        table: the table of `write_tables`.
+        pooled: predictions for every test photo, by task, init and fraction.
+        cells: the content of `cells.csv`.
+        output: folder to write into.
     """
     (output / "table.md").write_text(_markdown(table), encoding="utf-8")
     (output / "table.tex").write_text(_latex(table), encoding="utf-8")
@@ -110,19 +110,19 @@ def write_study_page(
 
 
 def _sensitivities(table: pl.DataFrame, name: str) -> NDArray[np.float64] | None:
-    """A fold's ROC curve at given false-positive rates; None where it lacks a class."""
+    """Return the sensitivities of a fold's ROC curve at the rates `_FALSE`; None if the fold lacks a class."""
     labels = table[f"label_{name}"].to_numpy()
     if len(set(labels.tolist())) < 2:
         return None
     false, true, _ = roc_curve(labels, table[f"p_{name}"].to_numpy())
-    # The highest of the steps that stand at one rate.
+    # Of several points at the same false-positive rate, take the highest.
     return np.asarray(true[np.searchsorted(false, _FALSE, side="right") - 1])
 
 
 def _figures(
     table: pl.DataFrame, pooled: dict[Group, pl.DataFrame], study: StudyConfig, task: str, name: str
 ) -> list[tuple[str, float]]:
-    """Label efficiency, and the mean ROC curve of the folds for each fraction; and how wide each is, in inches."""
+    """Draw label efficiency and the mean ROC curve over folds per fraction; return SVGs and their widths in inches."""
     mine = table.filter((pl.col("task") == task) & (pl.col("output") == name) & pl.col("mean").is_not_null())
 
     def efficiency(plots: Sequence[Any]) -> None:
@@ -130,7 +130,7 @@ def _figures(
         for number, (ink, init) in enumerate(zip(INK * len(study.inits), study.inits, strict=False)):
             of_init = mine.filter(pl.col("init") == init).sort("fraction")
             axes.errorbar(
-                # Side by side, so that bars do not hide each other.
+                # Offset horizontally so that error bars do not overlap.
                 of_init["fraction"].to_numpy() * 1.02**number,
                 of_init["mean"].to_numpy(),
                 of_init["sd"].fill_null(0.0).to_numpy(),
@@ -144,7 +144,7 @@ def _figures(
         axes.set_xticks(study.fractions, [f"{fraction:.0%}" for fraction in study.fractions])
         axes.minorticks_off()
         said = FIGURE_NAMES[mine["figure"][0]] if len(mine) else ""
-        axes.set(xlabel="labels of the training patients", ylabel=f"{said}, mean ± SD")
+        axes.set(xlabel="fraction of training labels", ylabel=f"{said}, mean ± SD")
         axes.legend(frameon=False, fontsize=8)
 
     def curves(plots: Sequence[Any]) -> None:

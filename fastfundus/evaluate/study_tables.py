@@ -1,14 +1,14 @@
-"""What a study found: tables for people and for papers, and a page with curves.
+"""Results of a study: tables for reading and for papers, and a page with curves.
 
-The figure is AUROC; of vessels, the mean Dice of photos.
+The metric (`figure`) is AUROC, or for vessels the mean Dice over photos.
 
-cells.csv   a row a cell and output: the figure on its test fold, or why there is none
-table.csv   a row a task, init, fraction and output: mean and SD over folds and seeds; `value`, the mean over folds of
-            the scores averaged over seeds, with its patient-clustered interval; the paired difference to the first
-            init, p-values adjusted over the study
+cells.csv   one row per cell and output: the metric on its test fold, or the error
+table.csv   one row per task, init, fraction and output: mean and SD over folds and seeds; `value`, the mean over folds
+            of the metric of scores averaged over seeds, with its patient-clustered interval; the paired difference from
+            the first init, with p-values adjusted over the study
+table.md    the same table for reading; table.tex for LaTeX; study.html with label-efficiency and ROC curves
 
-Scores of different folds are of different models: areas are taken within folds, never across them.
-table.md    the same to read; table.tex for LaTeX; study.html with label-efficiency and ROC curves
+Scores of different folds come from different models, so areas are computed within folds, never across them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _COLUMNS = {
 
 
 def write_tables(study: StudyConfig, results: Sequence[CellResult], output: Path) -> pl.DataFrame:
-    """Write every table and the page; returns `table.csv`."""
+    """Write all tables and the page; return the content of `table.csv`."""
     cells = _cells(results)
     cells.write_csv(output / "cells.csv")
     pooled = {
@@ -80,7 +80,7 @@ def _cells(results: Sequence[CellResult]) -> pl.DataFrame:
 
 
 def _pooled(results: Sequence[CellResult]) -> pl.DataFrame:
-    """Every tested photo once, by the models that have not seen its patient: scores averaged over seeds."""
+    """Return every test photo once, with the scores of models that have not seen its patient, averaged over seeds."""
     parts = [
         pl.read_parquet(result.path / "predictions.parquet")
         .filter(pl.col("split") == "test")
@@ -97,7 +97,7 @@ def _pooled(results: Sequence[CellResult]) -> pl.DataFrame:
 
 
 def _outputs(pooled: dict[Group, pl.DataFrame], key: Group) -> list[str]:
-    """Names of a task's outputs: of any of its groups, as this one may have failed; one without a name if all have."""
+    """Return the outputs of a task from any group that succeeded, or one empty name if all failed."""
     tables = [table for (task, _, _), table in pooled.items() if task == key[0] and len(table)]
     if not tables:
         return [""]

@@ -1,4 +1,4 @@
-"""The same metrics by camera, site, sex, age, eye, quality, or whatever else a manifest knows of its photos."""
+"""Metrics by subgroup: camera, site, sex, age, eye, quality, or any other column of the manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastfundus.evaluate.vessels import vessel_means
 __all__ = ["LEAST_PATIENTS", "subgroup_metrics"]
 
 LEAST_PATIENTS = 20
-"""With, and without the finding, below which a group's figures are flagged as `small`; of vessels, in the group."""
+"""Minimum number of patients with, and without, the finding (for vessels: in total); below it a group is `small`."""
 _MOST_VALUES = 12
 _UNKNOWN = "unknown"
 
@@ -30,20 +30,20 @@ def subgroup_metrics(
     *,
     resamples: int = 2000,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Measure each output in each group; of vessels their means.
+    """Measure each output in each subgroup; for vessels, the means over photos.
 
-    Columns of numbers with many values are cut at their quartiles, ages into bands of ten years. Photos without a value
-    are a group of their own: "unknown".
+    Numeric columns with many values are split at their quartiles, ages into bands of ten years. Photos without a value
+    form the group "unknown".
 
     Args:
-        predictions: of `Measured`.
-        manifest: of the cache they are from.
-        columns: of the manifest.
-        thresholds: by output, as locked.
-        resamples: bootstrap sets.
+        predictions: predictions of `Measured`.
+        manifest: manifest of the cache of these predictions.
+        columns: columns of the manifest.
+        thresholds: locked thresholds by output.
+        resamples: number of bootstrap resamples.
 
     Returns:
-        By column and output a list of groups: `group`, the metrics as plain data, and `small`.
+        By column and output, a list of groups with `group`, the metrics as plain data, and `small`.
 
     Raises:
         ConfigError: the manifest has no such column.
@@ -72,7 +72,7 @@ def subgroup_metrics(
 
 
 def _groups(values: pl.Series) -> pl.Series:
-    """A name for each value: itself, the decade of an age, or the quarter of the numbers that it lies in."""
+    """Return the group name of each value: the value itself, the decade of an age, or the quartile of a number."""
     if values.dtype.is_numeric() and values.name == "age":
         decade = (values.cast(pl.Float64) / 10).floor().cast(pl.Int64) * 10
         return decade.map_elements(lambda low: f"{low} to {low + 9}", return_dtype=pl.String).fill_null(_UNKNOWN)

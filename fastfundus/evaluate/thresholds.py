@@ -1,4 +1,4 @@
-"""Temperatures and thresholds, chosen on validation patients."""
+"""Temperature scaling and threshold selection on validation patients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["fit_temperature", "fit_temperatures", "fit_threshold", "threshold_en
 
 
 def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.float64], kind: Activation = "sigmoid") -> float:
-    """Find the temperature, 0.05 to 20, by which logits [N, L] are divided for the smallest log loss.
+    """Return the temperature, 0.05 to 20, that minimises the log loss when logits [N, L] are divided by it.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
@@ -33,7 +33,7 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.float64], kin
 
 
 def fit_temperatures(logits: NDArray[np.float64], truth: NDArray[np.float64], kind: Activation) -> list[float]:
-    """One an output where outputs are apart, one for all where they share a probability."""
+    """Fit one temperature per output for independent outputs, or one shared by all for dependent ones."""
     if kind != "sigmoid":
         return [fit_temperature(logits, truth, kind)] * logits.shape[1]
     return [
@@ -52,26 +52,26 @@ def fit_threshold(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Choose a threshold: the largest that reaches a sensitivity, or the smallest that reaches a specificity.
+    """Choose the largest threshold that reaches a sensitivity, or the smallest that reaches a specificity.
 
-    It lies halfway between two scores, so that rounding in another runtime does not flip the photo that set it; halfway
-    to zero below the lowest of all, halfway to one above the highest.
+    It is placed halfway between two scores, so that rounding in another runtime does not change the decision for the
+    photo that determined it. Below the lowest score it is halfway to zero, above the highest halfway to one.
 
     Args:
         chances: [N] probabilities.
-        labels: [N] 0 or 1; at least one is what `of` counts.
-        patients: [N] who each photo is of.
-        target: to be reached, 0 to 1.
-        of: what is to be reached: the share of positives that are called, or of negatives that are spared.
-        resamples: bootstrap sets.
-        seed: of the resampling.
+        labels: [N] 0 or 1, with at least one photo of the class that `of` refers to.
+        patients: [N] patient of each photo.
+        target: value to reach, 0 to 1.
+        of: metric to reach: the share of positives called positive, or of negatives called negative.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the resampling.
 
     Returns:
-        The threshold, and how far it moves when other patients are drawn.
+        The threshold with its interval over resampled patients.
     """
     counted = np.flatnonzero(labels == (of == "sensitivity"))
     scores = np.sort(chances)
-    # From the surest side on: the first photo by which enough are counted sets the threshold.
+    # Starting with the most confident photos, the one that first reaches the target determines the threshold.
     if of == "sensitivity":
         order = counted[np.argsort(-chances[counted], kind="stable")]
         place = np.searchsorted(scores, chances[order], side="left") - 1
@@ -84,7 +84,7 @@ def fit_threshold(
 
     def statistics(weights: Floats) -> dict[str, Floats]:
         reached = np.cumsum(weights, axis=1)
-        # Shares such as 0.07 of 100 are not to be rounded up to 8.
+        # Rounding first keeps floating-point errors from turning 0.07 * 100 into 8.
         needed = np.ceil(np.round(target * reached[:, -1:], 9))
         chosen = candidates[(reached >= np.maximum(needed, 1)).argmax(axis=1)]
         return {"threshold": np.where(reached[:, -1] > 0, chosen, np.nan)}
@@ -93,6 +93,6 @@ def fit_threshold(
 
 
 def threshold_entry(found: Interval) -> dict[str, float | None]:
-    """A threshold and its interval as operating points hold them."""
+    """Return a threshold and its interval as stored in operating points."""
     plain = found.to_dict()
     return {"threshold": plain["value"], "threshold_low": plain["low"], "threshold_high": plain["high"]}

@@ -1,7 +1,7 @@
-"""Vessel maps against the masks of graders, in the frame and at the resolution of the camera, within the field of view.
+"""Evaluation of vessel maps against expert masks at the camera's native resolution, within the field of view.
 
-A photo's map is brought back from the cache to the camera's pixels before it is judged. The threshold is the one of the
-best mean Dice on validation.
+The map of each photo is mapped back from the cache to the camera's pixels before it is evaluated. The threshold is the
+one with the best mean Dice on validation.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from fastfundus.train.vessels import binned, binned_auroc, mask_column, vessel_m
 __all__ = ["VESSEL_FIGURES", "centreline_dice", "fit_vessels", "measure_vessels", "vessel_means"]
 
 VESSEL_FIGURES = ("dice", "cldice", "auroc")
-"""Columns of the predictions: a value a photo."""
+"""Columns of the predictions with one value per photo."""
 _THRESHOLDS = np.linspace(0.05, 0.95, 91)
 
 
 def centreline_dice(called: NDArray[np.bool_], vessels: NDArray[np.bool_]) -> float:
-    """Agreement of two maps [H, W] on where vessels run, whatever their width (clDice): gaps cost, rims do not.
+    """Return how well two maps [H, W] agree on the course of vessels (clDice): gaps cost, differences in width do not.
 
-    The harmonic mean of the share of the called centrelines that lie in vessels, and of the vessels' that are called;
-    NaN where there is neither. Source: Shit et al., CVPR 2021; centrelines by Zhang's thinning (scikit-image).
+    It is the harmonic mean of the share of predicted centrelines inside true vessels and the share of true centrelines
+    inside predicted vessels; NaN if both are empty. Source: Shit et al., CVPR 2021; centrelines by Zhang's thinning
+    (scikit-image).
     """
     of_called, of_vessels = (skeletonize(which) for which in (called, vessels))  # type: ignore[no-untyped-call]
     lengths = of_called.sum() + of_vessels.sum()
@@ -51,7 +52,7 @@ def centreline_dice(called: NDArray[np.bool_], vessels: NDArray[np.bool_]) -> fl
 
 
 def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
-    """As `fit_operating_point`; the threshold is that of the best mean Dice on validation."""
+    """Fit the threshold with the best mean Dice on validation; see `fit_operating_point`."""
     sides = rows_by_split(run, cache)
     val = _judged(run, cache, sides["val"])
     dices = np.stack([photo.dices for photo in val])
@@ -76,7 +77,7 @@ def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
 
 
 def measure_vessels(run: Run, cache: PhotoCache) -> Measured:
-    """As `measure`."""
+    """Measure a vessel run; see `measure`."""
     threshold = float(read_operating_point(run)["labels"]["vessel"]["threshold"])
     rows, which = rows_to_measure(run, cache, photos_with_masks(cache.manifest, mask_column(run.config)))
     return _measured(cache, _judged(run, cache, rows, threshold), threshold, which)
@@ -87,13 +88,13 @@ def _place(threshold: float) -> int:
 
 
 class _Photo:
-    """What one photo's map is worth at every threshold; the maps, a byte a pixel, until the centrelines are judged."""
+    """Results of one photo at every threshold; keeps its maps, one byte per pixel, until clDice is computed."""
 
     def __init__(self, row: int, chances: NDArray[np.float32], vessels: NDArray[np.bool_], inside: NDArray[np.bool_]):
         self.row = row
         yes = vessels[inside]
         self.counts = binned(chances[inside], yes)
-        # How many pixels, and how many of vessel, lie at or above each threshold.
+        # Number of background and of vessel pixels at or above each threshold.
         above = np.cumsum(self.counts[:, ::-1], axis=1)[:, ::-1]
         place = np.ceil(_THRESHOLDS * self.counts.shape[1]).astype(int)
         no, right = above[:, place]
@@ -105,7 +106,7 @@ class _Photo:
         )  # fmt: skip
 
     def settle(self, threshold: float) -> None:
-        """Judge the centrelines at a threshold, and forget the maps."""
+        """Compute clDice at a threshold and release the maps."""
         if self._maps is not None:
             reached, vessels = self._maps
             self.centrelines, self._maps = centreline_dice(reached > _place(threshold), vessels), None
@@ -150,7 +151,7 @@ def _measured(cache: PhotoCache, photos: list[_Photo], threshold: float, which: 
 
 
 def vessel_means(table: pl.DataFrame) -> dict[str, dict[str, float | None]]:
-    """Means over photos with their intervals, by figure; photos of which it cannot be told are left out."""
+    """Return the mean of each metric over photos with its interval, skipping photos for which it is undefined."""
     means = {}
     for name in VESSEL_FIGURES:
         known = table.filter(pl.col(name).is_finite())

@@ -1,4 +1,4 @@
-"""What figures are called, and comparisons in words: one wording for terminal, page and card."""
+"""Names of metrics and texts of comparisons, shared by the terminal, pages and model cards."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FIGURE_NAMES = {
 
 
 def prevalence_of(labels: Mapping[str, Any]) -> float | None:
-    """The prevalence that was stated; None takes the photos' own."""
+    """Return the stated prevalence; None means that of the photos."""
     stated = {entry.get("prevalence") for entry in labels.values()} - {None}
     return stated.pop() if stated else None
 
 
 def differences(against: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str, str]]:
-    """Of a comparison: output, figure, first minus second, and p, adjusted where it was."""
+    """Yield output, metric, difference (first minus second) and p-value, adjusted if available, of a comparison."""
     for name, found in (against or {"labels": {}})["labels"].items():
         for key, entry in found.items():
             shown = interval_text({"value": entry["difference"], "low": entry["low"], "high": entry["high"]})

@@ -1,4 +1,4 @@
-"""How logits become probabilities, for NumPy and torch alike, by the kind of head."""
+"""Activations that convert logits to probabilities, in NumPy and torch, by type of head."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ ACTIVATIONS: dict[str, Activation] = {
     "ordinal": "cumulative",
     "vessels": "sigmoid",
 }
-"""By task. "cumulative": logit k says how likely grade k + 1 is reached by a photo that has reached grade k; the
-product of all up to k is the probability of reaching it, which can only fall as k grows. Source: CORN, Shi, Cao and
-Raschka, Pattern Analysis and Applications 2023."""
+"""Activation of each task. With "cumulative", logit k gives the probability that a photo with at least grade k has at
+least grade k + 1. The product of all probabilities up to k is the probability of at least grade k + 1, which cannot
+increase with k. Source: CORN, Shi, Cao and Raschka, Pattern Analysis and Applications 2023."""
 
 
 def activate(logits: Tensor, kind: Activation) -> Tensor:
-    """Logits [N, L, ...] to probabilities [N, L, ...]."""
+    """Convert logits [N, L, ...] to probabilities [N, L, ...]."""
     if kind == "softmax":
         return torch.softmax(logits, dim=1)
     if kind == "cumulative":
-        # The product as a sum of logarithms: exporters know cumulative sums only.
+        # The product is computed as a sum of logarithms, because exporters support only cumulative sums.
         return torch.exp(torch.cumsum(nn.functional.logsigmoid(logits), dim=1))
     return torch.sigmoid(logits)
 
 
 def probabilities(logits: NDArray[np.float64], kind: Activation) -> NDArray[np.float64]:
-    """As `activate`, of float64 [N, L]."""
+    """Convert float64 logits [N, L] to probabilities; see `activate`."""
     return activate(torch.from_numpy(logits), kind).numpy()

@@ -1,6 +1,6 @@
-"""Grad-CAM: the last maps of a network, weighted by how much each raises a logit.
+"""Grad-CAM: the last feature maps of a network, weighted by the gradient of a logit with respect to each map.
 
-Selvaraju et al., ICCV 2017. Of vision transformers the maps are the patches' tokens before the last block.
+Source: Selvaraju et al., ICCV 2017. For vision transformers, the maps are the patch tokens before the last block.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A network cut in two behind its last maps."""
+    """A network split in two after its last feature maps."""
 
     features: Tensor
-    """What lies at the cut, for some photos."""
+    """Features at the split, for a batch of photos."""
     head: Function
-    """From there to logits [N, L]."""
+    """Computes logits [N, L] from `features`."""
     as_maps: Function
-    """What lies at the cut as maps [N, C, h, w]."""
+    """Converts features, or gradients of them, to maps [N, C, h, w]."""
 
 
 def split(network: Any, inputs: Tensor) -> Split:
-    """Run a network up to the cut.
+    """Run a network up to its last feature maps.
 
     Args:
-        network: of timm, in evaluation mode.
+        network: a timm model in evaluation mode.
         inputs: [N, 3, S, S], normalised.
 
     Raises:
-        ConfigError: it has no last maps, and is no vision transformer.
+        ConfigError: the network has no last feature maps and is not a vision transformer.
     """
     if not (hasattr(network, "forward_features") and hasattr(network, "forward_head")):
-        raise ConfigError(f"{type(network).__name__}: has no last features; explain it by occlusion")
+        raise ConfigError(f"{type(network).__name__}: cannot be split after its last features; explain it by occlusion")
     with torch.no_grad():
         if hasattr(network, "blocks") and hasattr(network, "num_prefix_tokens") and hasattr(network, "norm"):
             return _split_tokens(network, inputs)
@@ -52,11 +52,11 @@ def split(network: Any, inputs: Tensor) -> Split:
         return Split(features, network.forward_head, lambda maps: maps)
     if features.ndim == 4 and features.shape[3] == wide:
         return Split(features, network.forward_head, lambda maps: maps.permute(0, 3, 1, 2))
-    raise ConfigError(f"{type(network).__name__}: its last features are no maps; explain it by occlusion")
+    raise ConfigError(f"{type(network).__name__}: its last features are not maps; explain it by occlusion")
 
 
 def _split_tokens(network: Any, inputs: Tensor) -> Split:
-    """Before the last block: behind it only the token that is read out still feels a gradient."""
+    """Split before the last block: after it, only the token that the head reads receives a gradient."""
     last, kept = network.blocks[-1], []
     hook = last.register_forward_pre_hook(lambda module, given: kept.append(given[0]))
     try:
@@ -73,19 +73,19 @@ def _split_tokens(network: Any, inputs: Tensor) -> Split:
 
 
 def grad_cam(features: Tensor, head: Function, as_maps: Function = lambda maps: maps) -> Tensor:
-    """Say where each output looks.
+    """Compute a heat map for each output.
 
     Args:
-        features: of N photos, what `head` takes.
-        head: to logits [N, L], each photo by itself.
-        as_maps: `features`, and gradients of them, as [N, C, h, w].
+        features: input of `head` for N photos.
+        head: computes logits [N, L], independently for each photo.
+        as_maps: converts `features`, and gradients of them, to [N, C, h, w].
 
     Returns:
-        [N, L, h, w], not negative, in units of the logit.
+        [N, L, h, w], non-negative, in units of the logit.
     """
     logits, pull = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], torch.func.vjp(head, features))
     maps, heat = as_maps(features), []
-    # A label after the other: exporters follow no mapping over directions.
+    # One label at a time, because exporters cannot trace a vmap over directions.
     for direction in torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device):
         weights = as_maps(pull(direction.expand_as(logits))[0]).mean((-2, -1))
         heat.append(torch.relu((weights[:, :, None, None] * maps).sum(1)))

@@ -1,4 +1,4 @@
-"""A timm backbone with a linear head, started from scratch, from ImageNet, or from another checkpoint."""
+"""Classifiers: a timm backbone with a linear head, initialised from scratch, ImageNet weights or another checkpoint."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class InitReport:
-    """Where a model's first weights came from."""
+    """The origin of a model's initial weights."""
 
     source: str
     """"scratch", "imagenet" or a path."""
     loaded: int
-    """Tensors taken over."""
+    """Number of tensors loaded from the source."""
     fresh: tuple[str, ...]
-    """Tensors that start at random: the head, when the source has another one."""
+    """Randomly initialised tensors: the head, unless the source has a matching one."""
     unused: tuple[str, ...] = ()
-    """Tensors of the source that have no place here: another head, or what does not belong to a model."""
+    """Tensors of the source that were not loaded: those of another head, or not part of the model."""
 
     def __str__(self) -> str:
         if self.source == "scratch":
             return "from scratch"
         parts = [f"{self.loaded} tensors"]
-        parts += [f"fresh: {', '.join(self.fresh)}"] if self.fresh else []
-        parts += [f"not used of it: {_named(self.unused)}"] if self.unused else []
+        parts += [f"randomly initialised: {', '.join(self.fresh)}"] if self.fresh else []
+        parts += [f"not used: {_named(self.unused)}"] if self.unused else []
         return f"from {self.source} ({'; '.join(parts)})"
 
 
@@ -52,29 +52,29 @@ def _named(names: tuple[str, ...], most: int = 6) -> str:
 
 
 def check_backbone(name: str) -> None:
-    """Check that timm knows a backbone.
+    """Check that a backbone is a timm model.
 
     Raises:
-        ConfigError: it does not; the message has close names.
+        ConfigError: timm has no such model; the message suggests similar names.
     """
     if not timm.is_model(name.split("/")[-1]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise ConfigError(f"model.backbone {name!r} is not a timm model; close names: {', '.join(close)}")
+        raise ConfigError(f"model.backbone {name!r} is not a timm model; similar names: {', '.join(close)}")
 
 
 def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]:
-    """Build the network and give it its first weights.
+    """Build a classifier and load its initial weights.
 
     Args:
         config: backbone, init and dropout.
-        outputs: logits per photo.
+        outputs: number of logits per photo.
 
     Returns:
-        A module from float [N, 3, S, S] to logits [N, outputs], and where its weights came from.
+        A module that maps float [N, 3, S, S] to logits [N, outputs], and a report on the origin of its weights.
 
     Raises:
-        ConfigError: timm knows no such backbone.
-        CheckpointError: the init's file is missing or does not fit, or the hub cannot be reached.
+        ConfigError: timm has no such backbone.
+        CheckpointError: the file given as init is missing or does not match, or the hub is unreachable.
     """
     check_backbone(config.backbone)
     if config.init == "imagenet":
@@ -90,32 +90,32 @@ def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitRepo
 
 
 def load_timm(backbone: str, **options: Any) -> nn.Module:
-    """Timm's model with its published weights, from its hub or the hub's cache on this machine.
+    """Create a timm model with its published weights, from the hub or its local cache.
 
     Raises:
-        CheckpointError: timm has none for this backbone, or the hub cannot be reached.
+        CheckpointError: timm has no weights for this backbone, or the hub is unreachable.
     """
     known = timm.list_pretrained(f"{backbone}*")
     if not any(name.split(".")[0] == backbone.split(".")[0] for name in known):
         raise CheckpointError(
-            f"timm has no published weights for {backbone}; give another model.backbone, or a file as model.init"
+            f"timm has no published weights for {backbone}; choose another model.backbone, or set model.init to a file"
         )
     try:
         return timm.create_model(backbone, pretrained=True, **options)
     except Exception as error:
-        # The hub client raises its own, urllib's, ssl's and requests' errors: all mean that the weights are not here.
+        # The hub client raises its own errors and those of urllib, ssl and requests; all mean that the download failed.
         raise CheckpointError(
-            f"the ImageNet weights of {backbone} cannot be fetched ({type(error).__name__}); on a machine without "
-            f"network, copy timm's .safetensors file here (timm/{known[0]} on huggingface.co) and give its path as "
-            "model.init"
+            f"cannot download the ImageNet weights of {backbone} ({type(error).__name__}); on a machine without "
+            f"network access, copy timm's .safetensors file (timm/{known[0]} on huggingface.co) to it and set "
+            "model.init to its path"
         ) from None
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Read weights from a run folder, or from any file that `read_foreign` reads; runs no code from it.
+    """Read weights from a run folder, or from any file that `read_foreign` supports, without running code from it.
 
     Raises:
-        CheckpointError: the file is missing or holds no plain tensors.
+        CheckpointError: the file is missing or contains no plain tensors.
     """
     return read_foreign(path / "best.safetensors" if path.is_dir() else path)[0]
 
@@ -124,8 +124,8 @@ def set_training(model: nn.Module, *, freeze: bool) -> None:
     """Put a model into training mode.
 
     Args:
-        model: from `create_model` or `create_segmenter`.
-        freeze: only the head is trained: other weights stay, and so do the statistics of normalisation layers.
+        model: a model from `create_model` or `create_segmenter`.
+        freeze: train only the head; all other weights and the statistics of normalisation layers stay fixed.
     """
     model.train()
     if not freeze:
@@ -140,14 +140,14 @@ def set_training(model: nn.Module, *, freeze: bool) -> None:
 
 
 def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitReport:
-    """Load every tensor that fits; only the head may be missing or of another shape."""
+    """Load every tensor with a matching name and shape; only tensors of the head may be missing or differ in shape."""
     wanted = model.state_dict()
     head = {name for name in wanted if any(name.startswith(f"{part}.") for part in _head_names(model))}
     fitting = {name: value for name, value in state.items() if name in wanted and wanted[name].shape == value.shape}
     missing = [name for name in wanted if name not in fitting and name not in head]
     if missing:
         raise CheckpointError(
-            f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are absent or of another shape, "
+            f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are missing or differ in shape, "
             f"such as {missing[0]}; is it the same model.backbone?"
         )
     model.load_state_dict(wanted | fitting)
@@ -162,7 +162,7 @@ def _head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def uses_channels_last(setting: str, model: nn.Module) -> bool:
-    """Resolve "auto": channels-last pays for convolutions, and means nothing to plain transformers."""
+    """Resolve "auto": use channels-last for networks with 3 x 3 convolutions; plain transformers do not benefit."""
     if setting != "auto":
         return setting == "on"
     return any(isinstance(module, nn.Conv2d) and module.kernel_size[0] == 3 for module in model.modules())

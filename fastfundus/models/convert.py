@@ -1,4 +1,4 @@
-"""Foreign weights to a file that `--init` takes, with every tensor accounted for."""
+"""Conversion of third-party weights to a file that `--init` accepts, with a report on every tensor."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ _RESNETS: dict[tuple[int, ...], tuple[str, str]] = {
     (2, 2, 2, 2): ("resnet18", ""), (3, 4, 6, 3): ("resnet34", "resnet50"), (3, 4, 23, 3): ("", "resnet101"),
     (3, 8, 36, 3): ("", "resnet152"),
 }  # fmt: skip
-"""By blocks a stage: with blocks of two convolutions, and of three."""
+"""Names by number of blocks per stage: first with two convolutions per block, then with three."""
 _VITS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What became of every tensor."""
+    """A report on every tensor of the source."""
 
     source: str
-    """Name of the file."""
+    """Name of the source file."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the source file."""
     what: str
-    """What the file was, in words."""
+    """Description of the source file, such as "a state dict"."""
     backbone: str
-    """The timm model whose names the weights have now."""
+    """The timm model whose tensor names the weights now have."""
     prefix: str
-    """What stood in front of the names."""
+    """The prefix of the tensor names in the source file."""
     used: tuple[str, ...]
-    """Names in the file that were taken over as they are."""
+    """Names in the source file of tensors that were copied unchanged."""
     reshaped: tuple[str, ...]
-    """Names that were resampled to another size: position embeddings."""
+    """Names of tensors that were resampled to another size: position embeddings."""
     unused: tuple[str, ...]
-    """Names that have no place in the backbone: heads, decoders, optimiser's leftovers."""
+    """Names of tensors that are not part of the backbone: heads, decoders, remains of the optimizer."""
 
 
 def guess_backbone(names: dict[str, Tensor]) -> str:
-    """Tell a backbone by its tensors; "" when it is none of the known ones.
+    """Return the backbone with these tensors, or "" if it is not recognised.
 
-    Known are ResNet-18 to -152, as timm and torchvision name them, and ViTs from tiny to large: with patches of 16 as
-    RETFound's, with patches of 14 as DINOv2's.
+    Recognised backbones are ResNet-18 to -152, with the tensor names of timm and torchvision, and ViTs from tiny to
+    large, with patches of 16 pixels as in RETFound or 14 pixels as in DINOv2.
     """
     blocks = [
         len({match[1] for name in names if (match := re.search(rf"(?:^|\.)layer{stage}\.(\d+)\.", name))})
@@ -74,16 +74,17 @@ def guess_backbone(names: dict[str, Tensor]) -> str:
 
 
 def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> ConvertReport:
-    """Bring foreign weights into the names of a timm backbone, and write them as safetensors with their provenance.
+    """Rename third-party weights to match a timm backbone and write them, with their provenance, as safetensors.
 
     Args:
-        path: as for `read_foreign`.
-        output: ends in .safetensors.
-        backbone: a timm model; "auto" tells it by the tensors.
+        path: file with the weights; see `read_foreign`.
+        output: file to write; its name must end in .safetensors.
+        backbone: name of a timm model; "auto" recognises it from the tensors.
 
     Raises:
-        ConfigError: timm knows no such backbone.
-        CheckpointError: the file cannot be read, the backbone cannot be told, or lacks tensors in the file.
+        ConfigError: timm has no such backbone, or `output` has another suffix.
+        CheckpointError: the file cannot be read, its backbone is not recognised, or tensors are missing from it or have
+            the wrong shape.
     """
     if output.suffix != ".safetensors":
         raise ConfigError(f"the output must end in .safetensors, got {output.name}")
@@ -92,11 +93,11 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
         backbone = guess_backbone(tensors)
         if not backbone:
             raise CheckpointError(
-                f"{path}: its backbone cannot be told from its tensors ({', '.join(list(tensors)[:3])}, ...); name it "
-                "with --backbone, as timm does"
+                f"{path}: the backbone cannot be recognised from its tensors ({', '.join(list(tensors)[:3])}, ...); "
+                "give its timm name with --backbone"
             )
     check_backbone(backbone)
-    # Without a head: every task brings its own.
+    # No head is created, because every task adds its own.
     wanted = timm.create_model(backbone, pretrained=False, num_classes=0).state_dict()
     prefix = max(_PREFIXES, key=lambda start: sum(start + name in tensors for name in wanted))
     taken: dict[str, Tensor] = {}
@@ -113,15 +114,15 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
             reshaped.append(found)
         else:
             raise CheckpointError(
-                f"{path}: {found} has shape {list(value.shape)}, {backbone} needs {list(place.shape)}; is it another "
-                "backbone? Name it with --backbone"
+                f"{path}: {found} has shape {list(value.shape)}, {backbone} needs {list(place.shape)}; if the "
+                "backbone is another one, give its name with --backbone"
             )
         taken[name] = value.to(place.dtype).contiguous()
     missing = [name for name in wanted if name not in taken]
     if missing:
         raise CheckpointError(
             f"{path}: lacks {len(missing)} of the {len(wanted)} tensors of {backbone}, such as {missing[0]}; it has "
-            f"{', '.join(list(tensors)[:3])}, ... Name another --backbone if it is one"
+            f"{', '.join(list(tensors)[:3])}, ...; if the backbone is another one, give its name with --backbone"
         )
     known = {*used, *reshaped}
     report = ConvertReport(
@@ -134,9 +135,9 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
 
 
 def _found(tensors: dict[str, Tensor], prefix: str, name: str) -> str | None:
-    """The name under which a file has a tensor of the backbone.
+    """Return the name in the file of a tensor of the backbone, or None if it is missing.
 
-    RETFound's encoder ends in `fc_norm` where pooling is global, and in `norm` elsewhere, as timm's do.
+    As in timm, RETFound's encoder ends in `fc_norm` with global pooling, and in `norm` otherwise.
     """
     others = {"norm.": "fc_norm.", "fc_norm.": "norm."}
     for ours, theirs in ((name, name), *((a, b) for a, b in others.items() if name.startswith(a))):
@@ -147,13 +148,13 @@ def _found(tensors: dict[str, Tensor], prefix: str, name: str) -> str | None:
 
 
 def _resampled(value: Tensor, length: int, path: Path) -> Tensor:
-    """Position embeddings of a square grid, and those before it, brought to another grid."""
+    """Resample the position embeddings of a square grid to another grid; keep those of the tokens before the grid."""
     old, new = (int(count**0.5) for count in (value.shape[1], length))
     extra = value.shape[1] - old * old
     if length - new * new != extra:
         raise CheckpointError(
-            f"{path}: its position embeddings are {value.shape[1]}, which cannot be brought to {length}: the tokens "
-            "before the grid differ"
+            f"{path}: its {value.shape[1]} position embeddings cannot be resampled to {length}: the number of tokens "
+            "before the grid differs"
         )
     grid = value[:, extra:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)

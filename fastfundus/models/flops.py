@@ -1,4 +1,4 @@
-"""The arithmetic of a network."""
+"""Number of floating-point operations of a network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["count_flops"]
 
 
 def count_flops(model: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
-    """Run a network forward and count: a product and a sum are two.
+    """Run a forward pass and count its operations; a multiplication and an addition count as two.
 
     Args:
-        model: in evaluation mode.
-        inputs: a batch, of one photo where what one takes is asked for; any type and layout that the model takes.
+        model: a model in evaluation mode.
+        inputs: a batch of any dtype and layout that the model accepts; one photo gives the operations per photo.
 
     Returns:
-        What the model gives, and the operations of its matrix products and convolutions.
+        The output of the model, and the number of operations in its matrix products and convolutions.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = model(inputs)

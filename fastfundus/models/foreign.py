@@ -1,4 +1,4 @@
-"""Reads weights that others made: safetensors, state dicts, and whole pickled networks; never runs code from them."""
+"""Reader for third-party weights: safetensors, state dicts and whole pickled networks; never runs code from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastfundus.errors import CheckpointError
 __all__ = ["read_foreign"]
 
 _NESTED = ("state_dict", "model_state_dict", "model", "model_ema", "teacher", "net")
-"""Keys under which training programs put the weights, in the order in which they are tried."""
+"""Keys under which training programs store the weights, in the order in which they are tried."""
 _DEEPEST = 16
 _INERT_MODULES = (
     nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Sequential,
@@ -24,28 +24,29 @@ _INERT_MODULES = (
 
 
 def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read every tensor of a file of weights.
+    """Read every tensor of a file with weights.
 
-    Pickles are read by torch's restricted reader: plain data and tensors. A whole pickled network is taken apart too,
-    if it is made of torchvision's ResNet, DataParallel and layers of torch.nn alone; anything else in it is refused.
+    Pickles are read with torch's restricted unpickler, which accepts plain data and tensors. A whole pickled network is
+    accepted as well if it consists only of torchvision's ResNet, DataParallel and layers of torch.nn; any other object
+    is refused.
 
     Args:
-        path: .safetensors, or what `torch.save` wrote.
+        path: a .safetensors file, or a file written by `torch.save`.
 
     Returns:
-        Tensors by name, without "module." in front; and in words what the file was.
+        Tensors by name, without the prefix "module.", and a description of the file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds other things, or no tensors.
+        CheckpointError: the file is missing or damaged, contains other objects, or contains no tensors.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: is not there; give a .safetensors file, or what torch.save wrote")
+        raise CheckpointError(f"{path} does not exist; give a .safetensors file, or a file written by torch.save")
     if path.suffix == ".safetensors":
         try:
             return load_file(path), "safetensors"
         except Exception as error:
-            # Rust's error type; whatever it says, the file is not sound.
-            raise CheckpointError(f"{path}: is not a sound safetensors file ({error}); copy it again") from None
+            # safetensors raises an error type of its Rust library; any error means that the file is not valid.
+            raise CheckpointError(f"{path} is not a valid safetensors file ({error}); copy it again") from None
     from torchvision.models import resnet
 
     allowed = [*_INERT_MODULES, resnet.ResNet, resnet.Bottleneck, resnet.BasicBlock, collections.OrderedDict]
@@ -53,12 +54,12 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
         with torch.serialization.safe_globals(allowed):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The reader raises many kinds of errors on files that are not its own; none of them has run any code.
+        # The unpickler raises many types of errors for files in other formats, in every case without running any code.
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
         told = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
         raise CheckpointError(
-            f"{path}: cannot be read as weights ({told[:200]}). Only tensors, plain data and networks of torchvision's "
-            "ResNet are accepted: what else a pickle holds could run code"
+            f"{path}: cannot be read as weights ({told[:200]}). Only tensors, plain data and torchvision's ResNets are "
+            "accepted, because other pickled objects could run code"
         ) from None
     return _tensors_of(loaded, path)
 
@@ -78,14 +79,14 @@ def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(loaded, dict):
         tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; is it a checkpoint of weights?")
+        raise CheckpointError(f"{path} contains no tensors; is it a checkpoint with weights?")
     return {key.removeprefix("module."): value for key, value in tensors.items()}, what
 
 
 def _taken_apart(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """The tensors of a pickled network by name. None of its methods is called: the file may have replaced them."""
+    """Return the tensors of a pickled network by name, without calling its methods: the file may have replaced them."""
     if depth > _DEEPEST:
-        raise CheckpointError(f"a pickled network is nested more than {_DEEPEST} deep: the file is not sound")
+        raise CheckpointError(f"a pickled network is nested more than {_DEEPEST} levels deep; the file is not valid")
     found = {}
     for kind in ("_parameters", "_buffers"):
         for name, value in vars(module).get(kind, {}).items():

@@ -1,4 +1,4 @@
-"""A U-Net whose encoder is a timm backbone, so that what was learned on whole photos can be taken over."""
+"""A U-Net with a timm backbone as encoder, which can be initialised from a classifier trained on whole photos."""
 
 from __future__ import annotations
 
@@ -15,41 +15,44 @@ from fastfundus.models.classifier import InitReport, check_backbone, load_state,
 __all__ = ["STRIDE_PX", "create_segmenter"]
 
 STRIDE_PX = 32
-"""Sides of inputs must be multiples of it."""
+"""The sides of inputs must be multiples of this."""
 
 
 def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]:
-    """Build the network and give its encoder its first weights; the decoder starts at random.
+    """Build a U-Net and load the initial weights of its encoder; the decoder is initialised randomly.
+
+    If `config.init` is a vessel run, all of its weights are loaded, including the decoder.
 
     Args:
         config: backbone, init and dropout.
-        outputs: maps per photo.
+        outputs: number of maps per photo.
 
     Returns:
-        A module from float [N, 3, S, S] to logits [N, outputs, S, S], S a multiple of `STRIDE_PX`, and where its
-        weights came from. The weights of a vessel run are taken over whole.
+        A module that maps float [N, 3, S, S] to logits [N, outputs, S, S], with S a multiple of `STRIDE_PX`, and a
+        report on the origin of its weights.
 
     Raises:
-        ConfigError: timm knows no such backbone, or it has no maps at several scales, as plain ViTs.
-        CheckpointError: the init's file is missing or does not fit, or the hub cannot be reached.
+        ConfigError: timm has no such backbone, the backbone has no feature maps at several scales (plain ViTs, for
+            example), or `config.freeze` is set.
+        CheckpointError: the file given as init is missing or does not match, or the hub is unreachable.
 
     Source: Ronneberger et al., MICCAI 2015, as in segmentation-models-pytorch.
     """
-    # Loaded by those who need it: it takes seconds.
+    # Imported only when needed, because the import takes seconds.
     import segmentation_models_pytorch as smp
 
     check_backbone(config.backbone)
     if config.freeze:
-        raise ConfigError("model.freeze trains a head alone, but vessels need a decoder; set it to false")
+        raise ConfigError("model.freeze trains only a head, but vessels need a trained decoder; set it to false")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = smp.Unet(f"tu-{config.backbone}", encoder_weights=None, in_channels=3, classes=outputs)
     except (RuntimeError, AttributeError, ValueError, TypeError, AssertionError) as error:
-        # timm and the decoder's library each say in their own way that a backbone has no such maps.
+        # timm and segmentation-models-pytorch raise different errors for a backbone without such maps.
         raise ConfigError(
-            f"model.backbone {config.backbone!r} cannot be a U-Net's encoder ({str(error).splitlines()[0]}); take a "
-            "convolutional one, such as resnet50 or convnext_tiny"
+            f"model.backbone {config.backbone!r} cannot be used as a U-Net encoder ({str(error).splitlines()[0]}); "
+            "choose a convolutional one, such as resnet50 or convnext_tiny"
         ) from None
     if config.init == "scratch":
         return model, InitReport("scratch", 0, ())
@@ -62,8 +65,8 @@ def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, Init
     missing = [name for name in wanted if name.startswith("encoder.") and name not in taken]
     if missing:
         raise CheckpointError(
-            f"{config.init}: {len(missing)} tensors of the encoder are absent or of another shape, as {missing[0]}: "
-            "is it the same model.backbone?"
+            f"{config.init}: {len(missing)} tensors of the encoder are missing or differ in shape, such as "
+            f"{missing[0]}; is it the same model.backbone?"
         )
     model.load_state_dict(wanted | taken)
     used = {id(value) for value in taken.values()}
@@ -72,7 +75,7 @@ def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, Init
 
 
 def _encoder_names(state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:
-    """Bring a classifier's names into the encoder's: timm joins the outer two by "_" where it cuts out stages."""
+    """Rename a classifier's tensors to the encoder's names: timm joins the first two parts with "_" for its stages."""
     prefix = "encoder.model."
     own = {name.removeprefix(prefix) for name in wanted}
     stages = {name.split(".")[0] for name in own if "_" in name.split(".")[0]}

@@ -1,4 +1,4 @@
-"""One photo at a time, from a file's bytes to the square that models see. No torch."""
+"""Processing of single photos, from the bytes of a file to the square model input. Does not import torch."""
 
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 

@@ -1,10 +1,11 @@
-"""Bytes of a picture file to upright RGB, as small as the target allows.
+"""Decode image files to upright RGB arrays, at the smallest scale that the target size allows.
 
-libjpeg-turbo (through simplejpeg) decodes JPEG, scaled where `plan_decode` says so; OpenCV decodes the rest, and Pillow
-gets a last try before a file is called unreadable. All of them release the interpreter's lock while they decode.
+libjpeg-turbo (through simplejpeg) decodes JPEG, at a reduced scale where `plan_decode` asks for it. OpenCV decodes all
+other formats, and Pillow is the fallback before a file is reported as unreadable. All three release the GIL while they
+decode.
 
-No decoder may make up missing pixels: a truncated or damaged file is unreadable, since half a retina in grey looks like
-disease to a model. Colour profiles are not applied: every executor sees the stored values.
+No decoder may invent missing pixels: a truncated or damaged file is unreadable, because a half-grey retina looks like
+disease to a model. Colour profiles are not applied, so that every engine sees the stored values.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 
 
 def decode(data: bytes, header: PhotoHeader, plan: DecodePlan | None = None) -> NDArray[np.uint8]:
-    """Decode a photo and turn it upright.
+    """Decode a photo to upright RGB.
 
     Args:
-        data: the whole file.
-        header: from `read_header`.
-        plan: from `plan_decode`; None decodes at full size.
+        data: The whole file.
+        header: The result of `read_header`.
+        plan: The result of `plan_decode`; None decodes at full size.
 
     Returns:
-        uint8 [H, W, 3] RGB of the planned size, turned upright.
+        uint8 [H, W, 3] upright RGB of the planned size.
 
     Raises:
-        PhotoError: the pixels are damaged or incomplete (`unreadable`), or of a kind that cannot be screened.
+        PhotoError: The pixel data is damaged or incomplete (`unreadable`), or of an unsupported kind (`unsupported`).
     """
     return decode_with_room(data, header, plan or plan_decode(header), 0)[0]
 
@@ -50,13 +51,20 @@ def decode(data: bytes, header: PhotoHeader, plan: DecodePlan | None = None) -> 
 def decode_with_room(
     data: bytes, header: PhotoHeader, plan: DecodePlan, rows: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Decode as `decode` does, with black rows above and below the photo where that costs nothing.
+    """Decode like `decode`, adding black rows above and below the photo where that costs nothing.
 
-    Fields are often cut at top and bottom: a square around them overhangs the photo there, and is then cut out of
-    memory that is there already, not copied into a larger picture.
+    Retinal fields are often cut at the top and bottom, so the square crop around them extends beyond the photo. With
+    the extra rows the crop is a view of existing memory and needs no copy into a larger image.
+
+    Args:
+        data: The whole file.
+        header: The result of `read_header`.
+        plan: The result of `plan_decode`.
+        rows: Number of black rows to add at each end.
 
     Returns:
-        The photo, and the picture that it is the middle of: at most `rows` taller at each end, or the photo itself.
+        The photo, and the padded image of which it is the middle: at most `rows` taller at each end, or the photo
+        itself.
     """
     rgb: NDArray[np.uint8] | None = None
     if plan.decoder == "libjpeg-turbo":
@@ -77,10 +85,10 @@ def decode_with_room(
 
 
 def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """Decode with libjpeg-turbo into `room`; None when it does not know this kind of JPEG.
+    """Decode with libjpeg-turbo into `room`; return None if it does not support this kind of JPEG.
 
-    libjpeg warns of damage and goes on with made-up pixels, which Pillow and OpenCV then pass on in silence. Here every
-    warning counts, but for bytes that stray between segments: these touch no pixel.
+    libjpeg only warns about damage and continues with invented pixels, which Pillow and OpenCV then return silently.
+    Here every warning is an error, except for stray bytes between segments, which do not affect any pixel.
     """
     size = {"min_width": plan.width, "min_height": plan.height, "min_factor": 1} if plan.divisor > 1 else {}
     try:
@@ -90,15 +98,15 @@ def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np
         message = str(error)
     stray = _STRAY.search(message)
     if stray and _touches_no_pixel(data, int(stray[1]), int(stray[2], 16)):
-        # The binding refuses stray bytes in the header in any mode; Pillow reads these.
+        # The binding rejects stray header bytes in every mode; Pillow accepts them.
         return None
     if re.search("corrupt|premature|bogus|invalid|inconsistent", message, re.IGNORECASE):
-        raise PhotoError(Status.UNREADABLE, f"the picture is damaged or incomplete ({message}); copy it again")
+        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({message}); copy it again")
     return None
 
 
 def _touches_no_pixel(data: bytes, count: int, marker: int) -> bool:
-    """Whether stray bytes lie between header segments, or fill up the end of the pixels with zeros or ones."""
+    """Return whether stray bytes are between header segments, or pad the end of the pixel data with zeros or ones."""
     if marker == 0xD9:
         end = data.rfind(b"\xff\xd9")
         filling = data[max(0, end - count) : end]
@@ -107,10 +115,10 @@ def _touches_no_pixel(data: bytes, count: int, marker: int) -> bool:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare every chunk of a PNG with its checksum: decoders pass damaged pixels on.
+    """Verify the checksum of every PNG chunk, because decoders silently return damaged pixels.
 
     Raises:
-        PhotoError: a chunk is damaged or cut off.
+        PhotoError: A chunk is damaged or truncated.
     """
     at, view = 8, memoryview(data)
     while at + 12 <= len(data):
@@ -121,12 +129,12 @@ def _check_png(data: bytes) -> None:
         kind = bytes(view[at + 4 : at + 8])
         if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise PhotoError(
-                Status.UNREADABLE, f"the picture is damaged (checksum of its {kind.decode('latin-1')}); copy it again"
+                Status.UNREADABLE, f"the image is damaged ({kind.decode('latin-1')} checksum mismatch); copy it again"
             )
         if kind == b"IEND":
             return
         at = end
-    raise PhotoError(Status.UNREADABLE, "the picture is damaged or incomplete (its end is missing); copy it again")
+    raise PhotoError(Status.UNREADABLE, "the image is damaged or incomplete (its end is missing); copy it again")
 
 
 def _opencv(data: bytes) -> NDArray[np.uint8] | None:
@@ -138,14 +146,24 @@ def _opencv(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Bring OpenCV's BGR(A), 8 or 16 bit, to RGB, 8 bit; transparent pixels become black."""
+    """Convert 8-bit or 16-bit BGR(A) from OpenCV to 8-bit RGB; transparent pixels become black.
+
+    Args:
+        pixels: uint8 or uint16 [H, W, 3] or [H, W, 4], BGR or BGRA.
+
+    Returns:
+        uint8 [H, W, 3] RGB.
+
+    Raises:
+        PhotoError: The image is greyscale or has samples of another type (`unsupported`).
+    """
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
-        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
+        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if pixels.dtype == np.uint16:
-        # 65535 / 255 = 257: full scale maps to full scale, rounded to nearest.
+        # 65535 / 255 = 257 maps full scale to full scale; rounded to nearest.
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise PhotoError(Status.UNSUPPORTED, f"{pixels.dtype} samples; 8 or 16 bits a channel are read")
+        raise PhotoError(Status.UNSUPPORTED, f"{pixels.dtype} samples; 8 or 16 bits per channel are supported")
     if pixels.shape[2] == 4:
         alpha = pixels[..., 3:].astype(np.uint16)
         pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
@@ -156,13 +174,14 @@ def _pillow(data: bytes, divisor: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if divisor > 1:
-                # The same scaled DCT: who planned a size counts in its pixels. Rounded down, Pillow takes this divisor.
+                # Use the same scaled DCT, so that the size matches the plan. Rounding down makes Pillow choose exactly
+                # this divisor.
                 image.draft("RGB", (image.width // divisor, image.height // divisor))
             image.load()
             return np.array(image.convert("RGB"))
     except Exception as error:
-        # As in read_header: damaged pixels surface as OSError, ValueError, SyntaxError, struct.error and others.
-        raise PhotoError(Status.UNREADABLE, f"the picture is damaged or incomplete ({error}); copy it again") from None
+        # As in read_header: damaged pixel data raises OSError, ValueError, SyntaxError, struct.error and others.
+        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({error}); copy it again") from None
 
 
 _TURNS = {3: cv2.ROTATE_180, 4: cv2.ROTATE_180, 5: cv2.ROTATE_90_COUNTERCLOCKWISE, 6: cv2.ROTATE_90_CLOCKWISE}
@@ -170,7 +189,10 @@ _TURNS |= {7: cv2.ROTATE_90_CLOCKWISE, 8: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
 def _upright(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Undo an EXIF orientation. Source: EXIF 2.32, tag 0x0112."""
+    """Undo an EXIF orientation.
+
+    Source: EXIF 2.32, tag 0x0112.
+    """
     if orientation in (2, 4, 5, 7):
         rgb = cv2.flip(rgb, 1)
     return cv2.rotate(rgb, _TURNS[orientation]) if orientation in _TURNS else rgb

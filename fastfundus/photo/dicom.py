@@ -1,7 +1,8 @@
-"""Fundus photographs in DICOM files: Ophthalmic Photography and what cameras export as such.
+"""Fundus photographs in DICOM files: Ophthalmic Photography objects and comparable camera exports.
 
-A picture compressed as baseline JPEG is taken out as it is and decoded like any other JPEG, scaled too. Everything else
-goes through pydicom. Source: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (identifiers), PS3.5 A.4 (encapsulation).
+An image compressed as baseline JPEG is extracted and decoded like any other JPEG, including scaled decoding. pydicom
+decodes everything else. Sources: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (identifiers), PS3.5 A.4
+(encapsulation).
 """
 
 from __future__ import annotations
@@ -33,26 +34,29 @@ _OCT = {
 }
 _JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
 _WIDEST_DEGREES = 75.0
-"""Standard fundus cameras show 30 to 60 degrees."""
+"""Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-"""Adobe's segment with transform 0: the components are R, G, B as they stand."""
+"""Adobe segment with transform 0, which declares the components as plain R, G, B."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DicomPhoto:
-    """A DICOM file whose header was found to be a fundus photograph."""
+    """A DICOM file whose header identifies it as a fundus photograph."""
 
     facts: PhotoFacts
     header: PhotoHeader
-    """Of the JPEG within, or with the format "DICOM"."""
+    """Header of the embedded JPEG, or one with the format "DICOM"."""
     _frame: bytes | None
     _dataset: Any
 
     def decode(self, plan: DecodePlan | None) -> NDArray[np.uint8]:
         """Decode to uint8 [H, W, 3] RGB.
 
+        Args:
+            plan: The result of `plan_decode` for `header`; None decodes at full size. Only embedded JPEGs are scaled.
+
         Raises:
-            PhotoError: the pixels are damaged, or of a kind that cannot be decoded.
+            PhotoError: The pixel data is damaged, or cannot be decoded.
         """
         if self._frame is not None:
             return decode(self._frame, self.header, plan)
@@ -60,28 +64,29 @@ class DicomPhoto:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether bytes begin as a DICOM file does, with its preamble or, in old exports, without."""
+    """Return whether the data starts like a DICOM file, with the preamble or, as in old exports, without it."""
     return data[128:132] == b"DICM" or (data[:2] == b"\x08\x00" and data[4:6].isalpha() and data[4:6].isupper())
 
 
 def read_dicom(data: bytes) -> DicomPhoto:
-    """Read everything but the pixels.
+    """Read everything except the pixels.
 
     Raises:
-        PhotoError: it is damaged (`unreadable`), a wide-field picture (`not_fundus`), or of a kind that cannot be
-            screened (`unsupported`): several frames, OCT, grey, without a picture.
+        PhotoError: The file is damaged (`unreadable`), a wide-field image (`not_fundus`), or `unsupported`: several
+            frames, OCT, greyscale, or without pixel data.
     """
     import pydicom
 
     try:
         with warnings.catch_warnings():
-            # Values that break the standard are common in exports; what matters is judged below.
+            # Nonstandard values are common in exports; the relevant ones are checked below.
             warnings.simplefilter("ignore")
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
             _judge_kind(dataset)
             facts = _facts(dataset)
             if "TransferSyntaxUID" not in dataset.file_meta:
-                # Without a preamble nothing names the syntax; that it was read says it is one of these two.
+                # Files without a preamble do not name their syntax; since pydicom could parse this one, it is one of
+                # these two.
                 implicit = dataset.original_encoding[0]
                 dataset.file_meta.TransferSyntaxUID = (
                     pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
@@ -93,11 +98,11 @@ def read_dicom(data: bytes) -> DicomPhoto:
     except PhotoError:
         raise
     except Exception as error:
-        # pydicom raises many kinds of errors on damaged files; whatever it is, this file ends here.
+        # pydicom raises many types of errors on damaged files.
         raise PhotoError(Status.UNREADABLE, f"the DICOM header is damaged ({error}); export it again") from None
     if frame is not None:
         frame = _with_colours_said(frame, photometric)
-        # Orientation is DICOM's business here, not of EXIF data that a converter left inside.
+        # DICOM defines the orientation; ignore EXIF data that a converter left in the JPEG.
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
     check_size(width, height)
     return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
@@ -106,21 +111,21 @@ def read_dicom(data: bytes) -> DicomPhoto:
 def _judge_kind(dataset: Any) -> None:
     sop = str(dataset.get("SOPClassUID", ""))
     if sop in _WIDE_FIELD:
-        raise PhotoError(Status.NOT_FUNDUS, "a wide-field picture; a standard fundus photograph is needed")
+        raise PhotoError(Status.NOT_FUNDUS, "wide-field image; a standard fundus photograph is required")
     if sop in _OCT or dataset.get("Modality") in ("OPT", "OPTENF", "OPTBSV"):
-        raise PhotoError(Status.UNSUPPORTED, "an OCT scan, not a photograph")
+        raise PhotoError(Status.UNSUPPORTED, "OCT scan, not a photograph")
     field = dataset.get("HorizontalFieldOfView")
     if field is not None and float(field) > _WIDEST_DEGREES:
-        raise PhotoError(Status.NOT_FUNDUS, f"a wide-field picture ({float(field):g} degrees); 30 to 60 are usual")
+        raise PhotoError(Status.NOT_FUNDUS, f"wide-field image ({float(field):g} degrees); 30 to 60 are standard")
     if "PixelData" not in dataset:
-        raise PhotoError(Status.UNSUPPORTED, "a DICOM file without a picture")
+        raise PhotoError(Status.UNSUPPORTED, "DICOM file without an image")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise PhotoError(
-            Status.UNSUPPORTED, f"{frames} frames (angiography, or a stereo pair); export one colour photo a file"
+            Status.UNSUPPORTED, f"{frames} frames (angiography, or a stereo pair); export one colour photo per file"
         )
     if int(dataset.get("SamplesPerPixel") or 1) != 3 and dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
-        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
+        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
 
 
 def _facts(dataset: Any) -> PhotoFacts:
@@ -131,7 +136,7 @@ def _facts(dataset: Any) -> PhotoFacts:
         patient=str(dataset.get("PatientID") or "").strip() or None,
         eye=eye if eye in ("L", "R") else None,
         camera=" ".join(name for name in names if name) or None,
-        # Rows first in the standard; fundus cameras have square pixels.
+        # The standard puts row spacing first; fundus cameras have square pixels.
         pixel_spacing_mm=float(spacing[0]) if spacing else None,
     )
 
@@ -143,10 +148,11 @@ def _first_frame(dataset: Any) -> bytes:
 
 
 def _with_colours_said(frame: bytes, photometric: str) -> bytes:
-    """Make a JPEG say what its components are, where only the DICOM header does.
+    """Declare the colour space inside a JPEG where only the DICOM header names it.
 
-    A JPEG without JFIF or Adobe segment is taken as YCbCr by decoders. If DICOM says RGB, an Adobe segment is put in
-    that says so. A JPEG that says itself what it is is believed: exports write RGB into the header of YCbCr pictures.
+    Decoders assume YCbCr for a JPEG without a JFIF or Adobe segment. If DICOM states RGB, insert an Adobe segment that
+    declares it. A JPEG with such a segment is left unchanged, because some exports label YCbCr images as RGB in the
+    DICOM header.
     """
     start = frame[: frame.find(b"\xff\xda")]
     if photometric == "RGB" and b"JFIF\0" not in start and b"Adobe" not in start:
@@ -165,16 +171,14 @@ def _pixels(dataset: Any) -> NDArray[np.uint8]:
                 pixels = apply_color_lut(pixels, dataset)
             bits = int(dataset.BitsStored)
     except (NotImplementedError, RuntimeError) as error:
-        # What pydicom says when no installed decoder knows the compression, or when one gives up.
+        # pydicom raises these when no installed decoder supports the compression, or when one fails.
         text = str(error).splitlines()[0]
         if "missing" in str(error) or isinstance(error, NotImplementedError):
-            raise PhotoError(Status.UNSUPPORTED, f"a compression that cannot be decoded ({text})") from None
-        raise PhotoError(Status.UNREADABLE, f"the picture is damaged or incomplete ({text}); export it again") from None
+            raise PhotoError(Status.UNSUPPORTED, f"unsupported compression ({text})") from None
+        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({text}); export it again") from None
     except Exception as error:
-        raise PhotoError(
-            Status.UNREADABLE, f"the picture is damaged or incomplete ({error}); export it again"
-        ) from None
+        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({error}); export it again") from None
     if pixels.dtype == np.uint16 and bits < 16 and dataset.PhotometricInterpretation != "PALETTE COLOR":
-        # Stored full scale to 65535, so that 12 of 16 bits are no dark picture.
+        # Map the stored full scale to 65535, so that 12-bit samples in 16 bits do not become a dark image.
         pixels = np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)
     return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))

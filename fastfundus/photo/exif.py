@@ -1,4 +1,4 @@
-"""The few fields of EXIF that matter to a retina: which way is up, and which camera it was."""
+"""Minimal EXIF reader for the orientation and the camera name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ _MOST_ENTRIES, _LONGEST_NAME = 512, 64
 
 
 def read_exif(tiff: bytes) -> tuple[int, str | None]:
-    """Read orientation and camera. Source: EXIF 2.32, tags 0x010F, 0x0110 and 0x0112.
+    """Read the orientation and the camera name.
+
+    Source: EXIF 2.32, tags 0x010F, 0x0110 and 0x0112.
 
     Args:
-        tiff: the EXIF data, from its byte order mark on; may be empty, or damaged.
+        tiff: EXIF data from its byte order mark on; may be empty or damaged.
 
     Returns:
-        Orientation 1 to 8, 1 where there is none; and maker and model, None where neither is told.
+        The orientation, 1 to 8 (1 if absent); and the maker and model, None if both are absent.
     """
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
@@ -34,13 +36,13 @@ def read_exif(tiff: bytes) -> tuple[int, str | None]:
                 (value,) = struct.unpack_from(order + "H", tiff, place + 8)
                 orientation = value if 1 <= value <= 8 else 1
             elif tag in (_MAKE, _MODEL) and kind == _ASCII:
-                # Up to four bytes lie in the entry itself.
+                # Values of up to four bytes are stored in the entry itself.
                 start = place + 8 if length <= 4 else struct.unpack_from(order + "I", tiff, place + 8)[0]
                 names[tag] = _name(tiff[start : start + min(length, _LONGEST_NAME)])
     except struct.error:
         pass
     make, model = names.get(_MAKE, ""), names.get(_MODEL, "")
-    # Many makers write their name into both.
+    # Many manufacturers repeat their name in the model.
     camera = model if model.lower().startswith(make.lower()) else f"{make} {model}".strip()
     return orientation, camera or None
 

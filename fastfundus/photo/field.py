@@ -1,8 +1,8 @@
-"""Finds the retinal field: a bright disc on a dark frame, often cut at top and bottom, sometimes notched or squeezed.
+"""Detection of the retinal field: a bright disc on a dark frame, often cut at the top and bottom, notched or squeezed.
 
-The photo is looked at 192 pixels wide. A white or grey margin around it is painted black; what is brighter than the
-frame is outlined, and a circle is fitted to the outline. Where no circle agrees, an
-upright oval is tried (exports squeeze photos); where that fails too, the lit part is taken as it is.
+Detection works on a copy of the photo at most 192 pixels wide. A white or grey margin is painted black, the part
+brighter than the frame is outlined, and a circle is fitted to the outline. If no circle fits, an axis-aligned ellipse
+is tried, because some exports squeeze photos. If that fails too, the lit region is used as it is.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from fastfundus.records import FieldCircle
 __all__ = ["Field", "brightest", "find_field", "without_margin"]
 
 _ROUND = 0.80
-"""A circle that agrees with this much of the visible rim is the field."""
+"""Share of the visible edge that must agree with a circle for it to be accepted as the field."""
 _OVAL = 0.55
 _FRAME_SHARE = 0.08
-"""With less dark frame than this, the picture was cropped inside the field."""
-# Points spread evenly over the unit disc, a little inside the rim, whose own softness is no missing part.
+"""Smallest share of dark frame; with less, the image was cropped inside the field."""
+# Points spread evenly over the unit disc. They stay slightly inside the edge, so that its soft transition does not
+# count as missing.
 _ANGLE, _RADIUS = np.meshgrid(np.linspace(0, 2 * np.pi, 48, endpoint=False), 0.96 * np.sqrt((np.arange(12) + 0.5) / 12))
 _SPREAD = np.stack([(_RADIUS * np.cos(_ANGLE)).ravel(), (_RADIUS * np.sin(_ANGLE)).ravel()])
 _SIDES = {
@@ -37,24 +38,26 @@ _OPENING = np.ones((5, 5), np.uint8)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Field:
-    """The retinal field in a small picture."""
+    """The retinal field in a downscaled image."""
 
     circle: FieldCircle
-    """Crop to this, in pixels of the small picture: the field's rim when it is round, else the smallest circle around
-    what is lit. Its confidence is the share of the visible rim that agrees with the fitted shape."""
+    """Circle to crop to, in pixels of the downscaled image: the edge of a round field, otherwise a circle around the
+    lit region. Its confidence is the share of the visible edge that agrees with the fitted shape, times the share of
+    the lit region that the shape contains."""
     mask: NDArray[np.uint8]
-    """[h, w], 255 where the picture is lit."""
+    """uint8 [h, w], 255 where the image is lit."""
     shape: str
-    """"round", "oval" (squeezed), or "irregular" (no rim that a circle or oval agrees with)."""
+    """"round", "oval" (squeezed), or "irregular" (no circle or ellipse fits the edge)."""
     oval: Oval
     """The fitted shape; equal to the circle unless the shape is "oval"."""
 
     def completeness(self) -> tuple[float, tuple[str, ...]]:
-        """How much of the field is there.
+        """Measure how much of the field is visible.
 
         Returns:
-            Lit share of the fitted shape, 0 to 1, counting as dark what lies outside the picture; and the one or two
-            sides, of "top", "bottom", "left" and "right", of which most is missing; none when it is missing all round.
+            The lit share of the fitted shape, 0 to 1, where points outside the image count as dark; and the one or two
+            sides ("top", "bottom", "left", "right") with most of the missing part. No sides are named if nothing is
+            missing, or if parts are missing all around.
         """
         height, width = self.mask.shape
         columns = np.floor(self.oval.x + self.oval.half_width * _SPREAD[0]).astype(np.intp)
@@ -64,13 +67,16 @@ class Field:
         lit[inside] = self.mask[rows[inside], columns[inside]] > 0
         shares = {side: float(lit[where].mean()) for side, where in _SIDES.items()}
         least = min(shares.values())
-        # What covers one side reaches into its neighbours: only the worst are named.
+        # An obstruction on one side extends into its neighbours, so name only the worst sides.
         sides = tuple(side for side, share in shares.items() if share < 0.6 and share < least + 0.25)
         return float(lit.mean()), sides if len(sides) <= 2 else ()
 
 
 def brightest(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Largest of R, G and B at each pixel, [h, w]; ten times as fast as NumPy's max over the last axis."""
+    """Return the maximum of R, G and B at each pixel, [h, w].
+
+    Ten times as fast as NumPy's max over the last axis.
+    """
     red, green, blue = cv2.split(rgb)
     return cv2.max(cv2.max(red, green), blue)
 
@@ -82,13 +88,13 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
         small: uint8 [h, w, 3] RGB from `shrink`, without a margin.
 
     Returns:
-        The field; None when there is no dark frame around anything, as in a picture cropped inside the field.
+        The field, or None if there is no dark frame, as in an image cropped inside the field.
     """
     part = _largest_part(cv2.medianBlur(brightest(small), 3))
     if part is None:
         return None
     mask = np.zeros(small.shape[:2], np.uint8)
-    # Filled: a dark fovea or lesion is no hole in the field.
+    # Fill the contour: a dark fovea or lesion is not a hole in the field.
     cv2.drawContours(mask, [part], -1, 255, cv2.FILLED)
     if cv2.countNonZero(mask) > (1 - _FRAME_SHARE) * mask.size:
         return None
@@ -98,7 +104,8 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
     circle = fit_circle(points, mask.shape)
     confidence = 0.0 if circle is None else agreement(mask, circle)
     followed = 0.0 if circle is None else explained(points, circle)
-    # An arc of an oval lies on a large circle whose other arcs are out of the picture: the whole outline must follow.
+    # An arc of an ellipse can lie on a large circle whose other arcs are outside the image, so the whole outline must
+    # match.
     if circle is None or min(confidence, followed) < _ROUND:
         oval = fit_oval(points, mask.shape)
         fitted = 0.0 if oval is None else agreement(mask, oval)
@@ -111,10 +118,10 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
 
 
 def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Paint a white or grey margin black, as a slide, a scan or an export puts around a photo.
+    """Paint a white or grey margin black, such as the border of a slide, scan or export.
 
-    It is one when at least three corners have one bright, colourless tone: no retina reaches that many corners so. A
-    picture without a margin is returned as it is.
+    A margin is detected if at least three corners share one bright, colourless tone; no retina reaches that many
+    corners. An image without a margin is returned unchanged.
     """
     height, width = small.shape[:2]
     tones = {}
@@ -127,30 +134,31 @@ def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     filled = small.copy()
     for corner in tones:
         if filled[corner[1], corner[0]].any():
-            # Against the corner's own tone, not the neighbour's: a soft edge must not let the fill leak into the photo.
+            # Compare with the tone of the corner, not of the neighbouring pixel, so that the fill does not leak into
+            # the photo across a soft edge.
             flags = 4 | cv2.FLOODFILL_FIXED_RANGE
             cv2.floodFill(filled, None, corner, (0, 0, 0), (24,) * 3, (24,) * 3, flags)
     return filled
 
 
 def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.int32] | None:
-    """Outline of the largest connected part that is brighter than the frame, as OpenCV gives it; None without any.
+    """Return the contour of the largest connected region brighter than the frame, as OpenCV gives it, or None.
 
-    Frame and field are separated a tenth of the way from the darkest parts to the bright ones.
+    The threshold is about a tenth of the way from the darkest parts to the bright ones.
     """
     counts = cv2.calcHist([value], [0], None, [256], [0, 256]).ravel().cumsum()
     low, high = np.searchsorted(counts, (0.02 * value.size, 0.90 * value.size)).tolist()
     _, lit = cv2.threshold(value, low + max(5.0, 0.11 * (high - low)), 255, cv2.THRESH_BINARY)
-    # Opening cuts off burned-in text and specks that touch the field.
+    # Opening removes burned-in text and specks that touch the field.
     opened = cv2.morphologyEx(lit, cv2.MORPH_OPEN, _OPENING)
     parts, _ = cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return max(parts, key=cv2.contourArea) if parts else None
 
 
 def _around(mask: NDArray[np.uint8], oval: Oval | None, confidence: float) -> FieldCircle:
-    """A circle around what is lit, about the oval's centre or the middle of the lit part.
+    """Return a circle around the lit region, centred on the ellipse or, without one, on the region's middle.
 
-    One pixel in 200 may lie outside: specks that touch the field must not widen the crop.
+    One pixel in 200 may be outside the circle, so that specks touching the field do not widen the crop.
     """
     rows, columns = np.nonzero(mask)
     if oval is not None:

@@ -1,4 +1,4 @@
-"""Reads the file of a photo, whatever is at its path."""
+"""Safe reading of photo files from arbitrary paths."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ __all__ = ["read_photo"]
 
 
 def read_photo(path: Path) -> bytes:
-    """Read a file, unpacked if it is gzipped.
+    """Read a file, decompressing it if it is gzipped.
 
     Raises:
-        PhotoError: it is not there, not a file, too large, or may not be read.
+        PhotoError: The path is missing, not a regular file, too large, or not readable.
     """
     try:
-        # Without waiting: opening a pipe that nobody writes to would never end, and reading a device neither.
+        # Open without blocking: opening a pipe without a writer would hang, and reading a device might never end.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise PhotoError(Status.UNREADABLE, "cannot be read: it is no regular file")
+                raise PhotoError(Status.UNREADABLE, "cannot be read: not a regular file")
             if about.st_size > MOST_BYTES:
                 raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
             data = file.readall()
     except IsADirectoryError:
         raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
     except FileNotFoundError:
-        raise PhotoError(Status.UNREADABLE, "the file is not there; check the path") from None
+        raise PhotoError(Status.UNREADABLE, "file not found; check the path") from None
     except PermissionError:
         raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
     except (OSError, ValueError) as error:
-        # ValueError: a null byte in a name.
+        # ValueError: a null byte in the path.
         text = getattr(error, "strerror", None) or error
         raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
     return _unpacked(data) if data[:2] == b"\x1f\x8b" else data
 
 
 def _unpacked(data: bytes) -> bytes:
-    """Unpack gzip, but never to more than a photo may have.
+    """Decompress gzip data, up to the size limit of a photo.
 
     Raises:
-        PhotoError: it is damaged, or unpacks to too much.
+        PhotoError: The data is damaged, or decompresses to more than the limit.
     """
     unpacker = zlib.decompressobj(wbits=31)
     try:

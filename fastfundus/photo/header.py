@@ -1,4 +1,4 @@
-"""What a picture file says about itself, read without its pixels."""
+"""Image headers, read without decoding pixels."""
 
 from __future__ import annotations
 
@@ -24,60 +24,63 @@ __all__ = [
 ]
 
 MOST_BYTES = 512 * 2**20
-"""Larger files are refused before they are read. The largest fundus photographs are TIFFs of about 100 MB."""
+"""File size limit, checked before reading. The largest fundus photographs are TIFFs of about 100 MB."""
 MOST_PIXELS = 150_000_000
-"""Larger pictures are refused before they are decoded; fundus cameras stop below 50 million pixels."""
+"""Pixel count limit, checked before decoding. Fundus cameras produce less than 50 million pixels."""
 LEAST_SIDE_PX = 64
-"""Smaller pictures hold no retina that could be judged."""
+"""Smallest accepted side; smaller images cannot show a retina well enough to be judged."""
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
-"""Picture formats that are decoded; DICOM files hold one of their own."""
+"""Supported image formats. DICOM files are handled separately and contain one of these or their own encoding."""
 
 _GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 _CODINGS = {0: "baseline", 1: "extended", 2: "progressive", 9: "arithmetic", 10: "arithmetic"}
-"""Of a JPEG, by its start-of-frame marker; all others are lossless or hierarchical."""
+"""JPEG coding by start-of-frame marker; all other markers are lossless or hierarchical."""
 
 
 @dataclass(frozen=True, slots=True)
 class JpegFrame:
-    """The frame header of an 8-bit colour JPEG. Source: ITU-T T.81, annex B.2.2."""
+    """The frame header of an 8-bit colour JPEG.
+
+    Source: ITU-T T.81, annex B.2.2.
+    """
 
     coding: str
     """"baseline", "extended", "progressive" or "arithmetic"."""
     subsampling: str
-    """Of colour: "444", "422", "420", "440", "411", or "other"."""
+    """Chroma subsampling: "444", "422", "420", "440", "411", or "other"."""
     end: int
-    """Offset of the first byte of the file behind the frame header."""
+    """Offset of the first byte after the frame header."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoHeader:
-    """What a file says about itself."""
+    """The properties of an image file that its header declares."""
 
     format: str
-    """One of `FORMATS`."""
+    """One of `FORMATS`, or "DICOM"."""
     width: int
-    """Of the stored picture in pixels, before it is turned upright."""
+    """Width of the stored image in pixels, before the orientation is applied."""
     height: int
     orientation: int
-    """EXIF orientation that is left for us to undo, 1 (upright) to 8."""
+    """EXIF orientation that still has to be undone, 1 (upright) to 8."""
     jpeg: JpegFrame | None = None
-    """For a JPEG, its frame header."""
+    """Frame header of a JPEG; None for other formats."""
     camera: str | None = None
-    """Maker and model, as EXIF has them."""
+    """Maker and model from EXIF."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
-        """Width and height after turning."""
+        """Width and height after the orientation is applied."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 def read_header(data: bytes) -> PhotoHeader:
     """Read the header of a photo, without its pixels.
 
-    What counts is the content: the ending of a file's name is not looked at.
+    The format is determined by content; the file name extension is ignored.
 
     Raises:
-        PhotoError: it is no picture (`unreadable`), or of a kind that cannot be screened (`unsupported`).
+        PhotoError: The data is not an image (`unreadable`), or of a kind that is not supported (`unsupported`).
     """
     if not data:
         raise PhotoError(Status.UNREADABLE, "the file is empty; copy it again")
@@ -87,51 +90,51 @@ def read_header(data: bytes) -> PhotoHeader:
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse pictures too large to decode or too small to show a retina.
+    """Reject images that are too large to decode or too small to show a retina.
 
     Raises:
-        PhotoError: `unsupported`.
+        PhotoError: The size is out of range (`unsupported`).
     """
     if width * height > MOST_PIXELS:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are decoded")
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are supported")
     if min(width, height) < LEAST_SIDE_PX:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side needs {LEAST_SIDE_PX} at least")
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side must be at least {LEAST_SIDE_PX}")
 
 
 def _read_by_pillow(data: bytes) -> PhotoHeader:
     try:
         with Image.open(io.BytesIO(data)) as image:
             form, mode, (width, height) = image.format or "", image.mode, image.size
-            # Asking for the number of frames walks through the whole file, which is slow for some formats.
+            # Counting frames scans the whole file, which is slow for some formats.
             frames = getattr(image, "n_frames", 1) if form in ("TIFF", "WEBP") else 1
             if frames > 1 and form == "TIFF":
                 frames = _full_size_pages(image)
-            # `getexif` would decode the whole of a PNG, to look behind its pixels too.
+            # `getexif` would decode a whole PNG, because it also looks behind the pixel data.
             orientation, camera = read_exif(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
     except UnidentifiedImageError:
-        kinds = "JPEG, PNG, TIFF and DICOM can be read"
+        kinds = "supported formats include JPEG, PNG, TIFF and DICOM"
         if data[:4] in (b"II*\0", b"MM\0*"):
-            raise PhotoError(Status.UNREADABLE, f"a TIFF that is damaged or of an unusual kind; {kinds}") from None
-        raise PhotoError(Status.UNREADABLE, f"the file is not a picture; {kinds}") from None
+            raise PhotoError(Status.UNREADABLE, f"damaged TIFF, or one of an unsupported kind; {kinds}") from None
+        raise PhotoError(Status.UNREADABLE, f"the file is not an image; {kinds}") from None
     except Image.DecompressionBombError:
         raise PhotoError(Status.UNSUPPORTED, f"more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:
-        # Pillow's plugins raise many kinds of errors on damaged headers; whatever it is, this file ends here.
+        # Pillow's plugins raise many types of errors on damaged headers.
         raise PhotoError(Status.UNREADABLE, f"the header is damaged ({error})") from None
     if form not in FORMATS:
-        raise PhotoError(Status.UNSUPPORTED, f"{form} files are not read; export as JPEG, PNG or TIFF")
+        raise PhotoError(Status.UNSUPPORTED, f"{form} files are not supported; export as JPEG, PNG or TIFF")
     if frames > 1:
-        raise PhotoError(Status.UNSUPPORTED, f"{frames} pictures in one file; export one photo a file")
+        raise PhotoError(Status.UNSUPPORTED, f"{frames} images in one file; export one photo per file")
     if mode in _GREY:
-        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
+        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if mode in ("CMYK", "LAB"):
-        raise PhotoError(Status.UNSUPPORTED, f"{mode} colours, as for print; export as RGB")
-    # OpenCV and Pillow turn TIFFs upright themselves.
+        raise PhotoError(Status.UNSUPPORTED, f"{mode} colours, intended for print; export as RGB")
+    # OpenCV and Pillow apply the orientation of TIFFs themselves.
     return PhotoHeader(form, width, height, 1 if form == "TIFF" else orientation, camera=camera)
 
 
 def _full_size_pages(image: Image.Image) -> int:
-    """Pages of a TIFF as large as the first: thumbnails and pyramid levels that follow are smaller."""
+    """Return the number of TIFF pages as large as the first; thumbnails and pyramid levels are smaller."""
     size, pages = image.size, 1
     for page in range(1, getattr(image, "n_frames", 1)):
         image.seek(page)
@@ -141,15 +144,15 @@ def _full_size_pages(image: Image.Image) -> int:
 
 
 def _read_jpeg(data: bytes) -> PhotoHeader:
-    """Walk through the segments of a JPEG up to its frame: a tenth of the time that Pillow takes.
+    """Parse the segments of a JPEG up to its frame header, in a tenth of the time that Pillow takes.
 
     Raises:
-        PhotoError: there is no sound frame, or it is of a kind that cannot be screened.
+        PhotoError: The frame header is missing or invalid, or of a kind that is not supported.
     """
     at, exif = 2, read_exif(b"")
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            # Stray bytes between segments: decoders skip them too.
+            # Skip stray bytes between segments, as decoders do.
             at += 1
             continue
         marker = data[at + 1]
@@ -164,23 +167,23 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], exif, at + 2 + length)
         at += 2 + length
-    raise PhotoError(Status.UNREADABLE, "the header is damaged (a JPEG without a frame); copy it again")
+    raise PhotoError(Status.UNREADABLE, "the header is damaged (JPEG without a frame header); copy it again")
 
 
 def _read_frame(kind: int, segment: bytes, exif: tuple[int, str | None], end: int) -> PhotoHeader:
     if len(segment) < 6 or len(segment) < 6 + 3 * segment[5]:
-        raise PhotoError(Status.UNREADABLE, "the header is damaged (its JPEG frame is cut off); copy it again")
+        raise PhotoError(Status.UNREADABLE, "the header is damaged (truncated JPEG frame header); copy it again")
     bits, height, width, components = struct.unpack_from(">BHHB", segment)
     if components == 1:
-        raise PhotoError(Status.UNSUPPORTED, "a grey picture; a colour fundus photograph is needed")
+        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if components != 3:
-        raise PhotoError(Status.UNSUPPORTED, "CMYK colours, as for print; export as RGB")
+        raise PhotoError(Status.UNSUPPORTED, "CMYK colours, intended for print; export as RGB")
     if bits != 8:
-        raise PhotoError(Status.UNSUPPORTED, f"a JPEG of {bits} bits a sample; export with 8")
+        raise PhotoError(Status.UNSUPPORTED, f"JPEG with {bits} bits per sample; export with 8")
     if kind not in _CODINGS:
-        raise PhotoError(Status.UNSUPPORTED, "a lossless or hierarchical JPEG; export as baseline JPEG or PNG")
+        raise PhotoError(Status.UNSUPPORTED, "lossless or hierarchical JPEG; export as baseline JPEG or PNG")
     first, *others = (segment[7 + 3 * index] for index in range(components))
-    # How many luma samples there are for one of colour, across and down.
+    # Number of luma samples per chroma sample, horizontally and vertically.
     names = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411"}
     sampling = "444" if set(others) == {first} else names.get(first, "other") if set(others) == {0x11} else "other"
     orientation, camera = exif

@@ -1,4 +1,4 @@
-"""What a photo looks like, in 256 bits: near duplicates differ in few of them."""
+"""A 256-bit perceptual hash of a photo: near duplicates differ in few bits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ __all__ = ["LOOK_BITS", "look_of", "mirrored_looks", "thumbnail"]
 LOOK_BITS = 256
 _GRID = 16
 _INSIDE = 0.70
-"""Share of the crop's side that is looked at: the square within the field."""
+"""Side of the hashed square as a share of the crop's side, so that it lies within the field."""
 _THUMBNAIL_PX = 64
 
 
 def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Local contrast of the middle of a crop: float32 [64, 64], mean 0, standard deviation 1 (or all 0).
+    """Return the local contrast of the middle of a crop.
 
-    Brightness, colour balance and illumination are taken away; vessels, disc and lesions stay.
+    Brightness, colour balance and illumination are removed; vessels, disc and lesions remain.
 
     Args:
         image: uint8 [S, S, 3] RGB, a prepared photo.
+
+    Returns:
+        float32 [64, 64] with mean 0 and standard deviation 1, or all 0 for a flat image.
     """
     side = len(image)
     inset = round(side * (1 - _INSIDE) / 2)
@@ -35,16 +38,19 @@ def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def look_of(image: NDArray[np.uint8]) -> bytes:
-    """The 256 bits of a prepared photo, 32 bytes: whether each of 16 x 16 cells is brighter than its surroundings.
+    """Return the perceptual hash of a prepared photo: 256 bits in 32 bytes.
 
-    Cells are read row by row. Two photos of one camera file, re-encoded or resized, differ in a few bits; two
-    different retinas in about half of them.
+    Each bit states whether one of 16 x 16 cells is brighter than its surroundings, row by row. Copies of one photo,
+    re-encoded or resized, differ in a few bits; different retinas differ in about half of them.
+
+    Args:
+        image: uint8 [S, S, 3] RGB, a prepared photo.
     """
     cells = cv2.resize(thumbnail(image), (_GRID, _GRID), interpolation=cv2.INTER_AREA)
     return np.packbits(cells > 0).tobytes()
 
 
 def mirrored_looks(looks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What looks become when their photos are mirrored left to right, [N, 32] -> [N, 32]."""
+    """Return the perceptual hashes of horizontally flipped photos, uint8 [N, 32] -> [N, 32]."""
     bits = np.unpackbits(looks, axis=1).reshape(-1, _GRID, _GRID)
     return np.packbits(bits[:, :, ::-1].reshape(-1, LOOK_BITS), axis=1)

@@ -1,4 +1,4 @@
-"""Keeps the memory of one photo for the next."""
+"""Reuse of freed memory between photos."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _KEPT_BYTES = 1 << 28
 
 @functools.cache
 def keep_memory() -> None:
-    """Have the C library keep up to 256 MB that were freed, a thread, instead of giving them back to the system.
+    """Make glibc keep up to 256 MB of freed memory per thread instead of returning it to the system.
 
-    Photos are decoded into fresh buffers of megabytes. Given back and asked for again, each of their pages costs a
-    fault: 1,600 of them and 3 of 21 ms for a 10-megapixel JPEG. Does nothing where the C library is not glibc.
+    Photos are decoded into fresh buffers of several megabytes. If these are returned to the system and requested again,
+    each page causes a page fault: 1,600 faults and 3 of 21 ms for a 10-megapixel JPEG. Does nothing if the C library is
+    not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

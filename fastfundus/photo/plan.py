@@ -1,4 +1,4 @@
-"""Decides how a photo is decoded, from its header and the size that is needed: a pure function."""
+"""The choice of decoder and scale for a photo, from its header and the required size; free of side effects."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ class DecodePlan:
     """How to decode one photo."""
 
     decoder: Literal["libjpeg-turbo", "opencv", "pillow"]
-    """Which decoder goes first."""
+    """The decoder that is tried first."""
     divisor: int = 1
-    """1, 2, 4 or 8: the decoded picture has this fraction of the full size, rounded up."""
+    """1, 2, 4 or 8: divides both sides of the full size, rounded up."""
     width: int = 0
-    """Of the decoded picture in pixels, before it is turned upright."""
+    """Width of the decoded image in pixels, before the orientation is applied."""
     height: int = 0
 
 
 def plan_decode(header: PhotoHeader, least_side: int = 0) -> DecodePlan:
-    """Choose decoder and size.
+    """Choose the decoder and the scale.
 
-    A JPEG can be decoded at a fraction of its size by leaving out high DCT coefficients: less arithmetic, and eight to
-    sixty times fewer pixels to move. Only halves, quarters and eighths are chosen: libjpeg-turbo has vector code for
-    these; its 3/8, 5/8, 6/8 and 7/8 are scalar and slower than decoding everything (10 megapixels: 21 ms whole, 33 ms
+    A JPEG can be decoded at a fraction of its size by omitting high DCT coefficients, which saves arithmetic and moves
+    four to sixty-four times fewer pixels. Only 1/2, 1/4 and 1/8 are used, because libjpeg-turbo has SIMD code for
+    these. Its 3/8, 5/8, 6/8 and 7/8 are scalar and slower than full decoding (10 megapixels: 21 ms at full size, 33 ms
     at 5/8, 13 ms at 4/8).
 
     Args:
-        header: from `read_header`.
-        least_side: neither side may fall below this many pixels, unless the photo is smaller; 0 asks for full size.
+        header: The result of `read_header`.
+        least_side: Lower limit for both sides in pixels, unless the photo itself is smaller; 0 selects full size.
 
-    Example: 3872x2592 with `least_side` 512 is decoded at a quarter, 968x648; with 700, at a half.
+    Example:
+        3872x2592 with `least_side` 512 is decoded at 1/4, as 968x648; with 700, at 1/2.
     """
     divisor = 1
     if header.format == "JPEG" and least_side > 0:
@@ -45,6 +46,6 @@ def plan_decode(header: PhotoHeader, least_side: int = 0) -> DecodePlan:
     if header.format == "JPEG":
         decoder = "libjpeg-turbo"
     elif header.format == "JPEG2000":
-        # Pillow carries OpenJPEG on every platform; OpenCV's builds differ.
+        # Pillow includes OpenJPEG on every platform; OpenCV builds differ.
         decoder = "pillow"
     return DecodePlan(decoder, divisor, -(-header.width // divisor), -(-header.height // divisor))

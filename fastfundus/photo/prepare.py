@@ -1,4 +1,4 @@
-"""From a file to the square that models see: the code that `prepare` and `screen` share."""
+"""Preprocessing of photos, from a file to the square model input; shared by `prepare` and `screen`."""
 
 from __future__ import annotations
 
@@ -33,45 +33,46 @@ __all__ = [
 
 _NO_FACTS = PhotoFacts()
 _LONGEST_ASPECT = 5
-"""Frames of fundus cameras are at most 1.6 times as wide as high."""
+"""Largest accepted aspect ratio; frames of fundus cameras are at most 1.6 times as wide as high."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedPhoto:
-    """What became of one file."""
+    """The result of preprocessing one file."""
 
     status: Status
     reason: str
-    """Why the status is not `ok`, in words; empty when it is."""
+    """Reason for a status other than `ok`, in words; empty for `ok`."""
     image: NDArray[np.uint8] | None = None
-    """[size, size, 3] RGB for `ok` and `ungradable`, else None."""
+    """uint8 [size, size, 3] RGB for `ok` and `ungradable`, otherwise None."""
     sha256: str = ""
-    """Of the file's bytes (unpacked, if it is gzipped), 64 hex digits; empty when it could not be read."""
+    """SHA-256 of the file's bytes (decompressed if gzipped), 64 hex digits; empty if the file could not be read."""
     bytes: int = 0
-    """Size of the file."""
+    """Size of the file in bytes (decompressed if gzipped)."""
     width_px: int = 0
-    """Of the upright photo at full size; 0 when the header could not be read."""
+    """Width of the upright photo at full size; 0 if the header could not be read."""
     height_px: int = 0
     field: FieldCircle | None = None
-    """In pixels of the upright photo at full size; None when the whole frame was taken."""
+    """The retinal field in pixels of the upright photo at full size; None if the whole frame was used."""
     field_shape: str | None = None
-    """"round", "oval" or "irregular"; None when the whole frame was taken."""
+    """"round", "oval" or "irregular"; None if the whole frame was used."""
     window: tuple[int, int, int] | None = None
-    """Left, top and side of the square that became `image`, in pixels of the upright photo; it may overhang it."""
+    """Left, top and side of the square that became `image`, in pixels of the upright photo; it may extend beyond the
+    photo."""
     quality: float | None = None
-    """0 to 1; None when the photo was not preprocessed."""
+    """Quality score, 0 to 1; None if the photo was not preprocessed."""
     facts: PhotoFacts = _NO_FACTS
-    """What its file says about the photo."""
+    """Metadata from the file."""
 
 
 def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
     """Read, decode, crop and resize one photo.
 
-    Never raises for what is in the file, or for a file that cannot be read: the result says so.
+    Never raises for unreadable files or unexpected content; the result contains the status and reason instead.
 
     Args:
-        path: a picture in one of `header.FORMATS`, or a DICOM file.
-        spec: what to make of it.
+        path: An image in one of `header.FORMATS`, or a DICOM file.
+        spec: The preprocessing to apply.
     """
     try:
         data = read_photo(path)
@@ -81,7 +82,7 @@ def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
 
 
 def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
-    """Decode, crop and resize one photo from the bytes of its file; as `prepare_photo`."""
+    """Decode, crop and resize one photo from the bytes of its file. See `prepare_photo`."""
     known = known_of(data)
     try:
         photo, header = _opened(data)
@@ -90,7 +91,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         plan = plan_decode(header, least_side(spec))
         rgb, roomy = _decode(data, photo, header, plan)
         whole, scale = shrink(rgb)
-        # Of the decoded picture: a damaged header may have promised another.
+        # Use the shape of the decoded image: a damaged header may have declared another one.
         small, found = look_at(whole, rgb.shape)
         field = found if spec.field == "circle" else None
         better = plan_for_crop(header, plan, crop_window(field, scale, rgb.shape, spec)[2], spec)
@@ -105,27 +106,27 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     square = _cut(rgb, roomy, (left, top, side))
     known = replace(known, window=(left * plan.divisor, top * plan.divisor, side * plan.divisor))
     image = resize_square(square, spec.size, exact=plan.divisor == 1)
-    # The finished image, unless it is too small to show fine detail: that is smaller work.
+    # Measure quality in the finished image, which is less work, unless it is too small to show fine detail.
     shown = image if spec.size >= QUALITY_PX else square
     return finish(known, image, shown, found, scale * plan.divisor, spec)
 
 
 def least_side(spec: PreprocessSpec) -> int:
-    """The least side of a crop in pixels: quality is judged at a fixed size, whatever the model's."""
+    """Return the smallest side of a crop in pixels: quality is measured at a fixed size, whatever the model's."""
     return max(spec.size, QUALITY_PX)
 
 
 def plan_for_crop(header: PhotoHeader, plan: DecodePlan, side: int, spec: PreprocessSpec) -> DecodePlan:
-    """Plan anew where the field fills so little of the frame that the scaled DCT would lose detail.
+    """Plan a larger decode if the field fills so little of the frame that the scaled DCT would lose detail.
 
     Args:
-        header: from `read_header`.
-        plan: how the photo was decoded.
-        side: of the crop, in pixels of the decoded photo.
-        spec: what is made of the photo.
+        header: The result of `read_header`.
+        plan: The plan with which the photo was decoded.
+        side: Side of the crop, in pixels of the decoded photo.
+        spec: The preprocessing to apply.
 
     Returns:
-        A plan that decodes it larger, or `plan` itself where the crop is large enough.
+        A plan that decodes the photo at a larger scale, or `plan` itself if the crop is large enough.
     """
     least = least_side(spec)
     if side >= least or plan.divisor == 1:
@@ -134,27 +135,27 @@ def plan_for_crop(header: PhotoHeader, plan: DecodePlan, side: int, spec: Prepro
 
 
 def known_of(data: bytes) -> PreparedPhoto:
-    """What is known of a file before anything of it is understood: its hash and its size."""
+    """Return a result with the hash and size of a file, which are known before it is parsed."""
     return PreparedPhoto(Status.OK, "", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
 
 def look_at(whole: NDArray[np.uint8], shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], Field | None]:
-    """Find the field of view on a small picture, and judge whether it shows a retina.
+    """Find the retinal field in a downscaled image, and check that it shows a retina.
 
     Args:
-        whole: uint8 [h, w, 3] RGB, the photo brought to at most `WORK_PX`.
-        shape: height and width of the photo in pixels, and what follows.
+        whole: uint8 [h, w, 3] RGB, the photo downscaled to at most `WORK_PX`.
+        shape: Shape of the photo in pixels: height, width, and any further dimensions.
 
     Returns:
-        The small picture, its white margins black: `whole` itself where it has none. And the field, in its pixels, if
-        one was found.
+        The downscaled image with white margins painted black (`whole` itself if there are none); and the field in its
+        pixels, if one was found.
 
     Raises:
-        PhotoError: it is no fundus photograph.
+        PhotoError: The image is not a fundus photograph.
     """
     height, width = shape[:2]
     if max(height, width) > _LONGEST_ASPECT * min(height, width):
-        raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is no fundus photograph")
+        raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is not a fundus photograph")
     small = without_margin(whole)
     found = find_field(small)
     judge_kind(small, found)
@@ -169,15 +170,15 @@ def finish(
     to_full: float,
     spec: PreprocessSpec,
 ) -> PreparedPhoto:
-    """Blacken what lies outside the field, and judge quality.
+    """Black out the area outside the field, and measure quality.
 
     Args:
-        known: what is known of the photo so far.
-        image: uint8 [size, size, 3] RGB, the crop; changed in place.
-        shown: the crop in which quality is judged, at least `QUALITY_PX` a side; may be `image`.
-        found: the field, in pixels of the small picture, if one was found.
-        to_full: pixels of the photo that one of the small picture spans.
-        spec: what is made of the photo.
+        known: The result so far.
+        image: uint8 [size, size, 3] RGB, the crop; modified in place.
+        shown: The crop in which quality is measured, at least `QUALITY_PX` per side; may be `image`.
+        found: The field, in pixels of the downscaled image, if one was found.
+        to_full: Number of full-size photo pixels per pixel of the downscaled image, along each axis.
+        spec: The preprocessing to apply.
     """
     if found is not None and spec.field == "circle":
         circle = found.circle
@@ -195,23 +196,26 @@ def finish(
 
 
 def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
-    """Decode a photo of any kind, upright, as small as `least_side` allows: uint8 [H, W, 3] RGB.
+    """Decode a photo in any supported format, as small as `least_side` allows.
+
+    Returns:
+        uint8 [H, W, 3] upright RGB.
 
     Raises:
-        PhotoError: it cannot be decoded.
+        PhotoError: The photo cannot be decoded.
     """
     photo, header = _opened(data)
     return _decode(data, photo, header, plan_decode(header, least_side))[0]
 
 
 def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:
-    """Decode a photo of any kind, upright, at most `most` times smaller than it is.
+    """Decode a photo in any supported format, reduced by a factor of at most `most`.
 
     Returns:
-        uint8 [H, W, 3] RGB, and how many of the photo's pixels one of its spans, across and down.
+        uint8 [H, W, 3] upright RGB, and the reduction factor along each axis.
 
     Raises:
-        PhotoError: it cannot be decoded.
+        PhotoError: The photo cannot be decoded.
     """
     photo, header = _opened(data)
     plan = plan_decode(header, math.ceil(min(header.width, header.height) / max(1.0, most)))
@@ -219,13 +223,13 @@ def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:
 
 
 def _opened(data: bytes) -> tuple[DicomPhoto | None, PhotoHeader]:
-    """The DICOM file that bytes may be, and the header of the picture in them."""
+    """Return the DICOM file, if the data is one, and the header of the image in it."""
     photo = read_dicom(data) if is_dicom(data) else None
     return photo, photo.header if photo else read_header(data)
 
 
 def facts_of(photo: DicomPhoto | None, header: PhotoHeader) -> PhotoFacts:
-    """What a file says about its photo: DICOM much, a picture its camera."""
+    """Return the metadata of a photo: several fields from DICOM, only the camera from other formats."""
     if photo is not None:
         return photo.facts
     return _NO_FACTS if header.camera is None else PhotoFacts(camera=header.camera)
@@ -234,7 +238,7 @@ def facts_of(photo: DicomPhoto | None, header: PhotoHeader) -> PhotoFacts:
 def _decode(
     data: bytes, photo: DicomPhoto | None, header: PhotoHeader, plan: DecodePlan
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The photo, and the picture with black rows above and below that it may be the middle of."""
+    """Return the photo, and the image padded with black rows of which it is the middle (or the photo itself)."""
     if photo is None:
         return decode_with_room(data, header, plan, plan.height // 8)
     rgb = photo.decode(plan)
@@ -242,7 +246,7 @@ def _decode(
 
 
 def _blacken_margin(rgb: NDArray[np.uint8], whole: NDArray[np.uint8], small: NDArray[np.uint8]) -> None:
-    """Do to the photo, in place, what `without_margin` did to its small picture, and to the soft edge beside it."""
+    """Black out, in place, the margin that `without_margin` removed from the downscaled image, and its soft edge."""
     margin = cv2.compare(brightest(cv2.absdiff(whole, small)), 0, cv2.CMP_GT)
     margin = cv2.dilate(margin, np.ones((3, 3), np.uint8))
     margin = cv2.resize(margin, (rgb.shape[1], rgb.shape[0]), interpolation=cv2.INTER_NEAREST)
@@ -252,15 +256,15 @@ def _blacken_margin(rgb: NDArray[np.uint8], whole: NDArray[np.uint8], small: NDA
 def crop_window(
     field: Field | None, scale: float, shape: tuple[int, ...], spec: PreprocessSpec
 ) -> tuple[int, int, int]:
-    """The square around the field, or the largest centred one; it may overhang the photo.
+    """Return the square around the field, or the largest centred one; it may extend beyond the photo.
 
-    Its sides lie on whole pixels, so that a scaled decode and a full one show the same piece of retina.
+    Its sides are on whole pixels, so that a scaled and a full decode show the same part of the retina.
 
     Args:
-        field: in pixels of the small picture; None takes the whole frame.
-        scale: pixels of the decoded photo that one of the small picture spans.
-        shape: height and width of the decoded photo in pixels, and what follows.
-        spec: says how wide a margin is kept.
+        field: The field in pixels of the downscaled image; None uses the whole frame.
+        scale: Number of decoded photo pixels per pixel of the downscaled image, along each axis.
+        shape: Shape of the decoded photo in pixels: height, width, and any further dimensions.
+        spec: The preprocessing to apply; defines the width of the margin.
 
     Returns:
         Left, top and side in pixels of the decoded photo.
@@ -274,7 +278,7 @@ def crop_window(
 
 
 def _cut(rgb: NDArray[np.uint8], roomy: NDArray[np.uint8], window: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Cut a window from `crop_window`; black where it overhangs the photo."""
+    """Cut out a window from `crop_window`, filling with black where it extends beyond the photo."""
     left, top, side = window
     top += (len(roomy) - len(rgb)) // 2
     inside = roomy[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
@@ -287,8 +291,11 @@ def _cut(rgb: NDArray[np.uint8], roomy: NDArray[np.uint8], window: tuple[int, in
 
 @functools.lru_cache(maxsize=4)
 def round_mask(size: int) -> NDArray[np.uint8]:
-    """255 inside the circle that fills a square, else 0: uint8 [size, size, 3]; not to be written to."""
+    """Return a mask, uint8 [size, size, 3]: 255 inside the inscribed circle, else 0.
+
+    The mask is cached and must not be modified.
+    """
     rows, columns = np.ogrid[:size, :size]
     distance = np.hypot(columns + 0.5 - size / 2, rows + 0.5 - size / 2)
-    # For each channel: OpenCV combines whole pictures six times as fast as it looks at a mask.
+    # The mask has three channels: OpenCV combines whole images six times as fast as it applies a mask.
     return np.repeat((distance <= size / 2).astype(np.uint8)[..., None] * 255, 3, axis=2)

@@ -1,8 +1,9 @@
-"""Whether a photo can be graded at all: exposure, sharpness, contrast, colour, and how much of the field is there.
+"""Quality of a photo: exposure, sharpness, contrast, colour, and completeness of the field.
 
-Measured on the square crop brought to 256 pixels, so that a score does not depend on the camera's resolution. The rule
-is deliberately lenient: it refuses what no reader could grade, and leaves the doubtful to the reader. The limits were
-set by looking at the photographs nearest to them; `make photos` publishes what they refuse.
+Quality is measured on the square crop resized to 256 pixels, so that the score does not depend on the camera's
+resolution. The rule is deliberately lenient: it rejects photos that no reader could grade, and leaves doubtful ones to
+the reader. The limits were set by looking at the photographs closest to them; `make photos` publishes the photos that
+they reject.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from fastfundus.photo.resample import halve_to, resize_square
 __all__ = ["LEAST_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
 
 QUALITY_PX = 256
-"""Side of the crop in which quality is measured."""
+"""Side in pixels of the crop in which quality is measured."""
 LEAST_QUALITY = 0.25
-"""Photos that score lower are `ungradable`."""
+"""Photos with a lower score are `ungradable`."""
 MARKS = ("exposure", "sharpness", "contrast", "completeness", "colour")
 _ROWS, _COLUMNS = np.ogrid[:QUALITY_PX, :QUALITY_PX]
 _FROM_CENTRE = np.hypot(_COLUMNS + 0.5 - QUALITY_PX / 2, _ROWS + 0.5 - QUALITY_PX / 2) / (QUALITY_PX / 2)
 _FIELD = np.ascontiguousarray((_FROM_CENTRE < 0.95).astype(np.uint8)[::2, ::2] * 255)
-# Detail is looked for in the middle: the rim's own edge must not count. The box around it is 208 pixels wide.
+# Measure detail in the middle, so that the edge of the field does not count. The bounding box is 208 pixels wide.
 _BOX = slice(24, QUALITY_PX - 24)
 _INNER = np.ascontiguousarray((_FROM_CENTRE < 0.80).astype(np.uint8)[_BOX, _BOX] * 255)
 _EROSION = np.ones((7, 7), np.uint8)
@@ -36,31 +37,31 @@ _LEAST_PIXELS = 125
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Five marks, each 0 (cannot be graded) to 1, and the words that go with them."""
+    """Five component scores, each 0 (cannot be graded) to 1, and their description in words."""
 
     exposure: float
-    """From the median brightness of the lit part, and from the share of it that is saturated."""
+    """Score of the median brightness of the lit part, and of its saturated share."""
     sharpness: float
-    """From fine detail (2 to 6 pixels of 256) relative to brightness."""
+    """Score of fine detail (2 to 6 pixels of 256) relative to brightness."""
     contrast: float
-    """From coarse detail (vessels, disc: 6 to 16 pixels of 256) relative to brightness; low behind haze or cataract."""
+    """Score of coarse detail (vessels, disc: 6 to 16 pixels of 256) relative to brightness; low in haze or cataract."""
     completeness: float
-    """From the lit share of the field."""
+    """Score of the lit share of the field."""
     colour: float
-    """From the share of the lit part whose colours a retina can have."""
+    """Score of the share of the lit part that has plausible retinal colours."""
     too_bright: bool = False
-    """Whether `exposure` is low by too much light, not by too little."""
+    """True if `exposure` is low because of too much light rather than too little."""
     missing: tuple[str, ...] = ()
-    """Sides of which most is missing: "top", "bottom", "left", "right"; none when it is missing all round."""
+    """Sides with most of the missing part: "top", "bottom", "left", "right"; empty if parts are missing all around."""
 
     @property
     def score(self) -> float:
-        """The smallest mark: one fault is enough to spoil a photo."""
+        """The smallest component score: a single fault is enough to spoil a photo."""
         return min(getattr(self, mark) for mark in MARKS)
 
     @property
     def reason(self) -> str:
-        """What makes the photo poor, in words; empty when nothing does."""
+        """The faults of the photo, in words; empty if there are none."""
         missing = f"field cut at {' and '.join(self.missing)}" if self.missing else ""
         words = {
             "exposure": "too bright" if self.too_bright else "too dark",
@@ -77,19 +78,19 @@ def _mark(value: float, nothing: float, full: float) -> float:
 
 
 def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing: tuple[str, ...] = ()) -> Quality:
-    """Measure a square crop around the retinal field.
+    """Measure the quality of a square crop around the retinal field.
 
     Args:
-        crop: uint8 [S, S, 3] RGB, the field within the inscribed circle; 256 pixels or more for a fair mark.
-        completeness: from `Field.completeness`; 1 when the crop has no field.
-        missing: likewise.
+        crop: uint8 [S, S, 3] RGB, with the field inside the inscribed circle; S of 256 or more for a fair score.
+        completeness: The share from `Field.completeness`; 1 if the crop has no field.
+        missing: The sides from `Field.completeness`.
     """
     small = resize_square(crop, QUALITY_PX, exact=False)
-    # Light and colour are judged at half the resolution.
+    # Measure light and colour at half the resolution.
     half = halve_to(small, QUALITY_PX // 2)
     red, green, blue = planes = cv2.split(half)
     value = cv2.max(cv2.max(red, green), blue)
-    # Of what is lit at all: a missing part is marked by completeness, not as darkness too.
+    # Use only lit pixels: missing parts lower completeness and must not count as darkness too.
     lit = cv2.bitwise_and(cv2.inRange(value, _LIT + 1, 255), _FIELD)
     shown = cv2.countNonZero(lit)
     if shown < _LEAST_PIXELS:
@@ -100,12 +101,13 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
     bright = _mark(saturated, 0.30, 0.05)
     inner = cv2.resize(cv2.erode(lit, _EROSION), (QUALITY_PX, QUALITY_PX), interpolation=cv2.INTER_NEAREST)
     inner = cv2.bitwise_and(inner[_BOX, _BOX], _INNER)
-    # Blur of one pixel first: sensor noise is no detail. Kernels reach two and a half standard deviations or more.
+    # Blur by one pixel first, so that sensor noise does not count as detail. The kernels cover at least two and a half
+    # standard deviations.
     fine = cv2.GaussianBlur(small[_BOX, _BOX, 1].astype(np.float32), (7, 7), 1.0)
     middle = cv2.GaussianBlur(fine, (15, 15), 2.8)
     level = cv2.mean(fine, inner)[0] + 4
     sharp = cv2.norm(fine, middle, cv2.NORM_L1, inner) / (max(1, cv2.countNonZero(inner)) * level)
-    # What is coarse is smooth already: a quarter of the resolution shows it.
+    # Coarse detail is smooth, so a quarter of the resolution suffices.
     size = (len(middle) // 4, len(middle) // 4)
     quarter = cv2.resize(middle, size, interpolation=cv2.INTER_AREA)
     inner = cv2.resize(inner, size, interpolation=cv2.INTER_NEAREST)

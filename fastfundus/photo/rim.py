@@ -1,4 +1,4 @@
-"""Circles and ovals through outline points: the geometry behind `find_field`. Positions are pixel corners."""
+"""Fitting of circles and ellipses to outline points for `find_field`. Coordinates refer to pixel corners."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIRECTIONS = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 
 @dataclass(frozen=True, slots=True)
 class Oval:
-    """An ellipse with upright axes; a circle when both half axes are equal."""
+    """An axis-aligned ellipse; a circle if both semi-axes are equal."""
 
     x: float
     y: float
@@ -34,37 +34,38 @@ class Oval:
 
 
 def outline(contour: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Points on the outline of a lit part, [P, 2] as x, y.
+    """Return points on the outline of a lit region, float64 [P, 2] as x, y.
 
-    Points on the edge of the picture say where it was cut, not where the field ends, and are left out.
+    Points on the edge of the image show where the photo was cut, not where the field ends, and are excluded.
 
     Args:
         contour: int32 [N, 1, 2], the outermost lit pixels in order, from `cv2.findContours`.
-        shape: of the picture, height and width.
+        shape: Height and width of the image.
     """
     height, width = shape
-    # Every second or third point does: neighbours say the same.
+    # Every second or third point is enough, because neighbours are nearly identical.
     chosen = contour[:: max(1, len(contour) // _MOST_POINTS), 0]
     x, y = chosen.T
     inside = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
     chosen = chosen[inside] + 0.5
     if not len(chosen):
         return chosen
-    # Half a pixel outwards, from the middle of the outermost lit pixels to their far side.
+    # Move half a pixel outwards, from the centre of the outermost lit pixels to their outer edge.
     away = chosen - chosen.mean(axis=0)
     return chosen + away * (0.5 / np.maximum(np.hypot(away[:, 0], away[:, 1]), 1e-9))[:, None]
 
 
 def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:
-    """The circle that most outline points agree with, or None.
+    """Return the circle with which most outline points agree, or None.
 
-    A least-squares circle is tried first, without the points far from it. Unless nearly all points agree with it,
-    circles through three points compete, and the winner is refined by least squares on the points that agree with it.
+    First, fit a least-squares circle, discarding points far from it. Unless nearly all points agree with it, generate
+    circles through three points each, choose the one with the most agreeing points, and refine it on these by least
+    squares.
     """
     tolerance = 0.01 * max(shape)
     circle = _refine(_least_squares(points), points, 0.03 * max(shape))
     if circle is None or np.mean(_close(circle, points, tolerance)) < 0.9 or not _plausible([circle], shape)[0]:
-        # Seeded: the same photo must always give the same crop.
+        # Use a fixed seed: the same photo must always give the same crop.
         rng = np.random.default_rng(0)
         voters = points if len(points) <= _VOTERS else points[rng.choice(len(points), _VOTERS, replace=False)]
         circles = _through_three(voters[rng.integers(0, len(voters), (_TRIALS, 3))])
@@ -80,7 +81,7 @@ def fit_circle(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | No
 
 
 def _refine(circle: _Circle | None, points: NDArray[np.float64], *tolerances: float) -> _Circle | None:
-    """Fit a circle again to the points that agree with it, once for each tolerance in pixels."""
+    """Refit a circle to the points that agree with it, once for each tolerance in pixels."""
     for tolerance in tolerances:
         if circle is None:
             return None
@@ -92,13 +93,19 @@ def _refine(circle: _Circle | None, points: NDArray[np.float64], *tolerances: fl
 
 
 def _close(circle: _Circle, points: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
-    """Which points lie within `tolerance` pixels of a circle: `_agree` for one circle, in a third of the calls."""
+    """Return a mask of the points within `tolerance` pixels of a circle.
+
+    Like `_agree` for a single circle, with a third of the calls.
+    """
     x, y, radius = circle
     return np.abs(np.hypot(points[:, 0] - x, points[:, 1] - y) - radius) < tolerance
 
 
 def fit_oval(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None:
-    """The upright ellipse nearest to the outline points by least squares, refined twice without outliers; or None."""
+    """Return the axis-aligned ellipse fitted to the outline points, or None.
+
+    The fit uses least squares and is refined twice without outliers.
+    """
     chosen = points
     for _ in range(3):
         if len(chosen) < 12:
@@ -123,16 +130,17 @@ def fit_oval(points: NDArray[np.float64], shape: tuple[int, ...]) -> Oval | None
 
 
 def agreement(mask: NDArray[np.uint8], oval: Oval) -> float:
-    """Share of the visible rim that agrees with an oval: lit on its inner side, dark on its outer side.
+    """Return the share of the visible edge that agrees with an ellipse: lit on its inner side, dark on its outer side.
 
-    Times the share of the lit part that the oval holds: an arc of an ellipse agrees with a circle that leaves half the
-    retina out. Zero when too little of the rim is in the picture, or the oval is mostly dark.
+    The share is multiplied by the share of the lit region inside the ellipse, because an arc of an ellipse also agrees
+    with a circle that omits half of the retina. Returns 0 if too little of the edge is in the image, or if the ellipse
+    is mostly dark.
     """
     height, width = mask.shape
     half = np.array([oval.half_width, oval.half_height])
-    # [2, A, 2]: inner and outer side of the rim at each angle, as x, y.
+    # [2, A, 2]: inner and outer side of the edge at each angle, as x, y.
     rim = np.floor([oval.x, oval.y] + _SIDES * (half * _DIRECTIONS)).astype(np.intp)
-    # Both sides must be seen: where the centre is out of the picture, the inner one may not be.
+    # Both sides must be visible: the inner one may not be if the centre is outside the image.
     visible = ((rim >= 0) & (rim < (width, height))).all(axis=(0, 2))
     if visible.sum() < 24:
         return 0.0
@@ -148,23 +156,23 @@ def agreement(mask: NDArray[np.uint8], oval: Oval) -> float:
 
 
 def explained(points: NDArray[np.float64], oval: Oval) -> float:
-    """Share of the outline points, [P, 2], that lie within 3 % of the half axes of an oval's rim."""
+    """Return the share of the outline points, [P, 2], within 3 % of the semi-axes of the edge of an ellipse."""
     half = np.array([oval.half_width, oval.half_height])
     relative = np.hypot(*((points - [oval.x, oval.y]) / half).T)
     return float(np.mean(np.abs(relative - 1) < 0.03))
 
 
 def _agree(circles: NDArray[np.float64], points: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
-    """Which points lie within `tolerance` pixels of each circle, [C, 3] and [P, 2] -> [C, P]."""
+    """Return which points are within `tolerance` pixels of each circle, [C, 3] and [P, 2] -> [C, P]."""
     squared = (points[:, 0] - circles[:, :1]) ** 2 + (points[:, 1] - circles[:, 1:2]) ** 2
     radius = circles[:, 2:]
     return (squared > (radius - tolerance) ** 2) & (squared < (radius + tolerance) ** 2)
 
 
 def _plausible(circles: Sequence[Sequence[float]], shape: tuple[int, ...]) -> list[bool]:
-    """Whether each circle is large enough and most of its diameter lies in the picture both ways.
+    """Return whether each circle is large enough and most of its diameter is in the image along both axes.
 
-    One side of a squeezed field fits a far larger circle, which hangs out of the frame.
+    One side of a squeezed field also fits a far larger circle that extends beyond the frame.
     """
     height, width = shape
     found = []
@@ -179,7 +187,10 @@ def _plausible(circles: Sequence[Sequence[float]], shape: tuple[int, ...]) -> li
 
 
 def _through_three(triples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Circles through three points each, [T, 3, 2] -> [T, 3] as x, y, radius; not finite where they lie on a line."""
+    """Return circles through three points each, [T, 3, 2] -> [T, 3] as x, y, radius.
+
+    Collinear points give non-finite values.
+    """
     a, b, c = triples[:, 0], triples[:, 1], triples[:, 2]
     ab, ac = b - a, c - a
     twice_area = 2 * (ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0])
@@ -191,12 +202,12 @@ def _through_three(triples: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _least_squares(points: NDArray[np.float64]) -> _Circle | None:
-    """Algebraic circle fit: x, y, radius; None for points on a line.
+    """Fit a circle algebraically: return x, y, radius, or None for collinear points.
 
     Source: Kåsa, IEEE Trans. Instrum. Meas. 25 (1976).
     """
-    # Normal equations about the centre of the points, where they fall apart into two unknowns: a tenth of the time of
-    # a general solver.
+    # Relative to the centroid of the points, the normal equations reduce to two unknowns. Solving them directly takes a
+    # tenth of the time of a general solver.
     x, y = points.mean(axis=0).tolist()
     near = points - (x, y)
     squares = np.einsum("ij,ij->i", near, near)

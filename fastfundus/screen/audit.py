@@ -1,7 +1,8 @@
-"""The audit log: what happened, when, with which model; and its verification.
+"""The append-only audit log of a screening run, and its verification.
 
-`audit.jsonl` has a JSON object a line and is only ever appended to. Every line ends with `chain`: the sha256 of the
-chain before it and of the line's other fields, so that a line that was changed, added or taken away breaks the chain.
+`audit.jsonl` contains one JSON object per line: what happened, when, and with which model. Every line ends with
+`chain`, the SHA-256 of the previous chain value and the line's other fields, so changing, adding or removing a line
+breaks the chain.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def _link(chain: str, facts: dict[str, Any]) -> str:
 
 
 class AuditLog:
-    """Appends events; a log that is there is taken up behind its last whole line."""
+    """An append-only event log. An existing log is continued after its last complete line."""
 
     def __init__(self, path: Path) -> None:
         self.rows = 0
-        """Photos that are in the log."""
+        """Number of photos in the log."""
         self._chain = _START
         if path.is_file():
             mend_lines(path)
@@ -51,23 +52,23 @@ class AuditLog:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was ever written."""
+        """True if no event has ever been written."""
         return self._chain == _START
 
     def write(self, event: str, **facts: Any) -> None:
-        """Append one event with the time; it may stay in memory until `flush`."""
+        """Append one event with the current time. It may stay in memory until `flush`."""
         whole = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         self._chain = _link(self._chain, whole)
         self.rows += event == "photo"
         self._file.write(json.dumps({**whole, "chain": self._chain}, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Write all buffered events to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; what a full disk does not take is dropped: it was not promised."""
+        """Close the file. Unflushed events that a full disk cannot hold are dropped; they were never guaranteed."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -79,43 +80,43 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 line = json.loads(text)
                 yield {"event": line["event"], "chain": line["chain"], **line}
             except (ValueError, KeyError, TypeError):
-                raise DataError("is no line of an audit log; it was changed", path=path, row=number) from None
+                raise DataError("is not a valid audit log line; the log was modified", path=path, row=number) from None
 
 
 @dataclass(slots=True)
 class Verification:
-    """What was recomputed, and what did not agree."""
+    """Result of a verification: counts and discrepancies."""
 
     rows: int = 0
     files: int = 0
-    """Input files that were read again and have the hash that was noted."""
+    """Number of input files that were read again and match their recorded hash."""
     absent: int = 0
-    """Input files that are not there any more."""
+    """Number of input files that no longer exist."""
     faults: list[str] = field(default_factory=list)
 
     def note(self, fault: str) -> None:
-        """Add a fault; the first are kept."""
+        """Add a fault; only the first 100 are kept."""
         if len(self.faults) < 100:
             self.faults.append(fault)
 
 
 def verify(output: Path, *, files: bool = False) -> Verification:
-    """Recompute what a results folder claims.
+    """Verify a results folder by recomputing its contents.
 
-    The chain of the log; every decision, from the probabilities and thresholds that were noted; results, eyes and
-    patients against the log; and, if asked, the hash of every input file.
+    Checks the hash chain of the log; every decision, from the recorded probabilities and thresholds; the results, eye
+    and patient tables against the log; and, with `files`, the hash of every input file.
 
     Args:
         output: a finished results folder.
-        files: read every input again.
+        files: read every input file again and check its hash.
 
     Raises:
-        DataError: the folder has no log, no finished results, or the log cannot be read.
+        DataError: the folder has no log or no finished results, or the log cannot be read.
     """
     log = output / "audit.jsonl"
     for needed in (log, output / "results.parquet"):
         if not needed.is_file():
-            raise DataError("is not there; is this the folder of a finished screening?", path=needed)
+            raise DataError("does not exist; is this the folder of a finished screening?", path=needed)
     found = Verification()
     results = pl.read_parquet(output / "results.parquet")
     rows = results.iter_rows(named=True)
@@ -125,19 +126,19 @@ def verify(output: Path, *, files: bool = False) -> Verification:
         told = line.pop("chain")
         chain_here = _link(chain, line)
         if chain_here != told:
-            found.note(f"audit.jsonl, line {number}: the chain breaks; this line, or one before it, was changed")
+            found.note(f"audit.jsonl, line {number}: the chain breaks; this line or an earlier one was modified")
         chain = told
         if line["event"] == "start":
             about, policy = line, ScreenPolicy(**line["policy"])
         elif line["event"] == "photo":
             found.rows += 1
             if about is None:
-                raise DataError("has a photo before its start; it was changed", path=log, row=number)
+                raise DataError("has a photo event before the start event; the log was modified", path=log, row=number)
             _check_photo(line, next(rows, None), about, policy, found, number)
         elif line["event"] == "end":
             ended = True
     if not ended:
-        found.note("audit.jsonl: has no end; the run was not finished")
+        found.note("audit.jsonl: has no end event; the run did not finish")
     if found.rows != len(results):
         found.note(f"results.parquet has {len(results)} rows, audit.jsonl {found.rows}")
     _check_tables(output, results, policy, found)
@@ -160,16 +161,16 @@ def _check_photo(
         shown = {name: value for name, value in row.items() if name != "bundle"}
         differing = [name for name in shown if not _same(shown[name], noted.get(name))]
         if differing or row["bundle"] != about["bundle"]:
-            found.note(f"{place}: results.parquet says otherwise: {', '.join(differing or ['bundle'])}")
+            found.note(f"{place}: differs from results.parquet in {', '.join(differing or ['bundle'])}")
     expected = RETAKE if noted["status"] == Status.UNGRADABLE.value else None
     if noted["status"] == Status.OK.value:
         chances = {name: noted.get(f"p_{name}") for name in about["findings"]}
         if any(value is None for value in chances.values()):
-            found.note(f"{place}: is ok and has no probability")
+            found.note(f"{place}: the status is ok, but a probability is missing")
             return
         expected = policy.decide({name: float(value or 0) for name, value in chances.items()}, about["thresholds"])
     if noted["decision"] != expected:
-        found.note(f"{place}: says {noted['decision']}, its probabilities and thresholds say {expected}")
+        found.note(f"{place}: the decision is {noted['decision']}, its probabilities and thresholds give {expected}")
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -184,9 +185,9 @@ def _check_tables(output: Path, results: pl.DataFrame, policy: ScreenPolicy, fou
     for name, table in tables.items():
         path = output / name
         if not path.is_file():
-            found.note(f"{name} is not there")
+            found.note(f"{name} is missing")
         elif path.read_text(encoding="utf-8") != table.write_csv():
-            found.note(f"{name}: is not what results.parquet gives; it was changed")
+            found.note(f"{name}: does not match results.parquet; it was modified")
 
 
 def _check_files(results: pl.DataFrame, root: Path, found: Verification) -> None:
@@ -201,11 +202,11 @@ def _check_files(results: pl.DataFrame, root: Path, found: Verification) -> None
         try:
             same = hashlib.sha256(read_photo(path)).hexdigest() == sha
         except PhotoError as error:
-            found.note(f"{name}: cannot be read any more ({error.reason})")
+            found.note(f"{name}: can no longer be read ({error.reason})")
             continue
         found.files += same
         if not same:
-            found.note(f"{name}: was changed since it was screened")
+            found.note(f"{name}: was modified after it was screened")
 
 
 def _hashed(rows: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a photo costs in core-seconds, fitted on measurements, and what a machine does with it in an hour."""
+"""Cost model: core-seconds per photo fitted on measurements, and the predicted throughput of a machine."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ __all__ = ["Machine", "PhotoCost", "PhotoKind", "Prediction", "fit_photo_cost", 
 
 @dataclass(frozen=True, slots=True)
 class PhotoKind:
-    """What decides how long a photo takes to be prepared."""
+    """Properties of a photo that determine how long it takes to prepare."""
 
     megapixels: float
-    """Of the file."""
+    """Megapixels of the file."""
     decoded_megapixels: float
-    """That are left when a JPEG is decoded at a fraction of its size."""
+    """Megapixels that remain when a JPEG is decoded at a fraction of its size."""
     megabytes: float
-    """Of the file, 10^6 bytes."""
+    """File size in 10^6 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PhotoCost:
-    """Core-seconds to prepare a photo: a fixed part, and parts that grow with it."""
+    """Core-seconds to prepare a photo: a fixed part, and parts that scale with its size."""
 
     fixed_s: float
     per_megapixel_s: float
-    """Of the file: each block of a JPEG is transformed, however small the picture becomes."""
+    """Per megapixel of the file: every JPEG block is transformed, however small the decoded image is."""
     per_decoded_megapixel_s: float
     per_megabyte_s: float
-    """Entropy decoding goes bit by bit."""
+    """Per megabyte of the file: entropy decoding processes every bit."""
 
     def seconds(self, kind: PhotoKind) -> float:
-        """Core-seconds of one photo."""
+        """Return the core-seconds for one photo."""
         return (
             self.fixed_s
             + self.per_megapixel_s * kind.megapixels
@@ -51,14 +51,14 @@ class PhotoCost:
 
 
 def kind_of(data: bytes, spec: PreprocessSpec) -> PhotoKind:
-    """Read what decides a photo's cost from its header.
+    """Read the properties that determine a photo's cost from its header.
 
     Args:
-        data: the file.
-        spec: what is to be made of it.
+        data: contents of the file.
+        spec: preprocessing to apply.
 
     Raises:
-        PhotoError: it is no photo.
+        PhotoError: the file is not a photo.
     """
     header = read_header(data)
     plan = plan_decode(header, least_side(spec))
@@ -66,20 +66,20 @@ def kind_of(data: bytes, spec: PreprocessSpec) -> PhotoKind:
 
 
 def fit_photo_cost(kinds: Sequence[PhotoKind], seconds: Sequence[float]) -> PhotoCost:
-    """Fit costs that are not negative, by relative errors.
+    """Fit non-negative costs by least squares on relative errors.
 
     Args:
-        kinds: of what was measured, four or more that differ.
-        seconds: core-seconds a photo of each.
+        kinds: properties of the measured photos; at least four distinct ones.
+        seconds: measured core-seconds per photo of each.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer than four distinct kinds.
     """
     if len(set(kinds)) < 4:
-        raise ConfigError(f"a cost of four parts takes photos of four kinds or more, got {len(set(kinds))}")
+        raise ConfigError(f"a cost of four parts needs photos of four kinds or more, got {len(set(kinds))}")
     rows = np.array([[1, kind.megapixels, kind.decoded_megapixels, kind.megabytes] for kind in kinds])
     measured = np.asarray(seconds)
-    # Each equation divided by its result: a large photo must not outweigh ten small ones.
+    # Divide each equation by its result, so that one large photo does not outweigh ten small ones.
     rows = rows / measured[:, None]
     best, least = np.zeros(4), np.inf
     for used in itertools.chain.from_iterable(itertools.combinations(range(4), count) for count in range(1, 5)):
@@ -93,24 +93,24 @@ def fit_photo_cost(kinds: Sequence[PhotoKind], seconds: Sequence[float]) -> Phot
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What screens."""
+    """The machine that runs the screening."""
 
     cores: int
     gpus: int = 0
-    """That run engines; 0: the cores do."""
+    """Number of GPUs that run engines; 0 runs the engine on the cores."""
     storage_mb_per_s: float | None = None
-    """What storage delivers; None is no limit."""
+    """Read throughput of the storage; None means no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Photos/s, and why not more."""
+    """Predicted throughput and its bottleneck."""
 
     photos_per_s: float
     stages: dict[str, float]
-    """Photos/s of each stage alone, with all that it may use."""
+    """Photos/s of each stage if it ran alone with all its resources."""
     limit: str
-    """The stage that takes most of the time."""
+    """The slowest stage."""
 
 
 def predict(
@@ -121,16 +121,17 @@ def predict(
     engine_s: float | None = None,
     gpu_images_per_s: float | None = None,
 ) -> Prediction:
-    """Say what a machine will do.
+    """Predict the throughput of a machine.
 
-    On a CPU preparing and inferring share the cores; with GPUs they go on at the same time, and the slower one limits.
+    On a CPU, preparation and inference share the cores; with GPUs they run in parallel, and the slower one is the
+    bottleneck.
 
     Args:
-        machine: what it has.
-        prepare_s: core-seconds to prepare a photo.
-        megabytes: of a file.
-        engine_s: core-seconds of the engine a photo, where the cores run it.
-        gpu_images_per_s: of one GPU, where it does.
+        machine: its cores, GPUs and storage.
+        prepare_s: core-seconds to prepare one photo.
+        megabytes: file size of one photo, in 10^6 bytes.
+        engine_s: core-seconds of inference per photo; required without GPUs.
+        gpu_images_per_s: images/s of the engine on one GPU; required with GPUs.
 
     Raises:
         ConfigError: a number is missing or not positive.
@@ -142,12 +143,12 @@ def predict(
     stages = {"preparing": machine.cores / prepare_s}
     if machine.gpus:
         if not gpu_images_per_s:
-            raise ConfigError("GPUs take the engine's images/s of one: --gpu-rate, from a bundle that was built on it")
+            raise ConfigError("GPUs need the engine's images/s on one GPU: --gpu-rate, from a bundle built on that GPU")
         stages["engine"] = machine.gpus * gpu_images_per_s
         rate = min(stages.values())
     else:
         if not engine_s:
-            raise ConfigError("without GPUs the engine's core-seconds a photo must be known")
+            raise ConfigError("without GPUs the engine's core-seconds per photo must be given")
         stages["engine"] = machine.cores / engine_s
         rate = machine.cores / (prepare_s + engine_s)
     if machine.storage_mb_per_s:

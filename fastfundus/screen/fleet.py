@@ -1,4 +1,4 @@
-"""Many machines: the blocks of a run dealt to workers by Ray Data; each does with its block what one machine does."""
+"""Screening on many machines: Ray Data distributes the blocks of a run to workers, which process them as one would."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SUMS = ("read", "decode", "engine", "cpu", "photos")
 
 
 def ray_blocks(address: str) -> BlockMaker:
-    """Make blocks on a Ray cluster; see `run.BlockMaker`.
+    """Return a `run.BlockMaker` that screens blocks on a Ray cluster.
 
-    Photos must lie on storage that every machine sees under the same path. The bundle is sent along, and a worker holds
-    it once; rows come back here, and only this process writes. A worker that dies is replaced, and its block done
-    again.
+    Photos must be on storage that every machine mounts under the same path. The bundle is sent to the workers, each of
+    which loads it once; rows are returned to this process, which alone writes to the output. A worker that dies is
+    replaced, and its block is screened again.
 
     Args:
-        address: as for `joined`.
+        address: see `joined`.
     """
 
     def make(
@@ -43,7 +43,7 @@ def ray_blocks(address: str) -> BlockMaker:
     ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         if makes_maps(store.bundle):
             raise ConfigError(
-                f"{store.bundle.path}: makes maps, whose masks are written where they are made; run it without --ray"
+                f"{store.bundle.path}: makes maps, whose masks the worker itself writes; run it without --ray"
             )
         with joined(address) as ray:
             data: Any = require("ray.data", extra="fleet")
@@ -58,7 +58,7 @@ def ray_blocks(address: str) -> BlockMaker:
             began = time.perf_counter()
             done = data.from_items(items, override_num_blocks=len(items)).map(
                 _Worker,
-                # In a list: else every start of a worker would wait for it as an argument.
+                # Wrapped in a list; as a direct argument, every worker start would wait for it.
                 fn_constructor_args=([packed], store.identity),
                 num_cpus=each,
                 compute=data.ActorPoolStrategy(size=workers),
@@ -78,7 +78,7 @@ def ray_blocks(address: str) -> BlockMaker:
 
 
 class _Worker:
-    """Holds the engine, and screens blocks with every core it finds."""
+    """A worker that holds the engine and screens blocks with all cores of its machine."""
 
     def __init__(self, packed: list[Any], identity: dict[str, Any]) -> None:
         import ray
@@ -89,9 +89,9 @@ class _Worker:
         self.bundle = Bundle.open(path)
         if self.bundle.fingerprint != identity["bundle"]:
             raise BundleError(
-                f"the bundle that arrived is {self.bundle.fingerprint[:12]}, not {identity['bundle'][:12]}"
+                f"the worker received bundle {self.bundle.fingerprint[:12]}, expected {identity['bundle'][:12]}"
             )
-        # The graph inside, in float32: its backend alone may be that of the engine, too.
+        # If they differ, the run uses the bundle's graph in float32, whose backend may equal that of the engine.
         if (self.bundle.backend, self.bundle.precision) != (identity["backend"], identity["precision"]):
             self.bundle = self.bundle.using(identity["backend"])
         self.policy = ScreenPolicy(**identity["policy"])

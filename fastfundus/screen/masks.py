@@ -1,4 +1,4 @@
-"""Masks of bundles that map, such as of vessels: in the frame of the camera, a PNG a photo and label."""
+"""Masks from bundles that produce maps, such as vessels: one PNG per photo and label, in original photo coordinates."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["mask_name", "write_masks"]
 
 
 def mask_name(photo: str, label: str) -> str:
-    """Where the mask of a photo goes, relative to the output folder.
+    """Return the path of a photo's mask, relative to the output folder.
 
-    Names come from outside: one that leads out of the folder is replaced by its hash.
+    Names are untrusted: one that is unsafe, such as one that leads out of the folder, is replaced by its hash.
     """
     parts = PurePosixPath(photo).parts
     if photo.startswith("/") or ".." in parts or "\\" in photo or "\0" in photo or len(photo.encode()) > 200:
@@ -30,15 +30,16 @@ def mask_name(photo: str, label: str) -> str:
 
 
 def write_masks(photo: ScreenedPhoto, bundle: Bundle, output: Path) -> dict[str, Any]:
-    """Write the masks of one photo: 255 where the probability reaches the bundle's threshold, else 0.
+    """Write the masks of one photo: 255 where the probability reaches the bundle's threshold, 0 elsewhere.
 
     Args:
-        photo: scored, with maps [L, S, S].
-        bundle: gives the thresholds.
-        output: the folder of the results.
+        photo: a scored photo with maps [L, S, S].
+        bundle: provides the thresholds.
+        output: results folder.
 
     Returns:
-        Columns of its row: `mask_<label>`, the file, and `share_<label>`, the share of the window's pixels, 0 to 1.
+        Columns of the photo's row: `mask_<label>`, the file, and `share_<label>`, the share of the window's pixels
+        that reach the threshold, 0 to 1.
 
     Raises:
         OSError: a mask cannot be written.

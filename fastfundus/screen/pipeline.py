@@ -1,10 +1,10 @@
-"""Read, decode, batch and infer at once: bounded, in order, exactly one result an input.
+"""The screening pipeline: concurrent reading, decoding, batching and inference, with exactly one result per input.
 
-    readers ─▶ decoders ─▶ batches ─▶ engine (a thread of its own) ─▶ rows, in the order of the inputs
+    readers ─▶ decoders ─▶ batches ─▶ engine (own thread) ─▶ rows, in input order
 
-The window of photos under way is bounded, so memory does not grow with the number of inputs. Batches never reach
-beyond a block of inputs: a run that goes on after a kill makes the same batches, and so the same bits, as one that was
-not killed.
+The number of photos in flight is bounded, so memory does not grow with the number of inputs. Batches never cross the
+boundary of a block of inputs, so a resumed run forms the same batches, and produces the same bits, as an uninterrupted
+one.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ __all__ = ["BATCH", "BLOCK", "ScreenedPhoto", "Timing", "judged", "screen_photos
 
 BATCH = 16
 BLOCK = 512
-"""Inputs whose rows are kept together: what a kill can cost, and what no batch reaches beyond."""
+"""Inputs whose rows are stored together: a crash loses at most one block, and no batch crosses its boundary."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScreenedPhoto:
-    """One input's result."""
+    """The result of one input."""
 
     source: SourcePhoto
     prepared: PreparedPhoto
     status: Status
-    """As prepared, or `failed`: the engine could not score it."""
+    """The status from preparation, or `failed` if the engine could not score the photo."""
     reason: str
     answer: NDArray[np.float32] | None
-    """Probabilities [L] by label of the bundle, or maps [L, S, S]; None unless the status is `ok`."""
+    """Probabilities [L] or maps [L, S, S], by label of the bundle; None unless the status is `ok`."""
     decision: str | None
-    """By the policy for `ok`, "retake" for `ungradable`, else None."""
+    """The policy's decision for `ok`, "retake" for `ungradable`, otherwise None."""
 
 
 @dataclass(slots=True)
 class Timing:
-    """Where the time went, in seconds."""
+    """Time spent in each stage, in seconds."""
 
     wall: float = 0.0
-    """Of the whole run, from the first photo."""
+    """Wall time of the whole run, from the first photo."""
     read: float = 0.0
-    """Waiting for storage, summed over threads."""
+    """Time waiting for storage, summed over threads."""
     decode: float = 0.0
-    """Decoding and cropping, summed over threads."""
+    """Time decoding and cropping, summed over threads."""
     engine: float = 0.0
-    """The engine at work."""
+    """Time in the engine."""
     cpu: float = 0.0
-    """Processor time of this process during the run."""
+    """CPU time of this process during the run."""
     photos: int = 0
     workers: int = 0
-    """Decoding threads."""
+    """Number of decoding threads."""
     readers: int = 0
     engines: int = 1
 
@@ -77,12 +77,12 @@ class Timing:
 
     @property
     def cores_busy(self) -> float:
-        """Cores kept busy on average."""
+        """Average number of busy cores."""
         return self.cpu / self.wall if self.wall else 0.0
 
     @property
     def busy(self) -> dict[str, float]:
-        """Share of the time, 0 to 1, that each stage was at work."""
+        """Utilisation of each stage, 0 to 1."""
         wall = self.wall or 1.0
         return {
             "reading": self.read / wall / max(self.readers, 1),
@@ -92,7 +92,7 @@ class Timing:
 
     @property
     def limit(self) -> str:
-        """The busiest stage: a faster one would make the run faster."""
+        """The busiest stage, which limits the throughput of the run."""
         return max(self.busy.items(), key=lambda entry: entry[1])[0]
 
 
@@ -109,27 +109,27 @@ def screen_photos(
     """Screen photos, in order.
 
     Args:
-        photos: the inputs; batches end with every `BLOCK` of them.
-        bundle: what to screen them with.
-        timing: filled while the rows are taken.
-        policy: how to decide; None takes the plain one.
-        engine: the bundle's, loaded, and left open; None loads it.
-        batch_size: photos an engine call.
-        hang_s: seconds after which a photo that cannot be read or decoded is given up.
+        photos: the inputs; a batch ends after every `BLOCK` of them.
+        bundle: the bundle to screen them with.
+        timing: updated as the results are consumed.
+        policy: the decision policy; None uses the default policy.
+        engine: the bundle's engine, already loaded; it is left open. None loads it.
+        batch_size: photos per engine call.
+        hang_s: timeout in seconds after which reading or decoding a photo is abandoned.
 
     Raises:
-        BundleError: the engine cannot score anything any more.
-        FastFundusError: storage hangs.
+        BundleError: the engine fails on everything.
+        FastFundusError: the storage hangs.
     """
     policy = policy or ScreenPolicy()
     keep_memory()
-    cv2.setNumThreads(1)  # one decoding thread a core already
+    cv2.setNumThreads(1)  # there is already one decoding thread per core
     loaded = engine or bundle.load()
     crew = Crew(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = crew.decoders, crew.readers
     began, began_cpu = time.perf_counter(), time.process_time()
     scorer = Scorer.of(loaded)
-    # The engine has a thread of its own: here the next batch is gathered meanwhile.
+    # The engine runs in its own thread while this one collects the next batch.
     thread = ThreadPoolExecutor(1, "engine")
 
     def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
@@ -163,13 +163,13 @@ def screen_photos(
                 ready += prepared.status is Status.OK
                 group.append((slot.source, prepared))
                 taken += 1
-                # Nothing but faulty files must not grow without bound either: a block ends every group.
+                # The end of a block ends every group, so that a series of unusable files does not grow without bound.
                 if taken % BLOCK == 0:
                     break
                 if (source := next(inputs, None)) is not None:
                     waiting.append(crew.begin(source))
             under_way.append(_Group(group, begin_scoring(group)))
-            # One batch is at work while the next is gathered.
+            # One batch is in the engine while the next is collected.
             if len(under_way) > 1:
                 yield from give()
         while under_way:
@@ -200,17 +200,17 @@ def judged(
     bundle: Bundle,
     policy: ScreenPolicy,
 ) -> ScreenedPhoto:
-    """Make a result of what became of a photo and what the engine said of it.
+    """Make the result of a photo from its preparation and the engine's answer.
 
     Args:
         source: the input.
-        prepared: the photo.
-        answer: the engine's, or why there is none; None where it was not asked.
-        bundle: gives labels and thresholds.
-        policy: decides.
+        prepared: the prepared photo.
+        answer: the engine's answer, or the reason why there is none; None if the photo was not given to the engine.
+        bundle: provides labels and thresholds.
+        policy: makes the decision.
     """
     if isinstance(answer, str):
-        reason = f"the engine failed on it ({answer}); screen it again"
+        reason = f"the engine failed on this photo ({answer}); screen it again"
         return ScreenedPhoto(source, prepared, Status.FAILED, reason, None, None)
     decision = RETAKE if prepared.status is Status.UNGRADABLE else None
     if answer is not None and answer.ndim == 1:

@@ -1,4 +1,4 @@
-"""What a programme decides from probabilities: for a photo, an eye, a patient. Standard library only."""
+"""Decision policy of a screening programme for photos, eyes and patients. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ __all__ = ["DECISIONS", "NEGATIVE", "NOT_SCREENED", "POSITIVE", "RETAKE", "UNCER
 
 POSITIVE, UNCERTAIN, RETAKE, NOT_SCREENED, NEGATIVE = "positive", "uncertain", "retake", "not screened", "negative"
 DECISIONS = (NEGATIVE, NOT_SCREENED, RETAKE, UNCERTAIN, POSITIVE)
-"""From best to worst: of several eyes, a patient has the worst."""
+"""Decisions from best to worst; a patient gets the worst of their eyes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScreenPolicy:
-    """The rules of a programme. Thresholds are the bundle's, and are locked there.
+    """The decision rules of a screening programme. Thresholds belong to the bundle and are locked there.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of range.
     """
 
     abstain: float = 0.0
-    """Photos whose probability lies closer than this to the threshold of a finding, and above none clearly, are
-    `uncertain`: somebody reads them. 0 to 0.5; 0 decides every photo."""
+    """Half-width of the uncertain band around each threshold, 0 to 0.5. A photo with a probability within the band of a
+    finding, and none above a band, is `uncertain` and left to a human reader; 0 decides every photo."""
     least_images: int = 1
-    """Scored photos that an eye needs before it can be negative."""
+    """Minimum number of scored photos for an eye to be negative."""
     unusable: Literal["block", "ignore"] = "block"
-    """"block": an eye with a photo that is ungradable, or could not be screened, is never negative. "ignore": such
-    photos do not count, as long as enough others do."""
+    """Treatment of photos that are ungradable or could not be screened. "block": an eye with such a photo is never
+    negative. "ignore": such photos do not count, as long as the eye has enough scored photos."""
     both_eyes: bool = False
-    """A patient without a photo of the left or of the right eye is never negative."""
+    """If True, a patient without a photo of each eye is never negative."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.abstain <= 0.5:
-            raise ConfigError(f"abstain {self.abstain} is a distance of probabilities: 0 to 0.5")
+            raise ConfigError(f"abstain {self.abstain}: must be a distance between probabilities, 0 to 0.5")
         if self.least_images < 1:
-            raise ConfigError(f"least_images {self.least_images}: an eye needs one photo at least")
+            raise ConfigError(f"least_images {self.least_images}: an eye needs at least one photo")
         if self.unusable not in ("block", "ignore"):
-            raise ConfigError(f"unusable {self.unusable!r}: block or ignore")
+            raise ConfigError(f"unusable {self.unusable!r}: must be block or ignore")
 
     def decide(self, found: Mapping[str, float], thresholds: Mapping[str, float]) -> str | None:
-        """Decide about one scored photo.
+        """Return the decision for one scored photo.
 
         Args:
-            found: probability by finding.
-            thresholds: reached at or above, by finding.
+            found: probability of each finding.
+            thresholds: threshold of each finding, reached at or above its value.
 
         Returns:
-            "positive", "uncertain" or "negative"; None for a bundle without findings.
+            "positive", "uncertain" or "negative"; None if the bundle has no findings.
         """
         if not found:
             return None
@@ -60,5 +60,5 @@ class ScreenPolicy:
         return UNCERTAIN if any(value > threshold - self.abstain for value, threshold in around) else NEGATIVE
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
+        """Return the policy as JSON data."""
         return asdict(self)

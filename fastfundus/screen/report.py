@@ -1,4 +1,4 @@
-"""The screening report: one HTML file that needs nothing else, neither network nor folder."""
+"""The screening report: a self-contained HTML file that needs neither network access nor other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MOST_ROWS = 20
 
 
 def _histogram(scores: NDArray[np.float64], threshold: float, label: str, abstain: float) -> str:
-    """Scores as an SVG picture, counts on a square-root axis so that few positives stay visible."""
+    """Return an SVG histogram of scores, with counts on a square-root axis so that rare positives stay visible."""
 
     def draw(plots: Sequence[Any]) -> None:
         axes = plots[0]
@@ -72,18 +72,18 @@ def write_report(
     source: str,
     finished: datetime,
 ) -> None:
-    """Write the report.
+    """Write the screening report.
 
     Args:
-        path: the HTML file, in the folder of the results.
+        path: the HTML file to write, in the results folder.
         results: one row per input.
-        bundle: what they were screened with.
-        policy: how it was decided.
-        timing: of the sitting that finished the run.
-        paths: by name of each input, its file: some are shown.
-        notes: what was noticed about the inputs.
-        source: what was screened, in words.
-        finished: when.
+        bundle: the bundle they were screened with.
+        policy: the policy that made the decisions.
+        timing: timing of the session that finished the run.
+        paths: file of each input, by its name; some of them are shown.
+        notes: notes on the inputs, such as files that vanished.
+        source: description of what was screened.
+        finished: time at which the run finished.
     """
     decided = [] if makes_maps(bundle) else list(bundle.findings or bundle.labels)
     scored = results.filter(pl.col("status") == Status.OK.value)
@@ -127,7 +127,7 @@ def write_report(
 
 
 def _rolled(results: pl.DataFrame, policy: ScreenPolicy) -> list[tuple[str, int, dict[str, int]]]:
-    """Of photos, eyes and patients: how many, and how many of each decision."""
+    """Return the number of photos, eyes and patients, in total and by decision."""
     eyes = eye_table(results, policy)
     tables = [
         ("photos", results.with_columns(pl.col("decision").fill_null("not screened"))),
@@ -142,7 +142,7 @@ def _rolled(results: pl.DataFrame, policy: ScreenPolicy) -> list[tuple[str, int,
 
 
 def _drifts(results: pl.DataFrame, scored: pl.DataFrame, bundle: Bundle) -> list[Drift]:
-    """Scores and quality against those of the photos that the model was made from, where the bundle knows them."""
+    """Compare scores and quality with the reference in the bundle, if it has one."""
     reference = bundle.about.get("reference") or {"scores": {}, "quality": None}
     found = [
         drift_of(f"probability of {name}", scored[f"p_{name}"].to_numpy(), told)
@@ -153,7 +153,7 @@ def _drifts(results: pl.DataFrame, scored: pl.DataFrame, bundle: Bundle) -> list
 
 
 def _drift_picture(drifts: Sequence[Drift]) -> str:
-    """The shares of each tenth of the reference, as an SVG picture."""
+    """Return an SVG plot of the share of photos in each decile of the reference."""
     shown = [*drifts[: _MOST_HISTOGRAMS - 1], *drifts[_MOST_HISTOGRAMS - 1 :][-1:]]
 
     def draw(plots: Sequence[Any]) -> None:
@@ -168,7 +168,7 @@ def _drift_picture(drifts: Sequence[Drift]) -> str:
 
 
 def _cameras(results: pl.DataFrame) -> list[dict[str, Any]]:
-    """What became of the photos of each camera; nothing where no camera is known."""
+    """Return counts and median quality by camera; empty if no camera is known."""
     if results["camera"].null_count() == len(results):
         return []
     status = pl.col("status")
@@ -188,6 +188,6 @@ def _cameras(results: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _counted(table: pl.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
-    """How often each combination occurs, the most frequent first."""
+    """Count each combination of values, most frequent first."""
     counted = table.group_by(*columns, maintain_order=True).agg(pl.len().alias("_count"))
     return counted.sort("_count", descending=True, maintain_order=True).head(_MOST_ROWS).rows()

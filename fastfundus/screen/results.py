@@ -1,4 +1,4 @@
-"""One row an input: its columns, and the tables of eyes and patients made from them."""
+"""The results table, with one row per input, and the eye and patient tables derived from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAMES = dict(enumerate(DECISIONS))
 
 
 def makes_maps(bundle: Bundle) -> bool:
-    """Whether a bundle gives maps, such as of vessels, and no decision."""
+    """Return whether a bundle produces maps, such as vessel maps, instead of decisions."""
     return bool(bundle.about["output"] == "maps")
 
 
 def results_schema(bundle: Bundle) -> dict[str, Any]:
-    """Columns of the results, and their types."""
+    """Return the columns of the results and their types."""
     if makes_maps(bundle):
         scores: dict[str, Any] = {f"mask_{label}": pl.String for label in bundle.labels}
         scores |= {f"share_{label}": pl.Float64 for label in bundle.labels}
@@ -46,12 +46,12 @@ def results_schema(bundle: Bundle) -> dict[str, Any]:
 
 
 def result_row(photo: ScreenedPhoto, bundle: Bundle, masks: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One row of the results.
+    """Return one row of the results.
 
     Args:
-        photo: the result.
-        bundle: what it was screened with.
-        masks: columns of a bundle that maps, from `masks.write_masks`.
+        photo: the result of one photo.
+        bundle: the bundle it was screened with.
+        masks: mask columns from `masks.write_masks`, for bundles that produce maps.
     """
     patient, _, eye = identity(photo.source, photo.prepared.facts)
     row: dict[str, Any] = dict.fromkeys(results_schema(bundle))
@@ -73,12 +73,12 @@ def result_row(photo: ScreenedPhoto, bundle: Bundle, masks: dict[str, Any] | Non
 
 
 def results_table(rows: Iterable[dict[str, Any]], bundle: Bundle) -> pl.DataFrame:
-    """Rows as a table with fixed column types."""
+    """Return rows as a table with fixed column types."""
     return pl.DataFrame(list(rows), schema=results_schema(bundle), orient="row")
 
 
 def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
-    """Roll photos up to eyes, in the order of their first photo; photos of an unknown eye are an eye of their own.
+    """Aggregate photos to eyes, in the order of their first photo. Photos of an unknown eye form an eye of their own.
 
     Columns: patient, eye, photos, scored, quality (of the best photo), the highest of each probability, decision, why.
     """
@@ -99,10 +99,10 @@ def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
     )
     scored, photos, retake = pl.col("scored"), pl.col("photos"), pl.col("retake")
     enough = scored >= policy.least_images
-    lacking = pl.format("{} of the {} photos that are needed", scored, pl.lit(policy.least_images))
+    lacking = pl.format("{} of the {} required photos", scored, pl.lit(policy.least_images))
     blocks = policy.unusable == "block"
     rules: list[tuple[pl.Expr, str | None, pl.Expr | None]] = [
-        # By bundles that map, or have no finding.
+        # For bundles that produce maps or have no findings.
         (pl.col("undecided") > 0, None, None),
         (pl.col("positive") > 0, POSITIVE, None),
         (pl.col("uncertain") > 0, UNCERTAIN, pl.lit("a probability is close to its threshold")),
@@ -120,7 +120,7 @@ def eye_table(results: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
 
 
 def patient_table(eyes: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
-    """Roll eyes up to patients: the worst eye counts, and every patient has a row.
+    """Aggregate eyes to patients. A patient gets the decision of their worst eye; every patient has a row.
 
     Columns: patient, photos, scored, eyes, the highest of each probability, decision, why.
     """
@@ -139,11 +139,11 @@ def patient_table(eyes: pl.DataFrame, policy: ScreenPolicy) -> pl.DataFrame:
         )
     )
     if policy.both_eyes:
-        # Photos of an unknown eye may be of either: they do not tell that both were seen.
+        # Photos of an unknown eye may show either eye, so they do not prove that both were photographed.
         missing = (
             pl.when(pl.col("eyes") == "L").then(pl.lit("no photo of the right eye"))
             .when(pl.col("eyes") == "R").then(pl.lit("no photo of the left eye"))
-            .when(pl.col("eyes") == "").then(pl.lit("of no photo is it known which eye it shows"))
+            .when(pl.col("eyes") == "").then(pl.lit("the eye is not known for any photo"))
         )  # fmt: skip
         torn = (pl.col("decision") == NEGATIVE) & missing.is_not_null()
         patients = patients.with_columns(

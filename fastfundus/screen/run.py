@@ -1,4 +1,4 @@
-"""One screening run: sources and a bundle in, a folder of results out; killed anywhere, it goes on."""
+"""A screening run: takes sources and a bundle, writes a results folder, and can be resumed after a crash."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from fastfundus.screen.store import Store, stamp
 __all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "row_of", "rows_of", "screen_to_folder"]
 
 Progress = Callable[[int, int, Timing], None]
-"""Called with how many rows are done, those of an earlier sitting included, how many there will be, and the timing."""
+"""Called with the number of finished rows, including those of earlier sessions, the total number and the timing."""
 BlockMaker = Callable[[Store, Sequence[int], Timing, Callable[[int], None]], Iterator[tuple[int, list[dict[str, Any]]]]]
-"""Makes the rows of the blocks it is given the numbers of, in any order, filling the timing; it says how many rows more
-are done as it goes."""
+"""Makes the rows of the blocks with the given numbers, in any order. It updates the timing and calls its last argument
+with the number of newly finished rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScreeningRun:
-    """What a run left."""
+    """Outcome of a screening run."""
 
     results: pl.DataFrame
     """One row per input."""
     timing: Timing
-    """Of this sitting."""
+    """Timing of this session."""
     report: Path
     resumed: int = 0
-    """Rows of an earlier sitting."""
+    """Number of rows from earlier sessions."""
     notes: list[str] = field(default_factory=list)
-    """What became of the inputs meanwhile: appeared, vanished, changed."""
+    """Inputs that appeared, vanished or changed during the run."""
 
 
 def screen_to_folder(
@@ -65,26 +65,27 @@ def screen_to_folder(
     """Screen every photo of a listing and write results, report and audit log.
 
     Args:
-        listing: the inputs; a run that is resumed keeps those that it began with.
-        bundle: what to screen them with; one that maps writes masks.
-        output: a folder; made if absent.
-        sources: what the user named.
-        policy: how to decide; None takes the plain one.
-        resume: go on with a run of the same sources, bundle and policy; begin if there is none.
+        listing: the inputs; a resumed run keeps its original inputs.
+        bundle: the bundle to screen them with; one that produces maps also writes masks.
+        output: results folder; created if it does not exist.
+        sources: the paths given by the user.
+        policy: the decision policy; None uses the default policy.
+        resume: resume a run of the same sources, bundle and policy; start one if there is none.
         overwrite: replace the results of an earlier run in `output`.
-        make_blocks: screens; None does it here.
-        decode: what it decodes with, if that makes a difference to the results: "cpu" or "dali".
+        make_blocks: screens the blocks; None screens them on this machine.
+        decode: the decoder, if it affects the results: "cpu" or "dali".
         on_progress: see `Progress`.
 
     Raises:
-        ConfigError: `output` holds other results, or a run with other settings, or masks would land among the photos.
-        DataError: `output` cannot be written to, or another process is at work on it.
+        ConfigError: `output` contains other results or a run with other settings, or masks would be written among the
+            photos.
+        DataError: `output` cannot be written to, or another process is using it.
         BundleError: the engine fails on everything.
     """
     policy = policy or ScreenPolicy()
     if makes_maps(bundle) and any(output.resolve().is_relative_to(source.resolve()) for source in sources):
         raise ConfigError(
-            f"{output}: lies in the folder of the photos, and its masks would become photos; choose another"
+            f"{output}: is inside the folder of the photos, so its masks would be taken for photos; choose another"
         )
     began = False
     try:
@@ -99,15 +100,15 @@ def screen_to_folder(
             began = True
             return _run(store, listing, sources, make_blocks or local_blocks, on_progress)
     except OSError as error:
-        # Photos that cannot be read have rows; what is left is the output.
-        step = "what is done is kept: see to it, then go on with --resume" if began else "choose another --output"
+        # Photos that cannot be read are reported in rows, so the error comes from the output.
+        step = "finished rows are kept: fix the cause, then add --resume" if began else "choose another --output"
         raise DataError(f"cannot be written to ({error.strerror or error}); {step}", path=output) from error
 
 
 def local_blocks(
     store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Screen blocks on this machine; see `BlockMaker`."""
+    """Screen blocks on this machine. See `BlockMaker`."""
     rows, blocks = [], iter(missing)
     number = next(blocks)
     photos = [photo for block in missing for photo in store.inputs_of(block)]
@@ -128,22 +129,22 @@ def rows_of(
     engine: Engine | None = None,
     output: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Screen photos to rows of the results, in order; as `screen_photos`.
+    """Screen photos and yield rows of the results, in order. See `screen_photos`.
 
     Args:
         photos: the inputs.
-        bundle: what to screen them with.
-        policy: how to decide.
-        timing: filled while the rows are taken.
-        engine: the bundle's, loaded, and left open; None loads it.
-        output: where a bundle that maps writes its masks.
+        bundle: the bundle to screen them with.
+        policy: the decision policy.
+        timing: updated as the rows are consumed.
+        engine: the bundle's engine, already loaded; it is left open. None loads it.
+        output: folder for the masks of a bundle that produces maps; None writes no masks.
     """
     for photo in screen_photos(photos, bundle, timing, policy=policy, engine=engine):
         yield row_of(photo, bundle, output)
 
 
 def row_of(photo: ScreenedPhoto, bundle: Bundle, output: Path | None) -> dict[str, Any]:
-    """A row of the results; what a bundle maps is written as masks into `output`."""
+    """Return a row of the results, and write the masks of a bundle that produces maps to `output`."""
     masks = write_masks(photo, bundle, output) if output is not None and makes_maps(bundle) else None
     return result_row(photo, bundle, masks)
 
@@ -173,7 +174,7 @@ def _run(
                 _catch_up(audit, store)
         left = [block for block in range(store.blocks) if not store.has(block)]
         if left:
-            raise FastFundusError(f"{store.output}: {len(left)} blocks have no rows; go on with --resume")
+            raise FastFundusError(f"{store.output}: {len(left)} blocks have no rows; add --resume to continue")
         results = store.merge()
         assert len(results) == total
         notes = _changes(store, sources)
@@ -192,7 +193,7 @@ def _run(
 
 
 def _about(store: Store, listing: SourceList) -> dict[str, Any]:
-    """What the log must hold for anyone to decide again."""
+    """Return what the log must contain for its decisions to be reproducible."""
     bundle = store.bundle
     return {
         **store.identity,
@@ -204,7 +205,7 @@ def _about(store: Store, listing: SourceList) -> dict[str, Any]:
 
 
 def _catch_up(audit: AuditLog, store: Store) -> None:
-    """Log the rows that are safe, in the order of the inputs; what a kill kept from the log follows when it goes on."""
+    """Log stored rows in input order, including those that an interrupted session stored but did not log."""
     while (block := audit.rows // BLOCK) < store.blocks and store.has(block) and audit.rows < len(store.photos):
         for row in store.rows_of(block)[audit.rows - block * BLOCK :]:
             audit.write("photo", **{name: value for name, value in row.items() if name != "bundle"})
@@ -212,7 +213,7 @@ def _catch_up(audit: AuditLog, store: Store) -> None:
 
 
 def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
-    """What became of the inputs since the run began, in words."""
+    """Return notes on the inputs that vanished, changed or appeared since the run began."""
     vanished: list[str] = []
     changed: list[str] = []
     for photo, before in zip(store.photos, store.stamps(), strict=True):
@@ -223,10 +224,10 @@ def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
     try:
         appeared = [photo.name for photo in list_photos(sources, adapter="folder").photos if photo.path not in known]
     except FastFundusError:
-        appeared = []  # the sources themselves are gone: their photos are among those that vanished
+        appeared = []  # the sources themselves are gone: their photos are counted as vanished
     kinds = [
-        (vanished, "vanished during the run: what was not read before has a row that says so"),
-        (changed, "changed during the run: the hash in a row is that of what was screened"),
+        (vanished, "vanished during the run: those not read before have a row with the reason"),
+        (changed, "changed during the run: the hash in a row is that of the screened file"),
         (appeared, "appeared during the run and were not screened: screen them into another folder"),
     ]
     return [

@@ -1,11 +1,11 @@
-"""The folder of a screening: what makes it survive a kill, go on with the same bytes, and refuse to be mixed up.
+"""The results folder of a screening run: crash-safe, resumable with identical bytes, protected against mixing runs.
 
-run.json                  what is screened with what; "finished" once everything below is there
-results.parquet, .csv     a row an input, in the order of the listing; a row group a block
-eyes.csv, patients.csv    rolled up
+run.json                  identity of the run; "finished" is set once everything below is complete
+results.parquet, .csv     one row per input, in the order of the listing; one row group per block
+eyes.csv, patients.csv    results aggregated by eye and by patient
 audit.jsonl               see `audit`
-masks/                    of bundles that map
-progress/                 while it runs: the list of inputs, and a file a block of finished rows
+masks/                    masks of bundles that produce maps
+progress/                 during the run: the list of inputs, and one file of finished rows per block
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastfundus.screen.results import eye_table, patient_table, results_table
 __all__ = ["FILES", "Store", "parquet_bytes", "stamp"]
 
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
-"""What a finished folder holds, beside masks."""
+"""Files of a finished results folder, besides masks."""
 _FOLDERS = ("progress", "masks")
 _TOLD: dict[str, Any] = {
     "name": pl.String, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String, "camera": pl.String,
@@ -45,7 +45,7 @@ _INPUTS = {**_TOLD, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns of a file; (-1, -1) where there is none."""
+    """Return the size in bytes and the modification time in ns of a file, or (-1, -1) if it does not exist."""
     try:
         facts = path.stat()
     except OSError:
@@ -54,7 +54,7 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file so that after a kill, or a power cut, it is whole or not there."""
+    """Write a file atomically and durably: after a crash or power failure it is complete or absent."""
     with replaced(path) as partial, partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -67,21 +67,21 @@ def _put(path: Path, data: bytes) -> None:
 
 
 class Store:
-    """One output folder, new or taken up again. Whoever opens it must hold its lock.
+    """A new or resumed output folder. The caller must hold its lock.
 
     Args:
-        output: the folder; made if absent.
-        listing: the inputs as they are now.
-        sources: what the user named.
-        bundle: what they are screened with.
-        policy: how it is decided.
-        decode: what decodes: "cpu" or "dali", whose grey levels differ a little.
-        resume: go on with a run that was not finished.
-        overwrite: throw away what an earlier run left.
+        output: the folder; created if it does not exist.
+        listing: the current inputs.
+        sources: the paths given by the user.
+        bundle: the bundle that screens them.
+        policy: the policy that makes the decisions.
+        decode: the decoder: "cpu" or "dali", whose grey levels differ slightly.
+        resume: resume an unfinished run.
+        overwrite: delete the output of an earlier run.
 
     Raises:
-        ConfigError: the folder holds another run, or one that is not to be touched unasked.
-        DataError: what an earlier run left cannot be read.
+        ConfigError: the folder contains a different run, or one that needs `resume` or `overwrite`.
+        DataError: the files of an earlier run cannot be read.
         OSError: the folder cannot be written to.
     """
 
@@ -137,14 +137,14 @@ class Store:
             told = json.loads(path.read_text(encoding="utf-8"))
             return {"identity": told["identity"], "finished": told["finished"]}
         except (ValueError, KeyError, TypeError):
-            raise DataError("is not what a screening wrote; choose another --output", path=path) from None
+            raise DataError("was not written by a screening run; choose another --output", path=path) from None
 
     def _same_as(self, earlier: dict[str, Any]) -> None:
         for name, value in self.identity.items():
             if earlier.get(name) != value:
                 raise ConfigError(
-                    f"{self.output}: was begun with another {name} ({earlier.get(name)}, now {value}); go on with what "
-                    "it was begun with, or choose another --output"
+                    f"{self.output}: was started with another {name} ({earlier.get(name)}, now {value}); resume with "
+                    "the original settings, or choose another --output"
                 )
 
     def _make_room(self, earlier: dict[str, Any] | None, overwrite: bool) -> None:
@@ -154,10 +154,10 @@ class Store:
         if not overwrite:
             if earlier is not None and earlier["finished"] is None:
                 raise ConfigError(
-                    f"{self.output}: holds an unfinished run; go on with --resume, or begin anew with --overwrite"
+                    f"{self.output} contains an unfinished run; add --resume to continue it, or --overwrite to restart"
                 )
-            raise ConfigError(f"{self.output}: holds {kept[0]} already; add --overwrite, or choose another --output")
-        # run.json goes last: until then it tells whose files these are.
+            raise ConfigError(f"{self.output} already contains {kept[0]}; add --overwrite, or choose another --output")
+        # Remove run.json last: until then it identifies the files as those of a run.
         for name in sorted(kept, key="run.json".__eq__):
             path = self.output / name
             if path.is_dir():
@@ -171,36 +171,36 @@ class Store:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the inputs make."""
+        """Number of blocks of inputs."""
         return -(-len(self.photos) // BLOCK)
 
     def inputs_of(self, block: int) -> list[SourcePhoto]:
-        """The inputs of a block."""
+        """Return the inputs of a block."""
         return self.photos[block * BLOCK : (block + 1) * BLOCK]
 
     def has(self, block: int) -> bool:
-        """Whether the rows of a block are safe."""
+        """Return whether the rows of a block are stored."""
         return self._file(block).is_file()
 
     def add(self, block: int, rows: list[dict[str, Any]]) -> None:
-        """Make the rows of a block safe."""
+        """Store the rows of a block durably."""
         assert [row["path"] for row in rows] == [photo.name for photo in self.inputs_of(block)]
         _put(self._file(block), parquet_bytes(results_table(rows, self.bundle)))
 
     def rows_of(self, block: int) -> list[dict[str, Any]]:
-        """The rows of a block that is safe."""
+        """Return the rows of a stored block."""
         return pl.read_parquet(self._file(block)).to_dicts()
 
     def _file(self, block: int) -> Path:
         return self._blocks / f"{block:08d}.parquet"
 
     def stamps(self) -> Iterator[tuple[int, int]]:
-        """What `stamp` said of each input before the first was read."""
+        """Yield the `stamp` of each input, recorded before the first one was read."""
         columns = ["bytes", "mtime_ns"]
         yield from pl.read_parquet(self.output / "progress" / "inputs.parquet", columns=columns).iter_rows()
 
     def merge(self) -> pl.DataFrame:
-        """Make the results of all blocks, and the tables of eyes and patients."""
+        """Write the results of all blocks and the eye and patient tables, and return the results."""
         files = [self._file(block) for block in range(self.blocks)]
         schema = pq.read_schema(files[0])
         with (
@@ -220,26 +220,26 @@ class Store:
         return results
 
     def finish(self) -> None:
-        """Say that everything is there, and take the progress away."""
+        """Mark the run as finished and remove its progress folder."""
         self._note(datetime.now(UTC).isoformat(timespec="seconds"))
         shutil.rmtree(self.output / "progress", ignore_errors=True)
 
     def results(self) -> pl.DataFrame:
-        """The results of a finished run."""
+        """Return the results of a finished run."""
         return pl.read_parquet(self.output / "results.parquet")
 
 
 def parquet_bytes(table: pl.DataFrame) -> bytes:
-    """A table as the bytes of a Parquet file."""
+    """Return a table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     table.write_parquet(buffer)
     return buffer.getvalue()
 
 
 def _pack(photos: list[SourcePhoto]) -> bytes:
-    # By column: rows of a million inputs would be a gigabyte for a moment.
+    # Build columns: row dictionaries of a million inputs would temporarily take a gigabyte.
     columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _TOLD}
-    # File names are bytes, and need not be UTF-8.
+    # File names are bytes and not necessarily UTF-8.
     columns["path"] = [os.fsencode(photo.path) for photo in photos]
     stamps = [stamp(photo.path) for photo in photos]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]

@@ -1,8 +1,8 @@
-"""A bundle as a model repository of NVIDIA Triton Inference Server: preparing, the engine, and both as an ensemble.
+"""Export of a bundle as a model repository for NVIDIA Triton Inference Server.
 
-<name>/            the ensemble: pictures as bytes in, probabilities named by label out
-<name>_prepare/    Python backend: `triton_step`, the code of `fastfundus screen`
-<name>_engine/     the engine in the server's own backend, with dynamic batching and warm-up
+<name>/            the ensemble of both steps: takes image files as bytes, returns probabilities named by label
+<name>_prepare/    preprocessing in the Python backend: `triton_step`, the code of `fastfundus screen`
+<name>_engine/     the engine in a native backend of the server, with dynamic batching and warm-up
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ __all__ = ["export_repository"]
 
 _MOST_AT_ONCE = 64
 _DELAY_US = 2000
-"""How long a request may wait for others: less than a photo takes to be prepared."""
+"""Maximum batching delay in microseconds; shorter than the preparation of a photo."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Serving:
-    """How the server runs a bundle."""
+    """Settings with which the server runs a bundle."""
 
     backend: str
     files: dict[str, str]
-    """From the bundle's name to the server's."""
+    """Names of the files in the repository, by their names in the bundle."""
     kind: str
     batches: tuple[int, ...]
     parameters: dict[str, str]
 
 
 def export_repository(bundle: Bundle, output: Path, *, name: str = "fundus") -> tuple[Path, ...]:
-    """Write the three models of a bundle.
+    """Write the three models of a bundle to a model repository.
 
     Args:
-        bundle: of openvino, onnxruntime or tensorrt.
-        output: the model repository; may hold other models.
-        name: of the ensemble.
+        bundle: a bundle for openvino, onnxruntime or tensorrt.
+        output: the model repository; may contain other models.
+        name: name of the ensemble.
 
     Returns:
         The folders of the models, the ensemble first.
 
     Raises:
-        BundleError: the server has no backend for it.
-        ConfigError: the name cannot be a model's, or a model of it is there already.
+        BundleError: the server has no backend for the bundle.
+        ConfigError: the name is not a valid model name, or a model of this name already exists.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise ConfigError(f"name {name!r} cannot be a model's; letters, digits, '_', '-' and '.' can")
+        raise ConfigError(f"name {name!r} is not a valid model name; use letters, digits, '_', '-' and '.'")
     serving = _serving(bundle)
     folders = tuple(output / part for part in (name, f"{name}_prepare", f"{name}_engine"))
     for folder in folders:
         if folder.exists():
-            raise ConfigError(f"{folder}: is there already; choose another --name, or remove it")
+            raise ConfigError(f"{folder} already exists; choose another --name, or remove it")
     ensemble, prepare, engine = (folder.with_name(f".{folder.name}.partial") for folder in folders)
     try:
         for folder in (ensemble, prepare, engine):
@@ -66,7 +66,7 @@ def export_repository(bundle: Bundle, output: Path, *, name: str = "fundus") -> 
         _write_prepare(prepare, f"{name}_prepare", bundle)
         _write_engine(engine, f"{name}_engine", bundle, serving)
         _write_ensemble(ensemble, name, bundle, serving)
-        # The ensemble last: a server that watches the folder then finds its steps.
+        # Rename the ensemble last, so that a server polling the repository finds its steps.
         for partial, folder in reversed(list(zip((ensemble, prepare, engine), folders, strict=True))):
             partial.rename(folder)
     finally:
@@ -81,7 +81,7 @@ def _serving(bundle: Bundle) -> _Serving:
         return graph
     if bundle.backend == "openvino":
         if bundle.precision == "fp32":
-            # The server's OpenVINO may round to bfloat16 and has no setting against it; the graph is the same model.
+            # The server's OpenVINO may round to bfloat16 and has no setting to prevent it; the graph is the same model.
             return graph
         parameters = {"PERFORMANCE_HINT": "THROUGHPUT"} | ({"HINT_BF16": "YES"} if bundle.precision == "bf16" else {})
         files = {"engine.xml": "model.xml", "engine.bin": "model.bin"}
@@ -89,14 +89,14 @@ def _serving(bundle: Bundle) -> _Serving:
     if bundle.backend == "tensorrt":
         if bundle.about["weights"] is not None:
             raise BundleError(
-                f"{bundle.path}: its weights are put in when it is loaded, which the server does not do; build it "
+                f"{bundle.path}: its weights are inserted when it is loaded, which the server does not do; build it "
                 "without --weightless"
             )
         batches = tuple(bundle.about["batches"])
         return _Serving("tensorrt", {bundle.about["engine"]: "model.plan"}, "KIND_GPU", batches, {})
     raise BundleError(
         f"{bundle.path}: Triton Inference Server runs openvino, onnxruntime and tensorrt, this is {bundle.backend}; "
-        "build it with one of these"
+        "build the bundle with one of these"
     )
 
 
@@ -111,7 +111,7 @@ def _write_prepare(folder: Path, name: str, bundle: Bundle) -> None:
             "max_batch_size": _MOST_AT_ONCE,
             "input": [{"name": "picture", "data_type": _Word("TYPE_STRING"), "dims": [1]}],
             "output": [_photos(bundle)],
-            # Decoding holds no lock and takes a core for each: as many as a small server has.
+            # Decoding holds no lock and keeps one core busy per instance; small servers have four.
             "instance_group": [{"count": 4, "kind": _Word("KIND_CPU")}],
             "parameters": _parameters({"spec_fingerprint": bundle.spec.fingerprint}),
         },
@@ -149,7 +149,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
 
 def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in bundle.labels))
-    # The server wants a folder for the version, and version control keeps no empty ones.
+    # The server needs a version folder, and version control does not keep empty ones.
     (folder / "1" / "README").write_text("An ensemble has no files of its own.\n")
     steps = [
         {
@@ -206,7 +206,7 @@ def _parameters(values: dict[str, str]) -> list[dict[str, Any]]:
 
 
 class _Word(str):
-    """A name of the schema, written without quotes."""
+    """An identifier of the schema, written without quotes."""
 
 
 def _write(folder: Path, config: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def _write(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _lines(config: dict[str, Any]) -> list[str]:
-    """Protocol buffers' text format."""
+    """Return the lines of a configuration in the Protocol Buffers text format."""
     lines = []
     for key, value in config.items():
         for entry in value if isinstance(value, list) else [value]:
@@ -223,7 +223,7 @@ def _lines(config: dict[str, Any]) -> list[str]:
             elif isinstance(entry, bool):
                 lines.append(f"{key}: {'true' if entry else 'false'}")
             elif isinstance(entry, str) and not isinstance(entry, _Word):
-                # JSON's escapes are among those of the format.
+                # The text format accepts all JSON escapes.
                 lines.append(f"{key}: {json.dumps(entry)}")
             else:
                 lines.append(f"{key}: {entry}")

@@ -1,7 +1,7 @@
-"""NVIDIA Triton Inference Server's first step: bytes of a picture to what the engine takes.
+"""Preprocessing step for NVIDIA Triton Inference Server: converts image files to the input of the engine.
 
-Copied into model repositories as it is, and run there by the server's Python backend, whose environment must have
-FastFundus installed: photos are prepared by the code that prepared those the model learned from.
+This file is copied unchanged into model repositories, where the server's Python backend runs it. FastFundus must be
+installed in the backend's environment, so that photos are prepared by the same code as those the model was trained on.
 """
 
 import json
@@ -16,13 +16,13 @@ from fastfundus.spec import PreprocessSpec
 
 
 class TritonPythonModel:
-    """Pictures BYTES [N, 1] in any format that `fastfundus screen` reads, to photos uint8 [N, S, S, 3].
+    """Converts image files, BYTES [N, 1] in any format that `fastfundus screen` reads, to photos uint8 [N, S, S, 3].
 
-    A picture that cannot be scored fails its request, with its status and reason: the engine never sees it.
+    A photo that cannot be scored fails its request with its status and reason and is never passed to the engine.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the spec beside this file, and refuse one that means something else in this installation."""
+        """Read `spec.json` next to this file, and reject it if this installation interprets it differently."""
         config = json.loads(args["model_config"])
         stored = json.loads((Path(__file__).parent / "spec.json").read_text())
         self.spec = PreprocessSpec.from_dict(stored)
@@ -30,18 +30,18 @@ class TritonPythonModel:
         if self.spec.fingerprint != wanted:
             raise pb_utils.TritonModelException(
                 f"the spec's fingerprint is {self.spec.fingerprint}, the engine was built for {wanted}; install the "
-                "FastFundus that exported this repository"
+                "FastFundus version that exported this repository"
             )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request by itself."""
+        """Answer each request independently."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
         photos = []
         for data in pb_utils.get_input_tensor_by_name(request, "picture").as_numpy().reshape(-1):
             prepared = prepare_bytes(data, self.spec)
-            # Ungradable photos have an image too, but no score that anyone should act on.
+            # Ungradable photos have an image too, but their score would not be reliable.
             if prepared.status != "ok" or prepared.image is None:
                 error = pb_utils.TritonError(f"{prepared.status}: {prepared.reason}")
                 return pb_utils.InferenceResponse(error=error)

@@ -1,1 +1,1 @@
-"""Screening over HTTP: photos in, decisions out. No torch; needs the extra `serve`."""
+"""HTTP server for screening photos. Does not import torch; requires the extra `serve`."""

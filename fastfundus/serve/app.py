@@ -1,4 +1,4 @@
-"""The HTTP interface: POST photos, health, metrics, and a page to drop photos on."""
+"""The HTTP application: screening by POST, health, metrics, and a web page for uploading photos."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PAGE = {
     "/page.css": ("page.css", "text/css"),
 }
 _HEADERS = {
-    # The page needs nothing but itself, and nobody may frame it.
+    # The page loads nothing from other hosts and must not be framed.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -45,20 +45,20 @@ _HEADERS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one server takes."""
+    """Limits of one server."""
 
     most_bytes: int = 64 << 20
-    """Of a request's body."""
+    """Maximum size of a request body, in bytes."""
     most_s: float = 60.0
-    """From the first byte of a request to its answer."""
+    """Timeout of a request in seconds, from its first byte to the response."""
     most_waiting: int = 128
-    """Photos under way at once."""
+    """Maximum number of photos in progress at once."""
     hang_s: float = 20.0
-    """A photo that takes longer to decode is given up."""
+    """Timeout for decoding a photo, in seconds."""
 
 
 class PhotoResult(BaseModel):
-    """What became of one photo: the columns of results.csv."""
+    """Result of one photo, with the columns of results.csv."""
 
     file: str
     sha256: str | None
@@ -74,7 +74,7 @@ class PhotoResult(BaseModel):
 
 
 class ScreenResponse(BaseModel):
-    """Answer to one request: a result a photo, in the order they were sent."""
+    """Response to a request: one result per photo, in the order they were sent."""
 
     bundle: str
     thresholds: dict[str, float]
@@ -90,15 +90,15 @@ def create_app(
     token: str | None = None,
     hosts: list[str] | None = None,
 ) -> FastAPI:
-    """Make the application; its engine is loaded when the server starts.
+    """Create the application. Its engine is loaded when the server starts.
 
     Args:
-        bundle: what to screen with.
-        policy: how to decide; None takes the plain one.
-        limits: what it takes.
-        token: what requests must bring as `Authorization: Bearer ...`; None asks for none.
-        hosts: names it may be asked by; None takes any. Keeps web pages elsewhere from reaching a server on loopback
-            through a name of theirs.
+        bundle: the bundle to screen with.
+        policy: the decision policy; None uses the default policy.
+        limits: limits of the server; None uses the defaults.
+        token: token that requests must send as `Authorization: Bearer ...`; None requires none.
+        hosts: accepted names in the Host header; None accepts any. Prevents web pages of other origins from reaching a
+            server on loopback through a host name of their own (DNS rebinding).
     """
     limits, metrics = limits or Limits(), Metrics(bundle)
     state: dict[str, Service] = {}
@@ -117,7 +117,7 @@ def create_app(
         finally:
             service.close()
 
-    # The pages that explain the interface would be loaded from elsewhere.
+    # The generated API documentation pages would load scripts from other hosts.
     app = FastAPI(title="FastFundus", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
@@ -128,7 +128,7 @@ def create_app(
         open_to_all = request.url.path in (*_PAGE, "/healthz")
         if token is not None and not open_to_all and not _has_token(request, token):
             response: Response = JSONResponse(
-                {"detail": "a token is needed: Authorization: Bearer ..."}, 401, {"WWW-Authenticate": "Bearer"}
+                {"detail": "a token is required: Authorization: Bearer ..."}, 401, {"WWW-Authenticate": "Bearer"}
             )
         else:
             response = await proceed(request)
@@ -139,21 +139,21 @@ def create_app(
 
     @app.post("/v1/screen")
     async def screen(request: Request, pictures: bool = False) -> ScreenResponse:
-        """Screen photos: multipart/form-data with up to 32 files, or one photo as the body.
+        """Screen photos sent as multipart/form-data with up to 32 files, or one photo sent as the body.
 
-        `pictures` adds the crop that was scored and a heatmap, as data URLs.
+        With `pictures`, results include the scored crop and a heatmap as data URLs.
         """
         service = state["service"]
         try:
             async with asyncio.timeout(limits.most_s):
                 photos = await read_photos(request, limits.most_bytes)
-                # All or none: a request that is half refused would lose photos.
+                # Accept all photos of a request or none: a partial refusal would lose photos.
                 if service.under_way + len(photos) > limits.most_waiting:
-                    raise Busy(f"{service.under_way} photos are under way, at most {limits.most_waiting} are taken")
+                    raise Busy(f"{service.under_way} photos are in progress, at most {limits.most_waiting} allowed")
                 screened = await asyncio.gather(*[service.screen(name, data) for name, data in photos])
                 results = [await _result(service, photo, pictures) for photo in screened]
         except TimeoutError:
-            raise HTTPException(504, f"not done in {limits.most_s:g} s", headers={"Connection": "close"}) from None
+            raise HTTPException(504, f"not done within {limits.most_s:g} s", headers={"Connection": "close"}) from None
         except Busy as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from None
         except FastFundusError as error:
@@ -168,7 +168,7 @@ def create_app(
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
-        """Whether photos can be answered."""
+        """Return whether the server can screen photos."""
         service = state["service"]
         told = {"status": service.fault or "ok", "version": __version__, "bundle": bundle.fingerprint}
         told |= {"backend": bundle.backend, "precision": bundle.precision}
@@ -176,7 +176,7 @@ def create_app(
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
-        """What photos are screened with."""
+        """Return the bundle that screens photos, its thresholds, and the limits."""
         return {
             "version": __version__,
             "bundle": bundle.fingerprint,
@@ -188,7 +188,7 @@ def create_app(
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        """Counts and times, as Prometheus reads them."""
+        """Return metrics in the Prometheus text format."""
         return Response(metrics.text(state["service"]), media_type=metrics.media_type)
 
     for path, (name, kind) in _PAGE.items():
@@ -199,7 +199,7 @@ def create_app(
 
 def _has_token(request: Request, token: str) -> bool:
     kind, _, given = request.headers.get("authorization", "").partition(" ")
-    # In constant time: how long it takes tells nothing of the token.
+    # Compare in constant time, so that the duration reveals nothing about the token.
     return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
 
 

@@ -1,4 +1,4 @@
-"""Request bodies: bounded in size, kept in memory (photos of patients touch no disk), refused where malformed."""
+"""Parsing of request bodies, bounded in size and kept in memory: photos of patients are never written to disk."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 __all__ = ["MOST_FILES", "read_photos"]
 
 MOST_FILES = 32
-"""Photos a request."""
+"""Maximum number of photos per request."""
 _RAW = ("image/", "application/dicom", "application/octet-stream")
 
 
 async def read_photos(request: Request, most_bytes: int) -> list[tuple[str, bytes]]:
-    """Names and bytes of the photos of a request.
+    """Return the names and contents of the photos in a request.
 
     Args:
         request: multipart/form-data with files, or one photo as the body, named by the header `Content-Disposition`.
-        most_bytes: of the whole body.
+        most_bytes: maximum size of the whole body.
 
     Raises:
-        HTTPException: 413 too large, 415 something else, 400 malformed or empty.
+        HTTPException: 413 if the body is too large, 415 if its type is not accepted, 400 if it is malformed or empty.
     """
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most_bytes:
@@ -52,7 +52,7 @@ async def _parts(request: Request, most_bytes: int) -> list[tuple[str, bytes]]:
     except MultiPartException as error:
         raise HTTPException(400, f"malformed multipart/form-data: {error.message}") from None
     except (KeyError, ValueError, AssertionError, UnicodeError) as error:
-        # What the parser makes of headers that no client sends.
+        # Errors of the parser for headers that no regular client sends.
         raise HTTPException(400, f"malformed multipart/form-data ({type(error).__name__})") from None
     photos = []
     for _, part in form.multi_items():
@@ -60,17 +60,17 @@ async def _parts(request: Request, most_bytes: int) -> list[tuple[str, bytes]]:
             photos.append((part.filename or "photo", await part.read()))
     await form.close()
     if not photos:
-        raise HTTPException(400, "the form holds no file; send photos as files, under any field name")
+        raise HTTPException(400, "the form contains no file; send photos as files, under any field name")
     return photos
 
 
 class _InMemory(MultiPartParser):
-    # Never reached: the body is bounded before.
+    # Never reached, because the body is already bounded.
     spool_max_size = 1 << 62
 
 
 async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body, piece by piece, which must not be trusted to be as long as it says."""
+    """Yield the body in chunks and enforce its maximum size, because its declared length cannot be trusted."""
     total = 0
     async for chunk in request.stream():
         total += len(chunk)
@@ -80,5 +80,5 @@ async def _bounded(request: Request, most_bytes: int) -> AsyncGenerator[bytes, N
 
 
 def _too_large(most_bytes: int) -> HTTPException:
-    # What is left of the body is not read: the connection cannot be used again.
+    # The rest of the body is not read, so the connection cannot be reused.
     return HTTPException(413, f"the body is larger than {most_bytes} bytes", headers={"Connection": "close"})

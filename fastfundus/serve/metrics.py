@@ -1,4 +1,4 @@
-"""Counts and times for Prometheus; nothing that could name a patient."""
+"""Prometheus metrics. They contain nothing that could identify a patient."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ _SIZES = tuple(size for size in (1, 2, 4, 8, 16, 32) if size <= MOST_AT_ONCE)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """Metrics of one server, in their own registry."""
 
     media_type = CONTENT_TYPE_LATEST
 
     def __init__(self, bundle: Bundle) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter("fastfundus_requests", "Requests to screen.", ["code"], registry=registry)
+        self._requests = Counter("fastfundus_requests", "Screening requests.", ["code"], registry=registry)
         self._seconds = Histogram(
-            "fastfundus_request_seconds", "From request to answer.", buckets=_SECONDS, registry=registry
+            "fastfundus_request_seconds", "Duration of screening requests.", buckets=_SECONDS, registry=registry
         )
-        self._photos = Counter("fastfundus_photos", "Photos by what became of them.", ["status"], registry=registry)
-        self._decisions = Counter("fastfundus_decisions", "Decisions.", ["decision"], registry=registry)
+        self._photos = Counter("fastfundus_photos", "Photos by status.", ["status"], registry=registry)
+        self._decisions = Counter("fastfundus_decisions", "Photos by decision.", ["decision"], registry=registry)
         self._batches = Histogram(
-            "fastfundus_batch_photos", "Photos an engine call.", buckets=_SIZES, registry=registry
+            "fastfundus_batch_photos", "Photos per engine call.", buckets=_SIZES, registry=registry
         )
-        self._under_way = Gauge("fastfundus_photos_under_way", "Photos that wait or are at work.", registry=registry)
+        self._under_way = Gauge("fastfundus_photos_under_way", "Photos in progress.", registry=registry)
         about = Gauge(
-            "fastfundus_info", "What answers.", ["version", "bundle", "backend", "precision"], registry=registry
+            "fastfundus_info", "Server version.", ["version", "bundle", "backend", "precision"], registry=registry
         )
         about.labels(__version__, bundle.fingerprint, bundle.backend, bundle.precision).set(1)
 
     def answered(self, code: int, seconds: float) -> None:
-        """Count a request."""
+        """Count a request and its duration in seconds."""
         self._requests.labels(str(code)).inc()
         self._seconds.observe(seconds)
 
     def screened(self, photos: Iterable[ScreenedPhoto]) -> None:
-        """Count photos."""
+        """Count photos by status and decision."""
         for photo in photos:
             self._photos.labels(photo.status.value).inc()
             if photo.decision is not None:
                 self._decisions.labels(photo.decision).inc()
 
     def batch(self, photos: int) -> None:
-        """Count an engine call."""
+        """Count an engine call and its number of photos."""
         self._batches.observe(photos)
 
     def text(self, service: Service) -> bytes:
-        """Everything as Prometheus reads it."""
+        """Return all metrics in the Prometheus text format."""
         self._under_way.set(service.under_way)
         return generate_latest(self._registry)

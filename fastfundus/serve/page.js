@@ -6,7 +6,7 @@ let token = "", waiting = [], working = false;
 const headers = () => (token ? { Authorization: `Bearer ${token}` } : {});
 const say = (text, fault) => { status.textContent = text; status.className = fault ? "fault" : ""; };
 
-// Names and reasons come from outside: text only, never HTML.
+// File names and reasons are untrusted: insert them as text, never as HTML.
 function add(parent, kind, text, className) {
   const element = document.createElement(kind);
   if (text !== undefined) element.textContent = text;
@@ -26,8 +26,8 @@ function show(photo, about) {
   const card = document.createElement("article");
   card.className = "photo";
   const pictures = add(card, "div", undefined, "pictures");
-  picture(pictures, photo.crop, photo.crop ? "as the model sees it" : "no retina to show", `retina of ${photo.file}`);
-  if (photo.heatmap) picture(pictures, photo.heatmap, "where it looks", `heatmap over ${photo.file}`);
+  picture(pictures, photo.crop, photo.crop ? "model input" : "no image available", `retina of ${photo.file}`);
+  if (photo.heatmap) picture(pictures, photo.heatmap, "heatmap", `heatmap over ${photo.file}`);
   const facts = add(card, "div", undefined, "facts");
   add(facts, "h2", photo.file);
   const decision = photo.decision || "not screened";
@@ -69,12 +69,12 @@ async function work() {
   working = true;
   const faults = [];
   let done = 0;
-  // One after the other: results come in the order of the files.
+  // Send one file at a time, so that results appear in the order of the files.
   while (waiting.length) {
-    say(`${done} done, ${waiting.length} to go …`);
+    say(`${done} done, ${waiting.length} remaining …`);
     const file = waiting[0];
     try { await send(file); done += 1; waiting.shift(); } catch (fault) {
-      if (!one("need").hidden && !token) { say("This server asks for a token.", true); working = false; return; }
+      if (!one("need").hidden && !token) { say("This server requires a token.", true); working = false; return; }
       faults.push(fault.message);
       waiting.shift();
     }
@@ -93,4 +93,4 @@ one("form").addEventListener("submit", (event) => { event.preventDefault(); toke
 
 fetch("healthz").then((answer) => answer.json()).then((told) => {
   one("about").textContent = `version ${told.version} · engine ${told.backend} ${told.precision} · bundle ${told.bundle.slice(0, 12)}`;
-}).catch(() => say("The server does not answer.", true));
+}).catch(() => say("The server does not respond.", true));

@@ -1,4 +1,4 @@
-"""The server: bounded in connections and in patience, and when told to stop it answers what it has taken."""
+"""The HTTP server: limits connections and slow clients, and answers all accepted requests before it shuts down."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["LOOPBACK", "make_server", "serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS_S = 10.0
-"""The headers of a request must be here by then: a client that sends a byte now and then holds nothing open."""
+"""Timeout for request headers, in seconds: a client that trickles bytes must not hold a connection open."""
 _IDLE_S = 15
 _MOST_CONNECTIONS = 512
 
 
 class _Impatient(H11Protocol):
-    """HTTP/1.1 that hangs up on clients who do not finish their headers."""
+    """HTTP/1.1 protocol that closes the connection if a client does not finish its headers in time."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -34,7 +34,7 @@ class _Impatient(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        # A request that follows another on the same connection has a deadline of its own.
+        # Each further request on the same connection has its own deadline.
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()
         super().data_received(data)
@@ -61,7 +61,7 @@ class _Impatient(H11Protocol):
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as the wish to stop, which is then done and no failure."""
+        """Handle SIGINT and SIGTERM as requests for a clean shutdown."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -74,13 +74,13 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: Any, limits: Limits, *, host: str, port: int) -> uvicorn.Server:
-    """Make a server that is not started yet.
+    """Create a server without starting it.
 
     Args:
-        app: from `create_app`.
-        limits: those of the app.
+        app: application from `create_app`.
+        limits: limits of the application.
         host: address to listen on.
-        port: 0 takes a free one.
+        port: port to listen on; 0 selects a free one.
     """
     config = uvicorn.Config(
         app, host=host, port=port, http=_Impatient, ws="none", loop="asyncio", lifespan="on", log_level="info",
@@ -91,10 +91,10 @@ def make_server(app: Any, limits: Limits, *, host: str, port: int) -> uvicorn.Se
 
 
 def serve(app: Any, limits: Limits, *, host: str, port: int) -> None:
-    """Serve until told to stop; then take nothing new, and answer what was taken; as `make_server`.
+    """Serve until stopped, then refuse new requests and answer those already accepted. See `make_server`.
 
     Raises:
-        FastFundusError: it could not start.
+        FastFundusError: the server could not start.
     """
     server = make_server(app, limits, host=host, port=port)
     try:

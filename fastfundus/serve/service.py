@@ -1,4 +1,4 @@
-"""What answers requests: decoders ahead of one engine, whose batches are whatever waits."""
+"""The screening service: a decode pool feeds one engine, which batches all photos that are waiting."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from fastfundus.screen.scorer import Answer, Scorer
 __all__ = ["MOST_AT_ONCE", "Busy", "Service"]
 
 MOST_AT_ONCE = 32
-"""Photos an engine call."""
+"""Maximum number of photos per engine call."""
 _LOOK_S = 0.5
 _THUMB_PX = 384
 
 
 class Busy(FastFundusError):
-    """So much is under way that more would only wait; try again soon."""
+    """The maximum number of photos in progress is reached; retry shortly."""
 
 
 @dataclass(slots=True)
@@ -46,17 +46,17 @@ class _Waiting:
 
 
 class Service:
-    """One bundle, ready to answer. Lives on one event loop; `close` ends its threads.
+    """A loaded bundle that screens single photos. Bound to one event loop; `close` ends its threads.
 
     Args:
-        bundle: gives probabilities.
-        policy: how to decide.
-        most_waiting: photos under way at once; more are `Busy`.
-        hang_s: seconds after which a photo that cannot be decoded is given up.
-        on_batch: called with how many photos each engine call has, in a thread of its own.
+        bundle: the bundle to screen with; must produce probabilities.
+        policy: the decision policy.
+        most_waiting: maximum number of photos in progress; more raise `Busy`.
+        hang_s: timeout in seconds for decoding a photo.
+        on_batch: called with the number of photos of each engine call, in the engine's thread.
 
     Raises:
-        ConfigError: the bundle makes maps.
+        ConfigError: the bundle produces maps.
         BundleError: the engine cannot be loaded.
     """
 
@@ -71,14 +71,14 @@ class Service:
     ) -> None:
         if makes_maps(bundle):
             raise ConfigError(
-                f"{bundle.path}: makes maps; serve answers with probabilities: screen photos with it instead"
+                f"{bundle.path}: makes maps, but serve returns probabilities; use the screen command instead"
             )
         keep_memory()
-        cv2.setNumThreads(1)  # one decoding thread a core already
+        cv2.setNumThreads(1)  # there is already one decoding thread per core
         self.bundle, self.policy, self.most_waiting = bundle, policy, most_waiting
         self.under_way = 0
         self.fault = ""
-        """Why nothing can be answered any more; empty while all is well."""
+        """Reason why the service no longer works; empty while it does."""
         self._on_batch = on_batch
         self._engine = bundle.load()
         self._scorer = Scorer.of(self._engine)
@@ -91,20 +91,20 @@ class Service:
         self._thread.start()
 
     async def screen(self, name: str, data: bytes) -> ScreenedPhoto:
-        """Answer one photo.
+        """Screen one photo.
 
         Args:
-            name: as its sender calls it; nothing is opened by it.
-            data: a picture file.
+            name: file name given by the client; never used to open a file.
+            data: contents of the image file.
 
         Raises:
-            Busy: too much is under way.
-            FastFundusError: decoders or engine do not work any more; see `fault`.
+            Busy: too many photos are in progress.
+            FastFundusError: the decoders or the engine no longer work; see `fault`.
         """
         if self.fault:
             raise FastFundusError(self.fault)
         if self.under_way >= self.most_waiting:
-            raise Busy(f"{self.under_way} photos are under way, at most {self.most_waiting} are taken; try again soon")
+            raise Busy(f"{self.under_way} photos are in progress, at most {self.most_waiting} allowed; retry shortly")
         self.under_way += 1
         try:
             source = SourcePhoto(Path("/dev/null"), name, name)
@@ -133,12 +133,12 @@ class Service:
         return slot.prepared
 
     async def pictures(self, photo: ScreenedPhoto) -> dict[str, str | None]:
-        """What a page shows of a photo: the crop, and where the network looks, as data URLs, where there are such."""
+        """Return the crop and the heatmap of a photo as data URLs; None where there is none."""
         image = photo.prepared.image
         if image is None:
             return {"crop": None, "heatmap": None}
         shown: dict[str, str | None] = {"crop": await asyncio.to_thread(thumbnail, image, _THUMB_PX), "heatmap": None}
-        # Where the network looks on a photo that it finds nothing on would only mislead.
+        # A heatmap of a negative photo would only mislead.
         if photo.answer is not None and photo.decision != NEGATIVE and Heatmapper.available(self.bundle):
             shown["heatmap"] = await asyncio.to_thread(self._heatmap, image, photo.answer)
         return shown
@@ -153,7 +153,7 @@ class Service:
         return thumbnail(with_heat(image, heat), _THUMB_PX)
 
     def row(self, photo: ScreenedPhoto) -> dict[str, Any]:
-        """A result as plain data for JSON, in the terms of `results.csv`."""
+        """Return a result as JSON data, with the values of `results.csv`."""
         answer = photo.answer
         return {
             "file": photo.source.name,
@@ -170,19 +170,19 @@ class Service:
         }
 
     def close(self) -> None:
-        """End the threads and free the engine; what waits is not answered."""
+        """Stop the threads and free the engine. Waiting photos are not answered."""
         self._queue.put(None)
         self._thread.join()
         self._crew.close()
         self._engine.close()
 
     def _tell(self, what: Any, *arguments: Any) -> None:
-        """Have the event loop call something, unless it is over."""
+        """Schedule a call on the event loop, unless the loop is closed."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(what, *arguments)
 
     def _work(self) -> None:
-        """Score whatever waits, as one batch, again and again: the busier, the larger."""
+        """Repeatedly score all waiting photos as one batch; batches grow with the load."""
         while (first := self._queue.get()) is not None:
             batch = [first]
             while len(batch) < MOST_AT_ONCE:
@@ -205,6 +205,6 @@ class Service:
 
 
 def _set(future: asyncio.Future[Answer], answer: Answer) -> None:
-    # Whoever asked may have gone.
+    # The client may have disconnected.
     if not future.done():
         future.set_result(answer)

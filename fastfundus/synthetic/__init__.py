@@ -1,6 +1,6 @@
-"""Draws believable fundus photographs whose truth is known: labels, field circle, vessels, disc, cup and lesions.
+"""Realistic synthetic fundus photographs with known ground truth: labels, field, vessels, disc, cup and lesions.
 
-For demonstrations, tests and benchmarks. Nothing here is evidence about real eyes.
+For demonstrations, tests and benchmarks. Results on these photos are not evidence about real eyes.
 
     from fastfundus.synthetic import draw_photo, write_dataset
 

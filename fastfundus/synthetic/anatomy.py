@@ -1,8 +1,8 @@
-"""One eye's anatomy in field units: where disc and fovea lie, what colour the retina has, how its vessels run.
+"""The anatomy of one eye in field units: positions of disc and fovea, colour of the retina, and course of its vessels.
 
-Field units: the retinal field is a circle of radius 1 around (0, 0); x points right and y down in the photo.
-Proportions follow a 45 degree photo: the disc is about a seventh of the field wide, and the fovea lies two and a half
-disc diameters to its temporal side, a little lower.
+In field units, the retinal field is a circle of radius 1 around (0, 0); x points right and y down in the photo.
+Proportions follow a 45 degree photo: the disc is about a seventh of the field wide, and the fovea is two and a half
+disc diameters to its temporal side, slightly lower.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ __all__ = ["Eye", "Vessels", "draw_eye", "grow_vessels"]
 
 @dataclass(frozen=True, slots=True)
 class Eye:
-    """One eye seen through one camera position, in field units."""
+    """One eye seen from one camera position, in field units."""
 
     nasal: float
-    """+1 when the nose lies to the right of the photo (a right eye), -1 for a left eye."""
+    """+1 if the nose is on the right of the photo (right eye), -1 for a left eye."""
     disc: NDArray[np.float64]
-    """[2] centre of the optic disc."""
+    """[2], centre of the optic disc."""
     disc_radii: NDArray[np.float64]
-    """[2] horizontal and vertical radius of the disc."""
+    """[2], horizontal and vertical radius of the disc."""
     fovea: NDArray[np.float64]
-    """[2] centre of the fovea."""
+    """[2], centre of the fovea."""
     colour: NDArray[np.float64]
-    """[3] RGB reflectance of the retina, 0 to 1."""
+    """[3], RGB reflectance of the retina, 0 to 1."""
     pigment: float
-    """0 (fair: choroid shows through) to 1 (dark and even)."""
+    """0 (fair, with visible choroid) to 1 (dark and even)."""
     cup_ratio: float
     """Vertical cup-to-disc ratio."""
     tortuosity: float
-    """How much vessels wriggle, about 1."""
+    """Tortuosity of the vessels, about 1."""
 
 
 def draw_eye(patient_rng: np.random.Generator, photo_rng: np.random.Generator, eye: str) -> Eye:
-    """Draw one eye; what both eyes share comes from the patient's generator.
+    """Draw one eye; properties shared by both eyes come from the patient's generator.
 
     Args:
-        patient_rng: seeded by the patient, in the same state for both eyes.
-        photo_rng: seeded by the photo.
+        patient_rng: Generator seeded by the patient, in the same state for both eyes.
+        photo_rng: Generator seeded by the photo.
         eye: "L" or "R".
     """
     pigment = patient_rng.uniform()
@@ -52,7 +52,7 @@ def draw_eye(patient_rng: np.random.Generator, photo_rng: np.random.Generator, e
     tone = patient_rng.normal(0, 1, 3)
 
     nasal = 1.0 if eye == "R" else -1.0
-    # The camera aims between fovea (share 0) and disc (share 1).
+    # The camera aims between the fovea (share 0) and the disc (share 1).
     aim = photo_rng.uniform(-0.05, 0.55)
     disc_from_fovea = np.array([nasal * photo_rng.normal(0.69, 0.03), photo_rng.normal(-0.07, 0.03)])
     fovea = -aim * disc_from_fovea + photo_rng.normal(0, 0.03, 2)
@@ -74,19 +74,20 @@ def draw_eye(patient_rng: np.random.Generator, photo_rng: np.random.Generator, e
 
 @dataclass(frozen=True, slots=True)
 class Vessels:
-    """A vessel tree as straight pieces, in field units."""
+    """A vessel tree as straight segments, in field units."""
 
     start: NDArray[np.float64]
     """[K, 2]"""
     end: NDArray[np.float64]
     """[K, 2]"""
     width: NDArray[np.float64]
-    """[K] full width."""
+    """[K], full width."""
     vein: NDArray[np.bool_]
     """[K]"""
 
 
-# The eight trunks: turn from straight up, towards the temporal side (positive) or the nose (negative), and kind.
+# The trunks: angle from straight up, towards the temporal side (positive) or the nose (negative); direction, up or
+# down; vein or artery; and width.
 _TRUNK_ANGLES = np.radians([12, 34, 12, 34, -38, -60, -38, -60, -88])
 _TRUNK_UP = np.array([1, 1, -1, -1, 1, 1, -1, -1, 1])
 _TRUNK_VEIN = np.array([False, True, False, True, True, False, True, False, True])
@@ -96,10 +97,10 @@ _MOST_TIPS = 260
 
 
 def grow_vessels(eye: Eye, rng: np.random.Generator) -> Vessels:
-    """Grow arteries and veins from the disc, all tips at once.
+    """Grow arteries and veins from the disc, advancing all tips in parallel.
 
-    Temporal trunks follow an ellipse around the fovea (the arcades), nasal ones run outward; tips branch, taper and
-    stop at the edge of the field or before the foveal avascular zone.
+    Temporal trunks follow an ellipse around the fovea (the arcades), nasal ones run outward. Tips branch, taper, and
+    stop at the edge of the field or outside the foveal avascular zone.
     """
     trunks = len(_TRUNK_UP)
     temporal = -eye.nasal
@@ -108,7 +109,7 @@ def grow_vessels(eye: Eye, rng: np.random.Generator) -> Vessels:
     position = eye.disc + rng.normal(0, 0.012, (trunks, 2)) + 0.02 * heading
     width = _TRUNK_WIDTH * rng.uniform(0.85, 1.12, trunks)
     vein = _TRUNK_VEIN.copy()
-    # Arcades are followed by the four temporal trunks only; branches wander.
+    # Only the four temporal trunks follow the arcades; branches wander.
     arcade = np.arange(trunks) < 4
     curl = rng.normal(0, 0.3, trunks)
     up = _TRUNK_UP.astype(float)
@@ -120,7 +121,7 @@ def grow_vessels(eye: Eye, rng: np.random.Generator) -> Vessels:
             break
         from_fovea = position - eye.fovea
         scaled = from_fovea / arch
-        # Tangent of the ellipse through this point, running from the disc over (or under) the fovea.
+        # Tangent of the ellipse through this point, running from the disc above (or below) the fovea.
         tangent = np.stack([scaled[:, 1] * arch[0], -scaled[:, 0] * arch[1]], axis=1) * (temporal * -up)[:, None]
         tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-9
         inward = -from_fovea / (np.linalg.norm(from_fovea, axis=1, keepdims=True) + 1e-9)

@@ -1,7 +1,7 @@
-"""Draws one photo: reflectance of the retina, blood on it, light through a camera, and the truth beside it.
+"""Drawing of one photo: reflectance of the retina, blood, camera optics, and the ground truth.
 
-The image is kept as three float32 planes, because OpenCV's arithmetic on a plane runs at memory speed; everything
-smooth is computed on a grid an eighth as fine and enlarged.
+The image is kept as three float32 planes, because OpenCV's arithmetic on a plane runs at memory speed. Smooth
+components are computed on a grid eight times coarser and enlarged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastfundus.synthetic.pathology import DISEASED_CUP_RATIO, LESIONS, Canvas, 
 __all__ = ["SyntheticPhoto", "draw_photo"]
 
 _COARSE = 8
-# How much of R, G and B blood takes away where it covers the retina; haemoglobin absorbs green most.
+# Share of R, G and B that blood absorbs where it covers the retina; haemoglobin absorbs green most.
 _BLOOD = (0.34, 0.68, 0.56)
 _ARTERY = 0.72
 _SPOT_COLOURS = {"exudates": (1.02, 0.86, 0.38), "drusen": (0.98, 0.74, 0.42)}
@@ -31,14 +31,14 @@ _SPOT_OPACITY = {"exudates": 0.88, "drusen": 0.52}
 
 @dataclass(frozen=True, slots=True)
 class SyntheticPhoto:
-    """A photo and the truth about it. Masks are uint8 [H, W], 0 or 255."""
+    """A photo and its ground truth. Masks are uint8 [H, W], 0 or 255."""
 
     image: NDArray[np.uint8]
-    """[H, W, 3] RGB."""
+    """uint8 [H, W, 3] RGB."""
     eye: str
     """"L" or "R"."""
     lesions: tuple[str, ...]
-    """Kinds present, in the order of `LESIONS`; none means normal."""
+    """Lesions present, in the order of `LESIONS`; empty means normal."""
     quality: str
     """One of `QUALITIES`."""
     camera: str
@@ -50,7 +50,7 @@ class SyntheticPhoto:
 
     @property
     def abnormal(self) -> int:
-        """1 when any lesion is present, else 0."""
+        """1 if any lesion is present, else 0."""
         return int(bool(self.lesions))
 
 
@@ -67,16 +67,16 @@ def draw_photo(
     """Draw one fundus photograph.
 
     Args:
-        seed: of everything about this photo; equal arguments give equal bytes.
-        patient_seed: of what the eyes of one patient share; defaults to `seed`.
+        seed: Seed of everything specific to this photo; equal arguments give identical bytes.
+        patient_seed: Seed of everything that the eyes of one patient share; defaults to `seed`.
         eye: "L" or "R".
-        lesions: kinds from `LESIONS`; empty draws a normal eye.
-        camera: one of `CAMERAS`, or your own.
-        quality: one of `QUALITIES`.
-        long_side: width of the frame in pixels, 64 to 8192.
+        lesions: Lesions from `LESIONS`; empty draws a normal eye.
+        camera: One of `CAMERAS`, or a custom camera.
+        quality: One of `QUALITIES`.
+        long_side: Width of the frame in pixels, 64 to 8192.
 
     Raises:
-        ConfigError: an argument is not one of the above.
+        ConfigError: An argument is outside its allowed values.
     """
     for name, value, allowed in [("eye", eye, ("L", "R")), ("quality", quality, QUALITIES)]:
         if value not in allowed:
@@ -123,7 +123,7 @@ def draw_photo(
 
 
 def _coarse_grid(canvas: Canvas) -> tuple[Plane, Plane]:
-    """Field positions at the centres of coarse cells, so that enlarging puts them back in place."""
+    """Return field positions at the centres of coarse cells, so that enlarging restores their positions."""
     rows, columns = -(-canvas.height // _COARSE), -(-canvas.width // _COARSE)
     x_px = (np.arange(columns, dtype=np.float32) + 0.5) * canvas.width / columns
     y_px = (np.arange(rows, dtype=np.float32) + 0.5) * canvas.height / rows
@@ -136,7 +136,10 @@ def _enlarge(plane: Plane, canvas: Canvas) -> Plane:
 
 
 def _clouds(shape: tuple[int, int], cells: list[int], rng: np.random.Generator) -> Plane:
-    """Smooth noise of unit size: octaves of random grids, `cells` across, enlarged and summed."""
+    """Return smooth noise whose first octave has unit variance.
+
+    It is the sum of enlarged random grids, `cells` across.
+    """
     total = np.zeros(shape, np.float32)
     for index, count in enumerate(cells):
         grid = rng.standard_normal((count, count), dtype=np.float32)
@@ -145,11 +148,11 @@ def _clouds(shape: tuple[int, int], cells: list[int], rng: np.random.Generator) 
 
 
 def _background(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> list[Plane]:
-    """Retina, choroid and macula: three planes of reflectance."""
+    """Draw retina, choroid and macula as three planes of reflectance."""
     x, y = _coarse_grid(canvas)
     fair = 1 - eye.pigment
     mottle = _clouds(x.shape, [5, 9, 17, 33], rng) * np.float32(0.030)
-    # Choroidal vessels show through fair eyes as pale bands: ridges of smooth noise.
+    # Choroidal vessels show through in fair eyes as pale bands, drawn as ridges of smooth noise.
     bands = _clouds(x.shape, [10, 20], rng)
     choroid = np.float32(0.10 * fair**2) * (np.exp(-6 * bands * bands) - np.float32(0.35))
     to_fovea = ((x - eye.fovea[0]) ** 2 + (y - eye.fovea[1]) ** 2).astype(np.float32)
@@ -167,11 +170,11 @@ def _background(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> list[Plan
 def _paint_disc(
     planes: list[Plane], canvas: Canvas, eye: Eye, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Paint rim, cup and a faint dark crescent; return the masks of disc and cup."""
+    """Paint the rim and the cup of the disc; return the masks of disc and cup."""
     disc, cup = canvas.blank(), canvas.blank()
     centre = canvas.points(eye.disc)
     tilt = float(rng.normal(0, 8))
-    # The cup lies a little to the temporal side of the disc's centre.
+    # The cup is slightly to the temporal side of the disc's centre.
     slack = eye.disc_radii * (1 - eye.cup_ratio)
     cup_centre = canvas.points(eye.disc + np.array([-eye.nasal * 0.25 * slack[0], rng.normal(0, 0.1) * slack[1]]))
     for mask, middle, radii in [(disc, centre, eye.disc_radii), (cup, cup_centre, eye.disc_radii * eye.cup_ratio)]:
@@ -186,7 +189,7 @@ def _paint_disc(
 
 
 def _blend(planes: list[Plane], coverage: NDArray[np.uint8], colour: tuple[float, ...], opacity: float) -> None:
-    """Move the covered part of the planes towards a colour, within the box that holds it."""
+    """Blend the covered part of the planes with a colour, within its bounding box."""
     x, y, width, height = cv2.boundingRect(coverage)
     if not width:
         return
@@ -197,10 +200,10 @@ def _blend(planes: list[Plane], coverage: NDArray[np.uint8], colour: tuple[float
 
 
 def _vessel_coverage(canvas: Canvas, vessels: Vessels) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Draw the tree as blood coverage, thin vessels first so that thick ones lie over them.
+    """Draw the vessel tree as blood coverage, thin vessels first so that thick ones cover them.
 
     Returns:
-        Coverage (255 = opaque vein), and the mask of vessels at least a pixel and a half wide.
+        The coverage (255 = opaque vein), and the mask of vessels at least one and a half pixels wide.
     """
     coverage, mask = canvas.blank(), canvas.blank()
     width_px = vessels.width * canvas.radius_px
@@ -211,7 +214,7 @@ def _vessel_coverage(canvas: Canvas, vessels: Vessels) -> tuple[NDArray[np.uint8
             chosen = (thickness == size) & (vessels.vein == is_vein)
             if not chosen.any():
                 continue
-            # A vessel thinner than a pixel darkens that pixel in proportion.
+            # A vessel thinner than a pixel darkens that pixel proportionally.
             opacity = min(1.0, 0.35 + 0.65 * float(width_px[chosen].mean()) / max(6.0, 0.02 * canvas.radius_px))
             level = round(255 * (1.0 if is_vein else _ARTERY) * opacity)
             cv2.polylines(coverage, list(segments[chosen]), False, level, int(size), cv2.LINE_AA, shift=4)
@@ -223,7 +226,11 @@ def _vessel_coverage(canvas: Canvas, vessels: Vessels) -> tuple[NDArray[np.uint8
 def _photograph(
     planes: list[Plane], canvas: Canvas, camera: Camera, quality: str, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Light the retina, cut the field out of the frame, blur, add grain: uint8 RGB, and the visible field, 0 to 255."""
+    """Illuminate the retina, cut the field out of the frame, blur, and add grain.
+
+    Returns:
+        The image, uint8 [H, W, 3] RGB; and the visible field, uint8 [H, W], 0 to 255.
+    """
     x, y = _coarse_grid(canvas)
     light = illumination(x, y, camera, rng)
     blur = camera.blur
@@ -254,7 +261,7 @@ def _photograph(
 
 
 def _cut_field(visible: NDArray[np.uint8], canvas: Canvas, rng: np.random.Generator) -> None:
-    """Hide a crescent, as eyelid, lash or small pupil do: about half of the field goes dark."""
+    """Hide a crescent, as eyelids, lashes or a small pupil do: about half of the field becomes dark."""
     angle = rng.uniform(0, 2 * np.pi)
     away = np.array([np.cos(angle), np.sin(angle)]) * rng.uniform(1.10, 1.30)
     lid = canvas.blank()

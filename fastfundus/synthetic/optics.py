@@ -1,4 +1,4 @@
-"""Cameras and what they do to a retina: frame, field, illumination, colour, blur, noise, and bad photographs."""
+"""Camera models: frame, field, illumination, colour, blur, noise, and poor photo quality."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ __all__ = ["CAMERAS", "QUALITIES", "Camera", "illumination", "place_field", "sen
 Plane = NDArray[np.float32]
 
 QUALITIES = ("good", "blur", "dark", "cut")
-"""Good, or spoilt in one way: out of focus, under-exposed, or with a part of the field missing."""
+"""Good, or poor in one way: out of focus, under-exposed, or with part of the field missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """A camera's frame and look."""
+    """The frame and image properties of a camera."""
 
     name: str
     aspect: float
-    """Width / height of the frame."""
+    """Frame width / frame height."""
     field: float
-    """Field diameter / frame height; above 1, top and bottom are cut off."""
+    """Field diameter / frame height; above 1, the top and bottom of the field are cut off."""
     gain: tuple[float, float, float]
     """RGB gains."""
     blur: float
-    """Gaussian blur in field radii, as a standard deviation."""
+    """Standard deviation of the Gaussian blur, in field radii."""
     noise: float
-    """Sensor noise in grey levels, as a standard deviation."""
+    """Standard deviation of the sensor noise, in grey levels."""
     vignette: float
-    """Loss of light at the rim, 0 to 1."""
+    """Loss of light at the edge of the field, 0 to 1."""
     notch: bool
-    """Whether a notch marks the upper right rim, as some makers do."""
+    """True if a notch marks the upper right edge of the field, as with some makers."""
 
 
 CAMERAS = (
@@ -48,10 +48,10 @@ CAMERAS = (
 
 
 def place_field(camera: Camera, long_side: int, rng: np.random.Generator) -> tuple[int, int, FieldCircle]:
-    """Choose the frame's size and where the field lies in it.
+    """Choose the size of the frame and the position of the field in it.
 
     Returns:
-        Height and width in pixels, and the true circle.
+        Height and width in pixels, and the true field circle.
     """
     width = long_side
     height = round(long_side / camera.aspect)
@@ -62,7 +62,10 @@ def place_field(camera: Camera, long_side: int, rng: np.random.Generator) -> tup
 
 
 def illumination(x: Plane, y: Plane, camera: Camera, rng: np.random.Generator) -> Plane:
-    """Light reaching the sensor at field positions `x`, `y` (same shape): falls off radially, tilted a little."""
+    """Return the light that reaches the sensor at field positions `x`, `y` (same shape).
+
+    It falls off radially, with a slight tilt.
+    """
     tilt = rng.normal(0, 0.10, 2).astype(np.float32)
     exposure = np.float32(rng.uniform(0.86, 1.08))
     r2 = x * x + y * y
@@ -71,10 +74,10 @@ def illumination(x: Plane, y: Plane, camera: Camera, rng: np.random.Generator) -
 
 
 def sensor_noise(height: int, width: int, sigma: float, rng: np.random.Generator) -> list[Plane]:
-    """Three [height, width] planes of grain, in grey levels.
+    """Return three [height, width] planes of grain, in grey levels.
 
-    One strip of random numbers is tiled with a different shift for each plane: the eye cannot tell, and drawing three
-    million normal deviates would take longer than the rest of the photo.
+    One strip of random numbers is tiled with a different shift for each plane. The repetition is invisible, and drawing
+    three million normal deviates would take longer than the rest of the photo.
     """
     rows = min(height, 192)
     strip = rng.standard_normal((rows, width + 96), dtype=np.float32) * np.float32(sigma)

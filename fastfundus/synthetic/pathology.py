@@ -1,4 +1,4 @@
-"""Lesions: each kind is a coverage map, 0 to 1, that the drawing lays over the retina."""
+"""Lesions, each drawn as a coverage map that is blended over the retina."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastfundus.synthetic.anatomy import Eye
 __all__ = ["DISEASED_CUP_RATIO", "LESIONS", "Canvas", "draw_lesions"]
 
 LESIONS = ("exudates", "haemorrhages", "drusen", "cupping")
-"""What makes an eye abnormal. Cupping enlarges the cup of the disc; the others are spots on the retina."""
+"""Lesions that make an eye abnormal. Cupping enlarges the cup of the disc; the others are spots on the retina."""
 
 DISEASED_CUP_RATIO = (0.72, 0.88)
 """Range of the vertical cup-to-disc ratio of an eye with cupping; healthy eyes stay below 0.53."""
@@ -22,7 +22,7 @@ DISEASED_CUP_RATIO = (0.72, 0.88)
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """Maps field units to pixels of a [height, width] frame."""
+    """A mapping from field units to the pixels of a [height, width] frame."""
 
     height: int
     width: int
@@ -31,20 +31,20 @@ class Canvas:
     radius_px: float
 
     def points(self, positions: NDArray[np.float64]) -> NDArray[np.int32]:
-        """Pixel coordinates in sixteenths, as OpenCV's drawing takes them with ``shift=4``.
+        """Return pixel coordinates in sixteenths, as OpenCV's drawing functions expect with ``shift=4``.
 
-        OpenCV counts from pixel centres, field circles from pixel corners: hence the half pixel.
+        OpenCV counts from pixel centres and field circles from pixel corners, hence the half-pixel offset.
         """
         pixels = positions * self.radius_px + np.array([self.x_px - 0.5, self.y_px - 0.5])
         return np.round(pixels * 16).astype(np.int32)
 
     def blank(self) -> NDArray[np.uint8]:
-        """An empty coverage map."""
+        """Return an empty coverage map."""
         return np.zeros((self.height, self.width), np.uint8)
 
 
 def _blob(centre: NDArray[np.float64], size: float, rng: np.random.Generator, roughness: float) -> NDArray[np.float64]:
-    """Outline of an irregular spot, [14, 2] in field units."""
+    """Return the outline of an irregular spot, [14, 2] in field units."""
     angles = np.linspace(0, 2 * np.pi, 14, endpoint=False)
     stretch = rng.uniform(0.6, 1.0)
     turn = rng.uniform(0, np.pi)
@@ -63,10 +63,10 @@ def _fill(
     roughness: float,
     softness: float,
 ) -> NDArray[np.uint8]:
-    """Fill spots; `softness` blurs their rim, in field units."""
+    """Draw filled spots; `softness` is the blur of their edges, in field units."""
     coverage = canvas.blank()
     for centre, size in zip(centres, sizes, strict=True):
-        # At least a pixel and a half across: a lesion that vanished would make the label a lie.
+        # At least one and a half pixels across: an invisible lesion would falsify the label.
         size = max(size, 0.75 / canvas.radius_px)
         outline = canvas.points(_blob(centre, size, rng, roughness))
         cv2.fillPoly(coverage, [outline], 255, cv2.LINE_AA, shift=4)
@@ -79,7 +79,7 @@ def _around(centre: NDArray[np.float64], spread: float, count: int, rng: np.rand
 
 
 def _exudates(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Sharp yellow deposits: clusters and broken rings in the posterior pole."""
+    """Draw sharp yellow deposits: clusters and broken rings in the posterior pole."""
     centres = []
     for _ in range(rng.integers(2, 5)):
         middle = eye.fovea + rng.normal(0, 0.22, 2)
@@ -95,7 +95,7 @@ def _exudates(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> NDArray[np.
 
 
 def _haemorrhages(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Dark red dots and blots all over, and a few large ones."""
+    """Draw dark red dots and blots across the retina, and a few large ones."""
     dots = eye.fovea + rng.normal(0, 0.38, (int(rng.integers(18, 46)), 2))
     blots = eye.fovea + rng.normal(0, 0.34, (int(rng.integers(4, 11)), 2))
     spots = np.concatenate([dots, blots])
@@ -104,7 +104,7 @@ def _haemorrhages(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> NDArray
 
 
 def _drusen(canvas: Canvas, eye: Eye, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Soft pale spots crowding the macula."""
+    """Draw soft pale spots crowding the macula."""
     spots = _around(eye.fovea, 0.13, int(rng.integers(45, 110)), rng)
     sizes = 0.008 + rng.gamma(2.2, 0.0052, len(spots))
     return _fill(canvas, spots, sizes, rng, roughness=0.15, softness=0.005)
@@ -123,6 +123,6 @@ def draw_lesions(
     """Draw the spots of an eye; cupping belongs to the disc and is drawn with it.
 
     Returns:
-        Coverage by kind, uint8 [height, width], 255 = wholly covered.
+        Coverage by lesion, uint8 [height, width], 255 = fully covered.
     """
     return {kind: _DRAWERS[kind](canvas, eye, rng) for kind in kinds if kind in _DRAWERS}

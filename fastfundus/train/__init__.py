@@ -1,1 +1,1 @@
-"""The training loop and what it needs. Imports torch."""
+"""The training loop and its components. Imports torch."""

@@ -1,6 +1,6 @@
-"""Photos that a run knows from the runs it started from: a test on them would flatter.
+"""Photos that a run inherited knowledge of through its starting weights; testing on them would overstate performance.
 
-learned_before.parquet   sha256 of every photo of training and validation of those runs; absent where there are none
+learned_before.parquet   sha256 of every training and validation photo of the earlier runs; absent if there are none
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ _FILE = "learned_before.parquet"
 
 
 def learned_before(run: Path) -> set[str]:
-    """Hashes of the photos that the runs before this one learned from."""
+    """Return the hashes of the photos that earlier runs learned from before this one started from their weights."""
     file = run / _FILE
     return set(pl.read_parquet(file)["sha256"]) if file.is_file() else set()
 
 
 def learned_photos(run: Path) -> set[str]:
-    """Hashes of all photos that made a run what it is: its own of training and validation, and those before it."""
+    """Return the hashes of all photos that a run learned from, those of the runs before it included."""
     splits = pl.read_parquet(run / "splits.parquet")
     return set(splits.filter(pl.col("split").is_in(["train", "val"]))["sha256"]) | learned_before(run)
 
 
 def note_ancestry(run: Path, init: str, splits: pl.DataFrame) -> int:
-    """Write down what the run knows from where it starts.
+    """Record the photos that a run inherits knowledge of through its starting weights.
 
     Args:
-        run: its folder.
-        init: as `ModelConfig.init`: a run's folder, or its checkpoint, is followed; of other files nothing is known.
-        splits: of the run: path, sha256, split.
+        run: folder of the run.
+        init: value of `ModelConfig.init`. A run folder, or a checkpoint in one, is followed; other weights files do
+            not tell what they were trained on.
+        splits: split table of the run: path, sha256, split.
 
     Returns:
-        How many of its test photos were learned before.
+        Number of test photos of the run that earlier runs learned from.
     """
     start = Path(init)
     start = start if start.is_dir() else start.parent

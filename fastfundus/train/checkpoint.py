@@ -1,4 +1,4 @@
-"""`last.ckpt`: everything that resuming needs, so that a resumed run equals one without a stop."""
+"""`last.ckpt`: the complete training state, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["TrainState", "checkpoint", "restore", "save_atomically"]
 
 @dataclass(slots=True)
 class TrainState:
-    """Where the run stands; what `last.ckpt` holds besides weights and optimiser."""
+    """Progress of a run: the content of `last.ckpt` besides weights and optimizer."""
 
     epoch: int = 0
-    """Whole epochs done."""
+    """Completed epochs."""
     step: int = 0
-    """Steps done in the epoch under way."""
+    """Completed steps of the current epoch."""
     loss_sum: float = 0.0
     best_score: float = -1.0
     best_epoch: int = 0
     rng: list[torch.Tensor] = field(default_factory=list)
-    """State of torch's random numbers, by process."""
+    """State of torch's random number generator, per process."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """Of float16's gradient scaling; empty without it."""
+    """State of the float16 gradient scaler; empty if none is used."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -45,7 +45,7 @@ def checkpoint(
     averaged: AveragedModel,
     optimiser: torch.optim.Optimizer,
 ) -> dict[str, Any]:
-    """Gather what `last.ckpt` holds: plain data and tensors only, so that it loads with ``weights_only=True``."""
+    """Return the content of `last.ckpt`: plain data and tensors only, so that it loads with ``weights_only=True``."""
     return {
         "schema": SCHEMA,
         "config": config.to_dict(),
@@ -68,11 +68,11 @@ def restore(
     optimiser: torch.optim.Optimizer,
     world: World,
 ) -> TrainState:
-    """Put model, average, optimiser and random numbers back to where `last.ckpt` left them.
+    """Restore model, averaged weights, optimizer and random number generator from `last.ckpt`.
 
     Raises:
-        CheckpointError: the file cannot be read, or the run was started on other photos.
-        ConfigError: the run was started with other settings.
+        CheckpointError: the file cannot be read, or the run was started on different photos.
+        ConfigError: the run was started with different settings.
     """
     try:
         saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
@@ -80,26 +80,26 @@ def restore(
         raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
     if saved.get("schema") != SCHEMA or TrainConfig.from_dict(saved["config"]) != config:
         raise ConfigError(
-            f"{output}: was started with other settings; resume takes them from its config.toml unchanged"
+            f"{output} was started with different settings; resuming requires those of its config.toml, unchanged"
         )
     if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
-        raise CheckpointError(f"{output}: was started on other photos, labels or preprocessing than {cache.path}")
+        raise CheckpointError(f"{output} was started on different photos, labels or preprocessing than {cache.path}")
     model.load_state_dict(saved["model"])
     averaged.module.load_state_dict(saved["averaged"])
     averaged.steps = saved["averaged_steps"]
     optimiser.load_state_dict(saved["optimiser"])
     state = TrainState(**saved["state"])
-    # With another number of processes, dropout is drawn anew: each is seeded by its number already.
+    # With a different number of processes, dropout is drawn anew: each process is already seeded by its rank.
     if len(state.rng) == world.size:
         torch.set_rng_state(state.rng[world.rank])
     return state
 
 
 def save_atomically(value: dict[str, Any], file: Path) -> None:
-    """`torch.save` beside the file, then move: a kill leaves the old checkpoint or the new one, never half of one.
+    """Save with `torch.save` as an atomic write: a crash leaves the old or the new checkpoint, never a partial one.
 
     Raises:
-        CheckpointError: it cannot be written, such as on a full disk; the old checkpoint stays.
+        CheckpointError: the file cannot be written, such as on a full disk; the old checkpoint is kept.
     """
     with run_file(file) as partial:
         torch.save(value, partial)

@@ -1,7 +1,7 @@
-"""Batches for training: pixels from the cache, changed and normalised by `sample`, one batch ahead of the model.
+"""Training batches: pixels from the cache, augmented and normalised by `sample`, prefetched one batch ahead.
 
-Where the pixels are: in the GPU's memory when they fit beside the training, else read into pinned memory by a thread
-and copied while the GPU computes; on a CPU, read and sampled by that thread.
+The pixels stay in GPU memory if they fit there in addition to the training itself. Otherwise a thread reads them into
+pinned memory and copies them while the GPU computes. On a CPU, this thread reads and samples them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from fastfundus.kernels.ops import sample_ragged
 
 if TYPE_CHECKING:
-    # Benches on bare GPU machines go without what the rest of `data` imports.
+    # Benchmarks on bare GPU machines lack the dependencies of the rest of `data`.
     from fastfundus.data.store import PhotoArray
 
 __all__ = ["PhotoFeed", "balanced_order", "epoch_order", "one_ahead", "parts_of"]
 
 _Batch = TypeVar("_Batch")
 _COPIES = 2
-"""Pinned buffers: one is filled while the other is copied."""
+"""Number of pinned buffers: one is filled while the other is copied."""
 
 
 def epoch_order(count: int, batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
     """Shuffle an epoch into whole batches.
 
-    Photos that do not fill a last batch wait for another epoch; a set smaller than a batch is one batch.
+    Photos that do not fill a last batch are skipped in this epoch; a set smaller than a batch forms one batch.
     """
     return _whole_batches(np.random.default_rng([seed, epoch, 0x0D]).permutation(count), batch_size)
 
@@ -42,22 +42,22 @@ def _whole_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np
 
 
 def balanced_order(strata: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Shuffle an epoch into whole batches in which, over the epoch, all classes come equally often.
+    """Shuffle an epoch into whole batches in which all classes occur equally often over the epoch.
 
-    Each class is gone through in a shuffled order, again and again if it is a rarer one: no photo is shown twice more
-    often than another of its class. Like `epoch_order` it depends on seed and epoch alone, so that ranks can share it.
+    Each class is traversed in shuffled order, repeatedly if it is rare: no photo is drawn more than once more often
+    than another of its class. Like `epoch_order`, the result depends on seed and epoch only, so that ranks agree on it.
 
     Args:
         strata: [N] class of each photo.
-        batch_size: photos a batch.
-        seed: of the run.
-        epoch: counted from 0.
+        batch_size: photos per batch.
+        seed: seed of the run.
+        epoch: epoch, counted from 0.
     """
     generator = np.random.default_rng([seed, epoch, 0xBA])
     classes = np.unique(strata)
     drawn = []
     for number, value in enumerate(classes):
-        # N photos in all: the first classes take one more where N is no multiple.
+        # N photos in total: the first classes get one more if N is not a multiple of the number of classes.
         count = (len(strata) - number - 1) // len(classes) + 1
         own = np.flatnonzero(strata == value)
         rounds = [generator.permutation(own) for _ in range(-(-count // len(own)))]
@@ -66,18 +66,18 @@ def balanced_order(strata: NDArray[np.int64], batch_size: int, *, seed: int, epo
 
 
 def parts_of(batch: NDArray[np.int64], accumulate: int) -> list[NDArray[np.int64]]:
-    """Share out a batch into at most `accumulate` parts of nearly equal size, none of them empty."""
+    """Split a batch into at most `accumulate` non-empty parts of nearly equal size."""
     return [part for part in np.array_split(batch, accumulate) if len(part)]
 
 
 class PhotoFeed:
-    """Hands out changed photos by row, from wherever their pixels are.
+    """Loader of augmented photos by row, from GPU memory or from the cache.
 
     Args:
         photos: uint8 [*, S, S, 3], the cache.
-        rows: [N] rows that will be asked for.
-        device: where the model is.
-        room: bytes of the GPU's memory that may be filled with photos; 0 reads them batch by batch.
+        rows: [N] rows that will be requested.
+        device: device of the model.
+        room: bytes of GPU memory that photos may fill; 0 reads them batch by batch.
     """
 
     def __init__(self, photos: PhotoArray, rows: NDArray[np.int64], device: torch.device, *, room: int = 0) -> None:
@@ -108,17 +108,17 @@ class PhotoFeed:
         *,
         nearest: bool = False,
     ) -> Callable[[], Tensor]:
-        """Start to make a batch, in whatever thread; the result finishes it, in the thread of the model.
+        """Start to make a batch, in any thread. Call the result in the thread of the model to finish it.
 
         Args:
             rows: [B] rows of the cache.
-            geometry: [B, 2, 3], as for `sample`.
-            colour: [B, 3, 4].
+            geometry: [B, 2, 3], see `sample`.
+            colour: [B, 3, 4], see `sample`.
             size: side of the batch in pixels.
-            nearest: take the nearest pixel, as for masks.
+            nearest: use nearest-neighbour interpolation, as for masks.
 
         Returns:
-            What gives [B, 3, size, size] float32, channels-last, on the device.
+            A function that returns [B, 3, size, size] float32, channels-last, on the device.
         """
         matrices = torch.from_numpy(geometry), torch.from_numpy(colour)
         sizes = torch.full((len(rows), 2), self._side, dtype=torch.int32)
@@ -142,19 +142,19 @@ class PhotoFeed:
         return finish
 
     def _read(self, rows: NDArray[np.int64], into: Tensor) -> Tensor:
-        # Reading a memory map in ascending order is kinder to disks than in shuffled order.
+        # Disks read a memory map faster in ascending than in shuffled order.
         pixels = into.numpy().reshape(len(rows), self._side, self._side, 3)
         for position in np.argsort(rows):
             pixels[position] = self._photos[rows[position]]
         return into
 
     def _copy(self, rows: NDArray[np.int64]) -> tuple[Tensor, torch.cuda.Event]:
-        """Read photos into pinned memory, and start their way to the GPU."""
+        """Read photos into pinned memory and start the copy to the GPU."""
         needed, turn = len(rows) * self._bytes, self._turn
         self._turn = (turn + 1) % _COPIES
         if turn in self._pinned:
-            self._pinned[turn][1].synchronize()  # this buffer's last copy; long done, unless the disk is that fast
-        # The stream brings its GPU along: a thread starts on the first one.
+            self._pinned[turn][1].synchronize()  # this buffer's last copy, usually long finished
+        # The stream selects its GPU; a new thread starts on the first one.
         with torch.cuda.stream(self._stream):
             room = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
             if len(room) < needed:
@@ -169,7 +169,7 @@ class PhotoFeed:
 def one_ahead(
     make: Callable[[NDArray[np.int64]], _Batch], batches: Sequence[NDArray[np.int64]]
 ) -> Generator[_Batch, None, None]:
-    """Yield what `make` makes of each batch, while a thread makes the next one."""
+    """Yield the result of `make` for each batch while a thread prefetches the next one."""
     with ThreadPoolExecutor(1, "feed") as pool:
         following = pool.submit(make, batches[0]) if batches else None
         for index in range(len(batches)):

@@ -1,4 +1,4 @@
-"""Stopping on request: the first Ctrl-C ends the step that is under way, and the run is saved."""
+"""Graceful interruption: on the first Ctrl-C, the current step finishes and the run is saved."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Interrupted", "stop_requested"]
 
 
 class Interrupted(FastFundusError):
-    """Training was stopped by a signal, and can be resumed."""
+    """Training was stopped by a signal and can be resumed."""
 
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a request; a second SIGINT interrupts at once."""
+    """Yield an event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts immediately."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,8 +1,8 @@
-"""What is minimised: plain functions of logits and truth, one a kind of head.
+"""Training losses: plain functions of logits and ground truth, one per kind of head.
 
-Every known label weighs the same, however batches fall: sums over a batch are divided by the photos in it and by
-`known`, the known labels of an average training photo. So parts of a batch, in turn or on several devices, add up to
-the batch.
+Every known label has the same weight, regardless of how batches are composed: sums over a batch are divided by the
+number of its photos and by `known`, the number of known labels of an average training photo. The parts of a batch,
+whether computed in turn or on several devices, therefore add up to the batch.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def binary_loss(
     weight: Tensor | float = 1.0,
     known: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of yes and no.
+    """Return the binary cross-entropy.
 
     Args:
         logits: [N, L] float32.
-        truth: [N, L] float32, 0 to 1, or NaN: not known, and then without influence.
-        smoothing: truth becomes smoothing / 2 and 1 - smoothing / 2; 0 to 0.5.
-        gamma: focal loss: labels are weighted by |truth - p|^gamma, p the probability given to yes.
-        weight: what a yes counts against a no, one for all or [L].
-        known: known labels of an average photo; None says that all L are.
+        truth: [N, L] float32 ground truth, 0 to 1, or NaN for unknown labels, which have no influence.
+        smoothing: label smoothing, 0 to 0.5: targets 0 and 1 become smoothing / 2 and 1 - smoothing / 2.
+        gamma: exponent of the focal loss: labels are weighted by |truth - p|^gamma, with p the predicted probability.
+        weight: weight of a positive label relative to a negative one, for all outputs or [L].
+        known: number of known labels of an average photo; None means all L.
 
     Returns:
         A scalar.
 
-    Source: focal loss, Lin et al., ICCV 2017, without its alpha, for blended truth as in Li et al., NeurIPS 2020; label
-    smoothing, Szegedy et al., CVPR 2016.
+    Source: focal loss, Lin et al., ICCV 2017, without its alpha, for blended targets as in Li et al., NeurIPS 2020;
+    label smoothing, Szegedy et al., CVPR 2016.
     """
     is_known = ~truth.isnan()
     loss = _each(logits, torch.where(is_known, truth, 0.0), smoothing, gamma, weight)
@@ -49,11 +49,11 @@ def binary_loss(
 
 
 def _each(logits: Tensor, truth: Tensor, smoothing: float, gamma: float, weight: Tensor | float) -> Tensor:
-    """Cross-entropy of yes and no of every element, as `binary_loss` says; all truth is known."""
+    """Return the binary cross-entropy of every element, see `binary_loss`; all labels must be known."""
     smooth = truth * (1 - smoothing) + smoothing / 2
     loss = functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
     if gamma > 0:
-        # Of the hard truth: smoothing says how sure to become, not which answer is right.
+        # Relative to the unsmoothed target: smoothing limits the confidence, it does not change the right answer.
         loss = loss * (truth - torch.sigmoid(logits)).abs() ** gamma
     return loss * (1 + (weight - 1) * truth)
 
@@ -67,9 +67,10 @@ def class_loss(
     weight: Tensor | float = 1.0,
     known: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of classes of which one is true; as `binary_loss`, but truth sums to 1 and smoothing is shared out.
+    """Return the cross-entropy of mutually exclusive classes.
 
-    The loss of focal gamma is weighted by (1 - p)^gamma, p the probability of the true class.
+    The arguments are those of `binary_loss`, but `truth` sums to 1 over the classes and smoothing is spread over all of
+    them. The focal weight is (1 - p)^gamma, with p the probability of the true class.
     """
     chances = functional.log_softmax(logits, dim=1)
     loss = -chances * (truth * (1 - smoothing) + smoothing / logits.shape[1])
@@ -88,39 +89,39 @@ def grade_loss(
     weight: Tensor | float = 1.0,
     known: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of "one grade further" among the photos that have come so far; as `binary_loss`.
+    """Return the binary cross-entropy of reaching the next grade, over the photos that reached the grade before.
 
     Args:
         logits: [N, L].
         truth: [N, L], 1 for each grade that is reached.
-        smoothing: as there.
-        gamma: as there.
-        weight: as there.
-        known: steps that an average photo says something about.
+        smoothing: see `binary_loss`.
+        gamma: see `binary_loss`.
+        weight: see `binary_loss`.
+        known: number of grade steps with a known outcome in an average photo.
 
     Source: `fastfundus.models.activation.ACTIVATIONS`.
     """
     reached = torch.cat([torch.ones_like(truth[:, :1]), truth[:, :-1]], dim=1)
-    # Of blended photos a share may have come so far: it counts for so much, and of it a share goes on.
+    # A share of a blended photo may have reached a grade: it is the weight of the step, and a part of it goes further.
     further = torch.where(reached > 0, truth / reached.clamp(min=1e-6), 0.0)
     loss = _each(logits, further, smoothing, gamma, weight) * reached
     return loss.sum() / (len(logits) * (known or logits.shape[1]))
 
 
 LOSSES = {"sigmoid": binary_loss, "softmax": class_loss, "cumulative": grade_loss}
-"""By kind of head."""
+"""Loss functions by kind of head."""
 
 
 def vessel_loss(logits: Tensor, truth: Tensor, *, dice: float, weight: float = 1.0) -> Tensor:
-    """Cross-entropy and soft Dice of a map, within the field.
+    """Return the weighted sum of cross-entropy and soft Dice loss of a map, within the field.
 
     Args:
         logits: [N, 1, S, S] float32.
-        truth: [N, 1, S, S] float32, 0 or 1; NaN outside the field.
-        dice: share of the Dice loss.
-        weight: what a vessel pixel counts against another one.
+        truth: [N, 1, S, S] float32 ground truth, 0 or 1; NaN outside the field.
+        dice: share of the Dice loss; the rest is cross-entropy.
+        weight: weight of a vessel pixel relative to a background pixel in the cross-entropy.
 
-    Source: Milletari et al., V-Net, 3DV 2016: Dice of all tiles of the batch together, with squares below.
+    Source: Milletari et al., V-Net, 3DV 2016: Dice of all tiles of the batch together, with squares in the denominator.
     """
     inside = ~truth.isnan()
     truth = torch.where(inside, truth, 0.0)
@@ -132,14 +133,14 @@ def vessel_loss(logits: Tensor, truth: Tensor, *, dice: float, weight: float = 1
 
 
 def known_labels(truth: NDArray[np.float64], kind: Activation) -> float:
-    """Labels that an average photo brings to the loss."""
+    """Return the number of labels that an average photo contributes to the loss."""
     if kind == "cumulative":
         return float(1 + truth[:, :-1].sum() / len(truth))
     return float(np.isfinite(truth).sum() / len(truth))
 
 
 def rarity_weight(truth: NDArray[np.float64], kind: Activation) -> NDArray[np.float32]:
-    """[L] weights with which yes and no, or all classes, weigh the same; 1 where an output has no yes."""
+    """Return weights [L] that balance positives and negatives, or all classes; 1 for outputs without positives."""
     yes = np.nansum(truth, axis=0)
     if kind == "softmax":
         weight = len(truth) / (np.maximum(yes, 1) * max(1, (yes > 0).sum()))

@@ -1,4 +1,4 @@
-"""Who hears of a run's progress; the command line draws a progress bar from it."""
+"""Progress callbacks of a run, from which the command line draws its progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["EpochResult", "Observer"]
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """One line of metrics.csv."""
+    """Results of one epoch, a line of metrics.csv."""
 
     epoch: int
     """Counted from 1."""
@@ -18,15 +18,15 @@ class EpochResult:
     train_loss: float
     val_loss: float
     scores: dict[str, float]
-    """On validation, by name."""
+    """Validation scores by name."""
     images_per_s: float
-    """Training only, validation not counted."""
+    """Throughput of training, without validation."""
     seconds: float
     best: bool
-    """Whether this is the best epoch so far."""
+    """True if this is the best epoch so far."""
 
     def line(self) -> dict[str, Any]:
-        """The columns of metrics.csv."""
+        """Return the columns of metrics.csv."""
         return {
             "epoch": self.epoch,
             "learning_rate": self.learning_rate,
@@ -39,13 +39,13 @@ class EpochResult:
 
 
 class Observer:
-    """Hears what happens."""
+    """Receives progress callbacks; this base class ignores them."""
 
     def say(self, text: str) -> None:
-        """A line worth reading."""
+        """Show a line of text to the user."""
 
     def step(self, epoch: int, step: int, steps: int) -> None:
-        """A step was taken; `epoch` from 1, `step` from 1 to `steps`."""
+        """Handle the end of a step; `epoch` counts from 1, `step` from 1 to `steps`."""
 
     def epoch(self, result: EpochResult) -> None:
-        """An epoch and its validation are over."""
+        """Handle the end of an epoch and its validation."""

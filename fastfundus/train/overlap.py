@@ -1,4 +1,4 @@
-"""How well feeding hides behind computing: training with data against training on a batch that is there already."""
+"""Throughput of training with data loading, compared with training on a resident batch."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ __all__ = ["Overlap", "measure_overlap"]
 
 _MOST_STEPS = 5
 _ABOUT_S = 4.0
-"""Measuring may take so long, but for two steps at least."""
+"""Approximate duration of the measurement in seconds; at least two steps are taken."""
 
 
 @dataclass(slots=True)
 class Overlap:
-    """Speed of the last epoch, and of a resident batch."""
+    """Throughput of the last epoch, and of steps on a resident batch."""
 
     images_per_s: float = 0.0
-    """Of the last epoch, with data, over all processes."""
+    """Throughput of the last epoch with data loading, over all processes."""
     step_s: float = 0.0
-    """Of one step of it."""
+    """Seconds per step of the last epoch."""
     resident_images_per_s: float = 0.0
-    """Of the same steps on one batch that is there already."""
+    """Throughput of the same steps on one batch that is already on the device."""
 
     def epoch(self, seconds: float, *, steps: int, photos: int) -> None:
-        """Take in an epoch, or what was left of it when the run was resumed; the last one with steps counts."""
+        """Record an epoch, or the rest of one after a resume; the last epoch with steps counts."""
         if steps:
             self.images_per_s, self.step_s = photos / seconds, seconds / steps
 
     @property
     def share(self) -> float:
-        """Step on a resident batch / step with data; 1 hides all feeding."""
+        """Step time on a resident batch divided by step time with data; 1 means that data loading is fully hidden."""
         return self.images_per_s / self.resident_images_per_s
 
     def told(self, device: torch.device) -> str:
-        """In words."""
+        """Return a description for the user."""
         text = (
-            f"{self.images_per_s:.1f} images/s with data, {self.resident_images_per_s:.1f} on a resident batch: "
-            f"{self.share:.0%} of what the model alone allows"
+            f"{self.images_per_s:.1f} images/s with data loading, {self.resident_images_per_s:.1f} without: "
+            f"{self.share:.0%} of the throughput of the model alone"
         )
         if device.type == "cuda":
-            text += f"; {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory at most"
+            text += f"; peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
         return text
 
 
 def measure_overlap(one_step: Callable[[Batch], object], batch: Batch, speed: Overlap, *, processes: int = 1) -> None:
-    """Time steps on one batch; for the end of a run, when nothing that a step changes is used any more.
+    """Time steps on one batch. The steps change model and optimizer, so call this only at the end of a run.
 
     Args:
-        one_step: a step of the loop.
-        batch: of this process.
-        speed: of the run's last epoch; filled in.
-        processes: that take the step together. Every one of them must call this.
+        one_step: takes one training step.
+        batch: batch of this process.
+        speed: throughput of the last epoch; the throughput on the resident batch is filled in.
+        processes: number of processes that take the steps together; each of them must call this function.
     """
     device = batch[0].device
 

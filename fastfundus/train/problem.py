@@ -182,7 +182,9 @@ class Grading:
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
         dtype = autocast_dtype(self._config.loop)
-        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=dtype, device=device)
+        own = predict_logits(
+            model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=dtype, device=device
+        )
         logits = np.empty((len(self._val_rows), len(self.outputs)))
         for rank, values in enumerate(world.gather(own)):
             logits[rank :: world.size] = values

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Learning rate and photo size as pure functions of step and epoch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["learning_rate", "training_size"]
 
 _SIZES = 4
 _SIZE_STEP_PX = 32
-"""What the strides of convolutional backbones multiply to."""
+"""Total stride of convolutional backbones."""
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to zero at `total`.
+    """Return the learning rate: linear warm-up to `peak`, then half a cosine down to zero at `total`.
 
     Args:
-        step: counted from 0.
-        peak: the largest rate.
-        warmup: steps of warm-up.
-        total: steps of the whole run.
+        step: step, counted from 0.
+        peak: largest learning rate.
+        warmup: number of warm-up steps.
+        total: number of steps of the whole run.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -27,15 +27,18 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
 
 
 def training_size(epoch: int, *, epochs: int, size: int, first: float) -> int:
-    """Side of the photos in an epoch, in pixels: from `first` times `size` to `size` over two thirds of the run.
+    """Return the side of the photos in an epoch: from `first` times `size` to `size` over two thirds of the run.
 
-    It grows in four steps at most: a compiled model is compiled anew for each size.
+    It grows in at most four steps, because a compiled model is recompiled for each size.
 
     Args:
-        epoch: counted from 0.
-        epochs: of the whole run.
-        size: of the cache, in pixels.
-        first: share of it in the first epoch.
+        epoch: epoch, counted from 0.
+        epochs: number of epochs of the whole run.
+        size: side of the photos in the cache, in pixels.
+        first: side in the first epoch, as a share of `size`.
+
+    Returns:
+        Pixels.
     """
     grown = min(_SIZES, _SIZES * epoch // max(1, round(epochs * 2 / 3)))
     share = first + (1 - first) * grown / _SIZES

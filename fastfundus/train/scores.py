@@ -1,4 +1,4 @@
-"""Scores of validation: quick point estimates, by task."""
+"""Validation scores: fast point estimates for each task."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["mean_auroc", "scores_of"]
 
 
 def mean_auroc(chances: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
-    """AUROC of each output among the photos of which it is known, averaged; outputs without both classes are left out.
+    """Return the mean AUROC of the outputs, each over the photos with a known label.
 
     Args:
-        chances: [N, L].
-        truth: [N, L] 0, 1 or NaN.
+        chances: [N, L] probabilities.
+        truth: [N, L] ground truth: 0, 1, or NaN for unknown labels.
 
     Returns:
-        NaN where no output has both classes.
+        Mean over the outputs that have both classes; NaN if there are none.
     """
     values = []
     for column, known in zip(chances.T, truth.T, strict=True):
@@ -32,14 +32,14 @@ def mean_auroc(chances: NDArray[np.float64], truth: NDArray[np.float64]) -> floa
 
 
 def scores_of(task: str, chances: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, float]:
-    """Score probabilities [N, L] against truth [N, L]."""
+    """Return the scores of probabilities [N, L] against ground truth [N, L], by name."""
     area = mean_auroc(chances, truth)
     if task == "multiclass":
         right = (chances.argmax(axis=1) == truth.argmax(axis=1)).mean()
         return {"auroc": area, "accuracy": float(right)}
     if task == "ordinal":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one grade only, given and true: it is NaN, and said so
+            warnings.simplefilter("ignore")  # with a single grade, kappa is NaN and sklearn warns
             agreement = cohen_kappa_score(
                 grades(truth), grades(chances >= 0.5), labels=np.arange(truth.shape[1] + 1), weights="quadratic"
             )

@@ -1,4 +1,4 @@
-"""A sheet that shows what augmentation does to photos: looked at before a long run, it saves one."""
+"""A contact sheet of augmented photos, to check the augmentation settings before a long run."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _GAP_PX = 4
 def augmentation_sheet(
     photos: PhotoArray, rows: NDArray[np.int64], spec: PreprocessSpec, config: AugmentConfig, *, draws: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Draw a sheet: a row a photo, first as it is, then as epochs 0, 1, ... of a run would show it.
+    """Draw a sheet with one row per photo: the original, then its augmentations in epochs 0, 1, ... of a run.
 
     Args:
         photos: uint8 [*, S, S, 3], the cache.
-        rows: [N] which photos.
-        spec: of the cache.
-        config: how strong the changes are.
-        draws: epochs.
-        seed: of the run.
+        rows: [N] rows of the photos to show.
+        spec: preprocessing of the cache.
+        config: strengths of the augmentations.
+        draws: number of epochs.
+        seed: seed of the run.
 
     Returns:
-        uint8 [H, W, 3] RGB on white.
+        uint8 [H, W, 3] RGB on a white background.
     """
-    # Normalised to grey levels, so that what is shown is what the model would be given, but for mean and spread.
+    # Normalised to grey levels: except for mean and standard deviation, the sheet shows the input of the model.
     shown = replace(spec, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
     images = torch.from_numpy(np.ascontiguousarray(photos[rows]))
     columns = [np.asarray(images)]

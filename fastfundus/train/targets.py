@@ -1,4 +1,4 @@
-"""What a task learns from a manifest's columns: truth by output, NaN where it is not known."""
+"""Ground truth of a task from the columns of a manifest: one value per output, NaN where it is unknown."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fastfundus.records import NORMAL_NAMES, Status
 __all__ = ["Targets", "both_classes", "finding_outputs", "grades", "label_columns", "read_targets", "usable_rows"]
 
 _NORMAL_OUTPUTS = NORMAL_NAMES | {"no_finding", "no finding", "eye_n"}
-"""Names, lower case, of outputs that say that nothing was found."""
+"""Lower-case names of outputs that mean that nothing was found."""
 _MOST_CLASSES = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Truth of every photo of a manifest."""
+    """Ground truth of every photo of a manifest."""
 
     truth: NDArray[np.float64]
-    """[N, L] 1 where the output should say yes, 0 where no, NaN where it is not known."""
+    """[N, L] 1 for positive, 0 for negative, NaN for unknown."""
     outputs: tuple[str, ...]
-    """L names, as results show them."""
+    """L names, as shown in results."""
     told: str
-    """In words what is learned."""
+    """Description of what is learned."""
 
     @property
     def strata(self) -> NDArray[np.int64]:
-        """[N] one class a photo, by which splits and samplers balance: 0, or 1 + its rarest output that is true."""
+        """[N] one class per photo, by which splits and samplers balance: 0, or 1 + its rarest positive output."""
         known = np.nan_to_num(self.truth)
         rare_first = np.argsort(known.sum(axis=0), kind="stable")
         result = np.zeros(len(known), np.int64)
@@ -45,71 +45,71 @@ class Targets:
 def read_targets(
     manifest: pl.DataFrame, task: str, labels: tuple[str, ...] = (), outputs: tuple[str, ...] = ()
 ) -> Targets:
-    """Read the truth of a task.
+    """Read the ground truth of a task.
 
     Args:
-        manifest: a cache's manifest, N rows.
-        task: of the config, but not "vessels".
-        labels: as `DataConfig.labels`.
-        outputs: of a run that is to be measured on these photos; empty takes what the manifest holds.
+        manifest: manifest of a cache, N rows.
+        task: any task except "vessels".
+        labels: see `DataConfig.labels`.
+        outputs: outputs of a run that is to be evaluated on these photos; empty derives them from the manifest.
 
     Raises:
-        DataError: a column is absent, or holds other values.
-        ConfigError: too many or too few columns are named.
+        DataError: a column is absent or has invalid values.
+        ConfigError: too many or too few columns are given.
     """
     return _READERS[task](manifest, labels, outputs)
 
 
 def usable_rows(manifest: pl.DataFrame, targets: Targets) -> NDArray[np.int64]:
-    """Rows that can teach or test: the photo is `ok`, and something about it is known."""
+    """Return the rows usable for training or testing: the photo is `ok` and at least one of its labels is known."""
     usable = (manifest["status"] == Status.OK.value).to_numpy() & np.isfinite(targets.truth).any(axis=1)
     return np.flatnonzero(usable)
 
 
 def finding_outputs(outputs: tuple[str, ...], chosen: tuple[str, ...]) -> tuple[str, ...]:
-    """Outputs that make a photo positive.
+    """Return the outputs that make a photo positive.
 
     Raises:
-        ConfigError: `chosen` names an output that there is not.
+        ConfigError: `chosen` contains a name that is not an output.
     """
     for name in chosen:
         if name not in outputs:
-            raise ConfigError(f"data.findings names {name!r}, which is no output{close_matches(name, outputs)}")
+            raise ConfigError(f"data.findings: {name!r} is not an output{close_matches(name, outputs)}")
     return chosen or tuple(name for name in outputs if name.lower() not in _NORMAL_OUTPUTS) or outputs
 
 
 def both_classes(truth: NDArray[np.float64]) -> bool:
-    """Whether truth [N] of one output, NaN where it is not known, holds a yes and a no."""
+    """Return whether ground truth [N] of one output has both positives and negatives; NaN is unknown."""
     return bool((truth == 1).any() and (truth == 0).any())
 
 
 def grades(reached: NDArray[np.floating | np.bool_]) -> NDArray[np.int64]:
-    """[N] grades from 0 of ordinal truth or decisions [N, L], one output for each grade that is reached."""
+    """Return grades [N], counted from 0, of ordinal ground truth or decisions [N, L], one output per grade step."""
     return np.nan_to_num(reached).sum(axis=1).astype(np.int64)
 
 
 def _one(labels: tuple[str, ...], task: str, default: str) -> str:
     if len(labels) > 1:
-        raise ConfigError(f"data.labels names {len(labels)} columns; {task} learns one, multilabel learns several")
+        raise ConfigError(f"data.labels has {len(labels)} columns; {task} takes one, multilabel takes several")
     return labels[0] if labels else default
 
 
 def label_columns(manifest: pl.DataFrame) -> list[str]:
-    """Columns that the label file or an adapter brought."""
+    """Return the columns that come from the label file or an adapter."""
     return [name for name in manifest.columns if name not in MANIFEST_COLUMNS]
 
 
 def _column(manifest: pl.DataFrame, label: str) -> pl.Series:
     choices = label_columns(manifest)
     if not choices:
-        raise DataError("the cache was prepared without labels; prepare it with --labels or an adapter")
+        raise DataError("the cache was prepared without labels; prepare it again with --labels or an adapter")
     if label not in choices:
         raise DataError(f"the cache has no label column {label!r}{close_matches(label, choices)}")
     return manifest[label]
 
 
 def _check(manifest: pl.DataFrame, label: str, sound: Callable[[float], bool], allowed: str) -> NDArray[np.float64]:
-    """A column of numbers, NaN where it is empty."""
+    """Read a numeric column, NaN where it is empty."""
     values = _column(manifest, label)
     wrong = [value for value in values.drop_nulls().unique().to_list() if isinstance(value, str) or not sound(value)]
     if wrong:
@@ -132,7 +132,7 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
     if not label:
         have = label_columns(manifest)
         said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
-        raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); name one with --label")
+        raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); select a column with --label")
     truth, told = _yes_or_no(manifest, label), label
     if label == "normal":
         truth, told = 1 - truth, "1 - normal"
@@ -145,10 +145,10 @@ def _multilabel(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[
         numbers = [name for name in label_columns(manifest) if manifest[name].dtype.is_numeric()]
         fit = [name for name in numbers if manifest[name].drop_nulls().is_in([0.0, 1.0]).all()]
         raise ConfigError(
-            "multilabel needs the names of its columns, two or more, each once: give --label for each; columns of 0 "
-            f"and 1 here: {', '.join(fit) or 'none'}"
+            "multilabel needs two or more different columns: give --label for each; columns of 0 and 1 in this cache: "
+            f"{', '.join(fit) or 'none'}"
         )
-    # A set that was not asked about a finding does not know it: that is not the same as not having it.
+    # A data set that does not label a finding leaves it unknown, which is not the same as negative.
     truth = [
         _yes_or_no(manifest, name) if name in manifest.columns or not outputs else np.full(len(manifest), np.nan)
         for name in labels
@@ -173,7 +173,7 @@ def _multiclass(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[
 
 
 def _natural(name: str) -> tuple[int, float, str]:
-    """Numbers by size, then text."""
+    """Return a sort key that puts numbers first, by value, then text."""
     try:
         return 0, float(name), name
     except ValueError:
@@ -182,7 +182,7 @@ def _natural(name: str) -> tuple[int, float, str]:
 
 def _ordinal(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
     label = _one(labels, "ordinal", "dr_grade")
-    values = _check(manifest, label, lambda value: value >= 0 and value == int(value), "a whole number from 0")
+    values = _check(manifest, label, lambda value: value >= 0 and value == int(value), "a whole number of 0 or more")
     highest = len(outputs) if outputs else int(np.nanmax(values, initial=0))
     if not 1 <= highest < _MOST_CLASSES:
         raise DataError(f"label {label!r} has {highest + 1} grades; ordinal needs 2 to {_MOST_CLASSES}")

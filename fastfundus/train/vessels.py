@@ -63,7 +63,7 @@ class VesselMaps:
         rows = photos_with_masks(cache.manifest, column)
         if config.loop.tile > cache.spec.size:
             raise ConfigError(
-                f"loop.tile is {config.loop.tile}, but the photos have {cache.spec.size} pixels a side; lower it, or "
+                f"loop.tile is {config.loop.tile}, but the photos are {cache.spec.size} pixels wide; lower it, or "
                 "prepare larger photos"
             )
         if config.loss.positive_weight == 0:
@@ -121,7 +121,12 @@ class VesselMaps:
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
         maps = vessel_maps(
-            model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=autocast_dtype(self._config.loop), device=device
+            model,
+            self._cache.photos,
+            self._val_rows[mine],
+            self._cache.spec,
+            dtype=autocast_dtype(self._config.loop),
+            device=device,
         )
         counts, entropy, dices = np.zeros((2, _BINS), np.int64), 0.0, []
         for place, chances in zip(mine, maps, strict=True):

@@ -1,4 +1,4 @@
-"""Watches the loss without making the device wait for it."""
+"""Running loss of an epoch, without synchronising the device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _STEPS_BETWEEN_LOOKS = 32
 
 
 class LossWatch:
-    """Sums the losses of an epoch where they are, and notices when one is no number.
+    """Sums the losses of an epoch on their device, and detects non-finite losses.
 
-    On a CPU every step is looked at. On a GPU the sum is copied now and then, and looked at once the copy has arrived:
-    a loss that is no number makes every later sum one, so that none is missed.
+    On a CPU, the sum is checked after every step. On a GPU, it is copied at intervals and checked once the copy has
+    arrived. A non-finite loss makes every later sum non-finite, so that none is missed.
 
     Args:
-        device: where the losses are.
-        total: what the epoch's steps have summed to before, when a run resumes.
+        device: device of the losses.
+        total: sum of the epoch's earlier steps, when a run resumes.
     """
 
     def __init__(self, device: torch.device, total: float = 0.0) -> None:
@@ -29,12 +29,12 @@ class LossWatch:
         self._copy: tuple[Tensor, torch.cuda.Event] | None = None
 
     def add(self, loss: Tensor) -> None:
-        """Take in the loss of one step, a scalar on the device."""
+        """Add the loss of one step, a scalar on the device."""
         self._sum += loss
         self._since += 1
 
     def failed(self) -> bool:
-        """Whether a loss is known not to be finite; never waits."""
+        """Return whether a loss is known to be non-finite; never waits for the device."""
         if self._sum.device.type == "cpu":
             return not math.isfinite(self._sum.item())
         if self._copy is not None and self._copy[1].query():  # type: ignore[no-untyped-call]

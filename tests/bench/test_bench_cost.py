@@ -1,4 +1,4 @@
-"""The bench of costs and scaling, small."""
+"""The benchmark of cost and scaling, with small inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benches of screening, small: they measure what they say, and count what is wrong."""
+"""The server benchmark with small inputs, which must count wrong answers, and the table of the study."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_f
     assert found["answers"] >= CLIENTS
     assert found["lost_or_mixed_up"] == found["exit_code"] == 0
     assert 0 < found["p50_s"] <= found["p99_s"]
-    # The same with the names of two photos exchanged.
+    # The same photos with their names rotated by one, so that every answer is wrong.
     swapped = photo_folder.parent / "swapped"
     swapped.mkdir(exist_ok=True)
     for one, other in zip(files, [*files[1:], files[0]], strict=True):

@@ -1,4 +1,4 @@
-"""The GPU suite's logic, on a machine without one."""
+"""Logic of the GPU suite, tested on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
             assert row["photos_per_s"] > 0
             assert f"| {name}: {variant} | {row['photos_per_s']:,.0f}" in done.stdout
     sampled = found["sample 16 to 16, float32"]
-    # No GPU, no claim about the twin.
+    # Without a GPU, the CUDA twin is not measured.
     assert list(sampled["variants"]) == ["Triton"]
     assert sampled["variants"]["Triton"]["share_of_limit"] > 0
     assert set(found["augment at 16 px"]["variants"]) == {"Triton", "torchvision v2"}
@@ -59,7 +59,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
 
 
 def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
-    """torch, Triton, timm, NumPy, OpenCV and pytest are all that there is."""
+    """Import the programs without packages that a machine with torch, Triton, timm, NumPy and OpenCV may lack."""
     absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
     programs = "bench.gpu_suite, bench.gpu_train, bench.gpu_engine, bench.gpu_table"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {programs}"
@@ -67,7 +67,7 @@ def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu_suite", "--tests", tmp_path / "t.xml", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -77,7 +77,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """512 px to 512 px, whole: 3 bytes in and 6 out a pixel. 10 megapixels: a square of 2592 px, read once."""
+    """Whole photos at 512 px: 3 bytes in and 6 out per pixel. 10 megapixels: a square of 2592 px, read once."""
     inputs = gpu_suite.make_inputs("", 512, 512, 2, 512, torch.bfloat16, turned=False)
     assert (inputs.source_bytes, inputs.output_bytes) == (2 * 3 * 512 * 512, 2 * 6 * 512 * 512)
     inputs = gpu_suite.make_inputs("", 2592, 3872, 1, 512, torch.float32, turned=False)
@@ -94,14 +94,14 @@ def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
 
     found = job(Variant("right", lambda: 1.0, True), Variant("wrong", lambda: 2.0))
     assert found == {"case": {"name": "job"}, "failed": found["failed"]}
-    assert "wrong is 1 away from right" in found["failed"]
+    assert "wrong differs from right by 1" in found["failed"]
     assert job(Variant("x", breaks, True))["failed"] == "out of memory"
     kernels = {"cases": [found], "tests": {}, "gpu": None, "copy_gb_per_s": 1.0, "date": "", "commit": ""}
-    assert "| job | job: wrong is 1 away" in gpu_table.gpu_table({"kernels": kernels})
+    assert "| job | job: wrong differs from right" in gpu_table.gpu_table({"kernels": kernels})
 
 
 def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `gpu_suite.sh` stops it: from outside, in the middle of a case."""
+    """Stop a part from outside in the middle of a case, as `gpu_suite.sh` does."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(sys, "argv", ["bench.gpu_train", "--output", str(tmp_path)])
@@ -127,7 +127,7 @@ def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
     (tmp_path / "train_h100_202610.json").write_text("{}")
     with pytest.raises(SystemExit, match="parts of different runs"):
         gpu_table.merged(tmp_path)
-    with pytest.raises(SystemExit, match="holds no kernels"):
+    with pytest.raises(SystemExit, match="contains no kernels"):
         gpu_table.merged(tmp_path / "nowhere")
 
 

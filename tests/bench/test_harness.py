@@ -1,4 +1,4 @@
-"""The harness: what it reports, and what it refuses to report."""
+"""Results that the harness reports, and results that it refuses to report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rates_ratios_and_shares_are_worked_out() -> None:
     case = Case("sleeping", "nothing", units=5, bytes=10**6, flops=2e6, limit=Limit("the clock", 5.0))
     found = compare(case, [after(0.005), after(0.01)], rounds=5)
     fast, slow = found["variants"]["0.005"], found["variants"]["0.01"]
-    # Sleeping takes at least as long as asked for, and on a busy machine longer.
+    # Sleeping takes at least the requested time, and longer on a busy machine.
     assert fast["ms"] >= 5
     assert slow["ms"] >= 10
     assert fast["photos_per_s"] == pytest.approx(5000 / fast["ms"])
@@ -47,7 +47,7 @@ def test_rates_ratios_and_shares_are_worked_out() -> None:
     assert found["rounds"] == 5
 
 
-def test_variants_run_in_turns_and_the_first_round_does_not_count() -> None:
+def test_variants_are_interleaved_and_the_first_round_is_warm_up() -> None:
     order: list[str] = []
     variants = [after(0.01, order=order, name="a"), after(0.0, order=order, name="b")]
     found = compare(Case("turns", "", 1), variants, rounds=3)
@@ -58,7 +58,7 @@ def test_variants_run_in_turns_and_the_first_round_does_not_count() -> None:
 def test_a_wrong_result_has_no_figure() -> None:
     wrong = WANT.copy()
     wrong[3] += 0.1
-    with pytest.raises(WrongResult, match=r"job: fast is 0\.1 away from 0\.01, 0 are allowed"):
+    with pytest.raises(WrongResult, match=r"job: fast differs from 0\.01 by 0\.1, but at most 0 is allowed"):
         compare(Case("job", "", 1), [after(0.01), after(0.0, wrong, name="fast")], rounds=2)
     not_a_number = np.full(6, np.nan)
     with pytest.raises(WrongResult):
@@ -69,7 +69,7 @@ def test_memory_is_that_of_each_variant() -> None:
     clock = Clock()
     clock.forget_peak()
     before = clock.peak_mib()
-    # More than the C library keeps for later: these pages are new.
+    # More than the C library keeps after freeing, so these pages are new.
     np.ones(400 << 20, np.uint8)
     assert clock.peak_mib() > before + 350
     clock.forget_peak()
@@ -104,12 +104,12 @@ def test_what_a_call_is_within_is_not_timed() -> None:
 
 def test_the_reference_may_be_held_against_something_too() -> None:
     wrong = Variant("only", lambda: WANT, True, distance=lambda got, _: float(np.abs(got - WANT - 1).max()))
-    with pytest.raises(WrongResult, match="only is 1 away from only"):
+    with pytest.raises(WrongResult, match="only differs from only by 1"):
         compare(Case("job", "", 1), [wrong], rounds=1)
 
 
 class Counting:
-    """Calls of each kind, and the process that they were in."""
+    """Job that counts its calls and records calls of `begin` and `end`, and the process it runs in."""
 
     def __init__(self, first: int) -> None:
         self.count = first
@@ -144,11 +144,11 @@ def test_a_process_of_its_own(here: bool) -> None:
         [other, Variant("own", job, tolerance=9, distance=lambda got, want: got[1] - want)],
         rounds=1,
     )
-    # Timed where it ran, and what it gave is compared.
+    # The time is taken where the job ran, and its result is compared.
     assert found["variants"]["own"]["distance"] == 2
     assert found["variants"]["own"]["ms"] >= 20
     if not here:
-        # It is gone when the figures are there: what is measured next has all cores.
+        # The process has ended when the figures are returned, so the next measurement has all cores.
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
 

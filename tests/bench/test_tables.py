@@ -1,4 +1,4 @@
-"""The tables say what the results say."""
+"""The tables agree with the results."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def test_the_server_and_the_fleet() -> None:
 
 def test_a_run_without_timing_is_no_result(tmp_path: Path) -> None:
     raw = {"benchmarks": [], "datetime": "2026-11-24", "commit_info": {}, "machine_info": {}}
-    with pytest.raises(SystemExit, match="the run holds no cases"):
+    with pytest.raises(SystemExit, match="the run contains no cases"):
         condense(json.loads(json.dumps(raw)), "train")

@@ -1,4 +1,4 @@
-"""`fastfundus cache` and the new sides of `prepare`, as a user meets them."""
+"""Tests of `fastfundus cache`, and of adapters, salts and previews of `prepare`, as users see them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.test_cli import run
 
 @pytest.fixture(scope="module")
 def folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of 24 patients, and copies of three photos under other names."""
+    """Return a cache of 24 patients, with copies of three photos under other names."""
     work = tmp_path_factory.mktemp("cache-cli")
     shutil.copytree(photo_folder, work / "photos")
     images = work / "photos" / "images"
@@ -32,7 +32,7 @@ def folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     labels.write_text("\n".join(rows) + "\n")
     result = run("prepare", work / "photos", "--labels", labels, "--output", work / "cache", "--size", 64, "--preview")
     assert result.exit_code == 0, result.output
-    assert "pairs of photos of different patients that are or look the same: 3" in result.stderr
+    assert "pairs of duplicates or near duplicates across patients: 3" in result.stderr
     assert (work / "cache" / "preview.html").is_file()
     return work / "cache"
 
@@ -40,17 +40,17 @@ def folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_info(folder: Path) -> None:
     result = run("cache", "info", folder)
     assert result.exit_code == 0
-    for text in ("51 photos at 64 px", "status: 51 ok", "label abnormal: known for 48", "look the same: 3"):
+    for text in ("51 photos at 64 px", "status: 51 ok", "label abnormal: known for 48", "across patients: 3"):
         assert text in result.stdout
     about = json.loads(run("cache", "info", folder, "--json").stdout)
     assert about["duplicate_pairs"] == 3
     assert about["labels"]["abnormal"]["distinct"] == 2
     assert about["patients_unknown"] == 3
-    assert "no photo cache" in run("cache", "info", folder.parent).stderr
+    assert "not a photo cache" in run("cache", "info", folder.parent).stderr
 
 
 def test_verify(folder: Path, tmp_path: Path) -> None:
-    assert "51 photos are as they were prepared" in run("cache", "verify", folder, "--sources").stdout
+    assert "51 photos match their checksums" in run("cache", "verify", folder, "--sources").stdout
     spoilt = tmp_path / "cache"
     shutil.copytree(folder, spoilt)
     data = bytearray((spoilt / "photos.npy").read_bytes())
@@ -74,7 +74,7 @@ def test_audit_and_split(folder: Path, tmp_path: Path) -> None:
     assert split.exit_code == 0, split.output
     assert "48 photos with a label" in split.stdout
     assert run("cache", "audit", folder, "--splits", tmp_path / "split.csv").exit_code == 0
-    # Copies that were put on another side by hand.
+    # A copy that was moved to another side by hand.
     table = pl.read_csv(tmp_path / "split.csv")
     original = table.filter(pl.col("path") == "images/p00000_left.jpg")
     other = "test" if original["split"][0] == "train" else "train"
@@ -82,7 +82,7 @@ def test_audit_and_split(folder: Path, tmp_path: Path) -> None:
     pl.concat([table, copy]).write_csv(tmp_path / "leaking.csv")
     leaking = run("cache", "audit", folder, "--splits", tmp_path / "leaking.csv")
     assert leaking.exit_code == 1
-    assert "pairs on two sides of the split: 1" in leaking.stdout
+    assert "pairs on different sides of the split: 1" in leaking.stdout
     assert "photos leak" in leaking.stderr
     against = run("cache", "audit", folder, "--against", folder, "--json")
     assert against.exit_code == 1
@@ -106,7 +106,7 @@ def test_a_salt_must_keep_a_secret(photo_folder: Path, tmp_path: Path) -> None:
     arguments = ("prepare", photo_folder, "--output", tmp_path / "cache", "--size", 64, "--patient-salt", salt)
     result = run(*arguments)
     assert result.exit_code == 1
-    assert "5 bytes are easily guessed" in result.stderr
+    assert "a salt of 5 bytes is too easy to guess" in result.stderr
     salt.write_text("0123456789abcdef0123456789abcdef\n")
     assert run(*arguments).exit_code == 0
     manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
@@ -124,7 +124,7 @@ def test_augment_draws_a_sheet(folder: Path, tmp_path: Path) -> None:
     sheet = cv2.imread(str(tmp_path / "sheet.png"))
     assert sheet.shape == (592, 592, 3)
     cells = [sheet[4:196, 4 + 196 * n : 196 + 196 * n].astype(float) for n in range(3)]
-    # As it is, then two draws that differ from it and from each other.
+    # The original, then two draws that differ from it and from each other.
     assert min(abs(cells[a] - cells[b]).mean() for a, b in ((0, 1), (0, 2), (1, 2))) > 3
     again = run(*command, "--config", config, "--output", tmp_path / "again.png")
     assert again.exit_code == 0

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: texts, exit codes, stdout and stderr apart."""
+"""Tests of the command line as users see it: texts, exit codes, and the separation of stdout and stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_help_says_what_and_gives_an_example(command: list[str]) -> None:
     assert "Usage: " in result.output
     if command:
         assert "\\b" not in result.output
-        # A paragraph of its own, with its line breaks kept.
+        # The example is a separate paragraph that keeps its line breaks.
         example = result.output.split("Example:\n")[1].splitlines()[0]
         assert example.strip().startswith(f"fastfundus {command[0]}")
 
@@ -57,9 +57,9 @@ def test_label_faults_are_said_and_the_run_goes_on(photo_folder: Path, tmp_path:
     assert result.exit_code == 0, result.output
     for text in [
         "patient a is in test and train",
-        "line 5: p00001_left.jpg was already named in line 4; one row is kept",
+        "line 5: p00001_left.jpg is already listed in line 4; duplicate row ignored",
         "label 'abnormal' is unknown for p00001_left.jpg (line 4)",
-        "unreadable: gone.jpg: named in labels.csv, line 6, but not there",
+        "unreadable: gone.jpg: named in labels.csv, line 6, but missing",
     ]:
         assert text in result.stderr
     manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
@@ -75,7 +75,7 @@ def test_the_whole_way(photo_folder: Path, broken_photos: Path, tmp_path: Path) 
         ("prepare", photo_folder, "--labels", photo_folder / "labels.csv", "--output", cache, "--size", 64),
         ("train", cache, "--output", run_folder, "--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--amp"),
         ("evaluate", run_folder, cache, "--output", tmp_path / "evaluation"),
-        # After one epoch all photos score alike: bfloat16 may flip one, and the gate refuse it.
+        # After one epoch all photos have similar scores: bfloat16 may flip a decision, and the gate would refuse it.
         ("build-engine", run_folder, "--output", bundle, "--precision", "fp32"),
         ("screen", bundle, broken_photos, photo_folder, "--output", out),
     ]
@@ -95,12 +95,12 @@ def test_the_whole_way(photo_folder: Path, broken_photos: Path, tmp_path: Path) 
 
 def test_errors_are_one_line_and_exit_1(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
-        (("prepare", tmp_path / "gone", "--output", tmp_path / "c"), "is not there"),
+        (("prepare", tmp_path / "gone", "--output", tmp_path / "c"), "does not exist"),
         (("prepare", broken_photos, "--output", tmp_path / "c", "--size", 5), "spec.size must be 32"),
-        (("train", broken_photos, "--output", tmp_path / "r"), "is no photo cache; run fastfundus prepare"),
+        (("train", broken_photos, "--output", tmp_path / "r"), "is not a photo cache; run fastfundus prepare"),
         (("build-engine", tmp_path, "--output", tmp_path / "b"), "run fastfundus train first"),
-        (("screen", tmp_path, broken_photos, "--output", tmp_path / "o"), "is no engine bundle"),
-        (("screen", trained.bundle.path, tmp_path / "gone", "--output", tmp_path / "o"), "is not there"),
+        (("screen", tmp_path, broken_photos, "--output", tmp_path / "o"), "not an engine bundle"),
+        (("screen", trained.bundle.path, tmp_path / "gone", "--output", tmp_path / "o"), "does not exist"),
         (("train", tmp_path, "--output", trained.run, "--resume", "--epochs", 3), "loop.epochs cannot change"),
         (("demo", "--output", broken_photos, "--overwrite"), "is not empty; add --overwrite if a demo made it"),
     ]
@@ -154,7 +154,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background jobs ignore SIGINT and hand that down; a user's terminal does not.
+        # Background jobs of a shell ignore SIGINT and pass this on to their children; a user's terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

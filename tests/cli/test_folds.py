@@ -1,4 +1,4 @@
-"""`train --folds`: every photo tested once, by a model that has not seen its patient; goes on where it stopped."""
+"""Tests of `train --folds`: every photo is tested once, by a model that has not seen its patient; runs can resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that the operating system really refuses to open."""
+"""Tests with files and folders that the operating system refuses to open."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.conftest import Trained
 
 @pytest.fixture
 def unprivileged() -> list[str]:
-    """A prefix under which chmod means something even to the superuser."""
+    """Return a command prefix that makes chmod effective even for the superuser."""
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
-        pytest.skip("the superuser may read every file, and setpriv (util-linux) is not there to change that")
+        pytest.skip("the superuser can read every file, and setpriv (util-linux), which prevents that, is missing")
     return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 
 
-def test_forbidden_files_get_rows_and_forbidden_folders_fail_the_run(
+def test_forbidden_files_get_rows_and_folders_fail_the_run(
     trained: Trained, broken_photos: Path, tmp_path: Path, unprivileged: list[str]
 ) -> None:
     def screen(output: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""DALI on the CPU, for real: the same pixels as the CPU's decoder, windows, and files that go wrong."""
+"""Tests of DALI decoding on the CPU: pixels identical to those of the CPU decoder, windows, and damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decoder() -> DaliDecoder:
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Photos of several sizes, one of them progressive, one with 4:4:4 chroma, one to be turned."""
+    """Photos of several sizes: one is progressive, one has 4:4:4 chroma, and one has an EXIF rotation."""
     folder = tmp_path_factory.mktemp("jpegs")
     found = []
     for number, (side, options) in enumerate([(320, {}), (257, {"progressive": True}), (401, {"subsampling": 0})]):
@@ -63,7 +63,7 @@ def test_nothing_to_decode(decoder: DaliDecoder) -> None:
 
 
 def test_more_than_a_batch_is_refused(decoder: DaliDecoder, jpegs: list[bytes]) -> None:
-    with pytest.raises(ValueError, match="files must be at most 8, the batch size; got 9"):
+    with pytest.raises(ValueError, match="the number of files must not exceed the batch size, 8, got 9"):
         decoder.decode(jpegs[:1] * 9)
 
 
@@ -75,7 +75,7 @@ def test_a_bad_file_costs_no_other_anything(decoder: DaliDecoder, jpegs: list[by
     good = [n for n in range(6) if n not in bad]
     for n, got in zip(good, separate(photos), strict=True):
         np.testing.assert_array_equal(got, decode_at(files[n], 0))
-    # And the next batch neither.
+    # The next batch is unaffected as well.
     assert decoder.decode(jpegs[:2])[1] == []
 
 
@@ -94,7 +94,7 @@ def middle(data: bytes, put: bytes) -> bytes:
 def test_sound_means_plainly_sound(jpegs: list[bytes], broken_photos: Path) -> None:
     for data in jpegs:
         assert sound_jpeg(data) is not None
-        # A black frame may well look like this.
+        # A black frame can produce such a run of zeros.
         assert sound_jpeg(middle(data, bytes(500))) is not None
     plain = jpegs[0]
     damaged = {
@@ -114,7 +114,7 @@ def test_sound_means_plainly_sound(jpegs: list[bytes], broken_photos: Path) -> N
 
 
 def test_a_thumbnail_does_not_make_a_file_unsound(jpegs: list[bytes], tmp_path: Path) -> None:
-    """Cameras put a small JPEG into the header: its scan ends long before the photo's."""
+    """Cameras embed a small JPEG in the header, whose scan ends long before that of the photo."""
     thumbnail = jpegs[0]
     app1 = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"thumb\0" + thumbnail
     with_thumbnail = jpegs[2][:2] + app1 + jpegs[2][2:]

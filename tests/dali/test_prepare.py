@@ -1,4 +1,4 @@
-"""`prepare --backend dali`: the CPU's statuses, and its crops within the tolerance of scaled decodes."""
+"""Tests of `prepare --backend dali`: same statuses as on the CPU, and crops within the tolerance of scaled decodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decoder() -> DaliDecoder:
 
 
 def compare(paths: list[Path], spec: PreprocessSpec, decoder: DaliDecoder) -> list[PreparedPhoto]:
-    """Prepare by DALI, and hold each result to the CPU's."""
+    """Prepare photos with DALI and compare each result with that of the CPU."""
     results = DaliPreparer(spec, decoder, threads=2)(paths)
     for path, got in zip(paths, results, strict=True):
         want = prepare_photo(path, spec)
@@ -79,7 +79,7 @@ def test_a_file_that_only_dali_refuses_goes_to_the_cpu(
 
 
 def test_a_strip_is_no_burden_to_its_group(photo_folder: Path, decoder: DaliDecoder, tmp_path: Path) -> None:
-    """Its square would have 17,000 x 17,000 pixels, for every photo of the group."""
+    """With DALI, the squares of all photos in the group would have 17,000 x 17,000 pixels."""
     strip = write_rgb(tmp_path / "strip.jpg", np.full((300, 17000, 3), 90, np.uint8))
     results = compare([strip, *sorted((photo_folder / "images").glob("*.jpg"))[:2]], PreprocessSpec(size=64), decoder)
     assert [result.status for result in results] == [Status.NOT_FUNDUS, Status.OK, Status.OK]
@@ -110,7 +110,7 @@ def test_the_command_makes_the_same_cache(photo_folder: Path, broken_photos: Pat
     for row in used:
         difference = np.abs(caches["cpu"].photos[row].astype(float) - caches["dali"].photos[row])
         assert difference.mean() < SCALED_DECODE_GREY_LEVELS
-    # Further photos are added by whichever backend.
+    # Either backend can add photos to the cache.
     (broken_photos / "another.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
     again = run("prepare", broken_photos, "--output", tmp_path / "dali", "--size", 64, "--backend", "dali")
     assert again.exit_code == 0, again.output

@@ -1,4 +1,4 @@
-"""From DALI to the engine on one device: the rows of the CPU's way, within what its decoder differs by."""
+"""Tests of screening with DALI on one device: the rows match those of the CPU path within the decoder's tolerance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import Trained
 
 @pytest.fixture(scope="module")
 def compiled(built: Callable[[str], Path]) -> Bundle:
-    """The trained run as an AOTInductor engine, which takes tensors."""
+    """The trained run as an AOTInductor engine, which accepts tensors on the device."""
     return Bundle.open(built("aoti"))
 
 
@@ -55,16 +55,16 @@ def test_rows_are_those_of_the_host(
     ).results
     same = ["path", "sha256", "status", "reason", "patient", "eye", "bundle"]
     assert there.select(same).equals(here.select(same))
-    # Half a grey level of a scaled decode, seen by a network that has learned next to nothing.
+    # The tolerance covers half a grey level of a scaled decode, seen by a barely trained network.
     np.testing.assert_allclose(there["p_abnormal"].drop_nulls(), here["p_abnormal"].drop_nulls(), atol=0.02)
     assert verify(tmp_path / "there", files=True).faults == []
-    with pytest.raises(ConfigError, match="was begun with another decode"):
+    with pytest.raises(ConfigError, match="was started with another decode"):
         screen_to_folder(listing, compiled, tmp_path / "there", sources=sources, resume=True)
 
 
 def test_engines_of_the_host_are_refused(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:
     listing = list_photos(photo_folder / "images")
-    with pytest.raises(ConfigError, match="takes photos from the host only; build it with --backend tensorrt or aoti"):
+    with pytest.raises(ConfigError, match="only from the host; build it with --backend tensorrt or aoti"):
         screen_to_folder(
             listing,
             trained.bundle,

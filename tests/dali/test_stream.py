@@ -1,4 +1,4 @@
-"""Training straight from camera files: the crops of whole photos, every photo once, on where it stopped."""
+"""Tests of training from camera files: crops match those of whole photos, each photo appears once, resume is exact."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_crops_are_those_of_whole_photos(stream: CameraStream) -> None:
                 matrices = torch.from_numpy(warp / divisor)[None], torch.from_numpy(colour[n : n + 1])
                 return reference.sample(torch.from_numpy(pixels).view(-1), *place, *matrices, 64, torch.float32)[0]
 
-            # Without DALI: by the largest divisor that leaves a pixel of the photo to one of the crop, on either axis.
+            # Without DALI, the largest divisor at which a crop pixel spans at least one photo pixel on both axes.
             steps = np.hypot(warp[:, 0], warp[:, 1]).min()
             most = 1.0 if stream.decoder else steps
             reduced, divisor = decode_reduced(photo.path.read_bytes(), most)
             assert divisor <= most < 2 * divisor
             divisors.add(divisor)
-            # In grey levels: the matrices divide by 255 * 0.22.
+            # The factor 57 = 255 * 0.22 converts normalised values to grey levels.
             assert 57 * (crop - cut(reduced, divisor)).abs().max() < 0.05
             whole = cut(decode_at(photo.path.read_bytes(), 0), 1)
             assert 57 * (crop - whole).abs().mean() < SCALED_DECODE_GREY_LEVELS
@@ -66,7 +66,7 @@ def test_crops_are_those_of_whole_photos(stream: CameraStream) -> None:
 
 
 def test_the_circle_is_where_its_distance_says() -> None:
-    """Row by row, against the distance of each pixel; in the middle, beside it, turned, sheared and mirrored."""
+    """Compare with the distance of each pixel, for circles that are centred, outside, rotated, sheared and flipped."""
     rng = np.random.default_rng(0)
     geometry = np.concatenate([rng.normal(0, 0.7, (8, 2, 2)), rng.uniform(-10, 70, (8, 2, 1))], axis=2)
     geometry[0], geometry[1] = [[1, 0, 0], [0, 1, 0]], [[1, 0, 300], [0, 1, 0]]
@@ -136,7 +136,7 @@ def test_goes_on_where_it_stopped(stream: CameraStream, stop: int) -> None:
 
 
 def test_another_stream_is_refused(stream: CameraStream) -> None:
-    with pytest.raises(CheckpointError, match="saved with batch_size 4 and has 8 now"):
+    with pytest.raises(CheckpointError, match="saved with batch_size 4 but now has 8"):
         replace(stream, batch_size=8).load_state_dict(stream.state_dict())
 
 
@@ -154,14 +154,14 @@ def test_bad_files_are_named_and_cost_nothing_else(stream: CameraStream, tmp_pat
     assert set(want) - set(got) == {3, 7} & set(want)
     for n, crop in got.items():
         if n == 5 and stream.decoder is None:
-            # Only a JPEG is decoded smaller.
+            # Only JPEGs are decoded at reduced size.
             assert 57 * (crop - want[n]).abs().mean() < SCALED_DECODE_GREY_LEVELS
             continue
-        # A whole photo and a window of it have positions of other size, in float32.
+        # Positions in a whole photo and in a window of it differ in magnitude, and so do their float32 rounding errors.
         assert (crop - want[n]).abs().max() < 1e-3, n
     assert set(spoilt.faults) <= {broken, tmp_path / "gone.jpg"}
     if 7 in want:
-        assert spoilt.faults[tmp_path / "gone.jpg"] == "the file is not there; check the path"
+        assert spoilt.faults[tmp_path / "gone.jpg"] == "file not found; check the path"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_batch_that_the_decoder_does_not_take(stream: CameraStream) -> None:
     if stream.decoder is None:
         assert len(next(iter(replace(stream, batch_size=9)))[1]) == 9
     else:
-        with pytest.raises(ValueError, match="batch_size is 9, the decoder takes 8"):
+        with pytest.raises(ValueError, match="batch_size 9 exceeds the decoder's, 8"):
             replace(stream, batch_size=9)
 
 
@@ -193,7 +193,7 @@ def test_windows_hold_what_is_looked_at() -> None:
     identity = np.array([[1.0, 0, 0], [0, 1, 0]])
     assert window_of(identity, 10, 100, 100) == (0, 0, 12, 12)
     assert window_of(np.array([[1.0, 0, 50], [0, 1, 20]]), 10, 100, 100) == (18, 48, 14, 14)
-    # Over the edge, and wholly outside.
+    # Windows that cross the edge or are completely outside.
     assert window_of(np.array([[1.0, 0, 95], [0, 1, 0]]), 10, 100, 100) == (0, 93, 12, 7)
     assert window_of(np.array([[1.0, 0, 500], [0, 1, 0]]), 10, 100, 100) == (0, 99, 12, 1)
     assert window_of(np.array([[1.0, 0, -500], [0, 1, 0]]), 10, 100, 100) == (0, 0, 12, 1)

@@ -1,4 +1,4 @@
-"""Public data sets, built small from their documented layouts: labels, patients, splits, masks, and their traps."""
+"""Adapters on small imitations of public data sets: labels, patients, splits, masks and known pitfalls."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def excel(root: Path, name: str, rows: list[list[Any]]) -> None:
 
 
 def read(root: Path, name: str) -> tuple[dict[str, SourcePhoto], SourceList]:
-    """Read a tree as the named set, which it must also be recognised as."""
+    """List a folder with the named adapter, which must also be detected automatically."""
     listing = list_photos(root)
-    assert any(f"looks like {ADAPTERS[name].title}: read as such" in note for note in listing.notes), listing.notes
+    assert any(f"looks like {ADAPTERS[name].title}, read as such" in note for note in listing.notes), listing.notes
     named = list_photos(root, adapter=name)
     assert [(photo.name, photo.columns) for photo in named.photos] == [(p.name, p.columns) for p in listing.photos]
     return {photo.name: photo for photo in listing.photos}, listing
@@ -61,7 +61,7 @@ def test_aptos2019(tmp_path: Path) -> None:
     grades = {"000c1434d8d7.png": 2.0, "001639a390f0.png": 0.0, "0005cfc8afb6.png": None}
     assert column(photos, "dr_grade") == grades
     assert not any(photo.patient_known for photo in photos.values())
-    assert any("name 1 photos that are not here, such as ffffffffffff" in note for note in listing.notes)
+    assert any("list 1 photos that are missing, such as ffffffffffff" in note for note in listing.notes)
     assert any("1 photos are in no table" in note for note in listing.notes)
 
 
@@ -77,7 +77,7 @@ def test_eyepacs_keeps_both_eyes_of_a_patient_and_joins_eyeq(tmp_path: Path) -> 
     }  # fmt: skip
     assert column(photos, "quality_grade")["10_right.jpeg"] == 2.0
     assert column(photos, "quality_grade")["1_left.jpeg"] is None
-    # No training side is named in the set, so folds are dealt.
+    # The data set has no official training side, so folds are assigned later.
     assert column(photos, "official_split")["2_left.jpeg"] == "val"
     assert {photo.split for photo in photos.values()} == {None}
 
@@ -127,7 +127,7 @@ def test_idrid_numbers_restart_in_every_part(tmp_path: Path, escaped: bool) -> N
     assert segmented.columns["has_haemorrhages"] == 1.0
     assert segmented.columns["has_soft_exudates"] == 0.0
     assert segmented.columns["mask_disc"].endswith("IDRiD_01_OD.tif")
-    # Photos of other parts were not looked at for lesions: nothing is known of them.
+    # Photos of other parts were not annotated for lesions, so theirs are unknown.
     assert train.columns["has_haemorrhages"] is None
 
 
@@ -141,7 +141,7 @@ def test_papila_reads_its_tables_below_two_header_rows(tmp_path: Path) -> None:
     assert column(photos, "glaucoma") == {"RET002OD.jpg": None, "RET002OS.jpg": 0.0, "RET004OD.jpg": 1.0}
     assert column(photos, "age")["RET004OD.jpg"] == 58.0
     assert [(p.patient, p.eye) for p in photos.values()] == [("002", "R"), ("002", "L"), ("004", "R")]
-    assert not any("not here" in note for note in listing.notes)
+    assert not any("that are missing" in note for note in listing.notes)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_odir_takes_labels_of_eyes_from_their_keywords(tmp_path: Path) -> None:
     ]
     excel(tmp_path, "ODIR-5K_Training_Annotations(Updated)_V2.xlsx", [ODIR, *rows])
     photos, _ = read(tmp_path, "odir")
-    # The patient's C does not make the healthy eye a cataract.
+    # The patient's label C does not mark the healthy eye as having a cataract.
     assert column(photos, "abnormal") == {
         "0_left.jpg": 1.0, "0_right.jpg": 0.0, "7_left.jpg": 1.0, "7_right.jpg": None
     }  # fmt: skip
@@ -246,7 +246,7 @@ def test_rfmid_numbers_restart_in_each_split(tmp_path: Path, mirror: bool) -> No
     assert {side: columns["abnormal"] for side, columns in by_side.items()} == {"train": 0.0, "val": 1.0, "test": 0.0}
 
 
-def test_ddr_grade_5_is_quality_and_its_mask_folder_is_named_twice(tmp_path: Path) -> None:
+def test_ddr_grade_5_is_quality_and_mask_folders_vary(tmp_path: Path) -> None:
     tree(tmp_path, ["DR_grading/train/a.jpg", "DR_grading/valid/a.jpg", "DR_grading/test/b.jpg"])
     tree(tmp_path, ["lesion_segmentation/train/image/x.jpg", "lesion_segmentation/train/label/EX/x.tif"])
     tree(tmp_path, ["lesion_segmentation/valid/image/y.jpg", "lesion_segmentation/valid/segmentation label/HE/y.tif"])
@@ -317,7 +317,7 @@ def test_drive(tmp_path: Path) -> None:
         "21_training.tif": "training/1st_manual/21_manual1.gif", "01_test.tif": None
     }  # fmt: skip
     assert column(photos, "mask_field")["01_test.tif"] == "test/mask/01_test_mask.gif"
-    # Two of three sides: the column keeps them, folds are dealt.
+    # With two of three sides, the column keeps them and folds are assigned later.
     assert column(photos, "official_split") == {"21_training.tif": "train", "01_test.tif": "test"}
     assert {photo.split for photo in photos.values()} == {None}
 
@@ -375,9 +375,7 @@ def test_brset(tmp_path: Path, light: str) -> None:
     assert (first.columns["abnormal_disc"], second.columns["abnormal_disc"]) == (0.0, None)
     assert (first.columns["abnormal_illumination"], second.columns["abnormal_illumination"]) == (0.0, 1.0)
     assert (first.columns["gradable"], second.columns["gradable"]) == (1.0, 0.0)
-    assert any(
-        "labels.csv, line 3: abnormal_disc 'bv' is not one of 1, 2; taken as unknown" in n for n in listing.notes
-    )
+    assert any("labels.csv, line 3: abnormal_disc 'bv' is not one of 1, 2; set to unknown" in n for n in listing.notes)
 
 
 def test_mbrset(tmp_path: Path) -> None:
@@ -407,14 +405,14 @@ def test_contradictions_and_odd_values_are_unknown_and_said(tmp_path: Path) -> N
     text(tmp_path, "testLabels.csv", "image,level\n10_left,3\n")
     photos, listing = read(tmp_path, "eyepacs")
     assert column(photos, "dr_grade") == {"10_left.jpeg": None, "11_left.jpeg": None}
-    assert any("dr_grade '7' is not one of 0, 1, 2, 3, 4; taken as unknown" in note for note in listing.notes)
-    assert any("another dr_grade for 10_left than before; taken as unknown" in note for note in listing.notes)
+    assert any("dr_grade '7' is not one of 0, 1, 2, 3, 4; set to unknown" in note for note in listing.notes)
+    assert any("conflicting dr_grade values for 10_left; set to unknown" in note for note in listing.notes)
 
 
 def test_pictures_elsewhere_in_the_set_are_named_not_lost(tmp_path: Path) -> None:
     tree(tmp_path, ["training/images/21_training.tif", "extra/scan1.png", "extra/scan2.png"])
     _, listing = read(tmp_path, "drive")
-    assert any("2 pictures in extra are no photos of the set: left out" in note for note in listing.notes)
+    assert any("2 images in extra are not photos of the data set; skipped" in note for note in listing.notes)
 
 
 def test_plain_folders_are_not_taken_for_a_set(tmp_path: Path) -> None:
@@ -436,9 +434,9 @@ def test_wrong_names_and_places(tmp_path: Path) -> None:
     tree(tmp_path, ["a.jpg"])
     with pytest.raises(ConfigError, match="adapter 'drives' is unknown; did you mean 'drive'"):
         list_photos(tmp_path, adapter="drives")
-    with pytest.raises(DataError, match="holds no photo where DRIVE has them"):
+    with pytest.raises(DataError, match="no photo matches the layout of DRIVE"):
         list_photos(tmp_path, adapter="drive")
-    with pytest.raises(DataError, match="reads one folder, with the set's own label files"):
+    with pytest.raises(DataError, match="reads a single folder with its own label files"):
         list_photos([tmp_path / "a.jpg"], adapter="drive")
 
 

@@ -1,4 +1,4 @@
-"""The cache: complete, resumable, brought up to date, refused when it does not fit."""
+"""The photo cache: completeness, resume, updates, and refusal of caches that do not match."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build(folder: Path, output: Path, **options: object) -> PhotoCache:
 
 
 def watch_preparing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that are prepared from now on."""
+    """Return a list that collects the names of the files prepared from now on."""
     prepared: list[str] = []
     original = rows_module.prepare_photo
 
@@ -97,9 +97,9 @@ def test_an_interrupted_build_goes_on(photo_folder: Path, tmp_path: Path, monkey
 
     with pytest.raises(KeyboardInterrupt):
         build(photo_folder, tmp_path / "cache", on_photo=interrupt)
-    with pytest.raises(DataError, match="interrupted: run the same prepare again"):
+    with pytest.raises(DataError, match="interrupted: run the same prepare command again"):
         PhotoCache.open(tmp_path / "cache")
-    # A kill may leave half a line.
+    # A crash may leave an incomplete line.
     journal = tmp_path / "cache.partial" / "rows.jsonl"
     lines = journal.read_text().splitlines()
     assert len(lines) == 10
@@ -121,7 +121,7 @@ def test_new_photos_are_added_behind_the_others(
     place = os.stat(output / "photos.npy").st_ino
     good = (broken_photos / "good.jpg").read_bytes()
     (broken_photos / "a_new.jpg").write_bytes(good)
-    # It could not be used before: its pixels may be written where nobody looks.
+    # This photo was unusable before, so its pixels may be written in place: no reader uses them.
     (broken_photos / "zero.jpg").write_bytes(good)
     prepared = watch_preparing(monkeypatch)
     second = build(broken_photos, output)
@@ -138,7 +138,7 @@ def test_new_photos_are_added_behind_the_others(
     assert not (tmp_path / "cache.partial").exists()
 
 
-def test_a_reader_sees_the_old_cache_until_the_new_one_is_complete(
+def test_readers_see_the_old_cache_until_an_update_is_complete(
     broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "cache"
@@ -158,14 +158,14 @@ def test_a_reader_sees_the_old_cache_until_the_new_one_is_complete(
     still = PhotoCache.open(output)
     assert still.manifest.equals(first.manifest)
     np.testing.assert_array_equal(still.photos, before)
-    # Given up, and something else is added instead: nothing of the first try may show.
+    # Abandon that update and add another photo instead: no trace of the first attempt may remain.
     for number in range(4):
         (broken_photos / f"new{number}.jpg").unlink()
     (broken_photos / "other.jpg").write_bytes(b"")
     second = build(broken_photos, output)
     assert second.manifest["path"].to_list()[-1] == "other.jpg"
     assert not second.photos[len(first.manifest)].any()
-    # Resumed, it does only what is left.
+    # A resumed build prepares only the remaining photos.
     for number in range(4):
         (broken_photos / f"new{number}.jpg").write_bytes((broken_photos / "good.jpg").read_bytes())
     seen.clear()
@@ -178,7 +178,7 @@ def test_a_reader_sees_the_old_cache_until_the_new_one_is_complete(
     assert list(third.verify()) == []
 
 
-def test_changed_and_vanished_photos_make_the_cache_anew_from_what_is_unchanged(
+def test_changed_or_removed_photos_cause_a_rebuild(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "photos"
@@ -197,7 +197,7 @@ def test_changed_and_vanished_photos_make_the_cache_anew_from_what_is_unchanged(
 
 
 def test_a_killed_build_goes_on(photo_folder: Path, tmp_path: Path) -> None:
-    """The real thing: SIGKILL at three moments, then the same command; the result is that of a build without a kill."""
+    """Kill the build with SIGKILL at three moments and rerun it: the result equals that of an uninterrupted build."""
     whole = build(photo_folder, tmp_path / "whole")
     output = tmp_path / "cache"
     command = [sys.executable, "-m", "fastfundus", "prepare", str(photo_folder), "--output", str(output)]
@@ -212,7 +212,7 @@ def test_a_killed_build_goes_on(photo_folder: Path, tmp_path: Path) -> None:
             time.sleep(0.001)
         process.kill()
         process.wait()
-        assert not (output / "spec.json").exists(), "finished before it was killed: take more photos"
+        assert not (output / "spec.json").exists(), "the build finished before it was killed: use more photos"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
     cache = PhotoCache.open(output)
     np.testing.assert_array_equal(cache.photos, whole.photos)
@@ -224,7 +224,7 @@ def test_a_second_build_of_the_same_cache_waits_outside(photo_folder: Path, tmp_
 
     def second(status: Status) -> None:
         if not refused:
-            # From another thread: one process may lock twice through one file, but not through two.
+            # flock locks belong to the open file, so a second build in the same process is locked out too.
             with pytest.raises(DataError, match="is being prepared by another process") as caught:
                 build(photo_folder, tmp_path / "cache")
             refused.append(str(caught.value))
@@ -274,7 +274,7 @@ def test_a_kill_while_a_new_cache_takes_the_place_of_the_old(
 def test_a_full_disk_is_said_and_the_cache_stays_valid(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit on the size of files stands in for the disk: the kernel refuses the write in both cases."""
+    """Simulate a full disk by a file size limit: the kernel refuses the write in both cases."""
     folder = tmp_path / "photos"
     folder.mkdir()
     photos = sorted((photo_folder / "images").glob("*.jpg"))
@@ -298,13 +298,13 @@ except DataError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "make room and run the same command again: what was prepared is kept" in done.stdout, done.stderr
+    assert "free up space and run the same command again: finished photos are kept" in done.stdout, done.stderr
     still = PhotoCache.open(output)
     assert still.manifest.equals(first.manifest)
     assert list(still.verify()) == []
     prepared = watch_preparing(monkeypatch)
     cache = build(folder, output)
-    # Nineteen photos had room, ten of them from before.
+    # There was room for nineteen photos, including the ten of the first build.
     assert len(prepared) == len(photos) - 19
     assert list(cache.verify()) == []
 
@@ -313,7 +313,7 @@ def test_too_small_a_disk_is_said_before_the_work(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(DataError, match=r"needs up to 0.0 GB, and 0.0 GB are free; make room"):
+    with pytest.raises(DataError, match=r"needs up to 0.0 GB, but only 0.0 GB are free; free up space"):
         build(photo_folder, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
@@ -370,7 +370,7 @@ def test_damage_is_found(photo_folder: Path, tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in found] == [names[5], names[7], names[8]]
     assert "pixels in the cache have changed" in found[0]
     assert "has changed since it was prepared" in found[1]
-    assert "not there" in found[2]
+    assert "file not found" in found[2]
 
 
 def test_patients_are_hashed_with_a_salt(photo_folder: Path, tmp_path: Path) -> None:
@@ -381,9 +381,9 @@ def test_patients_are_hashed_with_a_salt(photo_folder: Path, tmp_path: Path) -> 
     hashed = cache.manifest["patient"].to_list()
     assert all(re.fullmatch("[0-9a-f]{16}", patient) for patient in hashed)
     assert hashed[0] == hashed[1] != hashed[2] == hashed[3]
-    # The same when taken over, others with another salt.
+    # Hashes are unchanged for reused photos and differ with another salt.
     assert build_cache(listing.photos[:6], output, SPEC, **options).manifest["patient"].to_list()[:4] == hashed
-    with pytest.raises(DataError, match="another patient salt"):
+    with pytest.raises(DataError, match="a different patient salt"):
         build_cache(listing.photos, output, SPEC, source=listing.root)
     other = build_cache(listing.photos[:4], tmp_path / "b", SPEC, source=listing.root, patient_salt=b"else")
     assert set(other.manifest["patient"]) & set(hashed) == set()
@@ -413,7 +413,7 @@ def test_dicom_says_whose_photo_it_is(photo_folder: Path, tmp_path: Path) -> Non
 def test_a_slow_disk_holds_up_one_photo_not_all(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a network drive: while one read waits, the other threads read on. Otherwise the barrier breaks."""
+    """Slow reads, as on a network drive, run concurrently; otherwise the barrier would time out."""
     barrier = threading.Barrier(3, timeout=30)
     original = prepare_module.read_photo
 
@@ -452,16 +452,16 @@ def test_label_columns_keep_their_types(photo_folder: Path, tmp_path: Path) -> N
     assert cache.manifest.schema["abnormal"] == pl.Float64
 
 
-def test_a_label_column_with_a_name_of_the_manifest_is_kept_under_another(photo_folder: Path, tmp_path: Path) -> None:
+def test_label_columns_that_clash_with_the_manifest_are_renamed(photo_folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("file,status,path\np00000_left.jpg,1,elsewhere\n")
     listing = list_photos(photo_folder, labels=labels)
-    assert sum("is kept as 'label_" in note for note in listing.notes) == 2
+    assert sum("is stored as 'label_" in note for note in listing.notes) == 2
     cache = build_cache(listing.photos[:1], tmp_path / "cache", SPEC, source=listing.root)
     assert cache.manifest.select("status", "label_status", "label_path").rows() == [("ok", 1.0, "elsewhere")]
-    # Who builds a listing of their own is told.
+    # A clash in a listing built by other means is an error.
     own = [replace(listing.photos[0], columns={"status": 1.0})]
-    with pytest.raises(DataError, match="'status' has a name that the manifest uses"):
+    with pytest.raises(DataError, match="'status' clashes with a manifest column"):
         build_cache(own, tmp_path / "own", SPEC, source=listing.root)
 
 
@@ -471,7 +471,7 @@ def test_what_does_not_fit_is_refused(broken_photos: Path, tmp_path: Path) -> No
     listing = list_photos(broken_photos)
     with pytest.raises(SpecMismatch, match="size 48 / 64"):
         build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)
-    with pytest.raises(DataError, match="is no photo cache; choose another"):
+    with pytest.raises(DataError, match="is not a photo cache; choose another"):
         build_cache(listing.photos, broken_photos, SPEC, source=listing.root)
     with pytest.raises(DataError, match="run fastfundus prepare"):
         PhotoCache.open(tmp_path / "nowhere")

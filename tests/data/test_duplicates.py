@@ -1,4 +1,4 @@
-"""Photos that are the same under two names: found when copied, re-encoded, resized or mirrored; not otherwise."""
+"""Detection of copied, re-encoded, resized or flipped photos, without false positives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cached(folder: Path, output: Path, labels: str | None = None) -> PhotoCache:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Six eyes of six patients, and copies of four of them under other names."""
+    """Return a folder with photos of six patients, and copies of five of them under other names."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for seed in range(6):
@@ -74,7 +74,7 @@ def test_copies_are_found_and_nothing_else(folder: Path, tmp_path: Path) -> None
     }
     assert pairs["likeness"].min() >= 0.93
     assert pair_positions(cache, np.arange(len(cache.manifest))) == cache.duplicates().select("row_a", "row_b").rows()
-    # Positions within a part of the rows.
+    # Positions within a subset of the rows.
     names = cache.manifest["path"].to_list()
     part = np.array([names.index("p1_left.jpg"), names.index("copy1.jpg"), names.index("copy2.jpg")])
     assert pair_positions(cache, part) == [(1, 0)]
@@ -128,7 +128,7 @@ def test_looks_by_hand() -> None:
     assert detail.shape == (64, 64)
     assert detail.mean() == pytest.approx(0, abs=1e-5)
     assert detail.std() == pytest.approx(1, abs=1e-5)
-    # Brightness and illumination make little difference.
+    # Brightness and illumination have little influence.
     ramp = np.linspace(0.8, 1, 200)[None, :, None]
     assert np.mean(thumbnail((image * ramp).astype(np.uint8)) * detail) > 0.95
     look = np.frombuffer(look_of(image), np.uint8)[None]
@@ -157,7 +157,7 @@ def test_near_pairs_equal_all_pairs() -> None:
 
 @pytest.mark.slow
 def test_near_pairs_of_many_photos_in_bounded_time() -> None:
-    """Guards against a search that compares all with all; the figure itself is no claim."""
+    """Guard against quadratic search; the time limit itself is not a performance claim."""
     looks = np.random.default_rng(0).integers(0, 256, (250_000, 32), dtype=np.uint8)
     looks[-5:] = looks[:5]
     began = time.perf_counter()
@@ -168,7 +168,7 @@ def test_near_pairs_of_many_photos_in_bounded_time() -> None:
 
 @pytest.mark.real_data
 def test_real_photos_are_told_apart(real_data: Path, tmp_path: Path) -> None:
-    """Different eyes of ODIR are not taken for copies; re-encoded ones are."""
+    """Re-encoded photos of ODIR are recognised as copies; different eyes are not."""
     folder = tmp_path / "photos"
     folder.mkdir()
     paths = sorted((real_data / "odir" / "images").glob("*.jpg"))[:300]
@@ -181,6 +181,6 @@ def test_real_photos_are_told_apart(real_data: Path, tmp_path: Path) -> None:
     found = {(a.removeprefix("copy-"), b) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in a}
     found |= {(b.removeprefix("copy-"), a) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in b}
     assert all(a == b for a, b in found)
-    # At 128 px, with highlights that the change burns out, most but not all are recognised.
+    # At 128 px, and with highlights clipped by the change in brightness, most but not all copies are recognised.
     assert len(found) >= 36
     assert len(pairs) == len(found)

@@ -1,4 +1,4 @@
-"""The preview page: everything in one file, what needs a look first, circles where they were found."""
+"""The preview page: self-contained, doubtful photos first, field circles drawn in the right place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_status_is_shown_the_odd_ones_first(broken_photos: Path, tmp_path:
     for status, count in cache.manifest["status"].value_counts().iter_rows():
         assert f"{status} ({count})" in page
     assert "the file is empty; copy it again" in page
-    # Nothing from outside, and no name that could be markup.
+    # No external resources, and no partial file left behind.
     assert "http" not in page.replace("http-equiv", "")
     assert not list(tmp_path.glob("*.partial"))
 

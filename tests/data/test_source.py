@@ -1,4 +1,4 @@
-"""Listing and labels: every fault named, every input once."""
+"""Listing of sources and reading of labels: every fault is reported and every input is listed once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_patient_and_eye_from_names(tmp_path: Path) -> None:
     assert not photos["plain.jpg"].patient_known
 
 
-def test_numbering_that_restarts_in_each_folder_keeps_patients_apart(tmp_path: Path) -> None:
+def test_restarted_numbering_keeps_patients_apart(tmp_path: Path) -> None:
     listing = list_photos(touch(tmp_path, "north/1_left.jpg", "south/1_left.jpg", "south/1_right.jpg"))
     assert [photo.patient for photo in listing.photos] == ["north/1", "south/1", "south/1"]
 
@@ -69,7 +69,7 @@ def test_classes_are_recognised_by_a_normal_folder(tmp_path: Path) -> None:
         ("glaucoma", 1.0),
         ("normal", 0.0),
     ]
-    # One patient with an eye in each of two folders stays one patient.
+    # A patient with one eye in each of two folders remains one patient.
     assert [photo.patient for photo in photos] == ["2", "1", "1"]
     assert list_photos(tmp_path, adapter="folder").photos[0].columns == {}
 
@@ -82,7 +82,7 @@ def test_labels_join_by_path_or_by_unique_name(tmp_path: Path) -> None:
     assert columns["images/a.jpg"] == {"abnormal": 1.0, "age": 60.0}
     assert columns["images/b.jpg"] == {"abnormal": 0.0, "age": None}
     assert columns["other/c.jpg"] == {}
-    assert any("does not name 1 of the photos" in note for note in listing.notes)
+    assert any("has no row for 1 of the photos" in note for note in listing.notes)
 
 
 def test_a_csv_alone_is_a_source(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_repeated_and_contradictory_rows(tmp_path: Path) -> None:
     text = "file,abnormal\na.jpg,1\nb.jpg,0\na.jpg,1\nb.jpg,1\n"
     labels = read_labels(table(tmp_path, text))
     assert [(row.file, row.columns["abnormal"]) for row in labels.rows] == [("a.jpg", 1.0), ("b.jpg", None)]
-    assert "line 4: a.jpg was already named in line 2; one row is kept" in labels.notes[0]
-    assert "line 5: b.jpg was already named in line 3 with another abnormal" in labels.notes[1]
+    assert "line 4: a.jpg is already listed in line 2; duplicate row ignored" in labels.notes[0]
+    assert "line 5: b.jpg is already listed in line 3 with different abnormal" in labels.notes[1]
 
 
 @pytest.mark.parametrize("unknown", ["", "NaN", "nan", "NA", "null", "?", "1e999"])
@@ -127,9 +127,9 @@ def test_a_patient_in_two_splits_is_taken_out_and_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no header"),
-        ("name,abnormal\na.jpg,1\n", "no column that names the photos; columns: name, abnormal"),
-        ("file,abnormal\na.jpg\n", "line 2: has 1 cells where the header has 2"),
-        ("file,abnormal,abnormal\na.jpg,1,0\n", "names the column 'abnormal' twice"),
+        ("name,abnormal\na.jpg,1\n", "no column that identifies the photos; columns: name, abnormal"),
+        ("file,abnormal\na.jpg\n", "line 2: has 1 cells but the header has 2"),
+        ("file,abnormal,abnormal\na.jpg,1,0\n", "has the column 'abnormal' twice"),
     ],
 )
 def test_a_wrong_label_file_says_where(tmp_path: Path, text: str, message: str) -> None:
@@ -144,9 +144,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
 
 
 def test_nothing_and_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no photos"):
+    with pytest.raises(DataError, match="contains no photos"):
         list_photos(tmp_path)
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         list_photos(tmp_path / "gone")
     with pytest.raises(DataError, match="needs a label file"):
         list_photos(touch(tmp_path, "a.jpg"), adapter="csv")
@@ -165,11 +165,11 @@ def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     listing = list_photos(tmp_path / "photos")
     assert [photo.name for photo in listing.photos] == ["a.jpg"]
-    assert sum("photos/link: a link to a folder is not followed" in note for note in listing.notes) == 1
+    assert sum("photos/link: links to folders are not followed" in note for note in listing.notes) == 1
 
 
 def test_dicom_files_without_an_ending_are_photos(tmp_path: Path) -> None:
-    """As on disks that cameras write: IM000001 beside a DICOMDIR."""
+    """Cameras write disks with files such as IM000001 next to a DICOMDIR."""
     touch(tmp_path, "notes", "STUDY/README")
     for name in ("STUDY/IM000001", "DICOMDIR"):
         (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(100))

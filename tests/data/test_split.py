@@ -1,4 +1,4 @@
-"""Splits: no patient and no photo on two sides, balanced, repeatable."""
+"""Splits: patient-grouped, free of duplicates across sides, stratified and reproducible."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def test_a_side_that_a_fixed_split_lacks_is_dealt_from_training() -> None:
     assert split.names.count("val") == pytest.approx(0.2 * sides.count("train"), abs=4)
     assert split.names[::2] == split.names[1::2]
     assert split.notes == [
-        f"the split that is given has no val: of its training patients, {split.names.count('val')} photos val "
+        f"the given split has no val: moved {split.names.count('val')} photos to val from the training patients "
         "(data.val_share, data.test_share)"
     ]
 
 
 def test_copies_on_two_fixed_sides_leave_the_training_side() -> None:
-    """An official split is kept; what trains must not be what tests."""
+    """An official split is kept, but copies of validation and test photos are excluded from training."""
     sides: list[str | None] = ["train", "train", "train", "train", "val", "val", "test", "test"]
     table = manifest(list("abcdefgh"), sides, hashes=["1", "2", "3", "4", "5", "6", "7", "1"])
     labels = np.array([0, 1] * 4, float)
-    # Rows 0 and 7 have equal bytes; 3 looks like 4, and 5 like 6.
+    # Rows 0 and 7 have equal bytes; 3 and 4 are near duplicates, and so are 5 and 6.
     with pytest.raises(DataError, match="the val split has photos of one class only"):
         assign_splits(table, labels, DataConfig(), [(3, 4), (5, 6)])
     with pytest.raises(DataError, match="train split has photos of one class only"):
@@ -98,7 +98,7 @@ def test_copies_on_two_fixed_sides_leave_the_training_side() -> None:
     split = assign_splits(table, labels, DataConfig(), [(3, 4)])
     assert split.names == ["excluded", "train", "train", "excluded", "val", "val", "test", "test"]
     assert split.notes == [
-        "2 photos left out that another side has too: 0.jpg (train) is a copy of 7.jpg (test); "
+        "2 photos excluded as copies on another side: 0.jpg (train) is a copy of 7.jpg (test); "
         "3.jpg (train) is a copy of 4.jpg (val)"
     ]
     assert assign_splits(table, labels, DataConfig(duplicates="ignore"), [(3, 4)]).names == sides
@@ -106,7 +106,7 @@ def test_copies_on_two_fixed_sides_leave_the_training_side() -> None:
 
 def test_photos_that_look_the_same_stay_together() -> None:
     table, labels = many()
-    # A chain through ten patients, and one more pair by its bytes.
+    # A chain of near duplicates through eleven patients, and one pair with equal bytes.
     pairs = [(2 * patient, 2 * patient + 2) for patient in range(10)]
     table = table.with_columns(pl.Series("sha256", [*table["sha256"][:-1], table["sha256"][30]]))
     for fold in range(5):
@@ -137,7 +137,7 @@ def test_a_split_file_is_shared_and_read_again(tmp_path: Path, ending: str) -> N
     write_split_file(path, table, names)
     config = DataConfig(split_file=str(path))
     assert assign_splits(table, labels, config).names == names
-    # Another order, and photos that it does not name.
+    # A different order, and a photo that the file does not list.
     other = pl.concat([table[::-1], manifest(["new"]).with_columns(path=pl.lit("new.jpg"))])
     assert assign_splits(other, np.append(labels[::-1], 0), config).names == [*names[::-1], "excluded"]
 
@@ -147,9 +147,9 @@ def test_a_split_file_is_shared_and_read_again(tmp_path: Path, ending: str) -> N
     [
         ("file,split\n0.jpg,train\n", "has no column 'path'; columns: file, split"),
         ("path,split\n0.jpg,dev\n", "line 2: split 'dev' is not one of train, val, test"),
-        ("path,split\n0.jpg,train\n0.jpg,test\n", "line 3: 0.jpg is named twice, as train and test"),
-        ("path,split\nelsewhere.jpg,train\n", "names no photo of this cache"),
-        ("path,split,sha256\n0.jpg,train,abc\n", "line 2: 0.jpg has other bytes than when this split was made"),
+        ("path,split\n0.jpg,train\n0.jpg,test\n", "line 3: 0.jpg is listed twice, as train and test"),
+        ("path,split\nelsewhere.jpg,train\n", "lists no photo of this cache"),
+        ("path,split,sha256\n0.jpg,train,abc\n", "line 2: 0.jpg differs from the photo this split was"),
     ],
 )
 def test_a_wrong_split_file_says_where(tmp_path: Path, text: str, message: str) -> None:
@@ -164,7 +164,7 @@ def test_a_wrong_split_file_says_where(tmp_path: Path, text: str, message: str) 
 def test_a_patient_on_two_fixed_sides_is_refused() -> None:
     names: list[str | None] = ["train", "train", "val", "val", "test", "test"]
     table = manifest(list("abcdea"), names)
-    with pytest.raises(DataError, match=r"0.jpg .train. and 5.jpg .test. are of one patient, a; put them into one"):
+    with pytest.raises(DataError, match=r"0.jpg .train. and 5.jpg .test. are of the same patient, a; put them into"):
         assign_splits(table, np.array([0, 1] * 3, float), DataConfig())
 
 
@@ -174,7 +174,7 @@ def test_too_little_is_said() -> None:
     table, _ = many()
     with pytest.raises(DataError, match="split has photos of one class only"):
         assign_splits(table, np.zeros(len(table)), DataConfig())
-    # Where there are no classes, none are asked for.
+    # Without classes, no class is required in any split.
     assert set(assign_splits(table, None, DataConfig()).names) == {"train", "val", "test"}
 
 
@@ -182,15 +182,15 @@ def learned(fraction: float, table: pl.DataFrame, labels: np.ndarray, **settings
     split = assign_splits(table, labels, DataConfig(label_fraction=fraction, **settings))
     rows = [row for row, name in enumerate(split.names) if name == "train"]
     kept = {table["patient"][row] for row in rows}
-    # Whole patients or nothing.
+    # Patients are kept or excluded as a whole.
     assert len(rows) == 2 * len(kept)
     if fraction < 1:
-        assert f"label_fraction is {fraction:g}: {len(kept)} of " in split.notes[-1]
+        assert f"label_fraction is {fraction:g}: training on {len(kept)} of " in split.notes[-1]
     return kept
 
 
 @pytest.mark.parametrize("fold", [0, 3])
-def test_few_labels_are_nested_stratified_and_leave_the_other_sides_alone(fold: int) -> None:
+def test_label_fractions_are_nested_and_stratified(fold: int) -> None:
     table, labels = many(400)
     positive = {patient for patient, label in zip(table["patient"], labels, strict=True) if label}
     whole = learned(1.0, table, labels, fold=fold)
@@ -205,7 +205,7 @@ def test_few_labels_are_nested_stratified_and_leave_the_other_sides_alone(fold: 
     )
     for left, right in zip(few, all_of_it, strict=True):
         assert left == right or (left, right) == ("excluded", "train")
-    # Another seed deals other patients; photos that are added do not change who is chosen among the old ones.
+    # Another seed selects other patients.
     assert learned(0.1, table, labels, fold=fold, split_seed=1) != chosen[1]
 
 

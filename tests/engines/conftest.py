@@ -1,4 +1,4 @@
-"""What the tests of engines share."""
+"""Fixtures shared by the engine tests."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Torch's exporter takes seconds and gives the same graph for the same model: each is exported once."""
-    # Not at the top: some tests of this folder run where only torch and pycuda are.
+    """Export each distinct model only once, since torch's exporter takes seconds and is deterministic."""
+    # Imported here because some tests in this folder run where only torch and pycuda are installed.
     from fastfundus.engines import build, export
 
     folder = tmp_path_factory.mktemp("exported")

@@ -1,7 +1,7 @@
-"""A GPU in the memory of the host: what `pycuda.driver` and the graph functions of libcuda do, in their order.
+"""Test double of a GPU in host memory: `pycuda.driver` and the graph functions of libcuda.
 
-What a stream is given is done when it is waited for, and not before: buffers that are used too early or again too soon
-give wrong results. Copies must come from pinned memory and stay inside what was allocated.
+Work on a stream runs only when the stream is synchronised, so buffers that are read too early or reused too soon give
+wrong results. Copies must use pinned memory and stay within allocations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEVICE = ("NVIDIA H200", (9, 0))
 
 
 def run_kernel(name: str, grid: tuple[int, ...], pixels: int, jobs: int, out: int, out_size: int) -> None:
-    """One of csrc's kernels by the host's build of the same arithmetic, on these addresses."""
+    """Run the host build of a csrc kernel on the given addresses."""
     _, _, output, mode = name.split("_")
     count = grid[0] // (-(-out_size * out_size // 256))
     assert grid == (count * -(-out_size * out_size // 256), 1)
@@ -61,7 +61,7 @@ class Gpu(types.ModuleType):
 
         class Context:
             def push(self) -> None:
-                assert gpu.retained, "the context was given back"
+                assert gpu.retained, "the context was released"
                 gpu.current.append(self)
 
             @staticmethod
@@ -73,7 +73,7 @@ class Gpu(types.ModuleType):
 
         class Device:
             def __init__(self, number: int) -> None:
-                assert gpu.started, "init comes first"
+                assert gpu.started, "init must be called first"
                 assert number == 0
 
             def name(self) -> str:
@@ -117,7 +117,7 @@ class Gpu(types.ModuleType):
                 (self.todo if self.recording is None else self.recording).append(work)
 
             def synchronize(self) -> None:
-                assert self.recording is None, "a stream that records must not be waited for"
+                assert self.recording is None, "a capturing stream must not be synchronised"
                 for work in self.todo:
                     work()
                 self.todo.clear()
@@ -135,7 +135,7 @@ class Gpu(types.ModuleType):
                 assert gpu.current, "no context is current"
                 assert self.format == "PPPi"
                 assert block == (256, 1, 1)
-                # As pycuda 2026.1 packs them.
+                # Packed as in pycuda 2026.1.
                 assert struct.unpack(self.format, struct.pack(self.format, *given)) == given
                 gpu.kernels.append((self.name, stream))
                 if stream is None:
@@ -145,7 +145,7 @@ class Gpu(types.ModuleType):
 
         class Module:
             def __init__(self, image: bytes) -> None:
-                # Kernel names are kept as text in the machine code.
+                # The binary contains the kernel names as text.
                 self.names = set(re.findall(rb"fastfundus_sample_[a-z0-9]+_[a-z]+", image))
 
             def get_function(self, name: str) -> Function:
@@ -169,7 +169,7 @@ class Gpu(types.ModuleType):
         return made
 
     def at(self, address: int, size: int) -> np.ndarray:
-        """Device memory, checked to be allocated."""
+        """Return a view of device memory after checking that it is allocated."""
         for start, data in self.memory.items():
             if start <= address and address + size <= start + len(data):
                 return data[address - start : address - start + size]
@@ -201,7 +201,7 @@ class Gpu(types.ModuleType):
 
 
 def install(patch: pytest.MonkeyPatch) -> Gpu:
-    """Put a GPU in the place of pycuda's."""
+    """Replace pycuda with the double."""
     gpu = Gpu()
     package = types.ModuleType("pycuda")
     package.driver = gpu  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ def install(patch: pytest.MonkeyPatch) -> Gpu:
 
 
 class GraphDriver:
-    """The graph functions of libcuda, on a `Gpu`."""
+    """Test double of the graph functions of libcuda, operating on a `Gpu`."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu

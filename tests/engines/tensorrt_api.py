@@ -1,8 +1,8 @@
-"""What TensorRT's own bindings offer, read from the vendor's wheel over stub libraries, and a double made of it.
+"""The API of TensorRT's Python bindings, read from the vendor's wheel, and a test double created from it.
 
-The wheel imports without the library when something exports the library's few entry points. Then classes, methods,
-signatures, properties and enums are the real ones. Run as a program it prints them as JSON, for one version; a process
-of its own, since two versions do not fit into one.
+The wheel can be imported without TensorRT's library if stub libraries export its few entry points. Classes, methods,
+signatures, properties and enums are then the real ones. Run as a script, this module prints them as JSON for one
+version, in a separate process because two versions cannot be loaded into the same one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENTRIES = (
 
 
 def real_module(wheel: Path) -> Any:
-    """Import the bindings of an unpacked wheel."""
+    """Import the bindings from an unpacked wheel."""
     major = wheel.name.split(".")[0]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "stub.c"
@@ -45,7 +45,7 @@ def real_module(wheel: Path) -> Any:
 
 
 def described(module: Any) -> dict[str, Any]:
-    """Classes and enums of the bindings as plain data."""
+    """Return the classes and enums of the bindings as plain data."""
     result: dict[str, Any] = {"version": module.__version__, "classes": {}, "enums": {}}
     todo = [(name, value) for name, value in vars(module).items() if inspect.isclass(value)]
     for name, kind in todo:
@@ -69,7 +69,7 @@ def described(module: Any) -> dict[str, Any]:
 
 
 def parsed(line: str, name: str) -> dict[str, Any] | None:
-    """A signature as pybind11 writes it: parameters but self as [name, type, has a default], and what it returns."""
+    """Parse a pybind11 signature into its return type and its parameters [name, type, has a default], without self."""
     found = re.match(rf"\s*(?:\d+\. )?{re.escape(name)}\((.*)\)(?: -> (.+))?$", line)
     if not found or found[1] == "*args, **kwargs":
         return None
@@ -90,10 +90,10 @@ def parsed(line: str, name: str) -> dict[str, Any] | None:
 
 
 class Double(types.ModuleType):
-    """The module `tensorrt`, made of a description.
+    """Test double of the module `tensorrt`, created from the description of its API.
 
-    Anything that the real one lacks fails: a class, method, keyword, property or member. What methods do is given by
-    `behaviour`, by "Class.method"; others return an object of what the real ones return.
+    Using a class, method, keyword, property or member that the real module lacks fails. `behaviour` maps "Class.method"
+    to implementations; other methods return an instance of the real method's return type.
     """
 
     def __init__(self, api: dict[str, Any]) -> None:

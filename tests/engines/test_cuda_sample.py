@@ -1,7 +1,7 @@
-"""csrc's kernels through pycuda.
+"""Tests of the csrc kernels launched through pycuda.
 
-Without a GPU a double of pycuda stands in: it checks what real pycuda would refuse, and runs the host's build of the
-same arithmetic on the addresses that it is given.
+Without a GPU, a test double replaces pycuda. It rejects calls that pycuda would reject, and runs the host build of the
+same arithmetic on the given addresses.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def image() -> Path:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     double = install(monkeypatch)
     yield double
-    assert not double.current, "a context was left current"
-    assert not double.retained, "a context was kept"
+    assert not double.current, "a context is still current"
+    assert not double.retained, "a context is still retained"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,7 +50,7 @@ def test_launches_what_the_reference_says(gpu: Gpu, image: Path, name: str) -> N
         sampler.launch(
             batch.pixels.data_ptr(), jobs.ctypes.data, 2, out.data_ptr(), batch.out_size, "f32", mode, stream
         )
-        assert out.isnan().all(), "a stream does its work later"
+        assert out.isnan().all(), "the launch must be asynchronous"
         stream.synchronize()
     got = out.view(2, batch.out_size, batch.out_size, 3).permute(0, 3, 1, 2)
     assert (got - reference.sample(*batch.arguments, torch.float32)).abs().max() <= batch.grey_levels
@@ -59,10 +59,10 @@ def test_launches_what_the_reference_says(gpu: Gpu, image: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", CASES)
 def test_grey_levels_are_rounded_and_cut_off(gpu: Gpu, image: Path, name: str) -> None:
-    """What an engine takes: bytes, as the reference gives them; a hair beside half a level goes either way."""
+    """Compare bytes, as engines take them, with the reference; values next to half a level may round either way."""
     batch = case(name)
     pixels, offsets, sizes, geometry, _, out_size = batch.arguments
-    # Colours that leave 0 to 255 on both sides.
+    # A colour matrix whose results fall outside 0 to 255 on both sides.
     colour = torch.eye(4)[:3].repeat(2, 1, 1) * 4
     colour[:, :, 3] = -400
     jobs, mode = packed(pixels, offsets, sizes, geometry, colour, out_size)
@@ -73,7 +73,7 @@ def test_grey_levels_are_rounded_and_cut_off(gpu: Gpu, image: Path, name: str) -
     got = torch.from_numpy(out[start : start + 2 * 3 * out_size**2]).view(2, out_size, out_size, 3).permute(0, 3, 1, 2)
     exact = reference.sample(pixels, offsets, sizes, geometry, colour, out_size, torch.float32)
     assert (got - exact.clamp(0, 255)).abs().max() <= 0.5 + 4 * batch.grey_levels
-    assert exact.min() < 0 or exact.max() > 255, "something must be cut off"
+    assert exact.min() < 0 or exact.max() > 255, "the test must exercise clipping"
 
 
 def test_bad_launches_are_refused(gpu: Gpu, image: Path) -> None:
@@ -103,7 +103,7 @@ def test_missing_parts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_the_launcher_on_a_gpu(tmp_path: Path) -> None:
-    """The same kernels through the C launcher, on torch's memory and stream."""
+    """Run the same kernels through the C launcher, in torch's memory and on its stream."""
     from bench.cuda_twin import CudaTwin
 
     twin = CudaTwin.build(tmp_path)

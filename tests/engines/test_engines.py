@@ -1,4 +1,4 @@
-"""Engines: the graph against two other runtimes, the gate, and bundles that cannot be misused."""
+"""Tests of engines: the graph in other runtimes, the parity gate, and the safety of bundles."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def photos(cache: PhotoCache) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(trained: Trained, photos: np.ndarray) -> np.ndarray:
-    """Probabilities worked out step by step from the run, in float64 where that matters."""
+    """Return probabilities computed step by step from the run, in float64 where precision matters."""
     run = Run.open(trained.run)
     point = read_operating_point(run)["labels"]["abnormal"]
     mean, std = np.array(run.spec.mean), np.array(run.spec.std)
@@ -68,7 +68,7 @@ def test_openvino_answers_as_the_model(trained: Trained, photos: np.ndarray, exp
     got = engine.infer(photos)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=ENGINE_FP32)
-    # Alone or in a batch, first or last: the same photo gets the same answer.
+    # A photo's output must not depend on the batch size or its position in the batch.
     for row in (0, 7, len(photos) - 1):
         np.testing.assert_array_equal(engine.infer(photos[row : row + 1])[0], got[row])
     engine.close()
@@ -99,13 +99,13 @@ def test_other_backends_answer_as_the_model(
     with pytest.raises(BundleError, match="was closed"):
         engine.infer(photos)
     (bundle.path / bundle.about["engine"]).write_bytes(b"junk")
-    with pytest.raises(BundleError, match="was changed after it was built"):
+    with pytest.raises(BundleError, match="was modified after the bundle was built"):
         Bundle.open(bundle.path)
     with pytest.raises(BundleError, match="cannot load it"):
         bundle.load()
 
 
-def test_a_package_for_another_machine_is_refused_but_its_graph_runs(
+def test_package_for_another_machine_is_refused_but_graph_runs(
     built: Callable[[str], Path], photos: np.ndarray, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastfundus.engines import aoti_backend
@@ -115,7 +115,7 @@ def test_a_package_for_another_machine_is_refused_but_its_graph_runs(
     assert bundle.about["needs"] == here
     monkeypatch.setattr(aoti_backend, "needs", lambda: {**here, "device": "NVIDIA H100"})
     with pytest.raises(
-        BundleError, match=r"device .*, this is NVIDIA H100; build it here .*--backend openvino or onnx"
+        BundleError, match=r"device .*, but this machine has NVIDIA H100; rebuild it here .*--backend openvino or onnx"
     ):
         bundle.load()
     for backend in ("openvino", "onnxruntime"):
@@ -129,10 +129,11 @@ def test_a_package_for_another_machine_is_refused_but_its_graph_runs(
 
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After two epochs every photo has nearly the same probability.
+    """Relax the AUROC gate and move the threshold away from the probabilities of the briefly trained model.
 
-    The fitted threshold lies on one of them, and the order of the others hangs on their fifth digit: integers would
-    flip and reorder them. Flips and orders are counted in tests of their own.
+    After two epochs all photos have nearly the same probability. The fitted threshold equals one of them, and their
+    order depends on the fifth digit, so integers would flip decisions and reorder photos. Separate tests cover flips
+    and AUROC.
     """
     monkeypatch.setattr(parity, "MOST_AUROC_LOSS", 0.2)
     real = building.read_operating_point
@@ -155,7 +156,7 @@ def test_auto_builds_measures_and_keeps_the_fastest(
     assert tuple(entry["precision"] for entry in tried) == precisions()
     floats, (integers,) = tried[:-1], tried[-1:]
     assert integers["speedup"] < 1000
-    assert not integers["passed"], "integers that are not worth it are not kept"
+    assert not integers["passed"], "an int8 engine without sufficient speedup must not be kept"
     assert bundle.precision == max(floats, key=lambda entry: entry["images_per_s"])["precision"]
     assert bundle.about["graph_difference"] < ENGINE_FP32
     assert bundle.about["parity"] == report.to_dict()
@@ -176,7 +177,7 @@ def test_loss_of_auroc_by_hand() -> None:
         assert report.passed == (abs(second - 0.6) < 0.05 and not report.auroc_loss)
         return report.auroc_loss
 
-    # Two pairs of four are now in the wrong order; one alone is the least that these photos could show.
+    # Two of four pairs are now in the wrong order; a single pair is the smallest loss these photos can show.
     assert loss(0.2) == 0.5
     assert loss(0.35) == 0.0
     assert loss(0.6) == 0.0
@@ -227,16 +228,16 @@ def test_two_engines_in_one_process(trained: Trained, photos: np.ndarray) -> Non
 
 
 def test_ctrl_c_still_works_after_engines_were_closed(trained: Trained) -> None:
-    """OpenVINO swaps the stack of signal handlers; freed in the order they were made, two cores left one that was gone.
+    """Check that freeing engines in creation order does not leave OpenVINO's signal handler stack dangling.
 
-    A process of its own, since a failure is a segmentation fault.
+    Runs in a separate process because a failure is a segmentation fault.
     """
     code = """
 import faulthandler, gc, os, signal, sys
 from pathlib import Path
 from fastfundus.engines.bundle import Bundle
 faulthandler.enable()
-# A shell's background jobs ignore SIGINT and hand that down; a user's terminal does not.
+# Background jobs of a shell ignore SIGINT, and child processes inherit that, unlike programs in a terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 bundle = Bundle.open(Path(sys.argv[1]))
 first, second = bundle.load(), bundle.load()
@@ -262,10 +263,10 @@ def test_parity_by_hand() -> None:
     report = compare(expected, got, np.array([0.495]), **limits)
     assert report.largest_difference == pytest.approx(0.03, abs=1e-6)
     assert report.flipped == 1
-    assert not report.passed  # one flip in three is more than one in a hundred
+    assert not report.passed  # one flip in three exceeds the limit of one in a hundred
     fine = compare(expected, got, np.array([0.7]), **limits)  # type: ignore[arg-type]
     assert fine.passed
-    # Integers must also be worth it.
+    # 8-bit engines must also reach the minimum speedup.
     assert fine.against(1.2).passed
     assert not fine.against(1.1).passed
     assert not report.against(3.0).passed
@@ -275,14 +276,14 @@ def test_parity_by_hand() -> None:
         assert not compare(expected, broken, np.array([0.7]), **limits).passed  # type: ignore[arg-type]
 
 
-def test_an_engine_that_misses_the_gate_is_refused_and_leaves_nothing(
+def test_engine_that_misses_the_gate_is_refused(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = OpenVinoEngine._run
     monkeypatch.setattr(OpenVinoEngine, "_run", lambda self, photos: real(self, photos) * 0.9)
-    with pytest.raises(GateRefused, match=r"refused: fp32 MISSES: \|dp\|"):
+    with pytest.raises(GateRefused, match=r"refused: fp32 misses the gate: \|dp\|"):
         build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
-    # No bundle, but the figures.
+    # Only the results are written, not a bundle.
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.refused.json"]
     (report, *_) = json.loads((tmp_path / "bundle.refused.json").read_text())
     assert not report["passed"]
@@ -294,7 +295,7 @@ def test_an_engine_that_gives_no_numbers_is_refused(
 ) -> None:
     real = OpenVinoEngine._run
     monkeypatch.setattr(OpenVinoEngine, "_run", lambda self, photos: real(self, photos) * np.float32(np.nan))
-    with pytest.raises(GateRefused, match=r"refused: fp32 FAILED: .*gave an answer that is no probability for photo 0"):
+    with pytest.raises(GateRefused, match=r"refused: fp32 failed: .*returned an invalid probability for photo 0"):
         build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
 
 
@@ -318,7 +319,7 @@ def test_a_refusal_names_the_precision_that_passes(
 ) -> None:
     strict = {**parity.GATES, "bf16": Gate(probability=1e-7, flipped=0.0)}
     monkeypatch.setattr(parity, "GATES", strict)
-    with pytest.raises(GateRefused, match=r"tried instead: fp32 passes: .*; build with --precision fp32"):
+    with pytest.raises(GateRefused, match=r"also tried: fp32 passes: .*; build with --precision fp32"):
         build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="bf16")
 
 
@@ -330,7 +331,7 @@ def test_building_wrongly(trained: Trained, tmp_path: Path) -> None:
         build_from_run(run, tmp_path / "bundle", backend="openvno")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(BundleError, match="is no bundle; choose another"):
+    with pytest.raises(BundleError, match="is not a bundle; choose another"):
         build_from_run(run, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
@@ -354,7 +355,7 @@ def test_one_changed_byte_is_noticed(copied: Path, name: str) -> None:
     place = data.index(b'"threshold": ') + 15 if name == "bundle.json" else len(data) // 2
     data[place] = ord("3") if data[place] != ord("3") else ord("4")
     (copied / name).write_bytes(bytes(data))
-    with pytest.raises(BundleError, match=rf"{name}: was changed|{name} was changed"):
+    with pytest.raises(BundleError, match=rf"{name}: modified|{name} was modified"):
         Bundle.open(copied)
 
 
@@ -364,7 +365,7 @@ def test_other_faults_of_a_bundle(copied: Path) -> None:
     with pytest.raises(BundleError, match=r"engine.bin is missing"):
         Bundle.open(copied)
     (copied / "bundle.json").write_text(json.dumps(about | {"schema": 9}))
-    with pytest.raises(BundleError, match="schema 9, this FastFundus reads 3"):
+    with pytest.raises(BundleError, match="schema 9, but this FastFundus reads schema 3"):
         Bundle.open(copied)
     (copied / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="cannot be read"):
@@ -385,13 +386,13 @@ def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
 
 def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_backend, "precisions", lambda: ("fp32",))
-    with pytest.raises(BundleError, match="build here with --precision fp32"):
+    with pytest.raises(BundleError, match="rebuild it with --precision fp32"):
         openvino_backend.OpenVinoEngine(copied / "engine.xml", 64, "bf16")
 
 
 @pytest.mark.usefixtures("coarse")
 def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrated on the photos that were learned from; whether they are worth it is measured, here set aside."""
+    """Build an int8 engine calibrated on the training photos, with the minimum speedup disabled."""
     monkeypatch.setattr(parity, "LEAST_SPEEDUP", 0.0)
     bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="int8")
     assert report.passed
@@ -402,7 +403,7 @@ def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, mon
 
 
 def test_building_and_running_report_to_nobody(trained: Trained, tmp_path: Path) -> None:
-    """Importing OpenVINO sends statistics over the network, and so does NNCF, unless they are kept from it."""
+    """Check that telemetry stays off: importing OpenVINO or NNCF sends usage statistics unless prevented."""
     code = """
 import sys, openvino_telemetry
 import numpy as np
@@ -425,7 +426,7 @@ for precision in openvino_backend.precisions():
     command = [sys.executable, "-W", "ignore", "-c", code, str(graph), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=surroundings)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "", "the output is for results"
+    assert done.stdout == "", "stdout is reserved for results"
     assert "CUDA" not in done.stderr
 
 
@@ -433,7 +434,7 @@ for precision in openvino_backend.precisions():
 def test_explicit_quantisation_answers_as_the_model(
     trained: Trained, photos: np.ndarray, expected: np.ndarray, tmp_path: Path, precision: str
 ) -> None:
-    """The graph that a strongly typed builder takes, run in ONNX Runtime."""
+    """Run the graph for strongly typed builders in ONNX Runtime and compare it with the model."""
     graph = tmp_path / "typed.onnx"
     quantize_graph(trained.bundle.folder / "model.onnx", photos, graph, precision=precision)
     model = onnx.load(graph)
@@ -448,7 +449,7 @@ def test_explicit_quantisation_answers_as_the_model(
         zero = constants[node.input[2]]
         assert zero.data_type == kind
         assert not onnx.numpy_helper.to_array(zero).astype(np.float32).any(), "ranges must be symmetric"
-    # Weights are what they were, to a part in 2 ** 4, or in 127 of the largest of their channel.
+    # Weights match to one part in 2 ** 4 of their value (fp8) or in 127 of the channel maximum (int8).
     exact = {
         entry.name: onnx.numpy_helper.to_array(entry)
         for entry in onnx.load(trained.bundle.folder / "model.onnx").graph.initializer
@@ -480,7 +481,7 @@ def test_a_bundle_is_one_file_too(trained: Trained, archive: Path, photos: np.nd
     unpacked = bundle.folder
     engine = bundle.load()
     del bundle
-    assert not unpacked.exists(), "the engine holds what it needs"
+    assert not unpacked.exists(), "a loaded engine must not need the unpacked files"
     with trained.bundle.load() as other:
         np.testing.assert_array_equal(engine.infer(photos), other.infer(photos))
     engine.close()
@@ -498,13 +499,13 @@ def test_one_file_is_built_and_replaced(trained: Trained, tmp_path: Path) -> Non
         bundle, _ = build_from_run(Run.open(trained.run), output, backend="onnxruntime")
         assert (bundle.path, [path.name for path in tmp_path.iterdir()]) == (output, ["bundle.zip"])
     (tmp_path / "folder.zip").mkdir()
-    with pytest.raises(BundleError, match="is no bundle; choose another"):
+    with pytest.raises(BundleError, match="is not a bundle; choose another"):
         build_from_run(Run.open(trained.run), tmp_path / "folder.zip")
 
 
 def test_files_that_are_no_bundle(archive: Path, tmp_path: Path) -> None:
     file = tmp_path / "bundle.zip"
-    with pytest.raises(BundleError, match="is not there"):
+    with pytest.raises(BundleError, match="not found"):
         Bundle.open(file)
     data = bytearray(archive.read_bytes())
     for name, cut, say in (("empty", 0, "cannot be unpacked"), ("half", len(data) // 2, "cannot be unpacked")):
@@ -524,9 +525,9 @@ def test_files_that_are_no_bundle(archive: Path, tmp_path: Path) -> None:
         ("/etc/outside", False, "names a file outside the bundle"),
         ("..", False, "names a file outside the bundle"),
         ("a\\b", False, "names a file outside the bundle"),
-        ("extra.txt", False, "holds 'extra.txt', which its bundle.json does not name"),
+        ("extra.txt", False, "contains 'extra.txt', which bundle.json does not list"),
         ("extra.txt", True, "extra.txt is compressed"),
-        ("model.onnx", False, "two files of one name"),
+        ("model.onnx", False, "two files of the same name"),
     ],
 )
 def test_members_that_do_not_belong(archive: Path, tmp_path: Path, member: str, compressed: bool, say: str) -> None:
@@ -548,13 +549,13 @@ def test_preprocessing_that_means_something_else_is_refused(copied: Path) -> Non
     about["fingerprint"] = fingerprint_of(about)
     (copied / "bundle.json").write_text(json.dumps(about))
     with pytest.raises(
-        BundleError, match="preprocessing has the fingerprint 000000000000, here the same settings have"
+        BundleError, match="preprocessing has fingerprint 000000000000, but in this FastFundus the same settings have"
     ):
         Bundle.open(copied)
 
 
 class Odd(Engine):
-    """Gives what it is told."""
+    """Engine that returns the given answers."""
 
     def __init__(self, answers: np.ndarray) -> None:
         super().__init__(4, "odd")
@@ -575,11 +576,11 @@ def test_answers_that_are_no_probabilities_are_refused(bad: float, shape: tuple[
     np.testing.assert_array_equal(engine.infer(photos), answers)
     answers[1].flat[-1] = bad
     with pytest.raises(
-        BundleError, match="odd: the engine gave an answer that is no probability for photo 1 of 3; bui"
+        BundleError, match="odd: the engine returned an invalid probability for photo 1 of 3; rebuild it"
     ):
         engine.infer(photos)
     answers[2].flat[0] = bad
-    with pytest.raises(BundleError, match="for photo 1 of 3 and 1 others"):
+    with pytest.raises(BundleError, match="for photo 1 of 3 and 1 more"):
         engine.infer(photos)
     engine.close()
     engine.close()
@@ -587,7 +588,7 @@ def test_answers_that_are_no_probabilities_are_refused(bad: float, shape: tuple[
 
 
 def test_a_fork_says_so_instead_of_waiting_for_ever(trained: Trained) -> None:
-    """A process of its own: pytest's threads must not be forked."""
+    """Run in a separate process because pytest's threads must not be forked."""
     code = """
 import os, sys, numpy as np
 from pathlib import Path
@@ -610,7 +611,7 @@ assert (engine.infer(photos) == before).all()
     command = [sys.executable, "-W", "ignore", "-c", code, str(trained.bundle.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "of which this is a fork; load the bundle in this process" in done.stdout
+    assert "this process is a fork of it; load the bundle in this process" in done.stdout
 
 
 def test_the_example_in_the_documentation_scores_photos(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Heatmaps without torch are those of torch's own derivatives."""
+"""Tests that torch-free heatmaps match Grad-CAM computed with torch's autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import Trained
 
 
 def by_autograd(model: ScreeningModel, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Grad-CAM as its authors wrote it down, with torch's backward pass."""
+    """Return Grad-CAM heatmaps computed as in the original paper, with torch's backward pass."""
     network = model.network
     features = network.forward_features(model.normalise(torch.from_numpy(photo[None]))).detach().requires_grad_(True)
     logits = network.forward_head(features)[0]
@@ -36,7 +36,7 @@ def test_a_bundle_looks_where_its_model_looks(trained: Trained, cache: PhotoCach
     mapper = Heatmapper(trained.bundle)
     for photo in np.array(cache.photos[:6]):
         expected = by_autograd(model, photo)
-        # The sums of a float32 network in another order.
+        # Float32 sums are accumulated in a different order.
         np.testing.assert_allclose(mapper.heat(photo), expected, atol=1e-4 * max(1.0, expected.max()), rtol=1e-3)
 
 
@@ -70,5 +70,5 @@ def test_networks_of_tokens_have_none_and_say_so(trained: Trained, tmp_path: obj
     about = export_heatmap(ScreeningModel(network, PreprocessSpec(size=32), [1.0]).eval(), Path(str(tmp_path)))
     assert about["file"] is None
     bundle = SimpleNamespace(path="b", about={"files": {}, "heatmap": about})
-    with pytest.raises(BundleError, match=r"has no heatmaps \(the network has no last feature maps"):
+    with pytest.raises(BundleError, match=r"has no heatmaps \(the network has no final feature maps"):
         Heatmapper(bundle)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""TensorRT without its library: every call against the vendor's own bindings, what is done with them on a double.
+"""Tests of the TensorRT backend without TensorRT's library or a GPU.
 
-The double of TensorRT is made of the bindings of 11 and the newest 10 (see `tensorrt_api`); its engines compute what
-ONNX Runtime makes of the graph, on the memory of a double of the GPU.
+Every call is checked against the vendor's bindings, and behaviour is tested on a test double. The double is created
+from the bindings of TensorRT 11 and the newest 10 (see `tensorrt_api`); its engines run the graph in ONNX Runtime, in
+the memory of a test double of the GPU.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("exported_once")]
 
 WHEELS = Path(sys.prefix) / "tensorrt"
 VERSIONS = Path(__file__).with_name("tensorrt_versions.txt").read_text().split()
-"""Newest first; of 11 and the last of 10."""
-# Exports take seconds, and every call of TensorRT is made for both versions in other tests.
+"""TensorRT versions to test, newest first: version 11 and the last version 10."""
+# For tests that export models, which takes seconds; other tests make every TensorRT call with both versions.
 newest = pytest.mark.parametrize("api", VERSIONS[:1], indirect=True)
 SOURCES = sorted(Path(tensorrt_build.__file__).parent.glob("tensorrt_*.py"))
 
@@ -53,7 +54,7 @@ SOURCES = sorted(Path(tensorrt_build.__file__).parent.glob("tensorrt_*.py"))
 def api(request: pytest.FixtureRequest) -> dict[str, Any]:
     wheel = WHEELS / request.param
     if not wheel.is_dir():
-        pytest.skip(f"needs TensorRT's bindings in {wheel}: make test brings them")
+        pytest.skip(f"needs TensorRT's bindings in {wheel}; `make test` installs them")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("tensorrt_api.py")), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     about: dict[str, Any] = json.loads(done.stdout)
@@ -62,7 +63,7 @@ def api(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_every_name_is_one_of_the_bindings(api: dict[str, Any]) -> None:
-    """Also on lines that no test runs."""
+    """Check every attribute of `trt` in the sources, including lines that no test runs."""
     seen = set()
     for file in SOURCES:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -87,7 +88,7 @@ def test_every_name_is_one_of_the_bindings(api: dict[str, Any]) -> None:
 
 
 def test_the_real_bindings_take_our_logger_and_monitor(api: dict[str, Any]) -> None:
-    """Classes that inherit from the vendor's, made and called as the builder would."""
+    """Instantiate our subclasses of the vendor's classes and call them as the builder does."""
     code = """
 import sys
 from pathlib import Path
@@ -114,7 +115,7 @@ assert 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 class World:
-    """A double of TensorRT that builds plans of ONNX and runs them, and the GPU it runs them on."""
+    """Test double of TensorRT that builds and runs plans from ONNX graphs, with the GPU it runs them on."""
 
     def __init__(self, api: dict[str, Any], gpu: Gpu) -> None:
         self.trt, self.gpu = Double(api), gpu
@@ -207,7 +208,7 @@ class World:
 
         def session(engine: Any) -> Any:
             if engine._session is None:
-                assert engine._graph, "an engine without weights was run"
+                assert engine._graph, "an engine without weights must not run"
                 engine._session = onnxruntime.InferenceSession(engine._graph, providers=["CPUExecutionProvider"])
             return engine._session
 
@@ -307,7 +308,7 @@ def world(api: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (tmp_path / "cache").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield made
-    assert not gpu.current, "a context was left current"
+    assert not gpu.current, "a context is still current"
 
 
 @pytest.fixture
@@ -363,10 +364,10 @@ def test_timings_are_kept_by_device_and_version(world: World, graph: bytes, tmp_
 @pytest.mark.parametrize(
     ("what", "say"),
     [
-        ("parse", r"cannot read the graph \(Unsupported operator Foo\); take --backend aoti"),
-        ("profile", r"refuses a profile of 1 to 1 photos \(TensorRT gave no reason\)"),
+        ("parse", r"cannot read the graph \(Unsupported operator Foo\); use --backend aoti"),
+        ("profile", r"rejected a profile of 1 to 1 photos \(TensorRT gave no reason\)"),
         ("build", r"cannot build the engine \(out of tactics\); try --max-batch 8"),
-        ("load", r"cannot load what it built \(Version tag does not match\)"),
+        ("load", r"cannot load the engine it built \(Version tag does not match\)"),
     ],
 )
 def test_refusals_of_the_builder_are_told(world: World, graph: bytes, what: str, say: str) -> None:
@@ -385,7 +386,7 @@ def test_ctrl_c_stops_the_builder(world: World, graph: bytes) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         planned(world, graph, PlanOptions(), progress=progress)
-    assert told == [0, 1], "the builder went on"
+    assert told == [0, 1], "the builder continued"
 
 
 @pytest.fixture
@@ -395,14 +396,14 @@ def photos() -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12, 23])
 def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, photos: np.ndarray, count: int) -> None:
-    """1 and 4 are recorded; 2, 3 and 5's rest are not; 8, 12 and 23 take both slots, again and again."""
+    """Batches of 1 and 4 are recorded; 2, 3 and the rest of 5 are not; 8, 12 and 23 alternate between both slots."""
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, {"photos": photos[:count]})
     engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions((1, 4))).data, 64, "bundle")
     before, world.gpu.launches, world.runs = world.gpu.allocated, 0, 0
     for _ in range(2):
         np.testing.assert_allclose(engine.infer(photos[:count]), expected, atol=ENGINE_FP32)
-    assert world.gpu.allocated == before, "a call allocated"
+    assert world.gpu.allocated == before, "the call allocated memory"
     assert world.runs == 2 * -(-count // 4)
     assert world.gpu.launches == 2 * (count // 4 + (count % 4 == 1))
     engine.close()
@@ -417,7 +418,7 @@ def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, p
 def test_frames_are_cut_and_resized_on_the_gpu(
     world: World, graph: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of sizes of their own, in several batches, more than once: as the reference cuts them."""
+    """Score frames of different sizes in several batches, repeatedly, and compare with the reference crops."""
     names = [f"fastfundus_sample_{kind}_{mode}" for kind in OUTPUTS for mode in ("interpolate", "integrate", "nearest")]
     (tmp_path / "fatbin").write_text(" ".join(names))
     monkeypatch.setattr(cuda_sample, "fatbin", lambda: tmp_path / "fatbin")
@@ -433,12 +434,12 @@ def test_frames_are_cut_and_resized_on_the_gpu(
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, {"photos": photos})
     engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions((1, 4))).data, 64, "bundle")
-    # A level that lies a hair beside half goes either way: one grey level of some pixels.
+    # Values next to half a level may round either way, so some pixels differ by one grey level.
     np.testing.assert_allclose(engine.infer_frames(frames, geometry), expected, atol=ENGINE_FP32)
     before = world.gpu.allocated
     np.testing.assert_allclose(engine.infer_frames(frames[:5], geometry[:5]), expected[:5], atol=ENGINE_FP32)
     np.testing.assert_allclose(engine.infer(photos), expected, atol=ENGINE_FP32)
-    assert world.gpu.allocated == before, "a call allocated"
+    assert world.gpu.allocated == before, "the call allocated memory"
     for wrong, matrices, say in (
         (frames[:2], geometry[:1], r"geometry must be \[N, 2, 3\]"),
         ([], geometry[:0], r"of N >= 1 frames"),
@@ -456,7 +457,7 @@ def test_frames_are_cut_and_resized_on_the_gpu(
 
 def test_photos_on_the_device_stay_there(world: World, graph: bytes, photos: np.ndarray) -> None:
     class OnDevice:
-        """What torch's tensors on a GPU look like from outside."""
+        """Array with the interface of a torch tensor on a GPU."""
 
         def __init__(self, values: np.ndarray) -> None:
             self.memory = world.gpu.mem_alloc(values.nbytes)
@@ -475,7 +476,7 @@ def test_photos_on_the_device_stay_there(world: World, graph: bytes, photos: np.
             given = OnDevice(photos)
         before = world.gpu.allocated
         np.testing.assert_array_equal(engine.infer_on_device(given), expected)
-        assert world.gpu.allocated == before, "a call allocated"
+        assert world.gpu.allocated == before, "the call allocated memory"
         with pytest.raises(ValueError, match=r"photos must be uint8 \[N, 64, 64, 3\]"):
             engine.infer_on_device(photos.astype(np.float32))
         with current(context, cuda=world.gpu):
@@ -504,7 +505,7 @@ def test_what_fails_on_the_gpu_is_told_and_leaves_nothing(world: World, graph: b
             TensorRtEngine(world.trt, plan, 64, "bundle")
         assert not world.gpu.retained
     world.refuse, world.gpu.room = None, 1000
-    with pytest.raises(BundleError, match=r"too little memory for it .*smaller --max-batch"):
+    with pytest.raises(BundleError, match=r"too little memory for the engine .*smaller --max-batch"):
         TensorRtEngine(world.trt, plan, 64, "bundle")
     assert not world.gpu.retained
     world.gpu.room = 1 << 40
@@ -523,7 +524,7 @@ def test_a_bundle_is_built_proven_and_loaded(
 ) -> None:
     from fastfundus.engines import parity
 
-    # After two epochs the order of photos hangs on their fifth digit; integers are as fast as others on this double.
+    # After two epochs the order of photos depends on the fifth digit; 8-bit engines are not faster on this double.
     monkeypatch.setattr(parity, "MOST_AUROC_LOSS", 0.2)
     monkeypatch.setattr(parity, "LEAST_SPEEDUP", 0.0)
     monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("fp32", precision))
@@ -540,7 +541,7 @@ def test_a_bundle_is_built_proven_and_loaded(
     }  # fmt: skip
     names = {path.name for path in bundle.folder.iterdir()}
     assert names - {"engine.onnx"} == {"bundle.json", "model.onnx", "heatmap.onnx", "engine.plan", "layers.json"}
-    assert ("engine.onnx" in names) == (precision == "fp16"), "what fills a plan without weights"
+    assert ("engine.onnx" in names) == (precision == "fp16"), "only a plan without weights needs the graph"
     with bundle.load() as engine:
         photos = np.zeros((3, 64, 64, 3), np.uint8)
         with trained.bundle.using("onnxruntime").load() as other:
@@ -552,13 +553,13 @@ def test_a_bundle_is_built_proven_and_loaded(
             bundle.load()
     monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA A100", (8, 0)))
     with pytest.raises(
-        BundleError, match=r"compiled for device NVIDIA H200 .*this is NVIDIA A100 .*--backend openvino"
+        BundleError, match=r"compiled for device NVIDIA H200 .*this machine has NVIDIA A100 .*--backend openvino"
     ):
         bundle.load()
 
 
 @newest
-def test_a_precision_that_the_builder_refuses_does_not_end_the_search(
+def test_search_continues_after_a_builder_error(
     world: World, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("bf16", "fp32"))
@@ -606,7 +607,7 @@ def test_precisions_are_those_of_the_gpu(world: World, monkeypatch: pytest.Monke
 
 @newest
 def test_bfloat16_is_a_matter_of_the_graph(world: World, trained: Trained, tmp_path: Path) -> None:
-    """No runtime here computes convolutions in bfloat16; that the graph says so can be read from it."""
+    """Check the types in the graph, since no runtime available here computes convolutions in bfloat16."""
     from fastfundus.engines.export import ScreeningModel, export_onnx
 
     run = Run.open(trained.run)
@@ -634,7 +635,7 @@ def test_without_a_gpu_or_its_packages(world: World, trained: Trained, monkeypat
 
     monkeypatch.setattr(world.gpu, "Error", NoGpu)
     monkeypatch.setattr(world.gpu, "init", init)
-    with pytest.raises(BundleError, match=r"needs an NVIDIA GPU, and there is none .*take --backend openvino"):
+    with pytest.raises(BundleError, match=r"needs an NVIDIA GPU, but none was found .*use --backend openvino"):
         tensorrt_backend.precisions()
     for package in ("tensorrt", "pycuda"):
         with monkeypatch.context() as patch:
@@ -668,10 +669,10 @@ def test_graphs_end_recording_whatever_happens(world: World) -> None:
 
 
 def test_graph_functions_are_those_of_the_driver(tmp_path: Path) -> None:
-    """A stub of libcuda, compiled against CUDA's own header: names and types of what is called are the real ones."""
+    """Call a stub of libcuda compiled against CUDA's header, which verifies the names and types of the functions."""
     compiler = shutil.which("nvcc")
     if compiler is None:
-        pytest.skip("needs CUDA's header, which comes with nvcc")
+        pytest.skip("needs CUDA's header, which is installed with nvcc")
     source = tmp_path / "stub.c"
     source.write_text("""
 #include <cuda.h>

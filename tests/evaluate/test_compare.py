@@ -1,4 +1,4 @@
-"""Paired comparisons: against the definition, against simulation, and what they refuse."""
+"""Paired comparisons, checked against definitions and simulations, and the inputs they reject."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastfundus.evaluate.compare import area_covariance, compare_areas, compare_
 
 
 def delong(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Covariances as the paper writes them down, pair by pair."""
+    """Covariances by the pairwise definition of the paper."""
     positive, negative = scores[:, labels == 1], scores[:, labels == 0]
     wins = (positive[:, :, None] > negative[:, None, :]) + 0.5 * (positive[:, :, None] == negative[:, None, :])
     return np.cov(wins.mean(axis=2)) / positive.shape[1] + np.cov(wins.mean(axis=1)) / negative.shape[1]
@@ -29,8 +29,8 @@ def test_one_photo_a_patient_is_delong(ties: bool) -> None:
     np.testing.assert_allclose(covariance, delong(scores, labels), rtol=1e-9)
 
 
-def test_errors_of_clustered_areas_are_those_seen_in_many_studies() -> None:
-    """Both eyes of a patient alike, one sick eye in some: the error that is told is the spread over studies."""
+def test_clustered_standard_errors_match_simulated_spread() -> None:
+    """Eyes of a patient are correlated, some with one diseased eye: the estimated error must match the spread."""
     areas, errors, naive = [], [], []
     for seed in range(400):
         rng = np.random.default_rng(seed)
@@ -41,9 +41,9 @@ def test_errors_of_clustered_areas_are_those_seen_in_many_studies() -> None:
         areas.append(area[0])
         errors.append(covariance[0, 0])
         naive.append(area_covariance(scores.reshape(1, -1), sick.ravel(), [str(n) for n in range(160)])[1][0, 0])
-    # A standard deviation of 400 studies is known to 3.5 %.
+    # A standard deviation estimated from 400 studies is accurate to 3.5 %.
     assert np.sqrt(np.mean(errors)) == pytest.approx(np.std(areas), rel=0.12)
-    assert np.mean(errors) > 1.2 * np.mean(naive), "photos are not independent here"
+    assert np.mean(errors) > 1.2 * np.mean(naive), "photos are not independent in this simulation"
 
 
 def test_no_difference_is_found_as_often_as_promised() -> None:
@@ -54,12 +54,12 @@ def test_no_difference_is_found_as_often_as_promised() -> None:
         shared = np.repeat(rng.normal(labels[::2], 1.0), 2)
         first, second = (shared + rng.normal(0, 0.7, 120) for _ in range(2))
         found.append(compare_areas(first, second, labels, np.repeat(np.arange(60), 2).astype(str).tolist()).p < 0.05)
-    # 15 of 300 are expected; 28 or more happen once in a thousand.
+    # 15 of 300 are expected; 28 or more occur with a probability of about 0.001.
     assert 3 <= sum(found) <= 27
 
 
 def test_folds_are_compared_within_themselves() -> None:
-    """Two folds whose models are equally good, and calibrated apart: ranked together, they would look worse."""
+    """Two equally good models with different calibration, one per fold: ranked together, they would look worse."""
     rng = np.random.default_rng(3)
     labels = (rng.uniform(size=400) < 0.5).astype(float)
     folds, patients = np.repeat([0, 1], 200), [str(n) for n in range(400)]
@@ -70,15 +70,15 @@ def test_folds_are_compared_within_themselves() -> None:
     assert (found.difference, found.p) == (0, 1)
     noisy = first + rng.normal(0, 1, 400)
     whole, parts = (compare_areas(first, noisy, labels, patients, strata) for strata in (None, folds))
-    assert parts.high - parts.low == pytest.approx(whole.high - whole.low, rel=0.1), "as many photos tell as much"
-    # A fold of one class says nothing of areas.
+    assert parts.high - parts.low == pytest.approx(whole.high - whole.low, rel=0.1), "as precise as without folds"
+    # A fold with one class contributes no area.
     one_class = np.where(folds == 1, 1.0, labels)
     alone = compare_areas(first[:200], noisy[:200], labels[:200], patients[:200])
     assert compare_areas(first, noisy, one_class, patients, folds) == alone
 
 
 def test_few_positives_a_fold_are_not_oversure() -> None:
-    """Five folds with about four sick patients each: a normal distribution would find too much, and far too surely."""
+    """Five folds with about four diseased patients each: a normal distribution would give far too small p-values."""
     found = []
     for seed in range(400):
         rng = np.random.default_rng(seed)
@@ -89,7 +89,7 @@ def test_few_positives_a_fold_are_not_oversure() -> None:
         found.append(compare_areas(first, second, labels, patients, folds).p)
     known = np.array([p for p in found if np.isfinite(p)])
     assert len(known) > 250
-    # 5 % is promised; a little more is what an error estimated from so few leaves. 0.2 %: a hundredth of them at most.
+    # 5 % is nominal; an error estimated from so few patients leaves slightly more. For 0.2 %, allow at most 1 %.
     assert (known < 0.05).mean() <= 0.08
     assert (known < 0.002).mean() <= 0.01
 
@@ -145,7 +145,7 @@ def predictions(count: int, seed: int, first: int = 0) -> pl.DataFrame:
     )
 
 
-def test_tables_are_joined_by_photo_and_what_is_not_shared_is_counted() -> None:
+def test_tables_are_joined_by_photo_and_the_rest_is_counted() -> None:
     first, second = predictions(100, 0), predictions(100, 1, first=20)
     found = compare_predictions(first, second.sample(fraction=1.0, shuffle=True, seed=2), {"dr": (0.5, 0.4)})
     assert (found["photos"], found["left_out"]) == (80, 40)
@@ -162,10 +162,10 @@ def test_tables_are_joined_by_photo_and_what_is_not_shared_is_counted() -> None:
 
 def test_tables_that_do_not_fit_are_refused() -> None:
     first = predictions(40, 0)
-    with pytest.raises(DataError, match="were measured on no common photo"):
+    with pytest.raises(DataError, match="were not measured on any common photo"):
         compare_predictions(first, predictions(40, 1, first=100), {"dr": (0.5, 0.5)})
-    with pytest.raises(DataError, match="share no output; the first has glaucoma"):
+    with pytest.raises(DataError, match="have no output in common; the first has glaucoma"):
         compare_predictions(first, first, {"glaucoma": (0.5, 0.5)})
     turned = first.with_columns(label_dr=1 - pl.col("label_dr"))
-    with pytest.raises(DataError, match=r"40 photos have another dr in one run than in the other, such as 0\.jpg"):
+    with pytest.raises(DataError, match=r"40 photos have different values of dr in the two runs, such as 0\.jpg"):
         compare_predictions(first, turned, {"dr": (0.5, 0.5)})

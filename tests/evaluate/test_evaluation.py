@@ -1,4 +1,4 @@
-"""External sets in a run's terms, vessels in groups and against another run, and the page."""
+"""Label mapping of external sets, vessel subgroups and comparisons, and the evaluation page."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_outputs_without_a_rule_are_their_columns(manifest: pl.DataFrame) -> Non
 @pytest.mark.parametrize(
     ("rules", "error", "said"),
     [
-        (["abnormal"], ConfigError, "must be OUTPUT=COLUMN"),
+        (["abnormal"], ConfigError, "must have the form OUTPUT=COLUMN"),
         (["abnormol=drusen"], ConfigError, "has no output 'abnormol'; did you mean 'abnormal'"),
-        (["abnormal=drusen", "abnormal=normal"], ConfigError, "is mapped twice; join the columns with |"),
+        (["abnormal=drusen", "abnormal=normal"], ConfigError, "is mapped twice; combine the columns with |"),
         (["abnormal=drusn"], ConfigError, "no column 'drusn'; did you mean 'drusen'"),
-        (["abnormal=dr_grade"], DataError, "'dr_grade' holds .*, but only 0 and 1 are yes and no; say which"),
-        (["abnormal=site"], DataError, "'site' holds '.', but only 0 and 1"),
-        (["abnormal=dr_grade>=mild"], ConfigError, "a column of numbers and cannot be compared with 'mild'"),
-        (["abnormal=>=2"], ConfigError, "is no term"),
+        (["abnormal=dr_grade"], DataError, "'dr_grade' holds .*, but without a comparison it may hold only 0 and 1"),
+        (["abnormal=site"], DataError, "'site' holds '.', but without a comparison it may"),
+        (["abnormal=dr_grade>=mild"], ConfigError, "a numeric column and cannot be compared with 'mild'"),
+        (["abnormal=>=2"], ConfigError, "is not a valid term"),
     ],
 )
 def test_rules_that_cannot_be_followed(
@@ -84,7 +84,7 @@ def test_rules_that_cannot_be_followed(
 
 
 def test_an_external_set_with_other_labels(trained: Trained, cache: PhotoCache, tmp_path: Path) -> None:
-    """The set's grades are its label in other words: the figures must be those of the label itself."""
+    """The grades of the set encode the same label, so the metrics must equal those of the label itself."""
     grades = cache.manifest.with_columns(dr_grade=pl.col("abnormal") * 2).drop("abnormal")
     elsewhere = replace(cache, path=tmp_path / "other", manifest=grades)
     opened = Run.open(trained.run)
@@ -107,7 +107,7 @@ def test_the_page_shows_what_the_file_says(trained: Trained, cache: PhotoCache, 
     entry = document["labels"]["abnormal"]["auroc"]
     assert f'<td>{entry["value"]:.3f}<br><span class="count">{entry["low"]:.3f} to {entry["high"]:.3f}<' in page
     assert page.count("<svg") == 3
-    for said in ("Told apart", "Are its probabilities true?", "By eye", "Against", document["lock"][:12]):
+    for said in ("ROC curves", "Calibration curves", "By eye", "Comparison with", document["lock"][:12]):
         assert said in page
     assert 'src="http' not in page
     assert "<link" not in page
@@ -121,8 +121,8 @@ def test_centrelines_know_gaps_from_rims() -> None:
     broken = vessel.copy()
     broken[:, 20:40] = False
     assert centreline_dice(vessel, vessel) == 1
-    assert centreline_dice(wide, vessel) == 1, "a rim costs nothing"
-    # 60 % of the centreline is found, and all that is called is right: 2 * 0.6 / 1.6.
+    assert centreline_dice(wide, vessel) == 1, "extra width does not count"
+    # 60 % of the centreline is found and every positive call is correct: 2 * 0.6 / 1.6.
     assert centreline_dice(broken, vessel) == pytest.approx(0.75, abs=0.03)
     assert centreline_dice(~vessel & False, vessel) == 0
     assert np.isnan(centreline_dice(~vessel & False, ~vessel & False))
@@ -134,7 +134,7 @@ def test_means_are_compared_pairwise() -> None:
     better, patients = hard + 0.02 + rng.normal(0, 0.01, 60), [str(n // 2) for n in range(60)]
     found = compare_means(better, hard, patients)
     assert found.low > 0
-    assert found.p == pytest.approx(2 / 2001), "no resample is on the other side: the least p there is"
+    assert found.p == pytest.approx(2 / 2001), "no resample is on the other side of zero: the smallest possible p"
     assert compare_means(hard, hard, patients).p == 1
 
 
@@ -167,4 +167,4 @@ def test_vessels_by_group_and_against_another_run(vessel_cache: PhotoCache, tmp_
     assert "vessel, clDice: first minus second" in result.output
     result = run("evaluate", tmp_path / "0", vessel_cache.path, "--output", tmp_path / "out", "--prevalence", "0.1")
     assert result.exit_code == 1
-    assert "not for vessels" in result.output
+    assert "not to vessel runs" in result.output

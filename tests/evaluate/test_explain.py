@@ -1,4 +1,4 @@
-"""Heatmaps: torch's own derivatives, networks whose gaze is known, lesions whose place is known, and the command."""
+"""Heatmaps, checked against autograd, Captum, networks with known attention and known lesions; and the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE = 224
 
 
 def by_autograd(network: Any, features: Tensor, label: int, after: Any) -> Tensor:
-    """Grad-CAM as its authors wrote it down, for one output and maps [N, C, h, w]."""
+    """Grad-CAM by its original definition, for one output and feature maps [N, C, h, w]."""
     features = features.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(after(features)[:, label].sum(), features)
     return torch.relu((gradient.mean((2, 3), keepdim=True) * features).sum(1)).detach()
@@ -44,7 +44,7 @@ def test_maps_equal_torchs_own_derivatives(name: str) -> None:
     inputs = torch.randn(2, 3, SIZE, SIZE)
     cut = split(network, inputs)
     maps = cut.as_maps(cut.features).contiguous()
-    # The other way round: from maps to what the head takes.
+    # The inverse: from maps to the input of the head.
     back = (lambda maps: maps.permute(0, 2, 3, 1)) if name.startswith("swin") else (lambda maps: maps)
     heat = grad_cam(cut.features, cut.head, cut.as_maps)
     assert heat.shape[:2] == (2, 3)
@@ -70,7 +70,7 @@ def test_maps_equal_captums(name: str, layer: str) -> None:
 
 
 def test_occlusion_equals_captums(trained: Trained, cache: PhotoCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a grid that divides the photo, covered with the colour that we cover with."""
+    """Use a grid that divides the photo evenly and the same fill colour as ours."""
     from captum.attr import Occlusion
 
     monkeypatch.setattr(explain, "CELLS", 8)
@@ -96,7 +96,7 @@ def test_tokens_of_a_transformer_make_maps() -> None:
     heat = grad_cam(cut.features, cut.head, cut.as_maps)
     assert heat.shape == (2, 2, 14, 14)
     assert heat.max() > 0
-    # A token's place in the row is its place in the photo: row by row.
+    # Tokens are in row-major order of their position in the photo.
     marked = torch.zeros(1, 1 + 196, 192)
     marked[0, 1 + 14 * 3 + 5] = 1
     assert cut.as_maps(marked)[0, 0].nonzero().tolist() == [[3, 5]]
@@ -108,19 +108,19 @@ def test_networks_without_maps_are_refused() -> None:
 
 
 class _Yellow(nn.Module):
-    """A network whose gaze is known: it looks for yellow on red, and for nothing else."""
+    """A network with known attention: it responds to yellow on red and nothing else."""
 
     num_features = 2
 
     def forward_features(self, inputs: Tensor) -> Tensor:
-        """How much green exceeds what is usual around, and a second map of no use: [N, 2, 28, 28]."""
+        """Return how much green exceeds its surroundings, and a second, irrelevant map: [N, 2, 28, 28]."""
         green = nn.functional.avg_pool2d(inputs[:, 1:2], 4)
         green = green - nn.functional.avg_pool2d(green, 9, 1, 4, count_include_pad=False)
         blobs = nn.functional.avg_pool2d(torch.relu(green - 0.05), 2)
         return torch.cat([blobs, inputs.mean() + torch.ones_like(blobs)], dim=1)
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """The sum of the first map."""
+        """Return a logit from the mean of the first map."""
         return 2000 * features[:, :1].mean((2, 3)) - 2
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _Yellow(nn.Module):
 
 @pytest.fixture
 def yellow(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Explainer:
-    """An explainer of that network."""
+    """An explainer of the network `_Yellow`."""
     opened = Run.open(trained.run)
     monkeypatch.setattr(type(opened), "load_model", lambda self: _Yellow())
     explainer = Explainer(opened)
@@ -140,7 +140,7 @@ def yellow(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Explainer:
 
 @pytest.fixture(scope="module")
 def with_exudates() -> tuple[np.ndarray, np.ndarray]:
-    """Six photos with bright lesions, and where these are: uint8 [6, 224, 224, 3], bool [6, 224, 224]."""
+    """Six photos with bright lesions and their masks: uint8 [6, 224, 224, 3] and bool [6, 224, 224]."""
     photos, masks = [], []
     for seed in range(6):
         drawn = draw_photo(seed=seed, eye="L", lesions=("exudates",), long_side=640)
@@ -166,7 +166,7 @@ def test_the_gaze_is_found_where_it_is(
     heat = yellow.explain(photos).heat[:, 0]
     hits = [points_at(hot, mask) for hot, mask in zip(heat, masks, strict=True)]
     chance = np.mean([cv2.dilate(mask.astype(np.uint8), np.ones((23, 23))).mean() for mask in masks])
-    # The disc is as bright as lesions are, and the network was not told to spare it.
+    # The optic disc is as bright as the lesions, and the network does not exclude it.
     assert np.mean(hits) >= 0.5 > 3 * chance
 
 
@@ -213,7 +213,7 @@ def test_photos_get_heatmaps_in_their_own_frame(trained: Trained, broken_photos:
     whole = cv2.imread(str(broken_photos / "good.jpg"))
     assert picture.shape == whole.shape
     assert 0 <= row["hottest_x_px"] < whole.shape[1]
-    # The photo shines through where it was: turned or shifted, it would not fit.
+    # The photo is visible below the heatmap in its original position; flipped or shifted, it would not correlate.
     assert np.corrcoef(picture.mean(axis=2).ravel(), whole.mean(axis=2).ravel())[0, 1] > 0.9
     assert np.corrcoef(picture[:, ::-1].mean(axis=2).ravel(), whole.mean(axis=2).ravel())[0, 1] < 0.9
     changed = np.abs(picture.astype(int) - whole).sum(axis=2)
@@ -235,4 +235,4 @@ def test_a_cache_gets_sheets_by_outcome(trained: Trained, cache: PhotoCache, tmp
     told = json.loads((tmp_path / "faithfulness.json").read_text())
     assert set(told) in ({"deletion", "insertion", "random_deletion", "random_insertion"}, set())
     refused = run("explain", trained.run, cache.path, "--output", tmp_path, "--label", "abnormall")
-    assert "the run has no such output; did you mean 'abnormal'?" in refused.output
+    assert "'abnormall' is not an output of the run; did you mean 'abnormal'?" in refused.output

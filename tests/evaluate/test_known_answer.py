@@ -1,7 +1,7 @@
-"""A study whose answer is known: pretraining helps when lesions are shared, and does not when they are not.
+"""A study with a known answer: pretraining helps if the lesions are shared, and not otherwise.
 
-One set of photos, two upstream runs: one learns the spots that downstream asks for, the other learns which eye it is,
-which the spots have nothing to do with.
+Two upstream runs use the same photos. One learns the spots of the downstream task, the other learns left from right
+eyes, which is unrelated to the spots.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ sides = "upstream:sides"
 
 
 def draw(folder: Path, patients: int, seed: int) -> None:
-    """Both eyes of each patient; of the sick, with six spots."""
+    """Draw both eyes of each patient, with six spots if the patient is diseased."""
     (folder / "images").mkdir(parents=True)
     rows = []
     for patient in range(patients):
@@ -99,7 +99,7 @@ def test_pretraining_helps_when_lesions_are_shared_and_only_then(sets: Path) -> 
 
 
 def test_folds_that_lack_a_class(sets: Path) -> None:
-    """A finding of two patients is refused fold by fold, and the tables say so."""
+    """A finding that only two patients can have fails in every fold, and the tables report it."""
     tasks = TEXT[TEXT.index("[tasks.eyes]") : TEXT.index("[inits]")].replace("epochs = 6", "epochs = 1")
     (sets / "rare.toml").write_text("[study]\nfolds = 3\n" + tasks.replace('"abnormal"', '"rare"'))
     study, results = run_study(sets / "rare.toml", sets / "rare")
@@ -107,4 +107,4 @@ def test_folds_that_lack_a_class(sets: Path) -> None:
     (row,) = write_tables(study, results, sets / "rare").rows(named=True)
     assert (row["task"], row["init"], row["failed"], row["mean"]) == ("eyes", "scratch", 3, None)
     assert "not estimable" in (sets / "rare" / "table.md").read_text()
-    assert "Not done" in (sets / "rare" / "study.html").read_text()
+    assert "Failed runs" in (sets / "rare" / "study.html").read_text()

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and hand numbers; calibration and thresholds."""
+"""Metrics against scikit-learn and hand-computed values; calibration, thresholds and locked runs."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_every_figure_equals_scikit_learn(ties: bool) -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    # Two of fifteen bins: of 0.1 a half is positive, of 0.9 all are.
+    # Two of fifteen bins are used: half of the photos at 0.1 are positive, and all at 0.9.
     chances, labels = np.array([0.1, 0.1, 0.9, 0.9]), np.array([0.0, 1, 1, 1])
     got = binary_metrics(chances, labels, list("abcd"), 0.5, resamples=10).ece.value
     assert got == pytest.approx(0.5 * 0.4 + 0.5 * 0.1)
 
 
 def test_predictive_values_where_the_model_will_be_used() -> None:
-    """A published example of Bayes' rule: sensitivity 90 %, specificity 91 %, prevalence 1 %: PPV 9.2 %."""
+    """A published example of Bayes' rule: sensitivity 90 %, specificity 91 % and prevalence 1 % give a PPV of 9.2 %."""
     chances = np.r_[np.repeat([0.9, 0.1], [90, 10]), np.repeat([0.9, 0.1], [9, 91])]
     labels = np.repeat([1.0, 0.0], 100)
     got = binary_metrics(chances, labels, [str(n) for n in range(200)], 0.5, prevalence=0.01, resamples=10)
@@ -102,7 +102,7 @@ def test_predictive_values_where_the_model_will_be_used() -> None:
 def test_net_benefit_by_hand() -> None:
     chances, labels = np.array([0.9, 0.6, 0.4, 0.2]), np.array([1.0, 0, 1, 0])
     got = net_benefit(chances, labels, np.array([0.1, 0.5, 0.8]))
-    # From 0.1 everybody is called: 2 right, 2 wrong at odds of 1 to 9. From 0.5 one of each. From 0.8 one right.
+    # At 0.1 all are called: 2 correct, 2 wrong at odds of 1 to 9. At 0.5 one of each. At 0.8 one correct.
     assert got == pytest.approx([(2 - 2 / 9) / 4, (1 - 1) / 4, 1 / 4])
 
 
@@ -117,7 +117,7 @@ def test_sets_without_positives_are_not_estimable_and_others_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), -0.1, 1.5, float("inf")])
 def test_predictions_that_are_no_probabilities_are_named(bad: float) -> None:
-    with pytest.raises(DataError, match=r"1 of 3 predictions are no probabilities, the first is .* of patient b"):
+    with pytest.raises(DataError, match=r"1 of 3 predictions are not probabilities, the first is .* of patient b"):
         binary_metrics(np.array([0.1, bad, 0.3]), np.array([0.0, 1, 0]), list("abc"), 0.5)
 
 
@@ -132,7 +132,7 @@ def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pyte
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert whole.shape == (101, 50)
     assert (whole[0] == 1).all()
-    # Photos of one patient come and go together, and as many patients are drawn as there are.
+    # Photos of one patient are resampled together, and as many patients are drawn as exist.
     np.testing.assert_array_equal(whole[:, ::2], whole[:, 1::2])
     assert (whole.sum(axis=1) == 50).all()
     order = np.random.default_rng(0).permutation(50)
@@ -142,7 +142,7 @@ def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pyte
 
 
 def test_intervals_cover_the_truth_and_know_of_patients() -> None:
-    """95 % intervals over 60 simulated studies; photo-wise ones would be too narrow, as a patient has equal photos."""
+    """Simulate 60 studies; per-photo intervals would be too narrow, because the photos of a patient are identical."""
     truth, covered, widths = 0.7602, 0, []  # P(N(1, 1) > N(0, 1))
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -153,7 +153,7 @@ def test_intervals_cover_the_truth_and_know_of_patients() -> None:
         interval = binary_metrics(probabilities, labels, patients, 0.5, resamples=400).auroc
         covered += interval.low <= truth <= interval.high
         widths.append(interval.high - interval.low)
-    # 57 of 60 are expected; fewer than 51 happens once in a thousand.
+    # 57 of 60 are expected; fewer than 51 occur with a probability of about 0.001.
     assert covered >= 51
     naive = binary_metrics(probabilities, labels, [str(n) for n in range(400)], 0.5, resamples=400).auroc
     assert np.mean(widths) > 1.6 * (naive.high - naive.low)
@@ -174,7 +174,7 @@ def threshold_of(chances: np.ndarray, labels: np.ndarray, target: float, of: str
 
 @pytest.mark.parametrize("of", ["sensitivity", "specificity"])
 def test_threshold_interval_is_that_of_thresholds_chosen_anew(of: str) -> None:
-    """The threshold's own spread over simulated validation sets, two photos a patient."""
+    """Compare with the spread of thresholds over simulated validation sets with two photos per patient."""
     thresholds, spans = [], []
     for seed in range(150):
         rng = np.random.default_rng(seed)
@@ -184,14 +184,14 @@ def test_threshold_interval_is_that_of_thresholds_chosen_anew(of: str) -> None:
         found = fit_threshold(chances, labels, patients, 0.8, of, resamples=200)  # type: ignore[arg-type]
         thresholds.append(found.value)
         spans.append(found.high - found.low)
-        # A resample in which all photos count once is the set itself.
+        # The original set is itself a possible resample.
         assert found.low <= found.value <= found.high
-    # 150 sets tell a standard deviation to 6 %, quantiles of 40 patients' scores are not quite normal.
+    # 150 sets give a standard deviation to within 6 %; quantiles of 40 patients' scores are not quite normal.
     assert np.mean(spans) / 3.92 == pytest.approx(np.std(thresholds), rel=0.25)
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
-def test_threshold_spares_its_share_of_negatives_and_no_lower_one_does(target: float) -> None:
+def test_specificity_threshold_is_the_lowest_that_reaches_its_target(target: float) -> None:
     rng = np.random.default_rng(3)
     labels = (rng.uniform(size=300) < 0.3).astype(float)
     chances = np.round(1 / (1 + np.exp(-rng.normal(labels, 1.0))), 2)
@@ -200,7 +200,7 @@ def test_threshold_spares_its_share_of_negatives_and_no_lower_one_does(target: f
     assert (negative < threshold).mean() >= target
     lower = chances[chances < threshold].max()
     assert (negative < lower).mean() < target
-    assert threshold not in chances, "rounding elsewhere must not flip a photo"
+    assert threshold not in chances, "rounding in another runtime must not change a decision"
     assert threshold_of(np.array([0.2, 0.4]), np.array([0.0, 0]), 1.0, "specificity") == pytest.approx(0.7)
 
 
@@ -253,7 +253,7 @@ def test_operating_point_of_a_run(trained: Trained, cache: PhotoCache) -> None:
     assert stored["threshold_low"] <= stored["threshold"] <= stored["threshold_high"]
     again = fit_operating_point(run, cache)["labels"]["abnormal"]
     assert again["threshold"] == stored["threshold"]
-    # A bundle is traced to the operating point that was locked.
+    # A bundle records the lock of its operating point.
     assert trained.bundle.about["provenance"]["lock"] == read_operating_point(run)["lock"]
     measured = measure(run, cache)
     predictions = measured.predictions

@@ -1,4 +1,4 @@
-"""A study in miniature: complete, resumed to the bit, honest about what failed and about what was seen before."""
+"""A small study: completeness, bit-exact resume, reports of failures, and refusal of upstream leakage."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ fundus = "upstream:fundus"
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sets of different patients, and the study beside them."""
+    """Two sets of different patients and the study file, in one folder."""
     folder = tmp_path_factory.mktemp("study")
     for name, seed in (("upstream", 21), ("eyes", 22)):
         write_dataset(folder / f"{name}_photos", 18, seed=seed, poor_share=0.0, long_sides=(320,), workers=1)
@@ -70,7 +70,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _every_core() -> Iterator[None]:
-    """Bits are those of a number of threads; a cluster takes all cores, and so do those it is compared with."""
+    """Use all cores, as a cluster does: bit-exact results depend on the number of threads."""
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", str(cores))
@@ -81,11 +81,11 @@ def _every_core() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def done(caches: Path) -> Path:
-    """The study, run once."""
+    """The output of the study, run once."""
     output = caches / "done"
     result = run("study", caches / "study.toml", "--output", output)
     assert result.exit_code == 1
-    assert "12 of 24 runs could not be done, the first because: " in result.output
+    assert "12 of 24 runs failed; the first error is: " in result.output
     assert "no_such_column" in result.output
     return output
 
@@ -150,8 +150,8 @@ def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp
 
     def say(text: str) -> None:
         said.append(text)
-        if "broken/scratch/1/seed0/fold0" in text and "could not" not in text:
-            # What a machine does to a process when memory runs out.
+        if "broken/scratch/1/seed0/fold0" in text and "failed" not in text:
+            # Like the kernel when memory runs out.
             (worker,) = multiprocessing.active_children()
             os.kill(worker.pid or 0, signal.SIGKILL)
 
@@ -159,7 +159,7 @@ def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp
     (killed,) = [result for result in results if "SIGKILL" in result.error]
     assert killed.cell.folder == "cells/broken/scratch/1/seed0/fold0"
     assert killed.error.startswith("its process ended by SIGKILL; if memory ran out, lower loop.batch_size")
-    assert len([result for result in results if "no_such_column" in result.error]) == 11, "the rest completes"
+    assert len([result for result in results if "no_such_column" in result.error]) == 11, "all other cells complete"
     after = load_file(cell / "best.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert len([line for line in said if "eyes" in line]) == 1
@@ -184,7 +184,7 @@ def test_killed_outright_it_leaves_no_run_behind(done: Path, caches: Path, tmp_p
     process.kill()
     process.wait()
     while study_processes(output):
-        assert time.monotonic() < deadline, "a run goes on without its study"
+        assert time.monotonic() < deadline, "a run continues without its study"
         time.sleep(0.05)
     run_study(caches / "study.toml", output)
     for cell, weights in zip(sorted(cells.iterdir()), before, strict=True):
@@ -193,7 +193,7 @@ def test_killed_outright_it_leaves_no_run_behind(done: Path, caches: Path, tmp_p
 
 
 def study_processes(output: Path) -> list[int]:
-    """Living processes that hold a file below a folder, or name it."""
+    """Return the processes that have a file in a folder open or name it on their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -220,7 +220,7 @@ def test_interrupted_it_says_how_to_go_on(done: Path, caches: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "interrupted; go on with: fastfundus study" in errors
+    assert "interrupted; continue with: fastfundus study" in errors
     assert "Traceback" not in errors
 
 
@@ -253,7 +253,7 @@ scratch = "scratch"
 
 
 def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
-    """In a process of its own: Ray starts many."""
+    """Use a separate process, because Ray starts many."""
     output = tmp_path / "cluster"
     shutil.copytree(done, output)
     cell = output / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold1"
@@ -261,7 +261,7 @@ def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path
     shutil.rmtree(cell)
     command = [sys.executable, "-m", "fastfundus", "study", caches / "study.toml", "--output", output, "--ray", "local"]
     done_again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert "12 of 24 runs could not be done, the first because: " in done_again.stderr
+    assert "12 of 24 runs failed; the first error is: " in done_again.stderr
     after = load_file(cell / "best.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert (output / "table.csv").read_bytes() == (done / "table.csv").read_bytes()
@@ -273,19 +273,19 @@ def test_photos_that_were_learned_upstream_are_no_external_test(done: Path, cach
     splits = pl.read_parquet(done / "upstream" / "fundus" / "splits.parquet")
     learned = int(splits["split"].is_in(["train", "val"]).sum())
     assert f"external photos ({learned} left out: the run learned from them)" in result.output
-    # Trained on the patients of its upstream run, by hand: said when it begins, and with every result.
+    # A run trained on the patients of its upstream run: warned about at the start and with every result.
     again = ("--init", done / "upstream" / "fundus", "--backbone", "test_resnet", "--epochs", "1")
     result = run("train", caches / "upstream", "--output", tmp_path / "run", "--fold", "1", *again)
     assert result.exit_code == 0, result.output
     assert "test photos were learned from by" in result.output
     result = run("evaluate", tmp_path / "run", caches / "upstream", "--output", tmp_path / "own")
-    assert "too good" in result.output
+    assert "overestimates performance" in result.output
 
 
 def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> None:
     other = caches / "other.toml"
     other.write_text(TEXT.replace("folds = 3", "folds = 4"))
-    with pytest.raises(ConfigError, match="was begun with another file"):
+    with pytest.raises(ConfigError, match="already contains another study"):
         run_study(other, done)
 
 
@@ -293,7 +293,7 @@ def test_what_was_seen_upstream_is_refused(done: Path, caches: Path, tmp_path: P
     file = caches / "leak.toml"
     file.write_text(TEXT.replace('caches = ["eyes"]', 'caches = ["upstream"]', 1))
     shutil.copytree(done / "upstream", tmp_path / "leak" / "upstream")
-    with pytest.raises(DataError, match="36 photos of the task eyes took part in the upstream run fundus"):
+    with pytest.raises(DataError, match="36 photos of the task eyes were used in the upstream run fundus"):
         run_study(file, tmp_path / "leak")
 
 
@@ -301,11 +301,11 @@ def test_what_was_seen_upstream_is_refused(done: Path, caches: Path, tmp_path: P
     ("change", "said"),
     [
         (("folds = 3", "fold = 3"), r"study.fold is not a setting; did you mean 'folds'"),
-        (('"upstream:fundus"', '"upstream:fundos"'), r"inits.fundus: there is no 'upstream:fundos'; did you mean"),
+        (('"upstream:fundus"', '"upstream:fundos"'), r"inits.fundus: unknown run 'upstream:fundos'; did you mean"),
         (('caches = ["eyes"]', "caches = []"), r"tasks.eyes.caches must be a list of folders"),
         (("config.loop.epochs = 1", "config.loop.epoch = 1"), r"loop.epoch is not a setting"),
         (("fractions = [0.5, 1.0]", "fractions = [0.0]"), r"data.label_fraction"),
-        (("[tasks.eyes]", '[tasks."../eyes"]'), r"becomes a folder: letters, digits"),
+        (("[tasks.eyes]", '[tasks."../eyes"]'), r"names a folder: use only letters, digits"),
         (('[tasks.eyes]', "[tasks.eyes]\nconfig.data.fold = 1"), r"tasks.eyes.config.data.fold is set by the study"),
         (("[study]", "[study"), r"is not TOML"),
     ],

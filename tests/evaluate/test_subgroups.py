@@ -1,4 +1,4 @@
-"""Groups of a manifest: complete, disjoint, and flagged where they are small."""
+"""Subgroups are complete, disjoint, and flagged if small."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import Trained
 
 @pytest.fixture
 def tables() -> tuple[pl.DataFrame, pl.DataFrame]:
-    """200 photos of 100 patients; the second camera's are labelled at random."""
+    """Predictions and manifest of 200 photos of 100 patients; photos of the second camera have random labels."""
     rng = np.random.default_rng(4)
     labels = (rng.uniform(size=200) < 0.5).astype(float)
     chances = np.clip(0.5 + 0.3 * (labels - 0.5) + rng.normal(0, 0.1, 200), 0, 1)
@@ -81,8 +81,8 @@ def test_the_command_writes_groups_and_a_comparison(trained: Trained, cache: Pho
     card = (tmp_path / "model_card.md").read_text()
     weights = hashlib.sha256((trained.run / "best.safetensors").read_bytes()).hexdigest()
     for said in (weights, trained.bundle.spec.fingerprint, "### By eye", "at a prevalence of 0.1", "| abnormal | L |",
-                 f"### Against `{trained.run}`", "Too few photos to judge: eye L, eye R"):  # fmt: skip
+                 f"### Comparison with `{trained.run}`", "Groups too small to judge: eye L, eye R"):  # fmt: skip
         assert said in card, said
     assert "eye L, abnormal" in result.output
-    assert "(few: read with care)" in result.output
+    assert "(small group, interpret with care)" in result.output
     assert "first minus second 0.000" in result.output

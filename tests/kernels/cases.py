@@ -1,4 +1,4 @@
-"""The shapes and matrices that every implementation of `sample` is tried on. Each row names the path it takes."""
+"""Shapes and matrices on which every implementation of `sample` is tested; the name of each row describes its path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def matrix(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-# Height and width of the source, geometry, side of the output. A Triton program covers 512 pixels when interpreted.
+# Height and width of the source, geometry, side of the output. A block in the names is 512 pixels.
 CASES: dict[str, tuple[tuple[int, int], torch.Tensor, int]] = {
     "one-pixel": ((1, 1), IDENTITY, 1),
     "one-pixel-enlarged": ((1, 1), affine(0.25), 5),
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[tuple[int, int], torch.Tensor, int]] = {
     "mirrored": ((12, 12), matrix([-1, 0, 12], [0, 1, 0]), 12),
     "sheared": ((20, 20), matrix([0.8, 0.3, 1], [0, 0.9, 0.5]), 18),
     "minify-2": ((32, 32), affine(2.0), 16),
-    # By the columns of a box on the CPU: three and four are unrolled; boxes that overhang go another way.
+    # Columns per box on the CPU: three and four have unrolled loops; boxes that overhang take another path.
     "minify-1.6-turned": ((40, 40), affine(1.6, 20.0, (6.0, -1.0)), 20),
     "minify-2.5-turned": ((40, 40), affine(2.5, 20.0, (3.0, -2.0)), 13),
     "minify-5-turned": ((64, 48), affine(5.0, -12.0, (1.0, 6.0)), 10),
@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def grey_levels(self) -> float:
-        """What float32 may be off by."""
+        """Maximum error of float32 arithmetic, in grey levels."""
         corners = torch.tensor([[0, 0, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1.0]]) * torch.tensor(
             [self.out_size, self.out_size, 1.0]
         )
@@ -86,7 +86,7 @@ class Batch:
 
 
 def ragged(rows: list[tuple[tuple[int, int], torch.Tensor]], out_size: int, *, gap: int = 0) -> Batch:
-    """Random photos of these sizes in one buffer, `gap` bytes apart, under these geometries."""
+    """Return random photos of the given sizes in one buffer, `gap` bytes apart, with the given geometries."""
     generator = torch.Generator().manual_seed(sum(height + width for (height, width), _ in rows))
     sizes = torch.tensor([size for size, _ in rows], dtype=torch.int32).view(-1, 2)
     lengths = [3 * height * width + gap for (height, width), _ in rows]

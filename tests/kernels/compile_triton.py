@@ -1,6 +1,6 @@
-"""Compile every Triton kernel, tiling, mode and output type for GPUs, without one: registers, spills, shared memory.
+"""Compile every Triton kernel, tiling, mode and output type, and report registers, spills and shared memory.
 
-python -m tests.kernels.compile_triton [OUTPUT.json]
+No GPU is needed. Usage: python -m tests.kernels.compile_triton [OUTPUT.json]
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ JOBS = {"longs_pointer": "*i64", "words_pointer": "*i32", "floats_pointer": "*fp
 
 
 Job = tuple[str, int, dict[str, str], dict[str, Any], int, bool]
-"""Kernel, architecture, signature, constants, warps, and whether pointers and sizes are multiples of 16."""
+"""Kernel, architecture, signature, constants, warps, and True if pointers and sizes are multiples of 16."""
 
 
 def jobs() -> list[Job]:
-    """Every variant that a launch can choose."""
+    """Return every variant that a launch can select."""
     from fastfundus.kernels import cell_sums, sample
     from fastfundus.kernels.jobs import MODES
 
@@ -34,7 +34,7 @@ def jobs() -> list[Job]:
     for architecture, aligned in itertools.product(ARCHITECTURES, (True, False)):
         for (block, warps), mode, out in itertools.product(sample.TILINGS, MODES, ("fp32", "fp16", "bf16")):
             signature = {"pixels_pointer": "*u8", **JOBS, "output_pointer": f"*{out}", "out_size": "i32"}
-            # A program has a part of a row, or some rows: as at 512 px, and as at sizes below 64.
+            # A program covers part of a row, as at 512 px, or several rows, as at sizes below 64.
             constants = {"MODE": mode, "COLUMNS": 512 if aligned else 64, "BLOCK": block}
             found.append(("sample", architecture, signature, constants, warps, aligned))
         for block, warps in cell_sums.TILINGS:
@@ -45,7 +45,7 @@ def jobs() -> list[Job]:
 
 
 def compiled(job: Job) -> tuple[str, dict[str, int]]:
-    """Compile one variant; its name and what it uses."""
+    """Compile one variant; return its name and resource usage."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,7 +54,7 @@ def compiled(job: Job) -> tuple[str, dict[str, int]]:
 
     name, architecture, signature, constants, warps, aligned = job
     kernel = {"sample": sample.sample_kernel, "cell_sums": cell_sums.cell_sums_kernel}[name].fn
-    # The launcher compiles anew where it finds multiples of 16, as at 512 px.
+    # The launcher specialises kernels for arguments that are multiples of 16, as at 512 px.
     facts = {(n,): [["tt.divisibility", 16]] for n in range(len(signature))} if aligned else None
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, facts)
     options = {"num_warps": warps, "num_stages": 1}
@@ -74,7 +74,7 @@ def compiled(job: Job) -> tuple[str, dict[str, int]]:
 
 
 def main() -> dict[str, Any]:
-    """Compile everything, on all cores."""
+    """Compile all variants in parallel, on all cores."""
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels cannot be compiled"
     import triton
 

@@ -1,4 +1,4 @@
-"""The implementations that a machine can run, by name: every kernel test is written once and tried on each of them."""
+"""Implementations available on this machine, by name; every kernel test is written once and run on each of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_on_host(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
 
 
 def sample_triton(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
-    """On a GPU through the operator; interpreted, its launch code on host memory."""
+    """Call the operator on a GPU, or the interpreted kernel through its launch code on host memory."""
     if HAS_GPU:
         return ops.sample_ragged(batch.pixels.cuda(), *batch.arguments[1:], dtype, nearest=nearest).cpu()
     jobs, mode = ops.packed(*batch.arguments, nearest)
@@ -31,7 +31,7 @@ def sample_triton(batch: Batch, dtype: torch.dtype, nearest: bool) -> Tensor:
 
 
 def rounding(sampler: Sampler, dtype: torch.dtype) -> float:
-    """What the last step to the output type may be off by, relative."""
+    """Return the maximum relative error of the final conversion to the output type."""
     if dtype == torch.bfloat16:
         interpreted = sampler is sample_triton and not HAS_GPU
         return INTERPRETED_BFLOAT16_RELATIVE if interpreted else BFLOAT16_RELATIVE

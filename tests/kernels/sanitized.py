@@ -1,9 +1,9 @@
-"""Run the host's build of `sample` over a file of cases, within a process that watches its memory.
+"""Run the host library of `sample` on a file of cases, in a process with sanitizers.
 
     python -m tests.kernels.sanitized LIBRARY.so CASES.npz RESULTS.npz [BYTES]
 
-Pixels lie in memory of exactly their size, so that one byte too many is noticed; BYTES fewer are allocated than the
-photos need, to see that it is. NumPy only: torch and a sanitizer do not go together.
+The pixel buffer has exactly the required size, so that reading one byte too many is detected. With BYTES, the buffer is
+that many bytes too small, to verify the detection. NumPy only, because torch and sanitizers are incompatible.
 """
 
 from __future__ import annotations

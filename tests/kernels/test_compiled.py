@@ -1,4 +1,4 @@
-"""Compiles for GPUs that are not here: Triton's kernels in every tiling, and csrc. No spills, and no surprises."""
+"""Tests that compile all Triton tilings and csrc without a GPU and check for spills and changed resource usage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).parent / "compiled.json"
-"""What each variant uses; `python -m tests.kernels.compile_triton tests/kernels/compiled.json` writes it anew."""
+"""Resource usage of each variant; `python -m tests.kernels.compile_triton tests/kernels/compiled.json` updates it."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_variant_compiles_without_spills(compiled: dict[str, Any]) -> None:
     assert {name for name, used in compiled["variants"].items() if used["spilled_bytes"]} == set()
-    # Of a multiprocessor's 65,536, 128 a thread leave 512 threads, each with eight pixels; with two, 64 are enough.
+    # A multiprocessor has 65,536 registers: 128 per thread allow 512 threads with eight pixels each. With two pixels
+    # per thread, 64 are enough.
     most = {"BLOCK=256": 64, "BLOCK=512": 80, "BLOCK=1024": 128, "BLOCK=64": 64, "BLOCK=128": 64}
     for name, used in compiled["variants"].items():
         (block,) = (part for part in name.split() if part.startswith("BLOCK="))
@@ -45,14 +46,14 @@ def test_the_record_is_kept(compiled: dict[str, Any]) -> None:
     if compiled["triton"] == record["triton"]:
         assert compiled["variants"] == record["variants"]
     for name, used in compiled["variants"].items():
-        # Another compiler may allot registers otherwise, but not by a third.
+        # Another compiler version may allocate registers differently, but by no more than a third.
         assert used["registers"] <= record["variants"][name]["registers"] * 4 / 3, name
 
 
 @pytest.fixture(scope="module")
 def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder with fatbin and library, and what the compiler said."""
-    assert shutil.which("nvcc"), "nvcc compiles csrc: install the CUDA toolkit"
+    """The folder with the fatbin and the library, and the output of the compiler."""
+    assert shutil.which("nvcc"), "nvcc is needed to compile csrc: install the CUDA toolkit"
     folder = tmp_path_factory.mktemp("csrc")
     command = ["make", "-C", str(ROOT / "csrc"), f"BUILD={folder}", "fatbin", "library"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -62,7 +63,7 @@ def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_csrc_compiles_without_warnings_or_spills(cuda_build: tuple[Path, str]) -> None:
     _, said = cuda_build
-    # The command line speaks of warnings too, since it makes them errors.
+    # The echoed command line contains all-warnings and warn-spills, which are options and not warnings.
     assert not re.search(r"warning\b.*:|: warning", said.replace("warn-spills", ""), re.IGNORECASE)
     kernels = re.findall(r"Function properties for (fastfundus_sample_\w+)\n\s+(.*)\n", said)
     assert len(kernels) == 2 * 3 * 12
@@ -71,7 +72,7 @@ def test_csrc_compiles_without_warnings_or_spills(cuda_build: tuple[Path, str]) 
 
 
 def dumped(*arguments: str | Path) -> str:
-    """The output of cuobjdump: Triton's wheel brings it, and nvdisasm, which it calls."""
+    """Return the output of cuobjdump, which Triton's wheel contains together with nvdisasm, which it calls."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -87,11 +88,11 @@ def test_csrc_writes_16_bytes_at_once(cuda_build: tuple[Path, str], architecture
     functions = dict(re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", text, re.DOTALL))
     assert len(functions) == 12
     for name, code in functions.items():
-        # From shared memory in 16 bytes and to the output in 16 bytes; and value by value for other sizes.
+        # Loads from shared memory and stores to the output are 16 bytes wide; other sizes are stored value by value.
         assert re.search(r"\bLDS\.128\b", code), name
         assert re.search(r"\bSTG\.E\.128\b", code), name
         assert re.search(r"\bSTG\.E(\.U16|\.U8)? ", code), name
-        # Registers that do not suffice are stored in local memory.
+        # Accesses to local memory would mean that registers are spilled.
         assert not re.search(r"\b(STL|LDL)\b", code), name
 
 
@@ -102,9 +103,9 @@ def test_the_fatbin_holds_code_for_later_gpus(cuda_build: tuple[Path, str]) -> N
 
 
 def test_cmake_builds_the_same(tmp_path: Path) -> None:
-    # The one of the extra `dev`, beside the interpreter.
+    # Prefer the cmake of the extra `dev`, installed next to the interpreter.
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert cmake, "cmake builds csrc: pip install 'fastfundus[dev]'"
+    assert cmake, "cmake is needed to build csrc: pip install 'fastfundus[dev]'"
     for command in ([cmake, "-S", str(ROOT / "csrc"), "-B", str(tmp_path)], [cmake, "--build", str(tmp_path)]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The host's build of csrc: clean under sanitizers over the whole table, cached, and honest about why it is missing."""
+"""Tests of the host library of csrc: sanitizers on all cases, caching, and the reasons reported when it is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batches() -> dict[str, Batch]:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The library with sanitizers, and the file of cases."""
+    """The library built with sanitizers, and the file of cases."""
     folder = tmp_path_factory.mktemp("sanitized")
     library = build("g++", SANITIZE, host.SOURCE, folder / "library.so")
     arrays = {}
@@ -44,7 +44,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run_watched(watched: tuple[Path, Path], results: Path, missing: int = 0) -> subprocess.CompletedProcess[str]:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    # Python itself never frees everything at its end.
+    # Leak detection is disabled, because Python does not free all memory on exit.
     surroundings = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-m", "tests.kernels.sanitized", *map(str, watched), str(results), str(missing)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=surroundings, timeout=120)
@@ -111,7 +111,7 @@ def test_a_cache_that_others_may_write_is_not_trusted(fresh_cache: Path) -> None
     fresh_cache.chmod(0o777)
     loaded = host.load()
     assert loaded.library is None
-    assert f"others may write to {fresh_cache}: run chmod go-w on it" in loaded.reason
+    assert f"{fresh_cache} is owned or writable by others: run chmod go-w on it" in loaded.reason
 
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The parity matrix on drawn and real photographs: every executor held to the reference, in grey levels and scores."""
+"""Parity tests on synthetic and real photos: each backend is compared with the reference, in grey levels and scores."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def check(paths: list[Path], trained: Trained) -> None:
     assert len(rows) == len(KERNELS) + 2
     for name, row in rows.items():
         if name in KERNELS:
-            # A crop reaches at most 512 pixels into the photo, with boxes of 8 pixels.
+            # Crops extend at most 512 pixels into the photo, with boxes of 8 pixels.
             assert row["grey_levels_most"] < tolerances.sample_grey_levels(512, 8), name
             assert row["probability_most"] < tolerances.KERNEL_PROBABILITY, name
         else:
             assert row["grey_levels_worst_photo"] < tolerances.SCALED_DECODE_GREY_LEVELS, name
             assert row["probability_most"] < tolerances.PREPARE_PROBABILITY, name
-    # These two decode to the same bits and then differ by their arithmetic; neither is the reference itself.
+    # Each row differs from the reference at least by rounding; zero would mean comparing the reference to itself.
     assert all(row["grey_levels_most"] > 0 for row in rows.values())
 
 
@@ -38,5 +38,5 @@ def test_matrix_on_drawn_photos(photo_folder: Path, trained: Trained) -> None:
 
 @pytest.mark.real_data
 def test_matrix_on_real_photos(real_data: Path, trained: Trained) -> None:
-    """Of 512 pixels: interpreted, camera files would take minutes each; `make parity` has them."""
+    """Photos are 512 pixels wide, as interpreted kernels take minutes per camera file; see `make parity` for those."""
     check(sorted((real_data / "odir").rglob("*.jpg"))[:3], trained)

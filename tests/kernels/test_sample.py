@@ -1,4 +1,4 @@
-"""Every implementation of `sample` against the reference, over the table of cases; the operator's contract."""
+"""Tests of every implementation of `sample` against the reference on all cases, and of the operator's contract."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that leaves a value unwritten leaves NaN."""
+    """Fill new outputs with NaN to reveal values that a kernel does not write."""
     empty = torch.empty
 
     def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_nearest_equals_the_reference(sampler: Sampler, name: str) -> None:
     batch = case(name)
     got, want = sampler(batch, torch.float32, True), expected(batch, nearest=True)
     differs = (got != want).any(dim=1)
-    # A position on a boundary between two pixels may fall to either side of it.
+    # A position on the boundary between two pixels may be rounded to either side.
     x, y = positions(batch)
     margin = batch.grey_levels / 255
     on_boundary = ((x - x.round()).abs() < margin) | ((y - y.round()).abs() < margin)
@@ -80,7 +80,7 @@ def test_photos_of_many_sizes_in_one_buffer(sampler: Sampler, minify: bool) -> N
     batch = ragged(rows, 10, gap=5)
     got = sampler(batch, torch.float32, False)
     assert (got - expected(batch)).abs().max() <= batch.grey_levels
-    # Neighbours do not matter, nor does the mode that they ask for.
+    # The result does not depend on the other photos of the batch, nor on the mode that they require.
     alone = ragged(rows, 10, gap=5)
     for n in range(len(rows)):
         single = dataclasses.replace(
@@ -95,10 +95,10 @@ def test_colour_maps_and_nothing_is_clamped(sampler: Sampler) -> None:
     colour = torch.stack([PLAIN, 3 * PLAIN - 400, torch.randn(3, 4, generator=torch.Generator().manual_seed(0))])
     batch = dataclasses.replace(batch, colour=colour)
     got, want = sampler(batch, torch.float32, False), expected(batch)
-    # Rows of the matrices amplify what the grey levels are off by; products and sums round once each, below 2^11.
+    # Rows of the matrices amplify the error in grey levels; each product and sum, below 2^11, rounds once.
     assert (got - want).abs().max() <= 9 * batch.grey_levels + 8 * 2048 * FLOAT32_STEP
     assert got.min() < -300
-    # Black outside becomes the matrix's last column.
+    # Black outside the photo becomes the last column of the matrix.
     torch.testing.assert_close(got[2, :, 0, 0], colour[2, :, 3])
 
 
@@ -111,7 +111,7 @@ def test_every_grey_level_of_every_channel_is_normalised(sampler: Sampler, dtype
     batch = Batch(images, torch.tensor([0]), sizes, IDENTITY[None], colour, 16)
     got = sampler(batch, dtype, False).double()
     want = ((images.view(1, 16, 16, 3).double() / 255 - mean.double()) / std.double()).permute(0, 3, 1, 2)
-    # Coefficients, product and sum each round once in float32, at a magnitude below 4; then once to the output.
+    # Coefficients, products and sums each round once in float32, at a magnitude below 4; the output rounds once more.
     assert ((got - want).abs() <= 4 * 4 * FLOAT32_STEP + rounding(sampler, dtype) * want.abs()).all()
 
 
@@ -197,9 +197,9 @@ BAD = {
     r"offsets\[0\] is 1, but its 48 bytes": {"offsets": torch.tensor([1])},
     r"offsets\[0\] is 9223372036854775807": {"offsets": torch.tensor([2**63 - 1])},
     r"sizes must be torch.int32 \[1, 2\]": {"sizes": torch.tensor([[4, 4]])},
-    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 0 x 4": {"sizes": sizes(0, 4)},
-    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 4 x -1": {"sizes": sizes(4, -1)},
-    r"sizes\[0\] must be 1 to 1048576 pixels a side, got 2147483647 x 1": {"sizes": sizes(2**31 - 1, 1)},
+    r"sizes\[0\] must be 1 to 1048576 pixels per side, got 0 x 4": {"sizes": sizes(0, 4)},
+    r"sizes\[0\] must be 1 to 1048576 pixels per side, got 4 x -1": {"sizes": sizes(4, -1)},
+    r"sizes\[0\] must be 1 to 1048576 pixels per side, got 2147483647 x 1": {"sizes": sizes(2**31 - 1, 1)},
     r"sizes\[0\] is 30000 x 30000, 2700000000 bytes": {"sizes": sizes(30000, 30000)},
     r"geometry must be torch.float32 \[1, 2, 3\], got torch.float64": {"geometry": IDENTITY[None].double()},
     r"geometry must be torch.float32 \[1, 2, 3\], got torch.float32 \[2, 2, 3\]": {
@@ -214,7 +214,7 @@ BAD = {
     r"out_size must be 1 to 16384 pixels, got 0": {"out_size": 0},
     r"out_size must be 1 to 16384 pixels, got 16385": {"out_size": 16385},
     "dtype must be float32, float16 or bfloat16, got torch.float64": {"dtype": torch.float64},
-    "geometry must be on the host, where it is checked; got meta": {"geometry": IDENTITY[None].to("meta")},
+    "geometry must be on the host, where it is checked, got meta": {"geometry": IDENTITY[None].to("meta")},
 }
 
 

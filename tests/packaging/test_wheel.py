@@ -1,4 +1,4 @@
-"""The wheel, built from the sdist as a release is, holds every file and works without torch."""
+"""The wheel, built from the sdist as for a release, contains every file and works without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("dist")
     source = tmp_path_factory.mktemp("source") / "fastfundus"
-    # A clean export: what is not committed or staged must not reach the wheel, nor may the build litter the checkout.
+    # A clean export: ignored files must not reach the wheel, and the build must not litter the checkout.
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def test_every_file_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked elsewhere, with torch made unimportable: the screening runtime must do without it."""
+    """Unpack the wheel elsewhere and block imports of torch: the screening runtime must work without it."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (

@@ -1,4 +1,4 @@
-"""Headers, plans and pixels: every format and orientation against Pillow, every broken file with its status."""
+"""Tests of headers, decode plans and pixels: all formats and orientations against Pillow, broken files by status."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_lossless_formats_are_exact(rgb: np.ndarray, name: str) -> None:
 
 
 def test_tiff_in_tiles_and_in_planes(rgb: np.ndarray) -> None:
-    tifffile = pytest.importorskip("tifffile", reason="tifffile writes what Pillow cannot")
+    tifffile = pytest.importorskip("tifffile", reason="tifffile writes TIFF layouts that Pillow cannot")
     for options in ({"tile": (64, 64)}, {"tile": (64, 64), "compression": "zlib"}, {"planarconfig": "separate"}):
         file = io.BytesIO()
         pixels = rgb.transpose(2, 0, 1) if "planarconfig" in options else rgb
@@ -62,10 +62,10 @@ def test_tiff_in_tiles_and_in_planes(rgb: np.ndarray) -> None:
         np.testing.assert_array_equal(decode(file.getvalue(), read_header(file.getvalue())), rgb)
 
 
-def test_a_tiff_of_several_photos_is_refused_but_not_one_with_a_thumbnail(rgb: np.ndarray) -> None:
+def test_tiff_with_several_photos_is_refused_but_not_a_thumbnail(rgb: np.ndarray) -> None:
     page = Image.fromarray(rgb)
     data = encoded(rgb, "TIFF", save_all=True, append_images=[page, page])
-    with pytest.raises(PhotoError, match="3 pictures in one file"):
+    with pytest.raises(PhotoError, match="3 images in one file"):
         read_header(data)
     data = encoded(rgb, "TIFF", save_all=True, append_images=[page.resize((100, 90))])
     np.testing.assert_array_equal(decode(data, read_header(data)), rgb)
@@ -81,10 +81,10 @@ def test_jpeg_equals_pillow(rgb: np.ndarray, sampling: str, progressive: bool) -
     header = read_header(data)
     assert header.jpeg is not None
     assert (header.jpeg.coding, header.jpeg.subsampling) == ("progressive" if progressive else "baseline", sampling)
-    # What follows is a Huffman table, as these encoders write it.
+    # A Huffman table follows, as these encoders write it.
     assert data[header.jpeg.end : header.jpeg.end + 2] == b"\xff\xc4"
     expected = np.array(Image.open(io.BytesIO(data)))
-    # Both are libjpeg-turbo; their builds may round the inverse DCT differently by one.
+    # Both use libjpeg-turbo; their builds may round the inverse DCT differently by one.
     assert np.abs(decode(data, header).astype(int) - expected).max() <= 1
 
 
@@ -109,7 +109,7 @@ def test_the_plan_never_falls_below_the_target(size: tuple[int, int], least: int
     assert plan.divisor == divisor
     assert (plan.width, plan.height) == tuple(-(-side // divisor) for side in size)
     assert divisor == 1 or min(plan.width, plan.height) >= least
-    # The next smaller size would fall below.
+    # The next smaller size would be below the target.
     assert divisor == 8 or least == 0 or min(-(-side // (2 * divisor)) for side in size) < least
 
 
@@ -128,7 +128,7 @@ def test_a_planned_size_is_the_decoded_size(rgb: np.ndarray, least: int, orienta
     plan = plan_decode(header, least)
     got = decode(data, header, plan)
     assert got.shape[:2] == ((plan.width, plan.height) if orientation == 6 else (plan.height, plan.width))
-    # What is left of a smooth picture after a scaled DCT is its area average, nearly.
+    # For a smooth image, a scaled DCT is nearly the area average.
     whole = decode(data, header)
     small = cv2.resize(whole, got.shape[1::-1], interpolation=cv2.INTER_AREA)
     assert np.abs(got.astype(int) - small).mean() < 1.5
@@ -192,16 +192,16 @@ def test_transparent_pixels_are_black(rgb: np.ndarray, form: str, options: dict[
 
 @pytest.mark.parametrize("divisor", [1, 2, 4, 8])
 def test_pillow_reads_what_libjpeg_turbo_warns_about(rgb: np.ndarray, divisor: int) -> None:
-    # Sides that no divisor divides: who planned a size counts in pixels of it.
+    # Sides that no divisor divides: the decoded size must match the plan.
     rgb = rgb[:357, :395]
     data = encoded(rgb, "JPEG", quality=90)
-    # Stray bytes between two markers: strict decoders refuse, the picture is whole.
+    # Stray bytes between two markers: strict decoders reject the file, although the image is complete.
     at = data.index(b"\xff\xda")
     odd = data[:at] + b"\x00\x00" + data[at:]
     header = read_header(odd)
     plan = plan_decode(header, -(-357 // divisor))
     assert plan.divisor == divisor
-    # One library below both: they may round colours differently.
+    # Both use the same library underneath, but may round colours differently.
     got = decode(odd, header, plan).astype(int)
     np.testing.assert_allclose(got, decode(data, header, plan).astype(int), atol=1)
     if divisor == 1:
@@ -210,7 +210,7 @@ def test_pillow_reads_what_libjpeg_turbo_warns_about(rgb: np.ndarray, divisor: i
 
 BROKEN = {
     "zero.jpg": (Status.UNREADABLE, "empty"),
-    "text.jpg": (Status.UNREADABLE, "not a picture"),
+    "text.jpg": (Status.UNREADABLE, "not an image"),
     "truncated.jpg": (Status.UNREADABLE, "damaged or incomplete"),
     "one_pixel.png": (Status.UNSUPPORTED, "1x1 pixels"),
     "cmyk.jpg": (Status.UNSUPPORTED, "CMYK"),
@@ -238,7 +238,7 @@ def test_a_cut_file_is_never_half_a_retina(rgb: np.ndarray, form: str, share: fl
 
 
 def test_damage_is_never_passed_on(rgb: np.ndarray) -> None:
-    """Pillow and OpenCV decode these without a word, with made-up pixels."""
+    """Pillow and OpenCV decode these silently, with invented pixels."""
     data = encoded(rgb, "JPEG", quality=90)
     start = data.index(b"\xff\xda") + 14
     middle = data.index(b"\xff", start + (len(data) - start) // 2)
@@ -250,7 +250,7 @@ def test_damage_is_never_passed_on(rgb: np.ndarray) -> None:
 
     png = bytearray(encoded(rgb, "PNG"))
     png[len(png) // 2] ^= 1
-    with pytest.raises(PhotoError, match="checksum of its IDAT"):
+    with pytest.raises(PhotoError, match="IDAT checksum mismatch"):
         decode(bytes(png), read_header(bytes(png)))
 
 
@@ -264,7 +264,8 @@ def test_filling_before_the_end_is_no_damage(rgb: np.ndarray, filling: bytes) ->
         decode(junk, read_header(junk))
 
 
-# A drawn photo of 128 px, `Image.save(..., "JPEG", quality=40)`, then `jpegtran -arithmetic -copy none`, in base 85.
+# A synthetic photo of 128 px, saved with `Image.save(..., "JPEG", quality=40)`, then `jpegtran -arithmetic -copy none`;
+# base 85.
 ARITHMETIC = """
 |JeWF01!$>Nk#wx0RR9200961|JwjV02B@n5)Ta&5)cv>6%-
 gAG9exu93DL^E+jHZKuk+VKt@GST61DhRc%&9Mr4R(ZFhTtf`Lw8jhBplmUDiAeE-`3Lje^R7akfOJ0T%Ed{ahKe0+R-e0+R-e0+R-e0+R-
@@ -297,7 +298,7 @@ def test_arithmetic_coding() -> None:
 
 
 def test_motion_jpeg_without_tables(rgb: np.ndarray) -> None:
-    """Frames of a Motion-JPEG leave the Huffman tables out; the standard ones are meant (ITU-T T.81, annex K)."""
+    """Motion-JPEG frames omit the Huffman tables; decoders must use the standard ones (ITU-T T.81, annex K)."""
     data = encoded(rgb, "JPEG", quality=90)
     bare = without_segments(data, 0xC4)
     assert len(bare) < len(data) - 300
@@ -321,7 +322,7 @@ def with_frame(jpeg: bytes, *, marker: int = 0xC0, bits: int = 8) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"marker": 0xC1, "bits": 12}, "12 bits a sample"),
+        ({"marker": 0xC1, "bits": 12}, "12 bits per sample"),
         ({"marker": 0xC3}, "lossless"),
         ({"marker": 0xC5}, "lossless"),
     ],
@@ -343,7 +344,7 @@ def test_an_animated_gif_and_other_formats_are_named(rgb: np.ndarray) -> None:
     frames = [Image.fromarray(np.roll(rgb, shift, axis=0)) for shift in (0, 20)]
     data = encoded(rgb, "GIF", save_all=True, append_images=frames)
     for form, content in [("GIF", data), ("ICO", encoded(rgb, "ICO"))]:
-        with pytest.raises(PhotoError, match=f"{form} files are not read") as caught:
+        with pytest.raises(PhotoError, match=f"{form} files are not supported") as caught:
             read_header(content)
         assert caught.value.status is Status.UNSUPPORTED
 
@@ -359,7 +360,7 @@ def test_tiff_of_sixteen_bits_and_of_floats(rgb: np.ndarray) -> None:
     data = cv2.imencode(".tiff", rgb[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
     np.testing.assert_array_equal(decode(data, read_header(data)), rgb)
     floats = cv2.imencode(".tiff", rgb.astype(np.float32))[1].tobytes()
-    with pytest.raises(PhotoError, match="of an unusual kind"):
+    with pytest.raises(PhotoError, match="of an unsupported kind"):
         read_header(floats)
 
 

@@ -1,4 +1,5 @@
-"""The field: against the synthetic truth, through every kind of spoilt frame, and on every real photograph at hand."""
+"""Tests of field detection: against the synthetic ground truth, on disturbed frames, and on all available real
+photos."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.tolerances import CIRCLE_RADII
 
 
 def found(rgb: np.ndarray) -> tuple[Field, float]:
-    """The field, and how many pixels of `rgb` one of its own spans."""
+    """Return the field, and the number of pixels of `rgb` per pixel of the downscaled image."""
     small, scale = shrink(np.ascontiguousarray(rgb))
     field = find_field(without_margin(small))
     assert field is not None
@@ -28,7 +29,7 @@ def found(rgb: np.ndarray) -> tuple[Field, float]:
 def circle_error(
     rgb: np.ndarray, photo: SyntheticPhoto, left: int = 0, top: int = 0, *, confidence: float = 0.8
 ) -> float:
-    """Largest error of centre or radius, in radii."""
+    """Return the largest error of the centre or radius, in radii."""
     field, scale = found(rgb)
     truth, circle = photo.field, field.circle
     errors = (
@@ -79,7 +80,7 @@ def noisy(rgb: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("camera", CAMERAS[:3], ids=lambda camera: camera.name)
 def test_circle_survives(change: Callable[[np.ndarray], np.ndarray], camera) -> None:  # type: ignore[no-untyped-def]
     photo = draw_photo(5, camera=camera, long_side=900)
-    # A bar that covers a part of the rim takes some of the confidence.
+    # A bar that covers part of the field edge reduces the confidence.
     least = 0.6 if change is barred else 0.8
     assert circle_error(change(photo.image), photo, confidence=least) < 1.5 * CIRCLE_RADII
 
@@ -106,14 +107,15 @@ def test_an_off_centre_field() -> None:
     frame = np.zeros((900, 1500, 3), np.uint8)
     frame[150:850, 750:1450] = photo.image
     assert circle_error(frame, photo, 750, 150) < CIRCLE_RADII
-    # A fifth of the field beyond the edge of the picture.
+    # A fifth of the field is beyond the edge of the image.
     assert circle_error(frame[:, :1310], photo, 750, 150) < 2 * CIRCLE_RADII
 
 
 @pytest.mark.parametrize("width", [0.65, 0.8, 0.9])
 @pytest.mark.parametrize("cut", [0.0, 0.12], ids=["whole", "cut"])
 def test_a_squeezed_field_is_an_oval_that_lies_within_the_circle(width: float, cut: float) -> None:
-    """Exports to a square squeeze wide frames, as in ODIR; one arc of an oval fits a circle far too large."""
+    """Exports to a square squeeze wide frames, as in ODIR; a single arc of an ellipse fits a circle that is far too
+    large."""
     photo = draw_photo(4, long_side=900)
     top = round(cut * 900)
     squeezed = cv2.resize(photo.image[top : 900 - top], (round(900 * width), 900 - 2 * top))
@@ -139,7 +141,7 @@ def test_a_montage_is_irregular_and_whole() -> None:
 def test_nothing_to_find() -> None:
     assert find_field(np.zeros((200, 256, 3), np.uint8)) is None
     assert find_field(np.full((200, 256, 3), 180, np.uint8)) is None
-    # Cropped inside the field: no dark frame.
+    # Cropped inside the field, so there is no dark frame.
     small, _ = shrink(draw_photo(7, long_side=900).image[250:650, 250:650])
     assert find_field(small) is None
 
@@ -163,7 +165,7 @@ def test_fits_by_hand() -> None:
     assert circle is not None
     np.testing.assert_allclose((circle.x, circle.y, circle.half_width), (100, 80, 60), atol=1e-6)
     assert explained(points, circle) == 1
-    # A third of the points elsewhere: a straight edge, as of an eyelid.
+    # A third of the points are on a straight edge, as from an eyelid.
     edge = np.stack([np.linspace(60, 140, 50), np.full(50, 55.0)], axis=1)
     circle = fit_circle(np.concatenate([points, edge]), (160, 200))
     assert circle is not None
@@ -172,7 +174,7 @@ def test_fits_by_hand() -> None:
     oval = fit_oval(squeezed, (160, 200))
     assert oval is not None
     np.testing.assert_allclose((oval.x, oval.y, oval.half_width, oval.half_height), (70, 80, 42, 60), atol=1e-6)
-    # Points on a line lie on no circle.
+    # Collinear points are on no circle.
     assert fit_circle(np.stack([np.arange(50.0), np.arange(50.0)], axis=1), (160, 200)) is None
 
 
@@ -185,12 +187,12 @@ def test_agreement_by_hand() -> None:
     (contour,), _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     points = outline(contour, mask.shape)
     assert 150 < len(points) < 400
-    # On the far side of the outermost pixels: a drawn circle of radius 60 covers 59.5 to 60.5.
+    # Points are on the outer edge of the outermost pixels: a drawn circle of radius 60 covers 59.5 to 60.5.
     assert np.hypot(*(points - [100.5, 80.5]).T).mean() == pytest.approx(60.0, abs=0.3)
 
 
 def test_agreement_with_the_centre_out_of_the_picture() -> None:
-    """Found by fuzzing: the outer side of the rim is seen, the inner one is not."""
+    """Regression test found by fuzzing: the outer side of the edge is visible, the inner one is not."""
     mask = np.zeros((128, 192), np.uint8)
     cv2.circle(mask, (185, 64), 40, 255, -1)
     for x in (185.0, 195.0, 230.0, 260.0):
@@ -206,7 +208,7 @@ def real_photos(folder: Path) -> list[Path]:
 
 @pytest.mark.real_data
 def test_every_real_photograph_has_its_circle(real_data: Path) -> None:
-    """All of them were looked at; the four without a rim were cropped inside the field."""
+    """All of them were inspected visually; the four without a field edge were cropped inside the field."""
     paths = real_photos(real_data)
     assert len(paths) > 80
     without = []
@@ -223,7 +225,7 @@ def test_every_real_photograph_has_its_circle(real_data: Path) -> None:
 
 @pytest.mark.real_data
 def test_real_field_masks(real_data: Path) -> None:
-    """DRIVE ships the field as a mask: the circle found must cover the same disc."""
+    """DRIVE provides field masks: the detected circle must cover the same disc."""
     for image in sorted(real_data.glob("drive/**/*_training.tif")):
         with Image.open(image.parents[1] / "mask" / f"{image.stem}_mask.gif") as stored:
             mask = np.array(stored) > 0

@@ -1,6 +1,6 @@
-"""Damaged bytes: whatever a file holds, it gets a status, in bounded time and memory, and the process lives on.
+"""Fuzz tests: any file content gets a status, in bounded time and memory, and the process survives.
 
-make fuzz        a quarter of an hour of it; FASTFUNDUS_FUZZ_EXAMPLES sets how many examples a test takes
+make fuzz        runs them for a quarter of an hour; FASTFUNDUS_FUZZ_EXAMPLES sets the number of examples per test
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tests.photo.test_dicom import dicom, picture
 SPEC = PreprocessSpec(size=64)
 EXAMPLES = int(os.environ.get("FASTFUNDUS_FUZZ_EXAMPLES", "150"))
 MOST_SECONDS = 5.0
-"""One photo of at most a few megapixels takes milliseconds; this is a hang."""
+"""Time limit for one photo of at most a few megapixels, which normally takes milliseconds; exceeding it is a hang."""
 DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 @functools.cache
 def seeds() -> dict[str, bytes]:
-    """Sound files of every kind: real camera JPEGs where they are at hand, drawn ones else."""
+    """Return valid files of every kind, including real camera JPEGs where available."""
     rgb = draw_photo(3, lesions=("exudates",), long_side=320).image[10:290]
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -77,7 +77,7 @@ def judge(data: bytes) -> None:
     if result.image is not None:
         assert result.image.shape == (64, 64, 3)
         assert result.image.dtype == np.uint8
-    # A reason is told to people: it must fit into a table.
+    # Reasons are shown to users and must fit into a table.
     assert len(result.reason) < 1000
 
 
@@ -93,7 +93,7 @@ examples: Callable[..., Callable[..., object]] = settings(
 @examples
 @given(data=st.data())
 def test_changed_bytes(data: st.DataObject) -> None:
-    """Some bytes are changed anywhere: most in the first kilobyte, where headers are."""
+    """Change some bytes anywhere, most of them in the first kilobyte, where headers are."""
     whole = bytearray(seeds()[data.draw(st.sampled_from(sorted(seeds())), label="file")])
     for _ in range(data.draw(st.integers(1, 12), label="changes")):
         last = data.draw(st.sampled_from([64, 1024, len(whole)]), label="within") - 1
@@ -104,7 +104,7 @@ def test_changed_bytes(data: st.DataObject) -> None:
 @examples
 @given(data=st.data())
 def test_cut_doubled_and_spliced(data: st.DataObject) -> None:
-    """Pieces are taken out, repeated, or put in from another file."""
+    """Remove pieces, repeat them, or insert pieces of another file."""
     names = st.sampled_from(sorted(seeds()))
     whole, other = seeds()[data.draw(names, label="file")], seeds()[data.draw(names, label="other")]
     a, b = sorted(data.draw(st.integers(0, len(whole))) for _ in range(2))
@@ -122,7 +122,7 @@ def test_anything_after_a_known_beginning(start: bytes, rest: bytes) -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000"])
 def test_headers_that_promise_much_cost_little(form: str, tmp_path: Path) -> None:
-    """Widths and heights are blown up in the header; a process of 2 GB must survive each."""
+    """Declare huge widths and heights in the header; a process limited to 2 GB must survive each."""
     rgb = draw_photo(1, long_side=128).image
     file = io.BytesIO()
     Image.fromarray(rgb).save(file, form)
@@ -143,7 +143,7 @@ paths = sorted(Path(sys.argv[1]).glob("*.bin"))
 prepare_photo(paths[0], spec)
 for path in paths:
     print(path.name, prepare_photo(path, spec).status)
-# Not ru_maxrss: that remembers the process that this one was forked from.
+# ru_maxrss also covers the process that this one was forked from.
 print("peak", next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
 """
 
@@ -156,5 +156,5 @@ print("peak", next(line.split()[1] for line in Path("/proc/self/status").read_te
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, peak = done.stdout.splitlines()
     assert len(lines) == 12
-    # A picture of the most pixels that are decoded takes 450 MB; none of these is one.
+    # An image of the maximum pixel count takes 450 MB; none of these is that large.
     assert int(peak.split()[1]) < 700_000

@@ -1,4 +1,4 @@
-"""From file to square: what is cut out, what is refused and why, and every real photograph at hand."""
+"""Tests of preprocessing: crops, rejections with their reasons, and all available real photographs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_crop_centres_the_field_and_blackens_the_rest(tmp_path: Path) -> None:
     rows, columns = np.ogrid[:224, :224]
     outside = np.hypot(rows + 0.5 - 112, columns + 0.5 - 112) > 112
     assert not result.image[outside].any()
-    # The field reaches the margin on all four sides.
+    # The field extends to the margin on all four sides.
     lit = result.image.max(axis=2) > 30
     for line in (lit[6], lit[-7], lit[:, 6], lit[:, -7]):
         assert line.any()
@@ -52,7 +52,7 @@ def test_small_field_in_a_large_frame_is_decoded_at_full_size(tmp_path: Path) ->
     photo = draw_photo(4, long_side=600)
     frame = np.zeros((1300, 1300, 3), np.uint8)
     frame[400:1000, 300:900] = photo.image
-    # Half size would do for the frame, but not for the field in it.
+    # Half size would be enough for the frame, but not for the field in it.
     spec = PreprocessSpec(size=512)
     path = write_rgb(tmp_path / "a.jpg", frame, cv2.IMWRITE_JPEG_QUALITY, 95)
     result = prepare_photo(path, spec)
@@ -79,7 +79,7 @@ def test_scaled_decode_is_close_to_a_full_one(tmp_path: Path) -> None:
         ("black.png", Status.UNGRADABLE, "black"),
         ("grey_as_rgb.png", Status.UNSUPPORTED, "grey"),
         ("deep.png", Status.OK, ""),
-        ("missing.jpg", Status.UNREADABLE, "not there"),
+        ("missing.jpg", Status.UNREADABLE, "file not found"),
         ("folder", Status.UNREADABLE, "cannot be read: it is a folder"),
     ],
 )
@@ -91,12 +91,12 @@ def test_status_and_reason(broken_photos: Path, name: str, status: Status, reaso
 
 
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
-    # Reading a pipe that nobody writes to would never end.
+    # Reading a pipe without a writer would hang.
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", Path("/dev/zero")):
         result = prepare_photo(path, SPEC)
         assert result.status is Status.UNREADABLE
-        assert "no regular file" in result.reason
+        assert "not a regular file" in result.reason
 
 
 def test_a_gzipped_photo_is_unpacked(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_a_margin_is_black_in_the_crop(tmp_path: Path) -> None:
     result = prepare_photo(write_rgb(tmp_path / "a.png", framed), SPEC)
     assert result.status is Status.OK
     plain = prepare_photo(write_rgb(tmp_path / "b.png", photo.image), SPEC)
-    # This field is cut at top and bottom: there the white margin would show.
+    # This field is cut at the top and bottom, where the white margin would be visible.
     assert np.abs(result.image.astype(int) - plain.image).mean() < 3
     assert not result.image[:8].any()
 
 
 def test_unreadable_permission(broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The superuser may read every file, so the operating system's refusal is played.
+    # The superuser can read every file, so simulate the operating system's refusal.
     def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
@@ -144,7 +144,7 @@ def test_unreadable_permission(broken_photos: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_wide_field_picture_is_no_standard_photograph(tmp_path: Path) -> None:
-    """Drawn after the look of scanning wide-field cameras; no real one is at hand."""
+    """Synthetic imitation of scanning wide-field cameras; no real image is available."""
     retina = draw_photo(3, long_side=1200).image[100:1100, 100:1100].astype(np.float32).mean(axis=2)
     frame = np.zeros((768, 1024), np.uint8)
     cv2.ellipse(frame, (512, 384), (500, 300), 0, 0, 360, 255, -1)
@@ -168,7 +168,7 @@ def test_the_whole_frame_can_be_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(64, 6400), (6400, 64), (300, 1600)])
 def test_a_strip_is_no_fundus(tmp_path: Path, shape: tuple[int, int]) -> None:
-    """Found by fuzzing: shrunk to 192 pixels, nothing is left of its short side."""
+    """Regression test found by fuzzing: shrinking to 192 pixels leaves nothing of the short side."""
     strip = np.full((*shape, 3), (180, 90, 40), np.uint8)
     result = prepare_photo(write_rgb(tmp_path / "a.png", strip), SPEC)
     assert result.status is Status.NOT_FUNDUS
@@ -229,7 +229,7 @@ def test_a_photo_is_decoded_at_most_so_many_times_smaller(most: float, divisor: 
         got, found = decode_reduced(data, most)
         assert found == expected
         assert got.shape == (-(-rgb.shape[0] // expected), -(-rgb.shape[1] // expected), 3)
-        # A pixel of it is the mean of those that it spans, all but for what the DCT does with edges.
+        # Each pixel is the mean of the pixels it covers, apart from the effect of the DCT at edges.
         height, width = rgb.shape[0] // divisor * divisor, rgb.shape[1] // divisor * divisor
         if form == ".jpg":
             want = rgb[:height, :width].reshape(height // divisor, divisor, -1, divisor, 3).mean(axis=(1, 3))

@@ -1,4 +1,4 @@
-"""Gradability: spoilt photos are found and named, good ones pass, and resolution does not matter."""
+"""Tests of the quality check: poor photos are rejected with the right reason, good ones pass, at any resolution."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prepared(folder: Path, rgb: np.ndarray) -> PreparedPhoto:
     ("quality", "reason", "least"), [("dark", "too dark", 9), ("blur", "out of focus", 9), ("cut", "field", 12)]
 )
 def test_spoilt_photos_are_refused_for_the_right_reason(tmp_path: Path, quality: str, reason: str, least: int) -> None:
-    """Rates on synthetic photos; the real ones are judged in the evidence, not by a threshold here."""
+    """Rates on synthetic photos; real photos are assessed in the published evidence, not by a threshold here."""
     results = []
     for seed in range(12):
         photo = draw_photo(seed, camera=CAMERAS[seed % 4], quality=quality, long_side=640)
@@ -64,7 +64,7 @@ def test_the_score_does_not_depend_on_resolution(quality: str) -> None:
     scores = [measure_quality(cv2.resize(large, (side, side), interpolation=cv2.INTER_AREA)) for side in (400, 800)]
     for smaller in scores:
         for mark in MARKS:
-            # 2 x 2 halving against interpolation: a twentieth of the scale between nothing and full marks.
+            # Halving by 2x2 blocks differs from interpolation by at most a twentieth of the scale from 0 to 1.
             assert getattr(smaller, mark) == pytest.approx(getattr(measure_quality(large), mark), abs=0.05)
 
 
@@ -74,7 +74,7 @@ def test_marks_by_hand() -> None:
     flat = np.full((300, 300, 3), (200, 90, 40), np.uint8)
     quality = measure_quality(flat, 0.85, ())
     assert (quality.exposure, quality.completeness, quality.colour) == (1, 1, 1)
-    # The circle's inside is flat: no detail at all.
+    # The inside of the circle is flat, without any detail.
     assert quality.sharpness == 0
     assert quality.contrast == 0
     assert measure_quality(flat, 0.675, ()).completeness == pytest.approx(0.5)

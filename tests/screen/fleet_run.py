@@ -1,4 +1,4 @@
-"""Screens a folder here, and again, half here and half on a local Ray cluster. A process of its own: Ray forks."""
+"""Screen a folder locally, then again half locally and half on a local Ray cluster. Own process, because Ray forks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Screens a folder while being killed: forks itself, kills its child after a random time, goes on, again and again.
+"""Screen a folder under repeated kills: fork a child, kill it after a random time, resume, and repeat.
 
-A process of its own: one that has loaded an engine cannot be forked.
+Runs in its own process, because a process that has loaded an engine cannot be forked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Screening from Python."""
+"""The Python API for screening."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost model: recovers costs that are known, predicts by hand-checked arithmetic, and the command that measures."""
+"""The cost model: recovery of known costs, predictions checked by hand, and the bench command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_costs_that_are_known_are_found() -> None:
 
 
 def test_no_cost_is_negative() -> None:
-    """Where noise would have it so, what is left explains the rest."""
+    """A cost that a fit would make negative is set to zero, and the remaining ones explain the data."""
     found = fit_photo_cost(kinds(), [0.01 + 0.001 * kind.megapixels - 0.002 * kind.megabytes for kind in kinds()])
     assert found.per_megabyte_s == 0
     assert min(found.fixed_s, found.per_megapixel_s, found.per_decoded_megapixel_s) >= 0
@@ -50,7 +50,7 @@ def test_no_cost_is_negative() -> None:
 
 
 def test_predictions_by_hand() -> None:
-    # 4 cores, 20 ms to prepare and 60 ms of the engine: 50 photos/s in all.
+    # 4 cores, 20 ms to prepare and 60 ms in the engine: 50 photos/s in total.
     told = predict(Machine(4), prepare_s=0.02, megabytes=1.0, engine_s=0.06)
     assert told.photos_per_s == pytest.approx(50)
     assert told.stages == pytest.approx({"preparing": 200, "engine": 4 / 0.06})
@@ -58,7 +58,7 @@ def test_predictions_by_hand() -> None:
     # Storage of 30 MB/s and photos of 1 MB.
     slow = predict(Machine(4, storage_mb_per_s=30), prepare_s=0.02, megabytes=1.0, engine_s=0.06)
     assert (slow.photos_per_s, slow.limit) == (30, "storage")
-    # Two GPUs of 900 photos/s each and 16 cores that prepare 800: side by side.
+    # Two GPUs with 900 photos/s each run in parallel with 16 cores that prepare 800 photos/s.
     gpus = predict(Machine(16, gpus=2), prepare_s=0.02, megabytes=1.0, gpu_images_per_s=900)
     assert gpus.photos_per_s == pytest.approx(800)
     assert gpus.limit == "preparing"
@@ -82,7 +82,7 @@ def test_kinds_are_read_from_headers(tmp_path: Path) -> None:
     path = tmp_path / "large.jpg"
     cv2.imwrite(str(path), np.full((1600, 2400, 3), 90, np.uint8))
     kind = kind_of(path.read_bytes(), PreprocessSpec(size=512))
-    assert kind == PhotoKind(3.84, 0.96, path.stat().st_size / 1e6), "decoded at a half: a quarter of the pixels"
+    assert kind == PhotoKind(3.84, 0.96, path.stat().st_size / 1e6), "decoded at half size: a quarter of the pixels"
 
 
 def test_photos_that_cannot_be_prepared_are_no_measurement(tmp_path: Path) -> None:
@@ -97,16 +97,16 @@ def test_photos_that_cannot_be_prepared_are_no_measurement(tmp_path: Path) -> No
 def test_the_command_leaves_out_what_is_no_photo(broken_photos: Path, tmp_path: Path) -> None:
     result = run("bench", "prepare", "--photos", broken_photos, "--seconds", "0.1")
     assert result.exit_code == 0, result.output
-    assert "inputs are no photos and were left out" in result.output
+    assert "inputs that are not photos were left out" in result.output
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "junk.jpg").write_bytes(b"junk")
     refused = run("bench", "prepare", "--photos", tmp_path / "none")
     assert refused.exit_code == 1
-    assert "holds no photo that can be read, the first of " in refused.output
+    assert "inputs is a readable photo; the first is " in refused.output
 
 
 def test_the_command_measures_and_predicts(trained: Trained, photo_folder: Path) -> None:
-    assert trained.bundle.about["gflop"] == pytest.approx(2 * 1.82 / 12.25, rel=0.02), "1.82 at 224 px, sums too"
+    assert trained.bundle.about["gflop"] == pytest.approx(2 * 1.82 / 12.25, rel=0.02), "1.82 at 224 px, with additions"
     common = ("bench", "--bundle", trained.bundle.path, "--photos", photo_folder / "images", "--seconds", "0.2")
     result = run(*common, "--predict", "--cores", "64", "--storage", "500", "--json")
     assert result.exit_code == 0, result.output
@@ -117,12 +117,12 @@ def test_the_command_measures_and_predicts(trained: Trained, photo_folder: Path)
     assert told["photos_per_hour"] == pytest.approx(3600 * told["photos_per_s"])
     assert set(told["stages"]) == {"preparing", "engine", "storage"}
     spoken = run(*common, "--predict")
-    for said in ("reading, decoding, cropping", "GFLOP/s", "of both one after the other", "photos an hour"):
+    for said in ("reading, decoding, cropping", "GFLOP/s", "of both in sequence", "photos per hour"):
         assert said in spoken.output
     for arguments, said in (
-        (("bench", "--predict"), "--predict needs an engine: give --bundle"),
-        (("bench", "engine"), "engine needs an engine: give --bundle"),
-        (("bench", "--cores", "4"), "describe the machine of --predict"),
+        (("bench", "--predict"), "--predict needs an engine; add --bundle"),
+        (("bench", "engine"), "engine needs an engine; add --bundle"),
+        (("bench", "--cores", "4"), "apply to --predict only; add it"),
     ):
         refused = run(*arguments)
         assert refused.exit_code == 1

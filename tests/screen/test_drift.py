@@ -1,4 +1,4 @@
-"""The stability index, by hand and by chance."""
+"""The stability index, checked by hand and against its expected value."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def test_by_hand() -> None:
     assert drift.verdict.startswith("very different")
 
 
-def test_photos_of_the_same_kind_are_alike_and_give_what_chance_gives() -> None:
+def test_samples_of_one_distribution_are_alike() -> None:
     chance = np.random.default_rng(3)
     found = [drift_of("scores", chance.beta(1, 4, 400), reference_of(chance.beta(1, 4, 300))) for _ in range(200)]
     drifts = [drift for drift in found if drift is not None]
-    # One in a hundred may be called shifted by chance.
+    # About one in a hundred may be called shifted by chance.
     assert sum(drift.verdict != "alike" for drift in drifts) <= 4
-    # The mean of 200 has a standard error of 2.5 %; the formula is exact for large samples only.
+    # The mean of 200 has a standard error of 2.5 %, and the formula is exact only for large samples.
     assert np.mean([drift.index for drift in drifts]) == pytest.approx(drifts[0].chance, rel=0.15)
     moved = drift_of("scores", chance.beta(2, 3, 400), reference_of(chance.beta(1, 4, 300)))
     assert moved is not None

@@ -1,4 +1,4 @@
-"""Whatever happens while screening, nothing is lost and nothing is made up."""
+"""Fault tolerance of screening: no result is lost or invented."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def screen(trained: Trained, folder: Path, output: Path, **options: object) -> S
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of few photos."""
+    """Reduce the block size, so that few photos make several blocks."""
     for module in (pipeline, run, store):
         monkeypatch.setattr(module, "BLOCK", 8)
 
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path) -> Path:
-    """24 photos that a test may change."""
+    """Copy 24 photos to a folder that a test may modify."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for path in sorted((photo_folder / "images").iterdir())[:24]:
@@ -84,13 +84,13 @@ def test_a_stopped_run_goes_on_and_only_where_it_belongs(trained: Trained, photo
     screen(trained, photos, whole)
     with pytest.raises(_Stop):
         screen(trained, photos, torn, on_progress=stop_after(19))
-    with pytest.raises(ConfigError, match="holds an unfinished run; go on with --resume"):
+    with pytest.raises(ConfigError, match="contains an unfinished run; add --resume to continue it"):
         screen(trained, photos, torn)
-    with pytest.raises(ConfigError, match="was begun with another policy"):
+    with pytest.raises(ConfigError, match="was started with another policy"):
         screen(trained, photos, torn, resume=True, policy=ScreenPolicy(abstain=0.1))
-    with pytest.raises(ConfigError, match="was begun with another backend"):
+    with pytest.raises(ConfigError, match="was started with another backend"):
         screen_to_folder(list_photos(photos), trained.bundle.using("onnxruntime"), torn, sources=[photos], resume=True)
-    with pytest.raises(ConfigError, match="was begun with another sources"):
+    with pytest.raises(ConfigError, match="was started with another sources"):
         screen_to_folder(list_photos(photos), trained.bundle, torn, sources=[photos.parent], resume=True)
     gone_on = screen(trained, photos, torn, resume=True)
     assert (gone_on.resumed, gone_on.timing.photos) == (16, 8)
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_and_only_where_it_belongs(trained: Trained, photo
         "start", *["photo"] * 16, "resume", *["photo"] * 8, "end",
     ]  # fmt: skip
     assert verify(torn).faults == []
-    # Finished: nothing to do, and said so.
+    # A finished run has nothing left to do.
     again = screen(trained, photos, torn, resume=True)
     assert (again.resumed, again.timing.photos) == (24, 0)
     assert pl.read_parquet(torn / "results.parquet").equals(again.results)
@@ -120,7 +120,7 @@ def test_a_changed_bundle_cannot_go_on(trained: Trained, photos: Path, tmp_path:
     from fastfundus.engines.bundle import write_bundle_json
 
     write_bundle_json(copy, about)
-    with pytest.raises(ConfigError, match="was begun with another bundle"):
+    with pytest.raises(ConfigError, match="was started with another bundle"):
         screen_to_folder(list_photos(photos), Bundle.open(copy), tmp_path / "out", sources=[photos], resume=True)
 
 
@@ -134,14 +134,14 @@ def test_files_that_appear_vanish_or_change_are_said(trained: Trained, photos: P
             shutil.copy(photos / names[1], photos / names[0])
             shutil.copy(photos / names[1], photos / "new.jpg")
 
-    # Few photos are under way at once, so the last is not read yet.
+    # Few photos are in flight at once, so the last one has not been read yet.
     done = screen(trained, photos, tmp_path / "out", on_progress=meddle)
     assert done.results["path"].to_list() == names
     assert [note.split(" (")[1].rstrip(")") for note in done.notes] == [names[-1], names[0], "new.jpg"]
     assert [note.split()[2] for note in done.notes] == ["vanished", "changed", "appeared"]
     report = done.report.read_text()
     assert all(note in report for note in done.notes)
-    assert verify(tmp_path / "out", files=True).faults == [f"{names[0]}: was changed since it was screened"]
+    assert verify(tmp_path / "out", files=True).faults == [f"{names[0]}: was modified after it was screened"]
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -149,10 +149,10 @@ def test_a_full_disk_keeps_what_is_done(trained: Trained, photos: Path, tmp_path
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     screen(trained, photos, whole)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # No file may grow beyond this: the log does, in its third block.
+    # Limit the file size such that the log exceeds it in its third block.
     resource.setrlimit(resource.RLIMIT_FSIZE, ((whole / "audit.jsonl").stat().st_size * 3 // 4, before[1]))
     try:
-        with pytest.raises(DataError, match=r"cannot be written to \(File too large\); what is done is kept"):
+        with pytest.raises(DataError, match=r"cannot be written to \(File too large\); finished rows are kept"):
             screen(trained, photos, torn)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -165,7 +165,7 @@ def test_a_full_disk_keeps_what_is_done(trained: Trained, photos: Path, tmp_path
 def test_corrupt_inputs_cost_themselves_only(trained: Trained, photos: Path, tmp_path: Path) -> None:
     sound = screen(trained, photos, tmp_path / "sound").results
     names = sorted(path.name for path in photos.iterdir())
-    # Two of 24: cut off, and overwritten in the middle.
+    # Corrupt two of 24: truncate one, overwrite the middle of the other.
     data = (photos / names[4]).read_bytes()
     (photos / names[4]).write_bytes(data[: len(data) // 2])
     data = (photos / names[13]).read_bytes()
@@ -177,7 +177,7 @@ def test_corrupt_inputs_cost_themselves_only(trained: Trained, photos: Path, tmp
 
 
 def test_an_output_that_cannot_be_written_is_refused_at_once(trained: Trained, photos: Path) -> None:
-    # Linux's own view of processes: nobody can make a folder there.
+    # No user can create folders in /proc.
     with pytest.raises(DataError, match="cannot be written to"):
         screen(trained, photos, Path("/proc/fastfundus"))
 
@@ -192,7 +192,7 @@ def test_two_processes_do_not_share_a_folder(trained: Trained, photos: Path, tmp
 
 
 class _Flaky(Engine):
-    """Fails on whole batches, or on photos whose first pixel says so."""
+    """An engine that fails on the batches selected by a predicate."""
 
     def __init__(self, inner: Engine, fails: object) -> None:
         super().__init__(inner._size, "flaky")
@@ -233,7 +233,7 @@ def test_a_photo_the_engine_cannot_take_has_a_row_of_its_own(trained: Trained, p
     flaky = _Flaky(engine, lambda batch, calls: any((photo == cursed).all() for photo in batch))
     rows = list(screen_photos(listing, trained.bundle, Timing(), engine=flaky))
     assert [row.status for row in rows if row.status != "ok"] == ["failed"]
-    assert rows[5].reason == "the engine failed on it (device lost); screen it again"
+    assert rows[5].reason == "the engine failed on this photo (device lost); screen it again"
     assert (rows[5].decision, rows[5].answer) == (None, None)
     assert [row.decision for row in rows[:5] + rows[6:]] == [row.decision for row in plain[:5] + plain[6:]]
 
@@ -260,7 +260,7 @@ def test_a_photo_that_hangs_is_left_behind(
     release.set()
     assert [row.source for row in rows] == listing
     assert [row.status.value for row in rows if row.status != "ok"] == ["unreadable"]
-    assert rows[3].reason.startswith("decoding took longer than 0.5 s and was given up")
+    assert rows[3].reason.startswith("decoding took longer than 0.5 s and was abandoned")
 
 
 def test_storage_that_hangs_ends_the_run(
@@ -273,7 +273,7 @@ def test_storage_that_hangs_ends_the_run(
         return b""
 
     monkeypatch.setattr(crew, "read_photo", read)
-    with pytest.raises(FastFundusError, match="see whether the storage answers, then go on"):
+    with pytest.raises(FastFundusError, match="check that the storage responds, then resume"):
         list(screen_photos(list_photos(photos).photos, trained.bundle, Timing(), engine=engine, hang_s=0.2))
     release.set()
 
@@ -311,11 +311,11 @@ def _lower(lines: list[str]) -> list[str]:
     ("tamper", "said"),
     [
         (lambda out: _edit_log(out, _lower), "the chain breaks"),
-        (lambda out: _edit_log(out, _lower), "results.parquet says otherwise: p_abnormal"),
+        (lambda out: _edit_log(out, _lower), "differs from results.parquet in p_abnormal"),
         (lambda out: _edit_log(out, lambda lines: lines[:5] + lines[6:]), "the chain breaks"),
-        (lambda out: _edit_log(out, lambda lines: lines[:-1]), "has no end"),
-        (lambda out: (out / "patients.csv").write_text("patient\n"), "patients.csv: is not what results.parquet gives"),
-        (lambda out: (out / "eyes.csv").unlink(), "eyes.csv is not there"),
+        (lambda out: _edit_log(out, lambda lines: lines[:-1]), "has no end event"),
+        (lambda out: (out / "patients.csv").write_text("patient\n"), "patients.csv: does not match results.parquet"),
+        (lambda out: (out / "eyes.csv").unlink(), "eyes.csv is missing"),
         (
             lambda out: pl.read_parquet(out / "results.parquet").head(20).write_parquet(out / "results.parquet"),
             "results.parquet has 20 rows, audit.jsonl 24",
@@ -326,7 +326,7 @@ def _lower(lines: list[str]) -> list[str]:
                 .with_columns(decision=pl.lit("negative"))
                 .write_parquet(out / "results.parquet")
             ),
-            "results.parquet says otherwise: decision",
+            "differs from results.parquet in decision",
         ),
     ],
 )
@@ -355,9 +355,7 @@ def test_masks_stay_in_their_folder() -> None:
 
 
 @pytest.mark.slow
-def test_a_fleet_goes_on_where_one_machine_stopped_with_the_same_bytes(
-    trained: Trained, photos: Path, tmp_path: Path
-) -> None:
+def test_ray_resumes_a_local_run_with_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.screen.fleet_run", trained.bundle.path, photos, tmp_path],
         capture_output=True, text=True, timeout=300,

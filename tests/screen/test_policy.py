@@ -1,4 +1,4 @@
-"""What is decided of photos, eyes and patients, by hand."""
+"""Decisions for photos, eyes and patients, checked by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_photos(found: dict[str, float], abstain: float, decision: str | None) -
 
 
 def table(*photos: tuple[str, str | None, str, str | None]) -> pl.DataFrame:
-    """Photos as (patient, eye, status, decision)."""
+    """Return a results table of photos given as (patient, eye, status, decision)."""
     rows = [(f"{number}.jpg", *photo, 0.5, 0.25) for number, photo in enumerate(photos)]
     return pl.DataFrame(
         rows, schema={"path": pl.String, "patient": pl.String, "eye": pl.String, "status": pl.String,
@@ -54,12 +54,12 @@ UNSURE, MAPPED = ("ok", "uncertain"), ("ok", None)
         ([GOOD, POOR], {"unusable": "ignore"}, "negative", None),
         ([GOOD, LOST], {}, "not screened", "1 could not be screened"),
         ([GOOD, LOST], {"unusable": "ignore"}, "negative", None),
-        ([GOOD], {"least_images": 2}, "retake", "1 of the 2 photos that are needed"),
-        ([GOOD, POOR], {"least_images": 2, "unusable": "ignore"}, "retake", "1 of the 2 photos that are needed"),
+        ([GOOD], {"least_images": 2}, "retake", "1 of the 2 required photos"),
+        ([GOOD, POOR], {"least_images": 2, "unusable": "ignore"}, "retake", "1 of the 2 required photos"),
         ([BAD], {"least_images": 2}, "positive", None),
         ([LOST], {}, "not screened", "1 could not be screened"),
         ([LOST], {"unusable": "ignore"}, "not screened", "no photo could be screened"),
-        ([POOR], {"unusable": "ignore"}, "retake", "0 of the 1 photos that are needed"),
+        ([POOR], {"unusable": "ignore"}, "retake", "0 of the 1 required photos"),
         ([MAPPED, MAPPED], {}, None, None),
         ([MAPPED, POOR], {}, None, None),
     ],
@@ -82,7 +82,7 @@ def test_patients_have_their_worse_eye_and_its_reason() -> None:
     ]
     strict = ScreenPolicy(both_eyes=True)
     rows = patient_table(eye_table(photos, strict), strict).select("patient", "decision", "why").rows()
-    assert rows[2] == ("c", "retake", "of no photo is it known which eye it shows")
+    assert rows[2] == ("c", "retake", "the eye is not known for any photo")
     one = table(("a", "L", *GOOD), ("a", None, *GOOD))
     assert patient_table(eye_table(one, strict), strict)["why"].item() == "no photo of the right eye"
 

@@ -1,4 +1,4 @@
-"""The report as people see it: in a real browser, offline."""
+"""The report rendered in a real browser, offline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_it_shows_itself_and_asks_nobody(
         assert page.run("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         heatmaps = page.run("[...document.images].filter(image => image.alt.startsWith('heatmap over')).length")
         assert heatmaps == min(60, int(run.results["decision"].is_in(["positive", "uncertain"]).sum())) > 0
-        assert page.run("document.documentElement.scrollWidth <= window.innerWidth"), "it must not scroll sideways"
+        assert page.run("document.documentElement.scrollWidth <= window.innerWidth"), "no horizontal scrolling"
         assert page.run("document.querySelectorAll('script').length") == 0
         picture = cv2.imread(str(page.picture(tmp_path / "report.png")))
         assert picture.shape[0] > 1400

@@ -1,4 +1,4 @@
-"""Screening: one row per input whatever it is, in order, and a report that needs nothing."""
+"""Screening: one row per input of any kind, in order, and a self-contained report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_broken_input_has_its_row(trained: Trained, broken_photos: Path, t
         assert row["bundle"] == trained.bundle.fingerprint
         expected = {"ok": {"positive", "negative"}, "ungradable": {"retake"}}.get(row["status"], {None})
         assert row["decision"] in expected
-    # The same pixels in 8 and 16 bits differ by the JPEG's own decoding only.
+    # The same pixels in 8 and 16 bits differ only by JPEG decoding.
     assert rows["good.jpg"]["p_abnormal"] == pytest.approx(rows["deep.png"]["p_abnormal"], abs=0.02)
 
 
@@ -108,7 +108,7 @@ def test_patients_get_their_worst_decision(trained: Trained, photo_folder: Path,
 
 def test_results_are_not_overwritten_unasked(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
     screen(trained, broken_photos, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"holds results.csv already; add --overwrite"):
+    with pytest.raises(ConfigError, match=r"already contains results.csv; add --overwrite"):
         screen(trained, broken_photos, tmp_path / "out")
     (broken_photos / "zero.jpg").unlink()
     assert len(screen(trained, broken_photos, tmp_path / "out", overwrite=True).results) == 9
@@ -116,7 +116,7 @@ def test_results_are_not_overwritten_unasked(trained: Trained, broken_photos: Pa
 
 
 class _Links(HTMLParser):
-    """Collects everything a browser would fetch."""
+    """Collects every resource that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model repository against the server's own schema, and its steps run as it describes them."""
+"""The Triton model repository: checked against the server's schema, with its steps run as configured."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ TYPES = {"TYPE_UINT8": np.uint8, "TYPE_FP32": np.float32, "TYPE_STRING": np.obje
 
 
 class Refused(Exception):
-    """What a client of the server would get."""
+    """The error that a client of the server would receive."""
 
 
 class Utilities(types.ModuleType):
-    """`triton_python_backend_utils`, of what is used of it."""
+    """Stub of the used parts of `triton_python_backend_utils`."""
 
     TritonModelException = type("TritonModelException", (Exception,), {})
 
@@ -61,14 +61,14 @@ class Utilities(types.ModuleType):
 
 
 class Server:
-    """Runs a model repository in this process: configurations by the server's schema, tensors as they declare them."""
+    """Runs a model repository in this process, with configurations and tensors checked against the server's schema."""
 
     def __init__(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utilities("triton_python_backend_utils"))
         self.configs = {}
         for folder in sorted(repository.iterdir()):
             config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
-            assert config.name == folder.name, "the server refuses other names"
+            assert config.name == folder.name, "the server rejects other names"
             assert (folder / "1").is_dir()
             for output in config.output:
                 assert not output.label_filename or (folder / output.label_filename).is_file()
@@ -148,7 +148,7 @@ class Server:
 
 @pytest.fixture
 def bundle(trained: Trained) -> Bundle:
-    """The engine's files, as one that computes in bfloat16 has them too."""
+    """Return the trained bundle marked as bfloat16; the engine files of both are the same."""
     return replace(trained.bundle, precision="bf16")
 
 
@@ -218,7 +218,7 @@ def test_a_tensorrt_bundle_asks_for_a_gpu(bundle: Bundle, tmp_path: Path) -> Non
 def test_what_cannot_be_exported(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="runs openvino, onnxruntime and tensorrt, this is aoti"):
         export_repository(replace(bundle, backend="aoti"), tmp_path / "models")
-    with pytest.raises(ConfigError, match="cannot be a model's"):
+    with pytest.raises(ConfigError, match="is not a valid model name"):
         export_repository(bundle, tmp_path / "models", name="a/b")
     assert not (tmp_path / "models").exists()
 
@@ -232,4 +232,4 @@ def test_the_command(trained: Trained, tmp_path: Path) -> None:
     assert sorted(done.stdout.split()) == [f"{tmp_path / name}/config.pbtxt" for name in names]
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 1
-    assert "is there already; choose another --name" in again.stderr
+    assert "already exists; choose another --name" in again.stderr

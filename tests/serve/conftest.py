@@ -1,4 +1,4 @@
-"""A real server on a real socket, in a thread of this process."""
+"""Fixtures that run a real server on a real socket, in a thread of this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Start = Callable[..., httpx.Client]
 
 @contextmanager
 def running(bundle: Bundle, *, limits: Limits | None = None, **options: Any) -> Iterator[httpx.Client]:
-    """Serve, and give a client of the server."""
+    """Run a server and yield a client for it."""
     limits = limits or Limits()
     server = make_server(create_app(bundle, limits=limits, **options), limits, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run)
@@ -41,6 +41,6 @@ def running(bundle: Bundle, *, limits: Limits | None = None, **options: Any) -> 
 
 @pytest.fixture
 def start(trained: Trained) -> Iterator[Start]:
-    """Starts a server with the trained bundle and given options."""
+    """Return a function that starts a server with the trained bundle and the given options."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(running(trained.bundle, **options))

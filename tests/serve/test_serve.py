@@ -1,4 +1,4 @@
-"""The server answers as a batch does, whoever asks at once, and bad requests cost their senders only."""
+"""The server: same results as batch screening under concurrent clients, and isolation of bad requests."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ JPEG = {"content-type": "image/jpeg"}
 
 
 def by_batch(trained: Trained, folder: Path) -> dict[str, tuple[str, str | None, dict[str, float], str | None]]:
-    """What screening a folder says: status, reason, probabilities, decision."""
+    """Screen a folder and return status, reason, probabilities and decision of each file."""
     rows = screen_photos(list_photos(folder).photos, trained.bundle, Timing())
     return {
         row.source.path.name: (
@@ -101,7 +101,7 @@ def test_sixty_four_clients_at_once_each_get_their_own_answers(
     photos = float(re.search(r'fastfundus_photos_total\{status="ok"\} (\S+)', metrics)[1])  # type: ignore[index]
     calls = float(re.search(r"fastfundus_batch_photos_count (\S+)", metrics)[1])  # type: ignore[index]
     assert photos >= 256
-    assert calls < photos, "what waits is scored together"
+    assert calls < photos, "waiting photos are scored in one batch"
 
 
 def test_names_are_names_only(broken_photos: Path, start: Start) -> None:
@@ -120,7 +120,7 @@ def test_names_are_names_only(broken_photos: Path, start: Start) -> None:
         ({"content-type": "multipart/form-data"}, b"x", 400, "malformed multipart/form-data"),
         ({"content-type": "multipart/form-data; boundary=b"}, b"no boundary here", 400, "malformed"),
         ({"content-type": "multipart/form-data; boundary=b"}, b"--b\r\nbroken", 400, ""),
-        ({"content-type": "multipart/form-data; boundary=b"}, _NO_FILE, 400, "holds no file"),
+        ({"content-type": "multipart/form-data; boundary=b"}, _NO_FILE, 400, "contains no file"),
         ({"content-type": "text/plain"}, b"hello", 415, "send multipart/form-data, or a photo"),
         ({}, b"hello", 415, ""),
         (JPEG, b"", 400, "the body is empty"),
@@ -138,7 +138,7 @@ def test_malformed_requests_are_refused_in_words(
 def test_too_much_is_refused(start: Start, broken_photos: Path) -> None:
     client = start(limits=Limits(most_bytes=100_000, most_waiting=2))
     assert client.post("/v1/screen", content=bytes(100_001), headers=JPEG).status_code == 413
-    # A body that does not say how long it is.
+    # A body without a declared length.
     pieces = (bytes(10_000) for _ in range(20))
     assert client.post("/v1/screen", content=pieces, headers=JPEG).status_code == 413
     good = (broken_photos / "good.jpg").read_bytes()
@@ -176,7 +176,7 @@ def test_answers_that_take_too_long_are_given_up(start: Start) -> None:
         yield b"\xff"
 
     answer = client.post("/v1/screen", content=slowly(), headers=JPEG)
-    assert (answer.status_code, answer.json()["detail"]) == (504, "not done in 0.5 s")
+    assert (answer.status_code, answer.json()["detail"]) == (504, "not done within 0.5 s")
 
 
 def test_clients_that_never_finish_are_hung_up_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def hang_up(client: httpx.Client, slow: list[socket.socket], second: socket.sock
     while not answer.endswith(b"}"):
         answer += second.recv(65536)
     assert b"200 OK" in answer
-    second.sendall(b"GET /healthz HTT")  # not the first request of its connection
+    second.sendall(b"GET /healthz HTT")  # the second request on its connection
     began = time.monotonic()
     for one in slow:
         one.sendall(b"POST /v1/screen HTTP/1.1\r\nX-")
@@ -224,7 +224,7 @@ def test_a_photo_that_hangs_costs_itself_only(
     client = start(limits=Limits(hang_s=0.3))
     answer = client.post("/v1/screen", files=[("photo", ("a", cursed)), ("photo", ("b", good))]).json()["results"]
     assert [result["status"] for result in answer] == ["unreadable", "ok"]
-    assert "was given up" in answer[0]["reason"]
+    assert "was abandoned" in answer[0]["reason"]
 
 
 def test_an_engine_that_fails_is_said(start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_an_engine_that_fails_is_said(start: Start, broken_photos: Path, monkeyp
     monkeypatch.setattr(OpenVinoEngine, "_run", fail)
     first = client.post("/v1/screen", content=good, headers=JPEG).json()["results"][0]
     assert (first["status"], first["decision"], first["probabilities"]) == ("failed", None, {})
-    assert first["reason"] == "the engine failed on it (out of luck); screen it again"
+    assert first["reason"] == "the engine failed on this photo (out of luck); screen it again"
     for _ in range(20):
         client.post("/v1/screen", content=good, headers=JPEG)
     assert client.get("/healthz").status_code == 503
@@ -264,7 +264,7 @@ def test_told_to_stop_it_answers_what_it_has_taken(trained: Trained, photo_folde
                     asyncio.create_task(http.post(f"http://127.0.0.1:{found[1]}/v1/screen?pictures=true", files=sent))
                     for _ in range(4)
                 ]
-                # Not before all of them are taken, however slow the machine is, and while they are at work.
+                # Stop the server while all photos are in progress: wait until all are accepted, even on a slow machine.
                 taken = 0.0
                 while taken < 64 and not any(task.done() for task in tasks):
                     metrics = (await http.get(f"http://127.0.0.1:{found[1]}/metrics")).text
@@ -288,9 +288,9 @@ def test_beyond_this_machine_only_with_a_token_or_on_purpose(trained: Trained) -
 
     refused = CliRunner().invoke(main, ["serve", str(trained.bundle.path), "--host", "0.0.0.0"])
     assert refused.exit_code == 1
-    assert "others can reach this address; give --token-file FILE" in refused.output
+    assert "other machines can reach this address; add --token-file FILE" in refused.output
     short = CliRunner(env={"FASTFUNDUS_TOKEN": "short"}).invoke(main, ["serve", str(trained.bundle.path)])
-    assert "5 characters are easily guessed" in short.output
+    assert "a token of 5 characters is too easy to guess" in short.output
 
 
 def test_bundles_that_map_are_refused(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_bundles_that_map_are_refused(trained: Trained, monkeypatch: pytest.Monk
     async def make() -> None:
         Service(trained.bundle, ScreenPolicy(), most_waiting=1, hang_s=1)
 
-    with pytest.raises(ConfigError, match="serve answers with probabilities"):
+    with pytest.raises(ConfigError, match="serve returns probabilities"):
         asyncio.run(make())
 
 
@@ -317,7 +317,7 @@ def test_the_page_takes_photos_and_shows_what_was_found(
         page.wait_for("document.getElementById('about').textContent.includes('engine openvino')")
         page.choose_files("#files", evil, broken_photos / "black.png", broken_photos / "text.jpg")
         page.wait_for("!document.getElementById('need').hidden")
-        # The browser itself notes the refusal in its console.
+        # The browser itself logs the refused request to its console.
         assert [text for text in page.complaints if "401" not in text] == []
         page.complaints.clear()
         page.run("document.getElementById('token').value = 'correct horse battery'")

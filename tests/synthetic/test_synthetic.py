@@ -1,4 +1,4 @@
-"""Synthetic photographs: repeatable, true to their labels, and pictures of retinas."""
+"""Tests that synthetic photographs are repeatable, match their labels, and resemble retinas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_frame_and_masks(camera, quality: str) -> None:  # type: ignore[no-untyp
     assert tuple(photo.lesion_masks) == LESIONS
     rows, columns = np.ogrid[:height, :width]
     distance = np.hypot(columns + 0.5 - photo.field.x_px, rows + 0.5 - photo.field.y_px)
-    # The notch of some cameras reaches 6 % beyond the rim.
+    # The notch of some cameras extends 6 % beyond the edge of the field.
     outside = distance > 1.08 * photo.field.radius_px
     assert photo.image[outside].max(initial=0) < 12
     assert not photo.vessel_mask[outside].any()
@@ -69,7 +69,7 @@ def test_vessels_are_darker_than_their_surroundings() -> None:
     beside = near & (photo.vessel_mask == 0) & (photo.disc_mask == 0)
     green = photo.image[..., 1].astype(float)
     assert green[vessel].mean() < 0.93 * green[beside].mean()
-    # A tree, not a blot: public masks mark 7 to 16 % of the field.
+    # The share of a vessel tree, not of a blot: public masks mark 7 to 16 % of the field.
     share = np.count_nonzero(photo.vessel_mask) / (np.pi * photo.field.radius_px**2)
     assert 0.03 < share < 0.20
 
@@ -98,7 +98,7 @@ def test_plans_begin_alike_and_group_patients() -> None:
     assert [plan.eye for plan in short] == ["L", "R"] * 5
     assert len({plan.patient for plan in short}) == 5
     share = np.mean([bool(plan.lesions) for plan in plan_dataset(1000, seed=0)])
-    # Half of the patients are diseased; 0.7 of these in both eyes, the others in one: 0.425 of the eyes.
+    # Half of the patients are diseased; 70 % of these in both eyes, the others in one: 0.425 of the eyes.
     assert share == pytest.approx(0.425, abs=0.04)  # five standard deviations
 
 

@@ -89,8 +89,8 @@ def test_a_retfound_like_vit_of_another_size(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert "vit_tiny_patch16_224, from a checkpoint with 'model'" in lines[0]
     assert "  resampled: pos_embed" in lines
-    assert {line for line in lines if "left aside" in line} == {
-        f"  left aside: {name}" for name in ("head.weight", "head.bias", "decoder_embed.weight")
+    assert {line for line in lines if "left out" in line} == {
+        f"  left out: {name}" for name in ("head.weight", "head.bias", "decoder_embed.weight")
     }
     written = load_file(tmp_path / "vit.safetensors")
     assert written["pos_embed"].shape == (1, 1 + 14 * 14, 192)
@@ -130,7 +130,7 @@ def test_a_network_that_contains_itself_is_refused(tmp_path: Path) -> None:
     torch.save(network, tmp_path / "w.pth")
     result = run("convert", tmp_path / "w.pth", "--output", tmp_path / "out.safetensors")
     assert result.exit_code == 1
-    assert "nested more than 16 deep" in result.stderr
+    assert "nested more than 16 levels deep" in result.stderr
 
 
 def small(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -138,12 +138,12 @@ def small(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 BAD = {
-    "is not there": (None, ()),
-    "holds no tensors": ({"epoch": 3}, ()),
-    "its backbone cannot be told from its tensors (weight": (small(weight=torch.zeros(2)), ()),
+    "does not exist": (None, ()),
+    "contains no tensors": ({"epoch": 3}, ()),
+    "the backbone cannot be recognised from its tensors (weight": (small(weight=torch.zeros(2)), ()),
     "lacks 1 of the 120 tensors of resnet18, such as conv1.weight": ("without conv1", ()),
     "conv1.weight has shape [64, 1, 7, 7], resnet18 needs [64, 3, 7, 7]": ("grey", ()),
-    "'resnet5' is not a timm model; close names": (small(weight=torch.zeros(2)), ("--backbone", "resnet5")),
+    "'resnet5' is not a timm model; similar names": (small(weight=torch.zeros(2)), ("--backbone", "resnet5")),
 }
 
 
@@ -167,7 +167,7 @@ def test_damaged_files_and_other_endings_are_said(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"not at all")
     result = run("convert", tmp_path / "w.safetensors", "--output", tmp_path / "out.safetensors")
     assert result.exit_code == 1
-    assert "is not a sound safetensors file" in result.stderr
+    assert "is not a valid safetensors file" in result.stderr
     result = run("convert", tmp_path / "w.safetensors", "--output", tmp_path / "out.pth")
     assert result.exit_code == 1
     assert "must end in .safetensors, got out.pth" in result.stderr
@@ -182,4 +182,4 @@ def test_a_legacy_pickle_of_a_vessel_network(real_data: Path) -> None:
     assert "checkpoint" in what or what == "a state dict"
     result = run("convert", path, "--output", "/dev/null/out.safetensors")
     assert result.exit_code == 1
-    assert "its backbone cannot be told" in result.stderr
+    assert "the backbone cannot be recognised" in result.stderr

@@ -159,5 +159,5 @@ def test_alone_everything_is_ones_own(trained: Trained) -> None:
     crowd = World()
     crowd.size, crowd.rank = 4, 3
     np.testing.assert_array_equal(crowd.share(np.arange(6)), [5])
-    with pytest.raises(ConfigError, match=r"a batch of 3 cannot be shared by 4 processes; raise loop.batch_size"):
+    with pytest.raises(ConfigError, match=r"a batch of 3 photos cannot be divided among 4 processes; raise loop"):
         crowd.share(np.arange(3))

@@ -170,7 +170,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"last.ckpt: cannot be written .*MiB are free.*before it is kept"):
+        with pytest.raises(CheckpointError, match=r"last.ckpt: cannot be written .*MiB are free.*previous file is"):
             save_atomically({"weights": torch.ones(1 << 20)}, file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_the_best_weights(trained: Trained, tmp_path: Path) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     about = {"config": run.config, "spec": run.spec, "labels": run.labels, "caches": run.caches}
     try:
-        with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be written .*make room"):
+        with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be written .*free disk space"):
             save_best(run.path, run.load_model(), **about, epoch=9, score=("auroc", 0.9))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -206,7 +206,7 @@ def test_smaller_first_epochs_and_balanced_classes_resume_too(cache: PhotoCache,
 def test_backbones_of_one_size_refuse_smaller_ones(cache: PhotoCache, tmp_path: Path) -> None:
     plain = settings(first_size=0.5).to_dict()
     config = TrainConfig.from_dict({**plain, "model": {"backbone": "vit_tiny_patch16_224"}})
-    with pytest.raises(ConfigError, match=r"loop.first_size is 0.5, but vit_tiny_patch16_224 takes photos of one size"):
+    with pytest.raises(ConfigError, match=r"loop.first_size is 0.5, but vit_tiny_patch16_224 accepts only one"):
         train(cache, tmp_path / "run", config)
 
 
@@ -228,7 +228,7 @@ def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path
     assert len(history) == best + 2 < 50
     assert any(f"no better validation auroc since epoch {best} (loop.patience is 2)" in line for line in heard.lines)
     # How well feeding hid behind computing is the last word of every run.
-    assert re.fullmatch(r"[\d.]+ images/s with data, [\d.]+ on a resident batch: \d+% of what .*", heard.lines[-1])
+    assert re.fullmatch(r"[\d.]+ images/s with data loading, [\d.]+ without: \d+% of .*", heard.lines[-1])
     # Resuming a run that has ended changes nothing.
     train(cache, tmp_path / "run", config, resume=True)
     assert pl.read_csv(tmp_path / "run" / "metrics.csv").equals(history)
@@ -327,7 +327,7 @@ def test_starting_and_resuming_wrongly(cache: PhotoCache, tmp_path: Path) -> Non
     train(cache, run, settings(epochs=1))
     with pytest.raises(CheckpointError, match="holds a run already; add --resume"):
         train(cache, run, settings(epochs=1))
-    with pytest.raises(ConfigError, match="started with other settings"):
+    with pytest.raises(ConfigError, match="started with different settings"):
         train(cache, run, settings(epochs=2), resume=True)
     (run / "last.ckpt").write_bytes(b"junk")
     with pytest.raises(CheckpointError, match="cannot be read"):

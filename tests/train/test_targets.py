@@ -44,7 +44,7 @@ def test_abnormality(table: pl.DataFrame) -> None:
         read_targets(table, "abnormality", ("age",))
     with pytest.raises(DataError, match="prepared without labels"):
         read_targets(table.select("path"), "abnormality")
-    with pytest.raises(ConfigError, match="names 2 columns; abnormality learns one"):
+    with pytest.raises(ConfigError, match="has 2 columns; abnormality takes one"):
         read_targets(table, "abnormality", ("DME", "glaucoma"))
 
 
@@ -56,7 +56,7 @@ def test_multilabel(table: pl.DataFrame) -> None:
     # Another set that does not know glaucoma: unknown, not absent.
     other = read_targets(table.drop("glaucoma"), "multilabel", (), ("DME", "glaucoma"))
     assert np.isnan(other.truth[:, 1]).all()
-    with pytest.raises(ConfigError, match=r"columns of 0 and 1 here: normal, DME, glaucoma$"):
+    with pytest.raises(ConfigError, match=r"columns of 0 and 1 in this cache: normal, DME, glaucoma$"):
         read_targets(table, "multilabel")
     with pytest.raises(DataError, match="did you mean 'glaucoma'"):
         read_targets(table, "multilabel", ("DME", "glaukoma"))
@@ -82,7 +82,7 @@ def test_ordinal(table: pl.DataFrame) -> None:
     np.testing.assert_array_equal(targets.truth[4], [1, 1, 0, 0])
     assert np.isnan(targets.truth[3]).all()
     np.testing.assert_array_equal(grades(targets.truth)[[0, 1, 2, 4]], [0, 1, 4, 2])
-    with pytest.raises(DataError, match=r"'age' must be a whole number from 0, got 6.5 for f"):
+    with pytest.raises(DataError, match=r"'age' must be a whole number of 0 or more, got 6.5 for f"):
         read_targets(table, "ordinal", ("age",))
 
 

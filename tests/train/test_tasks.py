@@ -148,7 +148,7 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
     wrong = tmp_path / "wrong"
     text = [replace(photo, columns={"exudates": "yes"}) for photo in listing.photos]
     build_cache(text[:2], wrong, cache.spec, source=listing.root)
-    with pytest.raises(DataError, match="its column 'exudates' is String, elsewhere Float64; rename one"):
+    with pytest.raises(DataError, match="column 'exudates' is String here but Float64 elsewhere; rename one"):
         PhotoCache.open(cache.path, wrong)
 
 
@@ -336,20 +336,20 @@ def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> No
     assert {name.split(".")[0] for name in report.unused} == {"fc" if backbone == "resnet18" else "head"}
     ours = {(*tuple(value.shape), float(value.double().sum())) for value in classifier.state_dict().values()}
     assert all((*tuple(v.shape), float(v.double().sum())) in ours for k, v in model.state_dict().items() if k in names)
-    with pytest.raises(CheckpointError, match="of the encoder are absent or of another shape"):
+    with pytest.raises(CheckpointError, match="of the encoder are missing or differ in shape"):
         create_segmenter(ModelConfig(backbone="resnet34", init=str(tmp_path / "w.pth")), 1)
 
 
 def test_what_vessels_cannot_do(vessel_cache: PhotoCache, cache: PhotoCache, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column 'mask_vessels' with paths of masks"):
+    with pytest.raises(DataError, match="no column 'mask_vessels' with mask paths"):
         train(cache, tmp_path / "run", vessels())
     with pytest.raises(ConfigError, match=r"loop.tile is 256, but the photos are 216 pixels"):
         train(vessel_cache, tmp_path / "run", vessels(loop={"tile": 256}))
-    with pytest.raises(ConfigError, match=r"loss.mixup is 0.2, but means nothing to vessels; set it to 0"):
+    with pytest.raises(ConfigError, match=r"loss.mixup is 0.2, but does not apply to vessels; set it to 0"):
         train(vessel_cache, tmp_path / "run", vessels(loss={"mixup": 0.2}))
     with pytest.raises(ConfigError, match=r"loop.tile must be a multiple of 32, got 100"):
         vessels(loop={"tile": 100})
-    with pytest.raises(ConfigError, match="cannot be a U-Net's encoder"):
+    with pytest.raises(ConfigError, match="cannot be used as a U-Net encoder"):
         create_segmenter(ModelConfig(backbone="mixer_b16_224"), 1)
     broken = replace(
         vessel_cache,
@@ -358,7 +358,7 @@ def test_what_vessels_cannot_do(vessel_cache: PhotoCache, cache: PhotoCache, tmp
     bad = vessel_cache.source / "small.png"
     Image.new("L", (8, 8)).save(bad)
     broken = replace(vessel_cache, manifest=vessel_cache.manifest.with_columns(mask_vessels=pl.lit("small.png")))
-    with pytest.raises(DataError, match=r"small.png: is 8x8 pixels, its photo 220x\d+; masks must be of its size"):
+    with pytest.raises(DataError, match=r"small.png: is 8x8 pixels, but its photo is 220x\d+; sizes must match"):
         train(broken, tmp_path / "run", vessels())
     assert not (tmp_path / "run").exists()
 

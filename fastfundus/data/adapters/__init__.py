@@ -1,4 +1,4 @@
-"""Public data sets: one declarative entry each, and what all of them share."""
+"""Adapters for public data sets: one declarative entry per set, and the code shared by all of them."""
 
 from fastfundus.data.adapters.entry import Adapter, Column, Table
 from fastfundus.data.adapters.read import detect_adapter, list_with_adapter

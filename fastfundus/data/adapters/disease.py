@@ -1,4 +1,4 @@
-"""Sets labelled for one or many diseases."""
+"""Adapters for data sets labelled for one or more diseases."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _RFMID_SIDE = {
 
 
 def odir_labels(keywords: str) -> dict[str, Any]:
-    """What the diagnostic keywords of one eye of ODIR say about that eye.
+    """Derive the labels of one eye of ODIR from its diagnostic keywords.
 
     Args:
-        keywords: separated by full-width or plain commas, or semicolons.
+        keywords: keywords separated by full-width or plain commas or semicolons.
 
     Returns:
-        `abnormal`, `eye_N` ... `eye_O` as 0 or 1, and `quality_flags` as text; labels are unknown where the keywords
-        speak of quality alone.
+        `abnormal`, `eye_N` ... `eye_O` as 0 or 1, and `quality_flags` as text; labels are unknown if the keywords
+        describe quality only.
     """
     words = [word.strip().lower() for word in re.split("[，,;；]", keywords) if word.strip()]
     flags = [word for word in words if word in _ODIR_QUALITY]
@@ -54,7 +54,7 @@ def odir_labels(keywords: str) -> dict[str, Any]:
 
 
 def _odir_eyes(cells: Mapping[str, str], groups: Groups) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A row describes a patient; its labels N to O are the patient's, and its keywords each eye's."""
+    """Split a row, which describes a patient, into its eyes: labels N to O are per patient, keywords per eye."""
     row = {name.strip().lower(): text.strip() for name, text in cells.items()}
     about = {"patient": row.get("id"), "age": float(row["patient age"]) if row.get("patient age") else None}
     about["sex"] = {"male": "M", "female": "F"}.get(row.get("patient sex", "").lower())
@@ -80,7 +80,7 @@ def _jsiec_classes() -> dict[str, dict[str, float | str | None]]:
     )  # fmt: skip
     classes: dict[str, dict[str, float | str | None]] = {}
     for index, name in enumerate(names):
-        # Variants of the normal and photos too blurred to tell are neither normal nor abnormal.
+        # Normal variants and photos too blurred to assess are neither normal nor abnormal.
         unsure = name.startswith(("0.1.", "0.2.", "29.0."))
         abnormal = None if unsure else float(not name.startswith("0.0."))
         gradable = float(not name.startswith("29."))
@@ -116,7 +116,7 @@ DISEASE = (
             ),
         ),
         traps=(
-            "the labels N to O of its table are of patients: labels of eyes come from the keywords of each eye",
+            "the labels N to O of its table are per patient: labels of eyes are derived from the keywords per eye",
             "keywords such as 'lens dust' are quality flags, not findings",
         ),
     ),
@@ -141,7 +141,7 @@ DISEASE = (
                 rest=True,
             ),
         ),
-        traps=("numbers begin at 1 again in each split", "some of its 45 labels have no or few positives"),
+        traps=("file numbers restart at 1 in each split", "some of its 45 labels have few or no positives"),
     ),
     Adapter(
         name="jsiec",
@@ -150,8 +150,8 @@ DISEASE = (
         marks=(r"0\.0\.Normal/[^/]+\.jpe?g", r"29\.1\.Blur fundus with suspected PDR/[^/]+\.jpe?g"),
         classes=_jsiec_classes(),
         traps=(
-            "class_index follows the numbers of the folders; elsewhere they are sorted as text (10.0 before 2.0)",
-            "patients are not known",
+            "class_index follows the folder numbers; elsewhere folders are sorted as text (10.0 before 2.0)",
+            "patients are unknown",
         ),
     ),
     Adapter(
@@ -171,7 +171,7 @@ DISEASE = (
                 {"normal": "a", "cataract": "b", "glaucoma": "c", "retina_disease": "dd"}[name] + name,
             )
         },
-        traps=("patients are not known", "'retina disease' is a mixture"),
+        traps=("patients are unknown", "'retina disease' is a mixed class"),
     ),
     Adapter(
         name="glaucoma_fundus",
@@ -187,7 +187,7 @@ DISEASE = (
             for (name, stage), letter in zip(_STAGES.items(), "abc", strict=True)
             for prefix in ("", letter)
         },
-        traps=("patients are not known",),
+        traps=("patients are unknown",),
     ),
     Adapter(
         name="papila",
@@ -197,7 +197,7 @@ DISEASE = (
         tables=(
             Table(
                 file=r"ClinicalData/patient_data_(?P<eye>od|os)\.xlsx",
-                # The header's first cell is empty: the column of numbers such as #002.
+                # The first header cell is empty; its column contains patient numbers such as #002.
                 key=("ID", ""),
                 key_of=_papila_key,
                 columns=(
@@ -244,8 +244,8 @@ DISEASE = (
             "|REFUGE-Test-GT/Disc_Cup_Masks/G/{id}.bmp|REFUGE-Test-GT/Disc_Cup_Masks/N/{id}.bmp"
         },
         traps=(
-            "its masks are inverted: 0 is the cup, 128 the rim of the disc, 255 the background",
-            "training photos are of another camera (Zeiss) than the others (Canon)",
+            "its masks are inverted: 0 is the cup, 128 the disc rim, 255 the background",
+            "training photos are from a Zeiss camera, all others from a Canon camera",
         ),
     ),
     Adapter(
@@ -258,7 +258,7 @@ DISEASE = (
         marks=(r"Training400/(?:AMD|Non-AMD)/[AN]\d+\.jpg",),
         sides={"training": "train", "validation": "val", "test": "test"},
         classes={"amd": {"amd": 1.0}, "non-amd": {"amd": 0.0}},
-        traps=("A0012.jpg is damaged in some copies of the set: it becomes unreadable",),
+        traps=("A0012.jpg is damaged in some copies of the set and is then reported as unreadable",),
     ),
     Adapter(
         name="palm",
@@ -285,6 +285,6 @@ DISEASE = (
                 ),
             ),
         ),
-        traps=("H is high myopia without pathology: not pathological",),
+        traps=("H means high myopia without pathology and counts as not pathological",),
     ),
 )  # fmt: skip

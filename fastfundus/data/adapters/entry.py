@@ -1,4 +1,4 @@
-"""What an adapter says about a data set: where its photos are, what their paths and tables tell, and its traps."""
+"""Declarative description of a data set: locations of its photos, meaning of its paths and tables, and pitfalls."""
 
 from __future__ import annotations
 
@@ -9,75 +9,76 @@ from typing import Any
 __all__ = ["Adapter", "Column", "Groups", "Table", "stem"]
 
 Groups = Mapping[str, str]
-"""Named groups that a pattern found in a path; those that took no part are left out."""
+"""Named groups that a pattern matched in a path; groups that did not participate are omitted."""
 
 
 def stem(text: str, groups: Groups) -> str:
-    """Make a key of a file name: without its ending, about which releases disagree."""
+    """Return a file name without its extension, which differs between releases, for use as a key."""
     return text.rsplit(".", 1)[0] if text.lower().endswith((".jpg", ".jpeg", ".png", ".tif", ".ppm")) else text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """One column of a table, and what it becomes."""
+    """One column of a table, and its translation to a manifest column."""
 
     name: str
-    """Column of the manifest."""
+    """Name of the manifest column."""
     headers: tuple[str, ...]
-    """How releases of the set spell it; compared without case and blanks."""
+    """Spellings in the releases of the data set; compared ignoring case, spaces, underscores and hyphens."""
     values: Mapping[str, float | str | None] | None = None
-    """What its texts mean, lower case; a text that is not here is unknown, never negative. None keeps numbers."""
+    """Values by lower-case cell text; any other text is unknown, never negative. None keeps the cell's own value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A label file of the set."""
+    """A label file of the data set."""
 
     file: str
-    """Pattern of its path; its groups are at hand when keys are made."""
+    """Pattern of its path; the matched groups are passed to `key_of` and `rows_of`."""
     key: tuple[str, ...] = ()
-    """Headers of the column that names the photo."""
+    """Headers of the column that identifies the photo."""
     key_of: Callable[[str, Groups], str] = lambda text, groups: text
-    """Makes a photo's key of that cell and the groups of the file's path."""
+    """Computes the photo's key from that cell and the groups of the file's path."""
     columns: tuple[Column, ...] = ()
     rest: bool = False
-    """Whether all other columns are kept too, as numbers or text."""
+    """True to keep all other columns too, as numbers or text."""
     delimiter: str = ","
     header: tuple[str, ...] = ()
-    """Header of a file that has none."""
+    """Header to use for a file that has none."""
     rows_of: Callable[[Mapping[str, str], Groups], Iterable[tuple[str, dict[str, Any]]]] | None = None
-    """Takes a row apart where it describes several photos: gives key and columns of each."""
+    """Splits a row that describes several photos into the key and columns of each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapter:
     """One public data set.
 
-    Patterns are regular expressions on the path within the source: forward slashes, %20 undone, without regard to case;
-    folders may stand before them, since archives unpack into one or two more. The groups that a photo's pattern may
-    name: `id`, `patient`, `eye`, `side` (of an official split) and `class`; others serve masks and keys.
+    Patterns are case-insensitive regular expressions on the path within the source, with forward slashes and %20
+    decoded. Leading folders are allowed, since archives often unpack into one or two extra folders. Photo patterns may
+    contain the groups `id`, `patient`, `eye`, `side` (of an official split) and `class`; other groups serve masks and
+    keys.
     """
 
     name: str
-    """For `--adapter`."""
+    """Value of `--adapter`."""
     title: str
-    """What users call it."""
+    """Name shown to users."""
     photos: tuple[str, ...]
-    """Patterns of its photos."""
+    """Patterns of the photos."""
     marks: tuple[str, ...]
-    """Patterns of files that give the set away; each must be there for it to be recognised."""
+    """Patterns of files that identify the data set; it is detected only if every pattern matches a file."""
     key: Callable[[Groups], str] = lambda groups: groups["id"]
-    """A photo's key in the tables."""
+    """Computes the key of a photo in the tables."""
     tables: tuple[Table, ...] = ()
     classes: Mapping[str, Mapping[str, float | str | None]] | None = None
-    """What the group `class` means, lower case: columns of the manifest."""
+    """Manifest columns by lower-case value of the group `class`."""
     sides: Mapping[str, str] | None = None
-    """What the group `side` means, lower case: "train", "val" or "test"."""
+    """"train", "val" or "test" by lower-case value of the group `side`."""
     masks: Mapping[str, str] | None = None
-    """Columns that hold the path of a mask: templates of the groups, relative to where the photo's pattern begins."""
+    """Mask paths by name, as templates of the groups, relative to the start of the photo's pattern."""
     absent_masks: bool = False
-    """Whether a mask that is not there says that there is no such lesion: `has_<name>` is then 0 or 1."""
+    """True if a missing mask file means that the lesion is absent; `has_<name>` is then set to 0 or 1."""
     finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda columns: columns
-    """Last word on a photo's columns."""
+    """Final adjustment of a photo's columns."""
     traps: tuple[str, ...] = ()
-    """What users should know, a sentence each; said when the adapter is used."""
+    """Pitfalls for users, one sentence each; shown when the adapter is used."""

@@ -1,4 +1,4 @@
-"""Sets graded for diabetic retinopathy."""
+"""Adapters for data sets graded for diabetic retinopathy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ICDR: Mapping[str, float | str | None] = {str(grade): float(grade) for grade in
 """International Clinical Diabetic Retinopathy scale: 0 none, 1 mild, 2 moderate, 3 severe, 4 proliferative."""
 _BINARY: Mapping[str, float | str | None] = {"0": 0.0, "1": 1.0, "no": 0.0, "yes": 1.0}
 _ANATOMY: Mapping[str, float | str | None] = {"1": 0.0, "2": 1.0}
-"""BRSET codes anatomy and quality 1 = normal, 2 = abnormal."""
+"""Coding of anatomy and quality in BRSET: 1 = normal, 2 = abnormal."""
 
 
 def _by_side(text: str, groups: Groups) -> str:
@@ -21,7 +21,7 @@ def _by_side(text: str, groups: Groups) -> str:
 
 
 def _ddr(columns: dict[str, Any]) -> dict[str, Any]:
-    """Grade 5 means that the photo cannot be graded: that is quality, not disease."""
+    """Convert grade 5, which means that the photo cannot be graded, from a disease grade to a quality label."""
     grade = columns.pop("grade", None)
     if grade is None:
         return columns
@@ -53,7 +53,7 @@ GRADING = (
             ),
         ),
         traps=(
-            "patients are not known, and some photos are in it twice, now and then with two grades: see `cache audit`",
+            "patients are unknown, and some photos occur twice, occasionally with different grades: see `cache audit`",
             "the photos in test_images have no labels",
         ),
     ),
@@ -88,7 +88,7 @@ GRADING = (
                 columns=(Column(name="quality_grade", headers=("quality",), values={"0": 0.0, "1": 1.0, "2": 2.0}),),
             ),
         ),
-        traps=("labels are noisy and ungradable photos were kept; quality_grade (EyeQ): 0 good, 1 usable, 2 reject",),
+        traps=("labels are noisy, ungradable photos are included; quality_grade (EyeQ): 0 good, 1 usable, 2 reject",),
     ),
     Adapter(
         name="messidor2",
@@ -108,7 +108,7 @@ GRADING = (
             ),
             Table(file=r"messidor-2\.csv", delimiter=";", header=("left", "right"), rows_of=_messidor_pair),
         ),
-        traps=("only the list of pairs (messidor-2.csv) says which photos are of one patient",),
+        traps=("only the list of pairs (messidor-2.csv) shows which photos are of the same patient",),
     ),
     Adapter(
         name="idrid",
@@ -116,7 +116,7 @@ GRADING = (
         photos=(
             r"(?P<part>[BC])\. (?:Disease Grading|Localization)/1\. Original Images"
             r"/(?P<side>a\. Training Set|b\. Testing Set)/(?P<id>IDRiD_\d+)\.jpg",
-            # Only the photos of this part were looked at for lesions: `lesions` keeps their masks to them.
+            # Only the photos of this part were annotated for lesions: the group `lesions` restricts masks to them.
             r"(?P<part>(?P<lesions>A))\. Segmentation/1\. Original Images"
             r"/(?P<side>a\. Training Set|b\. Testing Set)/(?P<id>IDRiD_\d+)\.jpg",
         ),
@@ -147,7 +147,7 @@ GRADING = (
         },
         absent_masks=True,
         traps=(
-            "its parts number photos anew, and the test set of a part begins at 1 again",
+            "each part numbers its photos from 1, and so does the test set of each part",
             "a lesion without a mask file is absent from that photo",
         ),
     ),
@@ -180,7 +180,7 @@ GRADING = (
         },
         absent_masks=True,
         finish=_ddr,
-        traps=("grade 5 means that a photo cannot be graded: it becomes gradable = 0 without a grade",),
+        traps=("grade 5 means that a photo cannot be graded: it is stored as gradable = 0 without a grade",),
     ),
     Adapter(
         name="brset",
@@ -220,7 +220,7 @@ GRADING = (
                 ),
             ),
         ),
-        traps=("the header is spelt differently in its releases", "the age of a third of the patients is missing"),
+        traps=("column headers are spelt differently between releases", "age is missing for a third of the patients"),
     ),
     Adapter(
         name="mbrset",
@@ -236,7 +236,7 @@ GRADING = (
                     Column(name="patient", headers=("patient",)),
                     Column(name="eye", headers=("laterality",), values={"left": "L", "right": "R", "l": "L", "r": "R"}),
                     Column(name="age", headers=("age",)),
-                    # Unlike BRSET: 0 and 1.
+                    # Coded as 0 and 1, unlike BRSET.
                     Column(name="sex", headers=("sex",), values={"0": "F", "1": "M"}),
                     Column(name="dr_grade", headers=("final_icdr",), values=_ICDR),
                     Column(name="macular_edema", headers=("final_edema",), values=_BINARY),
@@ -245,6 +245,6 @@ GRADING = (
                 ),
             ),
         ),
-        traps=("taken with a handheld camera; a missing grade means that the photo could not be graded",),
+        traps=("photos are from a handheld camera; a missing grade means that the photo could not be graded",),
     ),
 )  # fmt: skip

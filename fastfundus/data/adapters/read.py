@@ -1,4 +1,4 @@
-"""Reads a folder as an adapter describes it."""
+"""Reading of a folder according to an adapter."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["detect_adapter", "list_with_adapter"]
 
 
 def detect_adapter(paths: Sequence[str], adapters: Iterable[Adapter]) -> list[Adapter]:
-    """Name the adapters whose marks are all among some paths.
+    """Return the adapters that match a set of paths.
 
     Args:
-        paths: every file of the source, relative, with forward slashes.
-        adapters: what to look for.
+        paths: all files of the source, relative, with forward slashes.
+        adapters: the adapters to try.
     """
     plain = [unquote(path) for path in paths]
     return [
@@ -40,21 +40,21 @@ def list_with_adapter(root: Path, paths: Sequence[str], adapter: Adapter) -> tup
     """List the photos of a data set with its labels.
 
     Args:
-        root: the folder.
-        paths: every file in it, relative to it, with forward slashes.
-        adapter: which set it is.
+        root: the folder of the data set.
+        paths: all files in it, relative, with forward slashes.
+        adapter: the adapter of the data set.
 
     Returns:
-        The photos, and notes for the user, a line each.
+        The photos, and notes for the user, one line each.
 
     Raises:
-        DataError: no photo is where the adapter looks, or a table cannot be read.
+        DataError: no photo matches the adapter, or a table cannot be read.
     """
     found = {path: match for path in paths if (match := _first_match(adapter.photos, unquote(path))) is not None}
     found = {path: match for path, match in found.items() if Path(path).suffix.lower() in (*PHOTO_SUFFIXES, ".gz")}
     if not found:
         raise DataError(
-            f"holds no photo where {adapter.title} has them ({'; '.join(adapter.photos)}); see --adapter", path=root
+            f"no photo matches the layout of {adapter.title} ({'; '.join(adapter.photos)}); see --adapter", path=root
         )
     notes = [f"{adapter.title}: {len(found)} photos"]
     rows = _read_tables(root, paths, adapter, notes)
@@ -97,7 +97,7 @@ def _photo(root: Path, path: str, groups: Groups, columns: dict[str, Any]) -> So
 
 
 def _match(pattern: str, path: str) -> re.Match[str] | None:
-    # As few folders before the pattern as possible: an optional side must not be taken for one of them.
+    # Match as few leading folders as possible, so that an optional side is not taken for one of them.
     return re.fullmatch(rf"(?P<_prefix>(?:.*?/)??)(?:{pattern})", path, re.IGNORECASE)
 
 
@@ -116,7 +116,7 @@ def _class_columns(adapter: Adapter, groups: Groups, path: str, notes: list[str]
     if not name:
         return {}
     if name not in adapter.classes:
-        notes.append(f"{path}: class {name!r} is not known of {adapter.title}; its labels are taken as unknown")
+        notes.append(f"{path}: class {name!r} is unknown in {adapter.title}; labels set to unknown")
         return {}
     return dict(adapter.classes[name])
 
@@ -124,7 +124,7 @@ def _class_columns(adapter: Adapter, groups: Groups, path: str, notes: list[str]
 def _masks(adapter: Adapter, groups: Groups, prefix: str, present: set[str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     for name, template in (adapter.masks or {}).items():
-        # Archives differ in folders and endings: the first that is there counts.
+        # Folders and extensions differ between archives: use the first path that exists.
         choices = [
             prefix + choice.format(**groups)
             for choice in template.split("|")
@@ -149,7 +149,7 @@ def _read_tables(root: Path, paths: Sequence[str], adapter: Adapter, notes: list
                     known = rows.setdefault(key.lower(), {})
                     for name, value in columns.items():
                         if value is not None and known.get(name) not in (None, value):
-                            notes.append(f"{path}, line {line}: another {name} for {key} than before; taken as unknown")
+                            notes.append(f"{path}, line {line}: conflicting {name} values for {key}; set to unknown")
                             known[name] = None
                         elif known.get(name) is None:
                             known[name] = value
@@ -189,7 +189,7 @@ def _value(column: Column, text: str, place: str, notes: list[str]) -> float | s
         return None
     if plain not in column.values:
         allowed = ", ".join(column.values)
-        notes.append(f"{place}: {column.name} {text!r} is not one of {allowed}; taken as unknown")
+        notes.append(f"{place}: {column.name} {text!r} is not one of {allowed}; set to unknown")
         return None
     return column.values[plain]
 
@@ -199,7 +199,7 @@ def _plain(header: str | None) -> str:
 
 
 def _read_cells(path: Path, table: Table) -> Iterable[tuple[int, dict[str, str]]]:
-    """Rows of a CSV, text or Excel file as dicts of text, with their line numbers."""
+    """Yield the rows of a CSV, text or Excel file as dictionaries of text, with their line numbers."""
     if path.suffix.lower() in (".xlsx", ".xls"):
         lines = _read_excel(path)
     else:
@@ -211,11 +211,11 @@ def _read_cells(path: Path, table: Table) -> Iterable[tuple[int, dict[str, str]]
                 else:
                     lines = list(csv.reader(file, delimiter=delimiter))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"cannot be read ({error}); get it again", path=path) from None
+            raise DataError(f"cannot be read ({error}); obtain it again", path=path) from None
     start = 0
     header = list(table.header)
     if not header:
-        # Excel files put titles above the header: it is the first line that names the key, or a column.
+        # Excel files may have titles above the header, which is the first line that contains the key or a column.
         wanted = {_plain(name) for name in (*table.key, *(h for c in table.columns for h in c.headers))} - {""}
         start = next((n for n, line in enumerate(lines[:6]) if wanted & {_plain(cell) for cell in line}), 0)
         header, start = (lines[start], start + 1) if lines else ([], 0)
@@ -231,8 +231,8 @@ def _read_excel(path: Path) -> list[list[str]]:
         lines = [["" if cell is None else str(cell) for cell in row] for row in book.active.iter_rows(values_only=True)]
         book.close()
     except Exception as error:
-        # openpyxl lets errors of zip and XML readers through.
-        raise DataError(f"cannot be read ({error}); get it again", path=path) from None
+        # openpyxl lets exceptions of its zip and XML readers through.
+        raise DataError(f"cannot be read ({error}); obtain it again", path=path) from None
     return lines
 
 
@@ -246,7 +246,7 @@ def _note_leftovers(
 ) -> None:
     missing = sorted(rows.keys() - used)
     if missing:
-        notes.append(f"{adapter.title}: the tables name {len(missing)} photos that are not here, such as {missing[0]}")
+        notes.append(f"{adapter.title}: the tables list {len(missing)} photos that are missing, such as {missing[0]}")
     unlabelled = sorted(used - rows.keys()) if rows else []
     if unlabelled:
         notes.append(f"{adapter.title}: {len(unlabelled)} photos are in no table, such as {unlabelled[0]}: no labels")
@@ -257,7 +257,7 @@ def _note_leftovers(
         if path not in found and Path(path).suffix.lower() in PHOTO_SUFFIXES and not _is_mask(path, folders)
     )
     for folder, count in others.most_common(5):
-        notes.append(f"{adapter.title}: {count} pictures in {folder or '.'} are no photos of the set: left out")
+        notes.append(f"{adapter.title}: {count} images in {folder or '.'} are not photos of the data set; skipped")
 
 
 class _Anything(dict[str, str]):
@@ -271,7 +271,7 @@ def _is_mask(path: str, templates: Iterable[str]) -> bool:
 
 
 def _with_all_columns(photos: list[SourcePhoto]) -> list[SourcePhoto]:
-    """Give every photo every column: what nothing is known of is unknown, never negative."""
+    """Give every photo all columns; missing values are unknown, never negative."""
     names = list(dict.fromkeys(name for photo in photos for name in photo.columns))
     for photo in photos:
         columns = {name: photo.columns.get(name) for name in names}
@@ -281,7 +281,7 @@ def _with_all_columns(photos: list[SourcePhoto]) -> list[SourcePhoto]:
 
 
 def _with_official_split(photos: list[SourcePhoto]) -> list[SourcePhoto]:
-    """Use the official split if it has all three sides; with two, folds are dealt and the column stays."""
+    """Use the official split if it has all three sides; with two, keep the column and leave folds to be assigned."""
     sides = {photo.columns.get("official_split") for photo in photos} - {None}
     if sides != {"train", "val", "test"}:
         return photos

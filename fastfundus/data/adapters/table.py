@@ -1,4 +1,4 @@
-"""All adapters, by name."""
+"""Table of all adapters by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastfundus.errors import ConfigError, close_matches
 __all__ = ["ADAPTERS", "adapter_named"]
 
 ADAPTERS: dict[str, Adapter] = {adapter.name: adapter for adapter in (*GRADING, *DISEASE, *VESSELS)}
-"""Every public set that FastFundus knows, by the name that `--adapter` takes."""
+"""All supported public data sets, by the name that `--adapter` takes."""
 
 
 def adapter_named(name: str) -> Adapter:
-    """Find an adapter.
+    """Return the adapter with the given name.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: no adapter has this name.
     """
     if name not in ADAPTERS:
         raise ConfigError(f"adapter {name!r} is unknown{close_matches(name, ADAPTERS)}")

@@ -1,4 +1,4 @@
-"""Sets with vessel masks."""
+"""Adapters for data sets with vessel masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VESSELS = (
             "vessels_second": "{side}/2nd_manual/{number}_manual2.gif",
             "field": "{side}/mask/{id}_mask.gif",
         },
-        traps=("newer archives hold no masks of the test photos",),
+        traps=("newer archives contain no masks for the test photos",),
     ),
     Adapter(
         name="stare",
@@ -32,7 +32,7 @@ VESSELS = (
             "vessels": "labels-ah/{id}.ah.ppm|labels-ah/{id}.ah.ppm.gz",
             "vessels_second": "labels-vk/{id}.vk.ppm|labels-vk/{id}.vk.ppm.gz",
         },
-        traps=("it has no official split and no masks of the field",),
+        traps=("it has no official split and no field-of-view masks",),
     ),
     Adapter(
         name="chase_db1",
@@ -40,7 +40,7 @@ VESSELS = (
         photos=(r"(?P<id>Image_(?P<patient>\d{2})(?P<eye>L|R))\.jpg",),
         marks=(r"Image_\d{2}[LR]\.jpg", r"Image_\d{2}[LR]_1stHO\.png"),
         masks={"vessels": "{id}_1stHO.png", "vessels_second": "{id}_2ndHO.png"},
-        traps=("both eyes of a child are in it: they stay together", "it has no masks of the field"),
+        traps=("it contains both eyes of each child: they stay together", "it has no field-of-view masks"),
     ),
     Adapter(
         name="hrf",
@@ -52,7 +52,7 @@ VESSELS = (
             "vessels": "manual1/{id}.tif|masks/{id}.tif",
             "field": "mask/{id}_mask.tif",
         },
-        traps=("the endings of its photos differ (.JPG and .jpg)",),
+        traps=("the extensions of its photos vary (.JPG and .jpg)",),
     ),
     Adapter(
         name="fives",
@@ -62,6 +62,6 @@ VESSELS = (
         sides={"train": "train", "test": "test"},
         classes={letter: {"class": name, "abnormal": float(letter != "n")} for letter, name in _FIVES.items()},
         masks={"vessels": "{side}/Ground truth/{id}.png"},
-        traps=("A stands for AMD, not for normal", "numbers begin at 1 again in the test set"),
+        traps=("A stands for AMD, not for normal", "file numbers restart at 1 in the test set"),
     ),
 )
