@@ -21,17 +21,17 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 SUITES ?= prepare sample loader train engine screen
 bench: $(VENV)/.installed-dev  ## against peers, in turns (an hour; SUITES="sample loader" ten minutes); prepare, screen need FASTFUNDUS_DATA
 	@for suite in $(SUITES); do \
-		$(BIN)/python -m pytest bench/bench_$$suite.py --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
-		$(BIN)/python -m bench.report $$suite $(VENV)/bench.json || exit 1; done
+		$(BIN)/python -m pytest bench/suites/bench_$$suite.py --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
+		$(BIN)/python -m bench.tables.report $$suite $(VENV)/bench.json || exit 1; done
 
 bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under load (twenty minutes)
-	@$(BIN)/python -W ignore -m bench.bench_serve && $(BIN)/python -m bench.report
+	@$(BIN)/python -W ignore -m bench.suites.bench_serve && $(BIN)/python -m bench.tables.report
 
 bench-cost: $(VENV)/.installed-dev  ## scaling, and the cost model where it was not fitted (ten minutes); needs FASTFUNDUS_DATA
-	@$(BIN)/python -W ignore -m bench.bench_cost && $(BIN)/python -m bench.report
+	@$(BIN)/python -W ignore -m bench.suites.bench_cost && $(BIN)/python -m bench.tables.report
 
 parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
-	@TRITON_INTERPRET=1 $(BIN)/python -m bench.parity && $(BIN)/python -m bench.report
+	@TRITON_INTERPRET=1 $(BIN)/python -m bench.evidence.parity && $(BIN)/python -m bench.tables.report
 
 kernels:  ## the CUDA kernels, by nvcc, into csrc/build
 	@$(MAKE) -C csrc fatbin library
@@ -43,16 +43,16 @@ fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 a
 	@FASTFUNDUS_FUZZ_EXAMPLES=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest tests/photo/test_fuzz.py $(ARGS)
 
 photos: $(VENV)/.installed-dev  ## field and quality on drawn and real photographs; needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.photo_evidence && $(BIN)/python -m bench.report
+	@$(BIN)/python -m bench.evidence.photos && $(BIN)/python -m bench.tables.report
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.odir_evidence && $(BIN)/python -m bench.report
+	@$(BIN)/python -m bench.evidence.odir && $(BIN)/python -m bench.tables.report
 
 transfer: $(VENV)/.installed-dev  ## upstream, then DR and vessels, from both starts (an hour); needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.transfer_evidence && $(BIN)/python -m bench.report
+	@$(BIN)/python -m bench.evidence.transfer && $(BIN)/python -m bench.tables.report
 
 study: $(VENV)/.installed-dev  ## the paper's question on real photographs (an hour); needs FASTFUNDUS_DATA
-	@$(BIN)/python -m bench.study_evidence && $(BIN)/python -m bench.report
+	@$(BIN)/python -m bench.evidence.study && $(BIN)/python -m bench.tables.report
 
 # A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml

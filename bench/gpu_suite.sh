@@ -31,8 +31,8 @@ within() {
 models() {
   if "$python" -c "import timm, onnx" 2>/dev/null; then
     # A case that fails or runs out of time is marked in the table; the other results are kept.
-    within 60 "$python" -m bench.gpu_train "${dry[@]}" --output "$output" || echo "not all training was measured"
-    within 100 "$python" -m bench.gpu_engine "${dry[@]}" --output "$output" || echo "not all engines were measured"
+    within 60 "$python" -m bench.gpu.train "${dry[@]}" --output "$output" || echo "not all training was measured"
+    within 100 "$python" -m bench.gpu.engine "${dry[@]}" --output "$output" || echo "not all engines were measured"
   else
     echo "training and engines were skipped: timm or onnx is not installed"
   fi
@@ -53,7 +53,7 @@ else
 fi
 # A wrong result fails the suite at the end; training and engines are measured regardless.
 TRITON_INTERPRET=$([[ ${#dry[@]} == 0 ]] && echo 0 || echo 1) within 50 \
-  "$python" -m bench.gpu_suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output" || kernels=$?
+  "$python" -m bench.gpu.suite "${dry[@]}" --tests "$output/kernel_tests.xml" --output "$output" || kernels=$?
 if [[ ${#dry[@]} == 0 ]]; then
   models
 else
@@ -61,5 +61,5 @@ else
   cat "$output/models.log"
   rm "$output/models.log"
 fi
-"$python" -m bench.gpu_table "$output"
+"$python" -m bench.gpu.table "$output"
 exit "$((tests > 0 ? tests : kernels))"

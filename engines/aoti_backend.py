@@ -68,15 +68,15 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     return {"engine": _FILE, "needs": needs()}
 
 
-def load(folder: Path, about: dict[str, Any]) -> AotiEngine:
+def load(folder: Path, metadata: dict[str, Any]) -> AotiEngine:
     """Load the engine of a bundle.
 
     Raises:
         BundleError: if the engine was built for another device or torch version.
     """
     require("torch", extra="train")
-    require_needs(folder, about["needs"], needs())
-    return AotiEngine(folder / about["engine"], about["spec"]["size"])
+    require_needs(folder, metadata["needs"], needs())
+    return AotiEngine(folder / metadata["engine"], metadata["spec"]["size"])
 
 
 class AotiEngine(Engine):

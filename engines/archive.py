@@ -16,7 +16,7 @@ __all__ = ["Unpacked", "is_archive", "pack"]
 
 _SUFFIX = ".zip"
 _DESCRIPTION = "bundle.json"
-_MOST_DESCRIPTION_BYTES = 64 << 20
+_MAX_DESCRIPTION_BYTES = 64 << 20
 
 
 def is_archive(path: Path) -> bool:
@@ -89,7 +89,7 @@ def _unpack(file: Path, folder: Path) -> None:
                     raise BundleError(f"{file}: {name} is compressed; pack the bundle again without compression")
             if len(set(names)) != len(names):
                 raise BundleError(f"{file}: contains two files of the same name; do not use it")
-            if archive.getinfo(_DESCRIPTION).file_size > _MOST_DESCRIPTION_BYTES:
+            if archive.getinfo(_DESCRIPTION).file_size > _MAX_DESCRIPTION_BYTES:
                 raise BundleError(f"{file}: its {_DESCRIPTION} is larger than any valid one; do not use it")
             wanted = {_DESCRIPTION, *json.loads(archive.read(_DESCRIPTION)).get("files", {})}
             if extra := sorted(set(names) - wanted):

@@ -21,16 +21,16 @@ from fastfundus.engines.export import ScreeningModel, export_onnx
 from fastfundus.engines.heatmap_export import export_heatmap
 from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
-from fastfundus.engines.trials import EIGHT_BITS, Evidence, Trials
+from fastfundus.engines.select_precision import EIGHT_BITS, ParityData, PrecisionSearch
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["MOST_PARITY_MAPS", "MOST_PARITY_PHOTOS", "build_bundle"]
+__all__ = ["MAX_PARITY_MAPS", "MAX_PARITY_PHOTOS", "build_bundle"]
 
-MOST_PARITY_PHOTOS = 256
+MAX_PARITY_PHOTOS = 256
 """Maximum number of held-out photos on which engine and model are compared."""
-MOST_PARITY_MAPS = 16
+MAX_PARITY_MAPS = 16
 """Maximum number for models that output maps, where each photo contributes a quarter of a million decisions."""
 
 
@@ -38,7 +38,7 @@ def build_bundle(
     model: ScreeningModel,
     spec: PreprocessSpec,
     labels: dict[str, dict[str, Any]],
-    evidence: Evidence,
+    evidence: ParityData,
     output: Path,
     *,
     provenance: dict[str, Any],
@@ -94,7 +94,7 @@ def build_bundle(
     partial.mkdir(parents=True)
     try:
         export_onnx(model, partial / GRAPH, list(labels))
-        trials = Trials(backend, module, model, spec, labels, evidence, partial, options or {})
+        trials = PrecisionSearch(backend, module, model, spec, labels, evidence, partial, options or {})
         tried = trials.attempt(here if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed]
         if not passed:
@@ -105,7 +105,7 @@ def build_bundle(
             raise GateRefused(_refusal(tried, refused))
         photo = torch.zeros(1, spec.size, spec.size, 3, dtype=torch.uint8)
         best = max(passed, key=lambda report: (report.precision in EIGHT_BITS, report.images_per_s))
-        about = trials.take(best.precision) | {
+        bundle_metadata = trials.take(best.precision) | {
             "heatmap": export_heatmap(model, partial),
             "reference": reference,
             "parity": best.to_dict(),
@@ -115,7 +115,7 @@ def build_bundle(
             "built_on": _machine(module.PACKAGE),
             "provenance": provenance,
         }
-        write_bundle_json(partial, about)
+        write_bundle_json(partial, bundle_metadata)
         _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -45,7 +45,7 @@ class Bundle:
     """Backend that runs the engine."""
     precision: str
     """Precision that the engine computes in."""
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     """Complete content of `bundle.json`."""
     folder: Path
     """Folder of its files: `path`, or the temporary folder of a single-file bundle, deleted with this object."""
@@ -69,21 +69,24 @@ class Bundle:
     @classmethod
     def _read(cls, path: Path, folder: Path, unpacked: Unpacked | None) -> Bundle:
         try:
-            about = json.loads((folder / "bundle.json").read_text())
+            metadata = json.loads((folder / "bundle.json").read_text())
         except FileNotFoundError:
             raise BundleError(
                 f"{path}: not an engine bundle (no bundle.json); create one with fastfundus build-engine"
             ) from None
         except (OSError, ValueError) as error:
             raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); rebuild the engine") from None
-        if about.get("schema") != SCHEMA:
+        if metadata.get("schema") != SCHEMA:
             raise BundleError(
-                f"{path}: bundle has schema {about.get('schema')}, but this FastFundus reads schema {SCHEMA}; upgrade "
+                f"{path}: bundle has schema {metadata.get('schema')}, but this FastFundus reads schema {SCHEMA}; upgrade "
                 "FastFundus, or rebuild the bundle from its run"
             )
-        if fingerprint_of({key: value for key, value in about.items() if key != "fingerprint"}) != about["fingerprint"]:
+        if (
+            fingerprint_of({key: value for key, value in metadata.items() if key != "fingerprint"})
+            != metadata["fingerprint"]
+        ):
             raise BundleError(f"{path / 'bundle.json'}: modified after the bundle was built; rebuild it")
-        for name, sha in about["files"].items():
+        for name, sha in metadata["files"].items():
             # Bundles are not trusted: file names must stay inside the folder.
             if Path(name).name != name:
                 raise BundleError(f"{path}: names a file outside the bundle ({name!r}); do not use it")
@@ -91,19 +94,19 @@ class Bundle:
                 raise BundleError(f"{path}: {name} is missing; copy the whole folder or rebuild the engine")
             if hash_file(folder / name) != sha:
                 raise BundleError(f"{path}: {name} was modified after the bundle was built; rebuild it")
-        for name in (about["engine"], about.get("weights")):
-            if name is not None and name not in about["files"]:
+        for name in (metadata["engine"], metadata.get("weights")):
+            if name is not None and name not in metadata["files"]:
                 raise BundleError(f"{path}: its engine file {name!r} is not listed in bundle.json; do not use it")
         try:
-            spec = PreprocessSpec.from_dict(about["spec"])
+            spec = PreprocessSpec.from_dict(metadata["spec"])
         except FastFundusError as error:
             raise BundleError(f"{path}: {error}") from None
-        if spec.fingerprint != about["spec_fingerprint"]:
+        if spec.fingerprint != metadata["spec_fingerprint"]:
             raise BundleError(
-                f"{path}: preprocessing has fingerprint {about['spec_fingerprint'][:12]}, but in this FastFundus the "
+                f"{path}: preprocessing has fingerprint {metadata['spec_fingerprint'][:12]}, but in this FastFundus the "
                 f"same settings have {spec.fingerprint[:12]}, so their meaning changed; rebuild the engine"
             )
-        labels = about["labels"]
+        labels = metadata["labels"]
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
         findings = tuple(name for name, entry in labels.items() if entry["finding"])
         return cls(
@@ -112,9 +115,9 @@ class Bundle:
             tuple(labels),
             thresholds,
             findings,
-            about["backend"],
-            about["precision"],
-            about,
+            metadata["backend"],
+            metadata["precision"],
+            metadata,
             folder,
             unpacked,
         )
@@ -126,7 +129,7 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """Identifier of the engine, its preprocessing and its thresholds, 64 hex digits."""
-        return str(self.about["fingerprint"])
+        return str(self.metadata["fingerprint"])
 
     def using(self, backend: str) -> Bundle:
         """Return a copy that runs the float32 graph in the bundle, for machines that cannot run its engine.
@@ -150,10 +153,10 @@ class Bundle:
             BundleError: if this machine or installation cannot run the engine.
             MissingDependency: if the backend's package is not installed.
         """
-        about = self.about
-        if (self.backend, self.precision) != (about["backend"], about["precision"]):
-            about = {**about, "backend": self.backend, "precision": self.precision, "engine": GRAPH, "needs": {}}
-        engine = load_backend(self.backend, self.folder, about)
+        metadata = self.metadata
+        if (self.backend, self.precision) != (metadata["backend"], metadata["precision"]):
+            metadata = {**metadata, "backend": self.backend, "precision": self.precision, "engine": GRAPH, "needs": {}}
+        engine = load_backend(self.backend, self.folder, metadata)
         # Messages name the bundle, not the temporary folder.
         engine.name = str(self.path)
         return engine
@@ -165,9 +168,9 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_bundle_json(folder: Path, about: dict[str, Any]) -> None:
+def write_bundle_json(folder: Path, metadata: dict[str, Any]) -> None:
     """Hash every file in a folder and write its `bundle.json`, which turns the folder into a bundle."""
     files = {path.name: hash_file(path) for path in sorted(folder.iterdir()) if path.name != "bundle.json"}
-    complete = {"schema": SCHEMA, **about, "files": files}
+    complete = {"schema": SCHEMA, **metadata, "files": files}
     complete["fingerprint"] = fingerprint_of(complete)
     (folder / "bundle.json").write_text(json.dumps(complete, indent=1) + "\n")

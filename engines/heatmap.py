@@ -30,7 +30,7 @@ class Heatmapper:
 
     def __init__(self, bundle: Bundle) -> None:
         if not self.available(bundle):
-            raise BundleError(f"{bundle.path}: has no heatmaps ({(bundle.about.get('heatmap') or {}).get('note')})")
+            raise BundleError(f"{bundle.path}: has no heatmaps ({(bundle.metadata.get('heatmap') or {}).get('note')})")
         core = shared_core()
         try:
             graph = core.read_model(bundle.folder / GRAPH)
@@ -50,7 +50,7 @@ class Heatmapper:
     @staticmethod
     def available(bundle: Bundle) -> bool:
         """Return whether a bundle has heatmaps."""
-        return HEATMAP in bundle.about["files"]
+        return HEATMAP in bundle.metadata["files"]
 
     def heat(self, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute the heatmaps of a photo.

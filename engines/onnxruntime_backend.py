@@ -29,9 +29,9 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     return {"engine": GRAPH, "needs": {}}
 
 
-def load(folder: Path, about: dict[str, Any]) -> OnnxRuntimeEngine:
+def load(folder: Path, metadata: dict[str, Any]) -> OnnxRuntimeEngine:
     """Load the engine of a bundle."""
-    return OnnxRuntimeEngine(folder / about["engine"], about["spec"]["size"])
+    return OnnxRuntimeEngine(folder / metadata["engine"], metadata["spec"]["size"])
 
 
 class OnnxRuntimeEngine(Engine):

@@ -54,9 +54,9 @@ def _has_bf16() -> bool:
     return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def load(folder: Path, about: dict[str, Any]) -> OpenVinoEngine:
+def load(folder: Path, metadata: dict[str, Any]) -> OpenVinoEngine:
     """Load the engine of a bundle."""
-    return OpenVinoEngine(folder / about["engine"], about["spec"]["size"], about["precision"])
+    return OpenVinoEngine(folder / metadata["engine"], metadata["spec"]["size"], metadata["precision"])
 
 
 def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     import openvino
 
     model = core.read_model(blueprint.graph)
-    about: dict[str, Any] = {"engine": "engine.xml", "needs": {}}
+    metadata: dict[str, Any] = {"engine": "engine.xml", "needs": {}}
     if precision == "int8":
         from fastfundus.engines.quantize import quantize_openvino
 
-        model, about["quantisation"] = quantize_openvino(model, blueprint.calibration)
+        model, metadata["quantisation"] = quantize_openvino(model, blueprint.calibration)
     openvino.save_model(model, folder / "engine.xml", compress_to_fp16=False)
-    return about
+    return metadata
 
 
 class OpenVinoEngine(Engine):

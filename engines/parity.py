@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GATES", "LEAST_SPEEDUP", "MAP_QUANTILE", "MOST_AUROC_LOSS", "Gate", "ParityReport", "compare"]
+__all__ = ["GATES", "MIN_SPEEDUP", "MAP_QUANTILE", "MAX_AUROC_LOSS", "Gate", "ParityReport", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,10 @@ GATES = {
 MAP_QUANTILE = 0.999
 """Quantile of a map's per-pixel differences that the gate limits. The maximum is not used because the sigmoid is
 steepest at the edges of vessels, and a map is read as a whole."""
-MOST_AUROC_LOSS = 0.002
+MAX_AUROC_LOSS = 0.002
 """Largest allowed loss of AUROC of any output. It is a quarter of the width of a confidence interval from ten thousand
 photos, too small to be measured."""
-LEAST_SPEEDUP = 1.15
+MIN_SPEEDUP = 1.15
 """Smallest speedup of an 8-bit engine over the fastest passing engine of higher precision; a smaller one does not
 justify validating the model again."""
 
@@ -82,8 +82,8 @@ class ParityReport:
     """Reason why the engine could not be built or run; the other values are then meaningless."""
 
     def against(self, speedup: float) -> ParityReport:
-        """Return a copy with this speedup, which does not pass if the speedup is below `LEAST_SPEEDUP`."""
-        return replace(self, speedup=speedup, passed=self.passed and speedup >= LEAST_SPEEDUP)
+        """Return a copy with this speedup, which does not pass if the speedup is below `MIN_SPEEDUP`."""
+        return replace(self, speedup=speedup, passed=self.passed and speedup >= MIN_SPEEDUP)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -94,9 +94,9 @@ class ParityReport:
             return f"{self.precision} failed: {self.error}"
         verdict = "passes" if self.passed else "misses the gate"
         speedup = (
-            "" if self.speedup is None else f", {self.speedup:.2f}x the fastest 16/32-bit (at least {LEAST_SPEEDUP})"
+            "" if self.speedup is None else f", {self.speedup:.2f}x the fastest 16/32-bit (at least {MIN_SPEEDUP})"
         )
-        loss = "" if self.auroc_loss is None else f"AUROC loss {self.auroc_loss:.4f} (at most {MOST_AUROC_LOSS}), "
+        loss = "" if self.auroc_loss is None else f"AUROC loss {self.auroc_loss:.4f} (at most {MAX_AUROC_LOSS}), "
         return (
             f"{self.precision} {verdict}: |dp| {self.gated_difference:.2e} (at most {self.gate_probability:g}), "
             f"{self.flipped} of {self.decisions} decisions flipped (at most {self.gate_flipped:.3%}), {loss}"
@@ -150,7 +150,7 @@ def compare(
         passed=sound
         and gated <= gate.probability
         and flipped <= gate.flipped * expected.size
-        and (loss is None or loss <= MOST_AUROC_LOSS),
+        and (loss is None or loss <= MAX_AUROC_LOSS),
     )
 
 

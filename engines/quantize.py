@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from fastfundus.engines.runtime import INPUT
 from fastfundus.errors import require
 
-__all__ = ["MOST_CALIBRATION_PHOTOS", "MOST_DRIFT", "quantize_graph", "quantize_openvino"]
+__all__ = ["MAX_CALIBRATION_PHOTOS", "MAX_DRIFT", "quantize_graph", "quantize_openvino"]
 
-MOST_CALIBRATION_PHOTOS = 128
+MAX_CALIBRATION_PHOTOS = 128
 """Maximum number of calibration photos. Ranges hardly change beyond a hundred, and each photo costs a forward pass of
 the float32 model."""
-MOST_DRIFT = 0.04
+MAX_DRIFT = 0.04
 """Largest allowed |dp| on calibration photos. Above it, layers are restored to floating point, worst first. Unseen
 photos differ by more; the parity gate allows them 0.1."""
 _JUDGED = 48
 """Number of photos on which drift is measured. Each restored layer costs another pass over them."""
-_MOST_LAYERS_BACK = 8
+_MAX_LAYERS_BACK = 8
 
 
 def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[str, Any]]:
@@ -57,10 +57,10 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     nncf = require("nncf", extra="train")
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    chosen = photos[:MOST_CALIBRATION_PHOTOS]
-    judged = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _JUDGED)).astype(int)]
+    chosen = photos[:MAX_CALIBRATION_PHOTOS]
+    probes = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _JUDGED)).astype(int)]
     reference = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    expected = [reference(photo[None])[0] for photo in judged]
+    expected = [reference(photo[None])[0] for photo in probes]
     drifts: list[float] = []
 
     def agreement(compiled: Any, batches: Iterator[NDArray[np.uint8]]) -> tuple[float, None]:
@@ -69,7 +69,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
         drifts.append(max(differences))
         return 1 - drifts[-1], None
 
-    numbered = [(number, photo[None]) for number, photo in enumerate(judged)]
+    numbered = [(number, photo[None]) for number, photo in enumerate(probes)]
     level = logging.getLogger("nncf").level
     logging.getLogger("nncf").setLevel(logging.ERROR)
     try:
@@ -81,7 +81,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
                 nncf.Dataset([photo[None] for photo in chosen]),
                 nncf.Dataset(numbered),
                 agreement,
-                max_drop=MOST_DRIFT,
+                max_drop=MAX_DRIFT,
                 drop_type=nncf.DropType.ABSOLUTE,
                 subset_size=len(chosen),
                 preset=nncf.QuantizationPreset.MIXED,
@@ -93,7 +93,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
                     activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
                 ),
                 advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
-                    max_num_iterations=_MOST_LAYERS_BACK, ranking_subset_size=16
+                    max_num_iterations=_MAX_LAYERS_BACK, ranking_subset_size=16
                 ),
             )
     finally:
@@ -122,7 +122,7 @@ def quantize_graph(graph: Path, photos: NDArray[np.uint8], output: Path, *, prec
 
     class Reader:
         def __init__(self) -> None:
-            self._photos = iter(photos[:MOST_CALIBRATION_PHOTOS])
+            self._photos = iter(photos[:MAX_CALIBRATION_PHOTOS])
 
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
             photo = next(self._photos, None)

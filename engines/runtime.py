@@ -196,13 +196,13 @@ def require_needs(folder: Path, wanted: dict[str, str], here: dict[str, str]) ->
             )
 
 
-def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
+def load_backend(name: str, folder: Path, metadata: dict[str, Any]) -> Engine:
     """Load the engine of an opened bundle.
 
     Args:
         name: one of `BACKENDS`.
         folder: folder of the bundle.
-        about: content of its `bundle.json`.
+        metadata: content of its `bundle.json`.
 
     Raises:
         BundleError: if this FastFundus does not support the backend, or the machine does not meet the requirements of
@@ -213,5 +213,5 @@ def load_backend(name: str, folder: Path, about: dict[str, Any]) -> Engine:
             f"{folder}: built for the backend {name!r}, but this FastFundus supports {', '.join(BACKENDS)}; upgrade "
             "FastFundus, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
         )
-    engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, about)
+    engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, metadata)
     return engine

@@ -109,7 +109,7 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     }
 
 
-def load(folder: Path, about: dict[str, Any]) -> Engine:
+def load(folder: Path, metadata: dict[str, Any]) -> Engine:
     """Load the engine of a bundle.
 
     Raises:
@@ -118,9 +118,9 @@ def load(folder: Path, about: dict[str, Any]) -> Engine:
     from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 
     trt = require("tensorrt", extra="tensorrt")
-    require_needs(folder, about["needs"], needs())
-    weights = about["weights"] and (folder / about["weights"]).read_bytes()
+    require_needs(folder, metadata["needs"], needs())
+    weights = metadata["weights"] and (folder / metadata["weights"]).read_bytes()
     return TensorRtEngine(
-        trt, (folder / about["engine"]).read_bytes(), about["spec"]["size"], str(folder),
-        portable=about["portable"], weights=weights,
+        trt, (folder / metadata["engine"]).read_bytes(), metadata["spec"]["size"], str(folder),
+        portable=metadata["portable"], weights=weights,
     )  # fmt: skip

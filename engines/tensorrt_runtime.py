@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastfundus.engines.cuda_sample import CudaSampler, current
 from fastfundus.engines.runtime import INPUT, OUTPUT, Engine
 from fastfundus.engines.tensorrt_build import message_logger
-from fastfundus.engines.tensorrt_slot import Slot
+from fastfundus.engines.tensorrt_context import ExecutionContext
 from fastfundus.errors import BundleError, require
 from fastfundus.kernels.jobs import pack_jobs
 
@@ -53,7 +53,7 @@ class TensorRtEngine(Engine):
         self._cuda, self._logger = cuda, message_logger(trt)
         cuda.init()
         self._context = cuda.Device(0).retain_primary_context()
-        self._slots: list[Slot] = []
+        self._slots: list[ExecutionContext] = []
         self._sampler: CudaSampler | None = None
         try:
             with current(self._context, cuda=self._cuda):
@@ -92,7 +92,7 @@ class TensorRtEngine(Engine):
         memory = max(int(engine.get_device_memory_size_for_profile_v2(p)) for p in range(len(ranges)))
         photo = (size, size, 3)
         for _ in range(SLOTS):
-            slot = Slot(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
+            slot = ExecutionContext(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
             self._slots.append(slot)
             if not slot.record():
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); rebuild it")
@@ -106,7 +106,7 @@ class TensorRtEngine(Engine):
         rows = [slice(first, min(first + self._batch, len(photos))) for first in range(0, len(photos), self._batch)]
         photo = 3 * self._size**2
 
-        def begin(slot: Slot, part: slice) -> bool:
+        def begin(slot: ExecutionContext, part: slice) -> bool:
             return slot.start_device(start + part.start * photo, part.stop - part.start)
 
         return self._dealt(len(photos), rows, begin)
@@ -137,7 +137,7 @@ class TensorRtEngine(Engine):
         colour = np.tile(np.eye(4, dtype=np.float32)[:3], (len(frames), 1, 1))
         rows = [slice(start, start + self._batch) for start in range(0, len(frames), self._batch)]
 
-        def start(slot: Slot, part: slice) -> bool:
+        def start(slot: ExecutionContext, part: slice) -> bool:
             lengths = np.array([frame.nbytes for frame in frames[part]], np.int64)
             ends = lengths.cumsum()
             jobs, mode = pack_jobs(
@@ -150,11 +150,13 @@ class TensorRtEngine(Engine):
             self._sampler = CudaSampler()
         return self._checked(self._dealt(len(frames), rows, start))
 
-    def _dealt(self, count: int, rows: list[slice], start: Callable[[Slot, slice], bool]) -> NDArray[np.float32]:
+    def _dealt(
+        self, count: int, rows: list[slice], start: Callable[[ExecutionContext, slice], bool]
+    ) -> NDArray[np.float32]:
         """Run the batches on the slots in turn, and collect each result before its slot is reused."""
         result = np.full((count, *self._slots[0].answer), np.nan, np.float32)
         with current(self._context, cuda=self._cuda):
-            waiting: list[tuple[Slot, slice]] = []
+            waiting: list[tuple[ExecutionContext, slice]] = []
             for number, part in enumerate(rows):
                 if len(waiting) == SLOTS:
                     slot, where = waiting.pop(0)

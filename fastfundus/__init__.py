@@ -1,27 +1,95 @@
 """FastFundus: retinal photographs, from camera files to a trained model to an engine that screens them.
 
-Importing the package loads no torch; the heavy parts load when they are used.
+    cache = fastfundus.prepare("photos/", "cache/", labels="labels.csv")
+    run = fastfundus.train("cache/", "run/")
+    bundle, report = fastfundus.build_engine("run/", "bundle/")
+    for record in fastfundus.screen("new_photos/", "bundle/"):
+        print(record["path"], record["decision"])
+
+Importing the package loads neither torch nor NumPy; each function loads what it needs when it is first used.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastfundus.errors import FastFundusError
+from fastfundus.config import TrainConfig
+from fastfundus.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FastFundusError,
+    MissingDependency,
+    PhotoError,
+    SpecMismatch,
+)
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 
 if TYPE_CHECKING:
-    from fastfundus.screen.api import screen
+    from fastfundus.data.cache import PhotoCache
+    from fastfundus.engines.bundle import Bundle
+    from fastfundus.screening.policy import ScreenPolicy
+    from fastfundus.training.run import Run
+    from fastfundus.workflow.build_engine import build_engine
+    from fastfundus.workflow.evaluate import evaluate
+    from fastfundus.workflow.explain import explain
+    from fastfundus.workflow.prepare import prepare
+    from fastfundus.workflow.screen import screen
+    from fastfundus.workflow.train import train
 
-__all__ = ["FastFundusError", "PreprocessSpec", "Status", "__version__", "screen"]
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FastFundusError",
+    "MissingDependency",
+    "PhotoCache",
+    "PhotoError",
+    "PreprocessSpec",
+    "Run",
+    "ScreenPolicy",
+    "SpecMismatch",
+    "Status",
+    "TrainConfig",
+    "__version__",
+    "build_engine",
+    "evaluate",
+    "explain",
+    "prepare",
+    "screen",
+    "train",
+]
 
 __version__ = "0.1.0"
 
+_LAZY = {
+    "Bundle": "engines.bundle",
+    "PhotoCache": "data.cache",
+    "Run": "training.run",
+    "ScreenPolicy": "screening.policy",
+    "build_engine": "workflow.build_engine",
+    "evaluate": "workflow.evaluate",
+    "explain": "workflow.explain",
+    "prepare": "workflow.prepare",
+    "screen": "workflow.screen",
+    "train": "workflow.train",
+}
+"""Modules of the names that are loaded on first use."""
+
 
 def __getattr__(name: str) -> Any:
-    if name == "screen":
-        import importlib
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastfundus' has no attribute {name!r}")
+    import importlib
 
-        return importlib.import_module("fastfundus.screen")
-    raise AttributeError(f"module 'fastfundus' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastfundus.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

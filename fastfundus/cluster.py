@@ -11,11 +11,11 @@ from typing import Any
 from fastfundus.errors import ConfigError, require
 from fastfundus.machine import usable_cores
 
-__all__ = ["cores_of_machines", "joined"]
+__all__ = ["cores_of_machines", "join_cluster"]
 
 
 @contextmanager
-def joined(address: str) -> Iterator[Any]:
+def join_cluster(address: str) -> Iterator[Any]:
     """Connect to a cluster, and disconnect on exit.
 
     Args:

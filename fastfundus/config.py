@@ -30,7 +30,7 @@ __all__ = [
     "LoopConfig",
     "LossConfig",
     "ModelConfig",
-    "OptimiserConfig",
+    "OptimizerConfig",
     "TrainConfig",
     "to_toml",
 ]
@@ -146,7 +146,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero, and an average of the weights."""
 
     learning_rate: float = 1e-3
@@ -164,12 +164,12 @@ class OptimiserConfig:
     pretrained backbone then change less. RETFound fine-tunes its ViT with 0.65."""
 
     def __post_init__(self) -> None:
-        _check_range("optimiser.learning_rate", self.learning_rate, 1e-8, 10)
-        _check_range("optimiser.weight_decay", self.weight_decay, 0, 1)
-        _check_range("optimiser.warmup_epochs", self.warmup_epochs, 0, 1000)
-        _check_range("optimiser.clip_norm", self.clip_norm, 1e-6, 1e6)
-        _check_range("optimiser.ema_decay", self.ema_decay, 0, 0.99999)
-        _check_range("optimiser.layer_decay", self.layer_decay, 0.3, 1)
+        _check_range("optimizer.learning_rate", self.learning_rate, 1e-8, 10)
+        _check_range("optimizer.weight_decay", self.weight_decay, 0, 1)
+        _check_range("optimizer.warmup_epochs", self.warmup_epochs, 0, 1000)
+        _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
+        _check_range("optimizer.ema_decay", self.ema_decay, 0, 0.99999)
+        _check_range("optimizer.layer_decay", self.layer_decay, 0.3, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +258,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     @classmethod
@@ -269,6 +269,24 @@ class TrainConfig:
             ConfigError: a key is unknown, or a value has the wrong type or is out of range.
         """
         return _from_dict(cls, plain, "")
+
+    @classmethod
+    def from_stored(cls, plain: dict[str, Any]) -> TrainConfig:
+        """Read plain data that a run stored; unlike `from_dict`, this also takes the spelling of version 0.1."""
+        return cls.from_dict({"optimizer" if key == "optimiser" else key: value for key, value in plain.items()})
+
+    @classmethod
+    def from_run(cls, folder: Path) -> TrainConfig:
+        """Read the config.toml of a run folder.
+
+        Raises:
+            ConfigError: it is missing, or was edited and is invalid.
+        """
+        path = folder / "config.toml"
+        try:
+            return cls.from_stored(read_toml(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_toml(cls, path: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replaced"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def replaced(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `file` to write to, then rename it to `file`.
 
     Readers, and a restart after a crash, see either the old or the new file, never a partial one. On an error, the old

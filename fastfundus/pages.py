@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from fastfundus.files import replaced
+from fastfundus.files import atomic_write
 
 __all__ = ["write_page"]
 
@@ -23,12 +23,12 @@ def write_page(path: Path, template: str, **facts: object) -> None:
 
     Args:
         path: the HTML file to write.
-        template: path of the template in the package, such as "screen/report.html"; it may include "page.css".
+        template: path of the template in the package, such as "screening/report.html"; it may include "page.css".
         facts: the variables of the template; all variables that it uses must be given.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(_template)
     )
     page = environment.get_template(template).render(**facts)
-    with replaced(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")

@@ -84,8 +84,8 @@ def load() -> _Loaded:
     try:
         return _Loaded(HostLibrary(cached_build(compiler, FLAGS, SOURCE, ".so")), "")
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", "") or str(error)
-        return _Loaded(None, f"{compiler} cannot compile {SOURCE.name}: {told.strip()[:500]}")
+        summary = getattr(error, "stderr", "") or str(error)
+        return _Loaded(None, f"{compiler} cannot compile {SOURCE.name}: {summary.strip()[:500]}")
 
 
 def in_parallel(job: Callable[[int], None], count: int, threads: int) -> None:

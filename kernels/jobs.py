@@ -16,7 +16,7 @@ __all__ = [
     "INTERPOLATE",
     "JOB",
     "LARGEST_SIDE_PX",
-    "LEAST_MINIFICATION",
+    "MIN_MINIFICATION",
     "MODES",
     "NEAREST",
     "check_photos",
@@ -35,9 +35,9 @@ _LARGEST_OUTPUT_PX = 16384
 """Keeps the number of output values, 3 * 16384^2, below 2^31."""
 _FARTHEST_PX = 2.0**22
 """Positions are float32: beyond this limit they no longer resolve half pixels, and further out integers overflow."""
-_LEAST_DETERMINANT = 1e-6
+_MIN_DETERMINANT = 1e-6
 """Limit on the determinant of the rows scaled to unit length; below it, the photo is squeezed into a line."""
-LEAST_MINIFICATION = 1 + 2**-12
+MIN_MINIFICATION = 1 + 2**-12
 """A box narrower than this many pixels counts as one pixel wide; otherwise rounding in a rotation would turn four taps
 into nine."""
 
@@ -113,7 +113,7 @@ def pack_jobs(
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.abs(np.linalg.det(linear)) / extents.prod(axis=1)
     # The negated comparison also catches NaN, the 0 / 0 of an all-zero row.
-    bad = ~(relative >= _LEAST_DETERMINANT)
+    bad = ~(relative >= _MIN_DETERMINANT)
     if bad.any():
         n = int(np.argmax(bad))
         raise ValueError(
@@ -131,5 +131,5 @@ def pack_jobs(
     jobs["offset"], jobs["height"], jobs["width"] = offsets, sizes[:, 0], sizes[:, 1]
     jobs["geometry"], jobs["colour"] = geometry, colour
     # Compared in float32, as in the kernels.
-    minifies = bool((extents.astype(np.float32) >= np.float32(LEAST_MINIFICATION)).any())
+    minifies = bool((extents.astype(np.float32) >= np.float32(MIN_MINIFICATION)).any())
     return jobs, NEAREST if nearest else INTEGRATE if minifies else INTERPOLATE

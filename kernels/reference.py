@@ -43,7 +43,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfundus.kernels.jobs import LEAST_MINIFICATION
+from fastfundus.kernels.jobs import MIN_MINIFICATION
 
 __all__ = ["cell_sums", "photos", "sample"]
 
@@ -85,7 +85,7 @@ def photos(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> list[Tensor]:
 def _extent(row: Tensor) -> float:
     """Return the width or height of the box from one row of the geometry."""
     length = float(torch.hypot(row[0], row[1]))
-    return length if length >= LEAST_MINIFICATION else 1.0
+    return length if length >= MIN_MINIFICATION else 1.0
 
 
 def _fetch(image: Tensor, row: Tensor, column: Tensor) -> Tensor:

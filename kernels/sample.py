@@ -13,7 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastfundus.kernels.jobs import INTEGRATE, LEAST_MINIFICATION, NEAREST
+from fastfundus.kernels.jobs import INTEGRATE, MIN_MINIFICATION, NEAREST
 from fastfundus.kernels.triton_env import tilings
 
 __all__ = ["TILINGS", "launch", "sample_kernel"]
@@ -22,14 +22,14 @@ TILINGS = ((256, 4), (512, 4), (1024, 4))
 """Output pixels per program, and warps. Each thread handles two, four or eight pixels, which share its fixed costs."""
 _NEAREST = tl.constexpr(NEAREST)
 _INTEGRATE = tl.constexpr(INTEGRATE)
-_LEAST_MINIFICATION = tl.constexpr(LEAST_MINIFICATION)
+_MIN_MINIFICATION = tl.constexpr(MIN_MINIFICATION)
 
 
 @triton.jit
 def _extent(along_x, along_y):
     """Return the width or height of the box from one row of the geometry."""
     length = tl.sqrt(along_x * along_x + along_y * along_y)
-    return tl.where(length < _LEAST_MINIFICATION, 1.0, length)
+    return tl.where(length < _MIN_MINIFICATION, 1.0, length)
 
 
 @triton.jit

@@ -130,18 +130,18 @@ class Trained:
 @pytest.fixture(scope="session")
 def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train a model for two epochs: it has learned nothing useful, but all files of the run are real."""
-    from fastfundus.cli.building import build_from_run
     from fastfundus.config import TrainConfig
-    from fastfundus.evaluate.operating_point import fit_operating_point
-    from fastfundus.train.loop import train
-    from fastfundus.train.run import Run
+    from fastfundus.evaluation.operating_point import fit_operating_point
+    from fastfundus.training.run import Run
+    from fastfundus.training.trainer import Trainer
+    from fastfundus.workflow.build_engine import build_engine
 
     folder = tmp_path_factory.mktemp("trained")
     settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
-    train(cache, folder / "run", TrainConfig.from_dict(settings))
+    Trainer(cache, folder / "run", TrainConfig.from_dict(settings)).fit()
     run = Run.open(folder / "run")
     fit_operating_point(run, cache)
-    bundle, _ = build_from_run(run, folder / "bundle", precision="fp32")
+    bundle, _ = build_engine(run, folder / "bundle", precision="fp32")
     return Trained(run.path, bundle)
 
 
@@ -149,15 +149,15 @@ def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trai
 def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that builds the bundle of a backend, once for all tests because compilation is slow."""
 
-    from fastfundus.cli.building import build_from_run
-    from fastfundus.train.run import Run
+    from fastfundus.training.run import Run
+    from fastfundus.workflow.build_engine import build_engine
 
     @functools.cache
     def build(backend: str) -> Path:
         output = tmp_path_factory.mktemp(backend) / "bundle"
-        bundle, report = build_from_run(Run.open(trained.run), output, backend=backend, precision="fp32")
+        bundle, report = build_engine(Run.open(trained.run), output, backend=backend, precision="fp32")
         assert report.passed
-        assert bundle.about["tried"] == [report.to_dict()]
+        assert bundle.metadata["tried"] == [report.to_dict()]
         return output
 
     return build

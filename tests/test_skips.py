@@ -46,5 +46,7 @@ def test_skipped_kernel_tests_fail_the_run_that_requires_them(
     command = [sys.executable, "-m", "pytest", *options, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
     assert done.returncode == (1 if named else 0), done.stdout + done.stderr
-    told = next((line for line in done.stdout.splitlines() if line.startswith("FAILED: kernel tests were skipped")), "")
-    assert [name for name in ("test_kernel", "test_on_a_gpu", "test_plain") if name in told] == named
+    summary = next(
+        (line for line in done.stdout.splitlines() if line.startswith("FAILED: kernel tests were skipped")), ""
+    )
+    assert [name for name in ("test_kernel", "test_on_a_gpu", "test_plain") if name in summary] == named

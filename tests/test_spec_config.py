@@ -76,7 +76,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
         ({"data": {"folds": 3, "fold": 3}}, "data.fold must be 0 to 2, got 3"),
         ({"task": "grading"}, "task must be 'abnormality' or .* or 'ordinal' or 'vessels', got 'grading'"),
         ({"data": {"labels": "a"}}, "data.labels must be a list of names, got 'a'"),
-        ({"optimiser": {"learning_rate": -1}}, "optimiser.learning_rate must be"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate must be"),
     ],
 )
 def test_bad_configs(plain: dict[str, object], message: str) -> None:
@@ -85,7 +85,7 @@ def test_bad_configs(plain: dict[str, object], message: str) -> None:
 
 
 def test_whole_numbers_pass_for_reals() -> None:
-    assert TrainConfig.from_dict({"optimiser": {"warmup_epochs": 2}}).optimiser.warmup_epochs == 2.0
+    assert TrainConfig.from_dict({"optimizer": {"warmup_epochs": 2}}).optimizer.warmup_epochs == 2.0
 
 
 def test_files_that_are_no_toml(tmp_path: Path) -> None:

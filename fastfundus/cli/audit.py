@@ -34,7 +34,7 @@ def verify(output: Path, files: bool, as_json: bool) -> None:
       fastfundus audit verify results/ --files
     """
     from fastfundus.cli.console import quiet_decoders
-    from fastfundus.screen.audit import verify as recompute
+    from fastfundus.screening.audit import verify as recompute
 
     quiet_decoders()
     found = recompute(output, files=files)

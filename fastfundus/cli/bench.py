@@ -130,8 +130,8 @@ def _measured(
 
     from fastfundus.errors import DataError, PhotoError
     from fastfundus.machine import usable_cores
-    from fastfundus.screen.cost import kind_of
-    from fastfundus.screen.measure import engine_rate, prepare_rate, screen_rate
+    from fastfundus.sizing.cost import kind_of
+    from fastfundus.sizing.throughput import engine_rate, prepare_rate, screen_rate
 
     known = {}
     for path in {photo.path for photo in photos}:
@@ -154,7 +154,7 @@ def _measured(
         found["prepare"] = asdict(prepare_rate(photos, spec, seconds))
     if bundle is None:
         return found
-    found |= {"backend": bundle.backend, "precision": bundle.precision, "gflop": bundle.about.get("gflop")}
+    found |= {"backend": bundle.backend, "precision": bundle.precision, "gflop": bundle.metadata.get("gflop")}
     if suite in ("engine", "all"):
         pixels = np.random.default_rng(0).integers(0, 256, (32, spec.size, spec.size, 3), dtype=np.uint8)
         with bundle.load() as engine:
@@ -169,21 +169,21 @@ def _predicted(
     found: dict[str, Any], cores: int | None, gpus: int, gpu_rate: float | None, storage: float | None
 ) -> dict[str, Any]:
     from fastfundus.errors import ConfigError
-    from fastfundus.screen.cost import Machine, predict
+    from fastfundus.sizing.cost import Machine, predict
 
     if "prepare" not in found or "engine" not in found:
         raise ConfigError("--predict needs all measurements; omit the argument, or give all")
     if found["backend"] == "tensorrt" and not gpu_rate:
         gpu_rate = found["engine"]["photos_per_s"]
     machine = Machine(cores or found["cores"], gpus, storage)
-    told = predict(
+    summary = predict(
         machine,
         prepare_s=found["cores"] / found["prepare"]["photos_per_s"],
         megabytes=found["megabytes"],
         engine_s=found["cores"] / found["engine"]["photos_per_s"],
         gpu_images_per_s=gpu_rate,
     )
-    return {"machine": asdict(machine), **asdict(told), "photos_per_hour": told.photos_per_s * 3600}
+    return {"machine": asdict(machine), **asdict(summary), "photos_per_hour": summary.photos_per_s * 3600}
 
 
 def _say(found: dict[str, Any]) -> None:
@@ -209,10 +209,10 @@ def _say(found: dict[str, Any]) -> None:
         click.echo(f"{title:28} {rate:8.1f} photos/s ({entry['least']:.1f} to {entry['most']:.1f}){further}")
     if "prediction" not in found:
         return
-    told, machine = found["prediction"], found["prediction"]["machine"]
+    summary, machine = found["prediction"], found["prediction"]["machine"]
     gpus = f" and {machine['gpus']} GPUs" if machine["gpus"] else ""
-    stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in told["stages"].items())
+    stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in summary["stages"].items())
     click.echo(
-        f"{machine['cores']} cores{gpus}: {told['photos_per_hour']:,.0f} photos per hour; bottleneck: {told['limit']} "
+        f"{machine['cores']} cores{gpus}: {summary['photos_per_hour']:,.0f} photos per hour; bottleneck: {summary['limit']} "
         f"(photos/s of each stage alone: {stages})"
     )

@@ -1,4 +1,4 @@
-"""``fastfundus build-engine``."""
+"""The ``fastfundus build-engine`` command."""
 
 from __future__ import annotations
 
@@ -30,19 +30,23 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8", "fp8"]),
     default="auto",
     show_default=True,
-    help="auto: builds what this machine computes in, measures, keeps the fastest that passes.",
+    help="Precision; auto builds every one that this machine computes natively and keeps the fastest that passes.",
 )
 @click.option(
-    "--cache", type=click.Path(path_type=Path), help="Photos to prove the engine on  [default: the run's own]"
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Cache of photos to verify the engine on  [default: that of the run]",
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Cache of photos that int8 and fp8 learn their ranges on  [default: those the run was trained on]",
+    help="Cache of photos for the ranges of int8 and fp8  [default: the training photos of the run]",
 )
-@click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt: photos it takes at once  [default: 64]")
-@click.option("--portable", is_flag=True, help="tensorrt: for later GPUs and other versions too; slower.")
-@click.option("--weightless", is_flag=True, help="tensorrt: leave the weights out; they are put in when it is loaded.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt: largest batch  [default: 64]")
+@click.option("--portable", is_flag=True, help="tensorrt: also run on later GPUs and in other versions; slower.")
+@click.option(
+    "--weightless", is_flag=True, help="tensorrt: store no weights in the engine; they are refitted when it is loaded."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the parity report as JSON.")
 def build_engine(
     run: Path,
@@ -56,14 +60,14 @@ def build_engine(
     weightless: bool,
     as_json: bool,
 ) -> None:
-    r"""Build an inference engine from RUN, and prove that it answers as the model does.
+    r"""Build an inference engine from RUN, and verify that it gives the same answers as the model.
 
-    The engine is compared with the model on held-out photos: largest difference of a probability, decisions that
-    flip at the threshold, loss of AUROC. An engine that misses its gate is refused, and no bundle is written. int8
-    and fp8 are kept only if at least 1.15 times as fast as the best of the others.
+    The engine is compared with the model on held-out photos: largest difference in probability, decisions that flip
+    at the threshold, loss of AUROC. If no engine passes its gate, no bundle is written. int8 and fp8 are kept only if
+    they are at least 1.15 times as fast as the best of the others.
 
-    openvino runs on any processor and is the fastest there; onnxruntime is the portable one; aoti is compiled for this
-    very GPU or processor and needs torch to run; tensorrt is for this GPU and needs no torch to run.
+    openvino runs on any processor, and is the fastest there; onnxruntime is portable; aoti is compiled for this GPU or
+    processor and needs torch at runtime; tensorrt is built for this GPU and needs no torch at runtime.
 
     \b
     Example:
@@ -74,19 +78,18 @@ def build_engine(
     if backend != "tensorrt" and (max_batch or portable or weightless):
         raise click.UsageError("--max-batch, --portable and --weightless are for --backend tensorrt")
     require("torch", extra="train")
-    from fastfundus.cli.building import build_from_run
     from fastfundus.cli.console import progress_bar
-    from fastfundus.train.run import Run
+    from fastfundus.workflow.build_engine import build_engine as build
 
     options: dict[str, Any] = {}
-    # Only one bar can be drawn at a time, and the quantiser of the other backends draws its own.
+    # Only one bar can be drawn at a time, and the quantisers of the other backends draw their own.
     with progress_bar() if backend == "tensorrt" else nullcontext() as shown:
         if shown is not None:
             options = {"portable": portable, "weightless": weightless, "progress": _shown_steps(shown)}
             if max_batch:
                 options["batches"] = (*(batch for batch in (1, 8, 64) if batch < max_batch), max_batch)
-        bundle, report = build_from_run(
-            Run.open(run),
+        bundle, report = build(
+            run,
             output,
             cache=cache,
             calibration=calibration,
@@ -98,16 +101,16 @@ def build_engine(
         click.echo(json.dumps({"bundle": str(output), "fingerprint": bundle.fingerprint, "parity": report.to_dict()}))
         return
     click.echo("precision  images/s  |dp| at the gate  flipped  AUROC loss  kept")
-    for tried in bundle.about["tried"]:
+    for tried in bundle.metadata["tried"]:
         loss = "-" if tried["auroc_loss"] is None else f"{tried['auroc_loss']:.4f}"
         kept = (
             "yes"
             if tried["precision"] == report.precision
             else ""
             if tried["passed"]
-            else "FAILED"
+            else "failed"
             if tried["error"]
-            else "MISSES its gate"
+            else "misses the gate"
         )
         click.echo(
             f"{tried['precision']:<9}  {tried['images_per_s']:8.1f}  {tried['gated_difference']:16.1e}  "
@@ -117,7 +120,7 @@ def build_engine(
 
 
 def _shown_steps(shown: Progress) -> Callable[[str, int, int], None]:
-    """Show each phase of a builder as a bar of its own, which goes when it is done."""
+    """Return a callback that shows each phase of a builder as a bar, removed when the phase is done."""
     phases: dict[str, TaskID] = {}
 
     def step(phase: str, done: int, steps: int) -> None:

@@ -49,7 +49,7 @@ def info(folder: Path, as_json: bool) -> None:
             "values": {f"{value:g}" if isinstance(value, float) else value: n for value, n in counts[:8]},
             "distinct": len(counts),
         }
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "cache": str(folder),
         "photos": len(table),
         "status": dict(table["status"].value_counts(sort=True).rows()),
@@ -67,15 +67,15 @@ def info(folder: Path, as_json: bool) -> None:
         "bytes_on_disk": on_disk,
     }
     if as_json:
-        click.echo(json.dumps(about))
+        click.echo(json.dumps(metadata))
         return
-    click.echo(f"{folder}: {about['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
+    click.echo(f"{folder}: {metadata['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
     for name in ("status", "eyes", "cameras", "field_shapes"):
-        if about[name]:
-            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in about[name].items()))
-    hashed = ", hashed" if about["patients_hashed"] else ""
-    click.echo(f"patients: {about['patients']}{hashed}; {about['patients_unknown']} photos of unknown patients")
-    click.echo(f"pairs of duplicates or near duplicates across patients: {about['duplicate_pairs']}")
+        if metadata[name]:
+            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in metadata[name].items()))
+    hashed = ", hashed" if metadata["patients_hashed"] else ""
+    click.echo(f"patients: {metadata['patients']}{hashed}; {metadata['patients_unknown']} photos of unknown patients")
+    click.echo(f"pairs of duplicates or near duplicates across patients: {metadata['duplicate_pairs']}")
     for name, entry in labels.items():
         values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
         more = f", ... ({entry['distinct']} values)" if entry["distinct"] > 8 else ""
@@ -144,7 +144,7 @@ def audit(
     """
     from fastfundus.cli.console import remark
     from fastfundus.data import PhotoCache
-    from fastfundus.data.audit import audit_cache, overlap
+    from fastfundus.data.leakage import check_leakage, overlap
     from fastfundus.data.split import read_split_file
     from fastfundus.errors import DataError, close_matches
 
@@ -156,7 +156,7 @@ def audit(
     if splits is not None:
         splits = splits / "splits.parquet" if splits.is_dir() else splits
         names = read_split_file(splits, opened.manifest)
-    found = audit_cache(opened, names, labels)
+    found = check_leakage(opened, names, labels)
     leaks = found.leaks
     shared = {str(path): overlap(opened, PhotoCache.open(path)) for path in against}
     if output is not None:
@@ -228,10 +228,10 @@ def split(
     from fastfundus.cli.console import remark
     from fastfundus.config import DataConfig
     from fastfundus.data import PhotoCache
-    from fastfundus.data.audit import pair_positions
+    from fastfundus.data.leakage import pair_positions
     from fastfundus.data.split import assign_splits, side_counts, write_split_file
     from fastfundus.errors import require
-    from fastfundus.train.targets import read_targets, usable_rows
+    from fastfundus.training.tasks.targets import read_targets, usable_rows
 
     require("sklearn", extra="train")
     if folds and holdout:
@@ -248,13 +248,13 @@ def split(
         **shares,  # type: ignore[arg-type]
     )
     part = opened.manifest[rows]
-    dealt = assign_splits(part, targets.strata[rows], config, pair_positions(opened, rows))
-    for note in dealt.notes:
+    assigned = assign_splits(part, targets.strata[rows], config, pair_positions(opened, rows))
+    for note in assigned.notes:
         remark(f"note: {note}")
-    write_split_file(output, part, dealt.names)
-    counts = ", ".join(f"{count} {side}" for side, count in side_counts(dealt.names).items())
+    write_split_file(output, part, assigned.names)
+    counts = ", ".join(f"{count} {side}" for side, count in side_counts(assigned.names).items())
     click.echo(
-        f"{output}: {len(rows)} photos with a label ({targets.told}) of {part['patient'].n_unique()} patients: {counts}"
+        f"{output}: {len(rows)} photos with a label ({targets.summary}) of {part['patient'].n_unique()} patients: {counts}"
     )
 
 
@@ -291,7 +291,7 @@ def augment(folder: Path, output: Path, config_file: Path | None, count: int, dr
 
     require("torch", extra="train")
     # Imported late, because it imports torch.
-    from fastfundus.train.sheet import augmentation_sheet
+    from fastfundus.training.augment import augmentation_sheet
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise click.UsageError(f"--output must end in .png, .jpg or .jpeg, got {output.name}")

@@ -14,7 +14,7 @@ import click
 from fastfundus.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fastfundus.screen.pipeline import Timing
+    from fastfundus.screening.pipeline import Timing
 
 __all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
 

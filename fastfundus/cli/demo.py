@@ -1,4 +1,4 @@
-"""``fastfundus demo``: the whole way once, on synthetic photographs, in minutes on a CPU."""
+"""The ``fastfundus demo`` command: the whole workflow on synthetic photographs, in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-LEAST_AUROC = 0.9
-"""The demo fails when its model separates its held-out synthetic patients worse than this."""
+MIN_AUROC = 0.9
+"""The demo fails if its model reaches less than this on held-out synthetic patients."""
 _STAMP = ".fastfundus-demo"
 
 
@@ -26,7 +26,7 @@ def _timed(what: str, times: list[tuple[str, float]]) -> Iterator[None]:
 
 
 def _break_some(folder: Path) -> None:
-    """Add an empty file, a text that calls itself a JPEG, and half a JPEG."""
+    """Add an empty file, a text file named as a JPEG, and half a JPEG."""
     whole = next(iter(sorted(folder.glob("*.jpg")))).read_bytes()
     (folder / "broken_empty.jpg").write_bytes(b"")
     (folder / "broken_text.jpg").write_text("not a photograph\n")
@@ -35,13 +35,13 @@ def _break_some(folder: Path) -> None:
 
 @click.command()
 @click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to be made."
+    "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder to create."
 )
-@click.option("--overwrite", is_flag=True, help="Replace what an earlier demo left there.")
-@click.option("--patients", type=click.IntRange(40, 5000), default=300, show_default=True, help="To train on.")
+@click.option("--overwrite", is_flag=True, help="Replace the output of an earlier demo.")
+@click.option("--patients", type=click.IntRange(40, 5000), default=300, show_default=True, help="Patients to train on.")
 @click.option("--epochs", type=click.IntRange(1, 1000), default=22, show_default=True)
 def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
-    r"""Synthetic photos -> prepare -> train -> build-engine -> screen -> report, in minutes on a CPU.
+    r"""Run the whole workflow on synthetic photos: prepare, train, build-engine, screen, report.
 
     \b
     Example:
@@ -50,45 +50,40 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     from fastfundus.errors import ConfigError, require
 
     require("torch", extra="train")
-    from fastfundus.cli.building import build_from_run
-    from fastfundus.cli.training import TrainingBar
+    from fastfundus.cli.training_progress import TrainingBar
     from fastfundus.config import TrainConfig
-    from fastfundus.data import build_cache, list_photos
-    from fastfundus.evaluate.operating_point import fit_operating_point
-    from fastfundus.evaluate.page import write_run_page
+    from fastfundus.data.source import list_photos
     from fastfundus.records import interval_text
-    from fastfundus.screen.run import screen_to_folder
-    from fastfundus.spec import PreprocessSpec
+    from fastfundus.screening.run import screen_to_folder
     from fastfundus.synthetic import write_dataset
-    from fastfundus.train.loop import train
-    from fastfundus.train.run import Run
+    from fastfundus.workflow.build_engine import build_engine
+    from fastfundus.workflow.prepare import prepare
+    from fastfundus.workflow.train import train_run
 
     if output.exists() and any(output.iterdir()):
-        # Only ever delete a folder that a demo made.
+        # Only delete folders that a demo created.
         if not (overwrite and (output / _STAMP).is_file()):
-            raise ConfigError(f"{output}: is not empty; add --overwrite if a demo made it, or choose another --output")
+            raise ConfigError(
+                f"{output} is not empty; add --overwrite if it is the output of a demo, or choose another --output"
+            )
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / _STAMP).touch()
     photos, clinic, run_path = output / "photos", output / "clinic", output / "run"
     times: list[tuple[str, float]] = []
 
-    with _timed(f"drawing {2 * patients} photos to learn from, and 60 of a clinic to screen", times):
+    with _timed(f"drawing {2 * patients} photos to train on, and 60 to screen", times):
         write_dataset(photos, patients, seed=1, long_sides=(512, 640, 768))
         write_dataset(clinic, 30, seed=6, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
         _break_some(clinic / "images")
     with _timed("prepare", times):
-        listing = list_photos(photos, labels=photos / "labels.csv")
-        cache = build_cache(listing.photos, output / "cache", PreprocessSpec(size=144), source=listing.root)
+        cache = prepare(photos, output / "cache", labels=photos / "labels.csv", size=144)
     with _timed("train --amp", times):
-        settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": epochs}, "optimiser": {"learning_rate": 2e-3}}
+        settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": epochs}, "optimizer": {"learning_rate": 2e-3}}
         with TrainingBar(epochs) as bar:
-            train(cache, run_path, TrainConfig.from_dict(settings), observer=bar)
-        run = Run.open(run_path)
-        point = fit_operating_point(run, cache)["labels"]["abnormal"]
-        write_run_page(run, cache)
+            point = train_run(cache, run_path, TrainConfig.from_dict(settings), observer=bar)["labels"]["abnormal"]
     with _timed("build-engine", times):
-        bundle, parity = build_from_run(run, output / "bundle")
+        bundle, parity = build_engine(run_path, output / "bundle")
     with _timed("screen", times):
         clinic_listing = list_photos(clinic, adapter="folder")
         screened = screen_to_folder(clinic_listing, bundle, output / "screening", sources=[clinic])
@@ -99,8 +94,8 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     rows = [(what, f"{seconds:.1f} s") for what, seconds in times]
     rows += [
         ("AUROC, held-out synthetic patients", interval_text(auroc)),
-        ("engine against model, largest |dp|", f"{parity.largest_difference:.1e}"),
-        ("engine against torch float32", f"{parity.images_per_s / parity.torch_images_per_s:.1f} x"),
+        ("engine and model, largest |dp|", f"{parity.largest_difference:.1e}"),
+        ("engine speed, relative to torch float32", f"{parity.images_per_s / parity.torch_images_per_s:.1f} x"),
         ("clinic: inputs / rows", f"{len(clinic_listing.photos)} / {len(screened.results)}"),
         ("clinic: status", ", ".join(f"{count} {name}" for name, count in statuses.items())),
         ("screening speed", f"{screened.timing.images_per_s:.0f} photos/s end to end"),
@@ -108,8 +103,8 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")
-    if auroc["value"] < LEAST_AUROC:
-        raise click.ClickException(f"AUROC {auroc['value']:.3f} is below {LEAST_AUROC}: the demo's own check failed")
+    if auroc["value"] < MIN_AUROC:
+        raise click.ClickException(f"AUROC {auroc['value']:.3f} is below {MIN_AUROC}: the demo's own check failed")
     if len(screened.results) != len(clinic_listing.photos):
         raise click.ClickException("some inputs have no row: the demo's own check failed")
     click.echo(f"\nrun:    {run_path / 'run.html'}\nreport: {screened.report}")

@@ -1,4 +1,4 @@
-"""``fastfundus doctor``."""
+"""The ``fastfundus doctor`` command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PARTS = {
 
 
 _FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-"""Vector and matrix units that decide about speed."""
+"""Vector and matrix instructions that matter for speed."""
 
 
 def _version(package: str) -> str | None:
@@ -32,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def examine() -> dict[str, Any]:
-    """Find out what this machine and installation can do."""
+    """Examine what this machine and installation can do."""
     from fastfundus.machine import cpu_features, usable_cores
 
     parts = {
@@ -55,15 +55,15 @@ def examine() -> dict[str, Any]:
 
             from fastfundus.config import LoopConfig
             from fastfundus.kernels import host
-            from fastfundus.train.distributed import World
-            from fastfundus.train.precision import resolve_precision
+            from fastfundus.training.distributed import World
+            from fastfundus.training.precision import resolve_precision
 
             loaded = host.load()
             sampling = "compiled C++" if loaded.library else f"plain PyTorch, thirty times slower ({loaded.reason})"
             gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
             precision = resolve_precision(LoopConfig(), World().device())[1]
         except (ImportError, OSError, RuntimeError) as error:
-            # Installed but broken, by a missing system library or driver: just what a doctor is asked about.
+            # Installed but broken, for example by a missing system library or driver.
             parts["training"] |= {"ready": False, "install": f"torch is installed but fails: {error}"}
     return {
         "fastfundus": _version("fastfundus"),
@@ -82,7 +82,7 @@ def examine() -> dict[str, Any]:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, for a bug report.")
 def doctor(as_json: bool) -> None:
-    r"""Say what this machine and installation can do, and how to get what is missing.
+    r"""Report what this machine and installation can do, and how to install what is missing.
 
     \b
     Example:
@@ -93,7 +93,7 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(f"fastfundus {found['fastfundus']}, Python {found['python']}, {found['platform']}")
-    features = ", ".join(found["cpu_features"]) or "no vector units known"
+    features = ", ".join(found["cpu_features"]) or "no known vector instructions"
     click.echo(f"{found['cores']} cores ({features}), GPU: {found['gpu'] or 'none'}")
     if found["engine"]["precision"]:
         click.echo(f"engines run in {found['engine']['precision']} here")

@@ -63,17 +63,10 @@ def evaluate(
 
     require("torch", extra="train")
     from fastfundus.cli.console import remark
-    from fastfundus.cli.training import metrics_lines
-    from fastfundus.data import PhotoCache
-    from fastfundus.evaluate.evaluation import evaluate_run, write_evaluation
-    from fastfundus.train.run import Run
+    from fastfundus.cli.training_progress import metrics_lines
+    from fastfundus.workflow.evaluate import evaluate as evaluate_run
 
-    opened = Run.open(run)
-    measured, document = evaluate_run(
-        opened, PhotoCache.open(*cache), by=by, against=Run.open(against) if against else None, prevalence=prevalence,
-        rules=rules,
-    )  # fmt: skip
-    write_evaluation(opened, measured, document, output)
+    measured, document = evaluate_run(run, cache, output, rules=rules, by=by, against=against, prevalence=prevalence)
     if as_json:
         click.echo(json.dumps(document))
         return
@@ -85,7 +78,7 @@ def evaluate(
 
 
 def _further_lines(document: dict[str, Any]) -> Iterator[str]:
-    from fastfundus.evaluate.wording import FIGURE_NAMES, differences
+    from fastfundus.evaluation.figures import METRIC_NAMES, differences
     from fastfundus.records import interval_text
 
     for column, outputs in document.get("subgroups", {}).items():
@@ -93,7 +86,7 @@ def _further_lines(document: dict[str, Any]) -> Iterator[str]:
             for group in groups:
                 what = f"{column} {group['group']}, {name}: {group['photos']} photos of {group['patients']} patients"
                 key = "dice" if "dice" in group else "auroc"
-                figures = f", {FIGURE_NAMES[key]} {interval_text(group[key])}" if group["photos"] else ""
+                figures = f", {METRIC_NAMES[key]} {interval_text(group[key])}" if group["photos"] else ""
                 yield f"{what}{figures}{' (small group, interpret with care)' if group['small'] else ''}"
     for name, figure, shown, p in differences(document.get("against")):
         yield f"{name}, {figure}: first minus second {shown}, p = {p}"

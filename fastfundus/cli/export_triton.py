@@ -24,7 +24,7 @@ def export_triton(bundle: Path, output: Path, name: str) -> None:
       tritonserver --model-repository model_repository/
     """
     from fastfundus.engines.bundle import Bundle
-    from fastfundus.screen.triton_repository import export_repository
+    from fastfundus.serving.triton_repository import export_repository
 
     for folder in export_repository(Bundle.open(bundle), output, name=name):
         click.echo(f"{folder}/config.pbtxt")

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from fastfundus.data.rows import Preparer
-    from fastfundus.spec import PreprocessSpec
 
 
 def _list_adapters(context: click.Context) -> None:
@@ -19,36 +14,6 @@ def _list_adapters(context: click.Context) -> None:
     for name, adapter in ADAPTERS.items():
         click.echo(f"{name:16} {adapter.title}")
     context.exit()
-
-
-def _gpu_decodes() -> bool:
-    """Return whether DALI, torch and a GPU are available; do not import torch on machines without a GPU."""
-    import importlib.util
-
-    has = all(importlib.util.find_spec(name) for name in ("nvidia", "torch"))
-    if not (has and Path("/proc/driver/nvidia/version").exists() and importlib.util.find_spec("nvidia.dali")):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _dali(spec: PreprocessSpec, workers: int | None) -> tuple[int, Preparer]:
-    """Return the number of files per group, and the function that prepares a group."""
-    from fastfundus.errors import require
-
-    require("torch", extra="train")
-    require("nvidia.dali", extra="dali")
-    import torch
-
-    from fastfundus.dali.decode import DaliDecoder
-    from fastfundus.dali.prepare import DaliPreparer
-
-    on_gpu = torch.cuda.is_available()
-    # All decoded photos of a group are in memory at once: 30 MB each at 10 megapixels.
-    group = 64 if on_gpu else 8
-    decoder = DaliDecoder(device_id=0 if on_gpu else None, batch_size=group, threads=workers)
-    return group, DaliPreparer(spec, decoder, threads=workers)
 
 
 @click.command()
@@ -115,31 +80,23 @@ def prepare(
       fastfundus prepare photos/ --labels labels.csv --output cache/ --preview
     """
     from fastfundus.cli.console import progress_bar, quiet_decoders, read_salt, remark, remarks
-    from fastfundus.data import build_cache, list_photos
     from fastfundus.data.preview import write_preview
+    from fastfundus.data.source import list_photos
     from fastfundus.records import Status
-    from fastfundus.spec import PreprocessSpec
+    from fastfundus.workflow.prepare import prepare_listing
 
     quiet_decoders()
-    spec = PreprocessSpec(size=size)
-    group, preparer = 1, None
-    if backend == "dali" or (backend == "auto" and _gpu_decodes()):
-        group, preparer = _dali(spec, workers)
-        # Two workers: one reads files and finishes photos while the other decodes.
-        workers = 2
     listing = list_photos(source, labels=labels, adapter=adapter)
     remarks(listing.notes)
     with progress_bar() as progress:
         task = progress.add_task("preparing", total=len(listing.photos))
         try:
-            cache = build_cache(
-                listing.photos,
+            cache = prepare_listing(
+                listing,
                 output,
-                spec,
-                source=listing.root,
+                size=size,
+                backend=backend,  # type: ignore[arg-type]
                 workers=workers,
-                prepare=preparer,
-                group=group,
                 patient_salt=read_salt(patient_salt),
                 on_photo=lambda status: progress.advance(task),
             )
@@ -166,7 +123,7 @@ def prepare(
         summary = {"cache": str(output), "photos": len(listing.photos), "status": counts, "duplicate_pairs": pairs}
         click.echo(json.dumps({**summary, "lost": listing.lost}))
     else:
-        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        click.echo(f"{output}: {len(listing.photos)} photos at {size} px: {told}")
+        text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        click.echo(f"{output}: {len(listing.photos)} photos at {size} px: {text}")
     if listing.lost:
         raise click.ClickException("\n".join(["some inputs could not be listed:", *listing.lost]))

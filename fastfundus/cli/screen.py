@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from fastfundus.data.source import SourceList
-    from fastfundus.screen.run import BlockMaker, ScreeningRun
+    from fastfundus.screening.run import BlockMaker, ScreeningRun
 
 
 @click.command()
@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     help="Mark photos closer than this to a threshold as uncertain, for human review  [default: 0]",
 )  # fmt: skip
 @click.option(
-    "--least-images", type=int, default=1, show_default=True, help="Scored photos that an eye needs to be negative."
+    "--min-images",
+    "--least-images",
+    "least_images",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Scored photos that an eye needs to be negative.",
 )
 @click.option(
     "--unusable", type=click.Choice(["block", "ignore"]), default="block", show_default=True,
@@ -71,14 +77,14 @@ def screen(
     Example:
       fastfundus screen bundle/ photos/ --output results/
       fastfundus screen bundle/ photos/ --output results/ --resume
-      fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --least-images 2 --both-eyes
+      fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --min-images 2 --both-eyes
     """
     from fastfundus.cli.console import quiet_decoders, remarks, screening_progress
     from fastfundus.data.source import list_photos
     from fastfundus.engines.bundle import Bundle
     from fastfundus.errors import ConfigError
-    from fastfundus.screen.policy import ScreenPolicy
-    from fastfundus.screen.run import screen_to_folder
+    from fastfundus.screening.policy import ScreenPolicy
+    from fastfundus.screening.run import screen_to_folder
 
     if ray and decode == "dali":
         raise ConfigError("--ray and --decode dali cannot be combined; give only one of them")
@@ -93,7 +99,7 @@ def screen(
     listing = list_photos(sources, adapter="folder")
     make_blocks = None
     if ray:
-        from fastfundus.screen.fleet import ray_blocks
+        from fastfundus.screening.ray_runner import ray_blocks
 
         make_blocks = ray_blocks(ray)
     elif decode == "dali":

@@ -37,17 +37,27 @@ import click
     help="Run the bundle's graph in float32 on this runtime, instead of the verified engine.",
 )
 @click.option(
-    "--most-megabytes", type=click.IntRange(1), default=64, show_default=True, help="Largest request in megabytes."
+    "--max-megabytes",
+    "--most-megabytes",
+    "max_megabytes",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Largest request in megabytes.",
 )
 @click.option(
+    "--max-seconds",
     "--most-seconds",
+    "max_seconds",
     type=click.FloatRange(1.0),
     default=60.0,
     show_default=True,
     help="Timeout of a request in seconds.",
 )
 @click.option(
+    "--max-waiting",
     "--most-waiting",
+    "max_waiting",
     type=click.IntRange(1),
     default=128,
     show_default=True,
@@ -61,9 +71,9 @@ def serve(
     without_token: bool,
     abstain: float,
     backend: str | None,
-    most_megabytes: int,
-    most_seconds: float,
-    most_waiting: int,
+    max_megabytes: int,
+    max_seconds: float,
+    max_waiting: int,
 ) -> None:
     r"""Serve BUNDLE over HTTP, with a web page for uploading photos.
 
@@ -79,13 +89,13 @@ def serve(
     from fastfundus.cli.console import quiet_decoders
     from fastfundus.engines.bundle import Bundle
     from fastfundus.errors import ConfigError, require
-    from fastfundus.screen.policy import ScreenPolicy
+    from fastfundus.screening.policy import ScreenPolicy
 
     for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         require(module, extra="serve")
-    from fastfundus.serve.app import Limits, create_app
-    from fastfundus.serve.server import LOOPBACK
-    from fastfundus.serve.server import serve as run
+    from fastfundus.serving.app import Limits, create_app
+    from fastfundus.serving.server import LOOPBACK
+    from fastfundus.serving.server import serve as run
 
     quiet_decoders()
     token = _token(token_file)
@@ -97,7 +107,7 @@ def serve(
     opened = Bundle.open(bundle)
     if backend:
         opened = opened.using(backend)
-    limits = Limits(most_bytes=most_megabytes << 20, most_s=most_seconds, most_waiting=most_waiting)
+    limits = Limits(max_bytes=max_megabytes << 20, max_s=max_seconds, max_waiting=max_waiting)
     hosts = [*LOOPBACK[:2], "[::1]"] if host in LOOPBACK else None
     app = create_app(opened, policy=ScreenPolicy(abstain=abstain), limits=limits, token=token, hosts=hosts)
     run(app, limits, host=host, port=port)

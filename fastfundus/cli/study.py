@@ -29,10 +29,10 @@ def study(file: Path, output: Path, jobs: int, ray: str | None) -> None:
 
     require("torch", extra="train")
     from fastfundus.cli.console import remark
-    from fastfundus.evaluate.study import run_study
-    from fastfundus.evaluate.study_tables import write_tables
-    from fastfundus.evaluate.study_workers import local_runner, ray_runner
-    from fastfundus.train.interrupt import Interrupted
+    from fastfundus.study.run import run_study
+    from fastfundus.study.tables import write_tables
+    from fastfundus.study.workers import local_runner, ray_runner
+    from fastfundus.training.interrupt import Interrupted
 
     if ray and jobs != 1:
         raise ConfigError("--jobs applies to this machine only; with --ray, the cluster decides; give only one of them")

@@ -1,9 +1,11 @@
-"""``fastfundus train``."""
+"""The ``fastfundus train`` command."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +15,41 @@ from fastfundus.config import TASKS
 
 if TYPE_CHECKING:
     from fastfundus.config import TrainConfig
-    from fastfundus.data import PhotoCache
+    from fastfundus.data.cache import PhotoCache
 
 RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 
 
 @click.command()
 @click.argument("caches", metavar="CACHE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="The run folder  [required but for --dry-run]")
+@click.option("--output", type=click.Path(path_type=Path), help="Run folder to create  [required without --dry-run]")
 @click.option("--task", type=click.Choice(TASKS), help="What to learn  [default: abnormality]")
-@click.option("--label", "labels", multiple=True, help="Manifest column to learn; for multilabel, once for each.")
+@click.option("--label", "labels", multiple=True, help="Manifest column to learn; repeat it for multilabel.")
 @click.option("--backbone", help="timm model name  [default: resnet50]")
-@click.option("--init", help="scratch, imagenet, or a run folder or weights file  [default: scratch]")
-@click.option("--epochs", type=int, help="Passes over the photos  [default: 30]")
-@click.option("--batch-size", type=int, help="Photos a step, over all processes  [default: 32]")
+@click.option("--init", help="Initial weights: scratch, imagenet, a run folder or a weights file  [default: scratch]")
+@click.option("--epochs", type=int, help="Passes over the training photos  [default: 30]")
+@click.option("--batch-size", type=int, help="Photos per step, over all processes  [default: 32]")
 @click.option("--learning-rate", type=float, help="Peak learning rate  [default: 0.001]")
-@click.option("--fold", type=int, help="Which of the folds tests  [default: 0]")
-@click.option("--folds", type=click.IntRange(3, 100), help="Train so many folds, one after the other, and pool them.")
+@click.option("--fold", type=int, help="Fold to test on  [default: 0]")
+@click.option("--folds", type=click.IntRange(3, 100), help="Cross-validate: train this many folds and pool them.")
 @click.option("--label-fraction", type=float, help="Share of the training patients to learn from  [default: 1]")
 @click.option(
     "--amp/--no-amp",
     default=None,
-    help="Mixed precision where the device computes it natively, or float32  [default: --amp]",
+    help="Mixed precision where the device computes it natively, or float32 everywhere  [default: --amp]",
 )
 @click.option("--recipe", type=click.Choice(RECIPES), help="Start from settings that come with FastFundus.")
-@click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; flags win over it.")
-@click.option("--resume", is_flag=True, help="Go on with a run that was stopped; its settings are taken from it.")
-@click.option("--dry-run", is_flag=True, help="Say what would be trained, how large it is and how long it takes.")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with any setting; options take precedence.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run with its own settings.")
+@click.option("--dry-run", is_flag=True, help="Report what would be trained, its size and its duration; train nothing.")
 @click.option(
     "--target-sensitivity",
     type=click.FloatRange(0.01, 1),
     default=0.90,
     show_default=True,
-    help="Each threshold is chosen on validation to reach it.",
+    help="Sensitivity on validation that each threshold is chosen for.",
 )
-@click.option("--target-specificity", type=click.FloatRange(0.01, 1), help="Choose thresholds to reach this instead.")
+@click.option("--target-specificity", type=click.FloatRange(0.01, 1), help="Choose thresholds for this instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def train(
     caches: tuple[Path, ...],
@@ -66,10 +68,10 @@ def train(
 
     Patients are split into training, validation and test. The best epoch on validation is kept, temperatures and
     thresholds are fitted on validation, and the test patients are measured once, at the end. Ctrl-C stops after the
-    step and leaves a run that --resume continues.
+    current step and leaves a run that --resume continues.
 
-    With --folds, OUTPUT holds a run a fold (fold0, fold1, ...), and the predictions of every photo by the model that
-    has not seen its patient. Under torchrun, processes share every batch; one that fails starts all of them again from
+    With --folds, OUTPUT contains one run per fold (fold0, fold1, ...), and predictions for every photo by the model
+    that has not seen its patient. Under torchrun, processes share every batch; if one fails, all of them restart from
     the last checkpoint (torchrun --max-restarts).
 
     \b
@@ -81,126 +83,94 @@ def train(
     from fastfundus.errors import ConfigError, require
 
     require("torch", extra="train")
-    from fastfundus.photo.memory import keep_memory
-
-    # Every batch asks for megabytes of fresh memory; page faults would cost as much as filling it.
-    keep_memory()
-    from fastfundus.data import PhotoCache
-    from fastfundus.data.split import SIDES
-    from fastfundus.train.distributed import joined, restarted
+    from fastfundus.data.joined_cache import open_caches
+    from fastfundus.training.distributed import join_processes, was_restarted
+    from fastfundus.workflow.train import Targets, train_folds, train_run
 
     if folds is not None and flags["fold"] is not None:
         raise click.UsageError("give --fold or --folds, not both")
     if recipe and config:
-        raise click.UsageError("give --recipe or --config, not both; a config may be a changed copy of a recipe")
+        raise click.UsageError("give --recipe or --config, not both; a config may be an edited copy of a recipe")
     if dry_run:
-        _dry_run(PhotoCache.open(*caches), _settings(flags, recipe, config, None), folds, as_json)
+        _dry_run(open_caches(*caches), _settings(flags, recipe, config, None), folds, as_json)
         return
     if output is None:
         raise click.UsageError("Missing option '--output'.")
     started = output / "fold0" if folds else output
-    # Processes that torchrun starts again were given the same flags: the run decides where they go on.
-    again = restarted() and (started / "last.ckpt").is_file()
+    # Processes that torchrun restarts get the same options again; the run knows where to continue.
+    resume_now = resume or (was_restarted() and (started / "last.ckpt").is_file())
     settings = _settings(flags, recipe, config, started if resume else None)
     if resume and folds and settings.data.folds != folds:
-        raise ConfigError(f"{output} was started with --folds {settings.data.folds}; give the same")
-    photos = PhotoCache.open(*caches)
-    if folds and (settings.data.split_file or set(SIDES) & set(photos.manifest["split"].to_list())):
-        raise ConfigError("--folds deals patients, but the label file or data.split_file fixes a split; leave one away")
-    named = " ".join(map(str, caches))
-    how = f"fastfundus train {named} --output {output}{f' --folds {folds}' if folds else ''} --resume"
-    with joined() as world:
-        job = _Job(photos, world, how, target_sensitivity, target_specificity)
+        raise ConfigError(f"{output} was started with --folds {settings.data.folds}; give the same number")
+    cache, targets = open_caches(*caches), Targets(target_sensitivity, target_specificity)
+    again = f"fastfundus train {' '.join(map(str, caches))} --output {output}{f' --folds {folds}' if folds else ''}"
+    with join_processes() as world, _progress(settings, f"{again} --resume") as observers:
         if folds is None:
-            document = job.one(output, settings, resume or again)
+            document = train_run(
+                cache, output, settings, resume=resume_now, targets=targets, observer=observers(""), world=world
+            )
             if world.leads:
-                _say_run(output, settings, document, as_json)
+                _print_run(output, settings, document, as_json)
             return
-        for number in range(folds):
-            part = replace(settings, data=replace(settings.data, split="folds", folds=folds, fold=number))
-            job.fold(output / f"fold{number}", part, resume or again, f"fold {number} of {folds}")
+        pooled = train_folds(
+            cache, output, settings, folds, resume=resume_now, targets=targets, observers=observers, world=world
+        )
         if world.leads:
-            _say_folds(output, folds, photos, as_json)
+            _print_folds(output, pooled, as_json)
+
+
+@contextmanager
+def _progress(settings: TrainConfig, again: str) -> Iterator[Any]:
+    """Yield a function that makes a progress bar for a run; turn an interruption into a hint how to continue."""
+    from fastfundus.cli.console import remark
+    from fastfundus.cli.training_progress import TrainingBar
+    from fastfundus.training.trainer import Interrupted
+
+    with TrainingBar(settings.loop.epochs) as bar:
+
+        def observer(name: str) -> TrainingBar:
+            if name:
+                remark(name)
+            return bar
+
+        try:
+            yield observer
+        except Interrupted as stopped:
+            raise click.ClickException(f"{stopped}; continue with: {again}") from None
 
 
 def _settings(flags: dict[str, Any], recipe: str | None, config: Path | None, resumed: Path | None) -> TrainConfig:
-    """The configuration: of the run that is resumed, or of a recipe or file and the flags."""
-    from importlib import resources
-
+    """Return the configuration: that of the resumed run, or of a recipe or file with the options on top."""
     from fastfundus.config import TrainConfig, override
     from fastfundus.errors import ConfigError
+    from fastfundus.workflow.train import read_recipe
 
     sections = {"backbone": "model", "init": "model", "epochs": "loop", "batch_size": "loop", "amp": "loop"}
-    sections |= {"labels": "data", "fold": "data", "label_fraction": "data", "learning_rate": "optimiser"}
+    sections |= {"labels": "data", "fold": "data", "label_fraction": "data", "learning_rate": "optimizer"}
     given = {
         f"{sections[name]}.{name}" if name in sections else name: list(value) if isinstance(value, tuple) else value
         for name, value in flags.items()
         if value is not None and value != ()
     }
     if "loop.amp" in given:
-        # --amp asks for the fastest precision that the device has; loop.amp = true in a file forces autocast.
+        # --amp asks for the fastest precision of the device; loop.amp = true in a file forces autocast.
         given["loop.amp"] = "auto" if given["loop.amp"] else False
     if resumed is not None:
-        told = [*given, *(["--config"] if config else []), *(["--recipe"] if recipe else [])]
-        if told:
-            raise ConfigError(f"{told[0]} cannot change when resuming; leave it away, or start a new --output")
-        return TrainConfig.from_toml(resumed / "config.toml")
+        fixed = [*given, *(["--config"] if config else []), *(["--recipe"] if recipe else [])]
+        if fixed:
+            raise ConfigError(f"{fixed[0]} cannot change when resuming; omit it, or start a new --output")
+        return TrainConfig.from_run(resumed)
     if recipe is not None:
-        with resources.as_file(resources.files("fastfundus.recipes") / f"{recipe}.toml") as file:
-            return TrainConfig.from_toml(file, given)
+        return read_recipe(recipe, given)
     if config is not None:
         return TrainConfig.from_toml(config, given)
     return TrainConfig.from_dict(override({}, given))
 
 
-class _Job:
-    """Trains, fits and measures runs."""
-
-    def __init__(
-        self, photos: PhotoCache, world: Any, how: str, target_sensitivity: float, target_specificity: float | None
-    ) -> None:
-        self.photos, self.world, self.how = photos, world, how
-        self.targets = {"target_sensitivity": target_sensitivity, "target_specificity": target_specificity}
-
-    def one(self, folder: Path, settings: TrainConfig, resume: bool) -> dict[str, Any]:
-        """A run; the content of its operating_point.json, for the process that leads."""
-        from fastfundus.cli.training import TrainingBar
-        from fastfundus.evaluate.operating_point import fit_operating_point
-        from fastfundus.evaluate.page import write_run_page
-        from fastfundus.train.loop import Interrupted
-        from fastfundus.train.loop import train as run_training
-        from fastfundus.train.run import Run
-
-        with TrainingBar(settings.loop.epochs) as bar:
-            try:
-                run_training(self.photos, folder, settings, resume=resume, observer=bar, world=self.world)
-            except Interrupted as stopped:
-                raise click.ClickException(f"{stopped}; go on with: {self.how}") from None
-        if not self.world.leads:
-            return {}
-        run = Run.open(folder)
-        document = fit_operating_point(run, self.photos, **self.targets)  # type: ignore[arg-type]
-        write_run_page(run, self.photos)
-        return document
-
-    def fold(self, folder: Path, settings: TrainConfig, resume: bool, name: str) -> None:
-        """A run of a cross-validation, unless it is done."""
-        from fastfundus.cli.console import remark
-        from fastfundus.evaluate.measured import is_measured
-
-        done = resume and is_measured(folder)
-        # One process decides for all: it is the one that writes the file.
-        if self.world.gather(done)[0]:
-            return
-        if self.world.leads:
-            remark(name)
-        self.one(folder, settings, resume and (folder / "last.ckpt").is_file())
-
-
-def _say_run(output: Path, settings: TrainConfig, document: dict[str, Any], as_json: bool) -> None:
+def _print_run(output: Path, settings: TrainConfig, document: dict[str, Any], as_json: bool) -> None:
     from fastfundus.cli.console import remark
-    from fastfundus.cli.training import metrics_lines
-    from fastfundus.train.run import Run
+    from fastfundus.cli.training_progress import metrics_lines
+    from fastfundus.training.run import Run
 
     run = Run.open(output)
     if as_json:
@@ -218,12 +188,9 @@ def _say_run(output: Path, settings: TrainConfig, document: dict[str, Any], as_j
     remark(f"page: {output / 'run.html'}")
 
 
-def _say_folds(output: Path, folds: int, photos: PhotoCache, as_json: bool) -> None:
-    from fastfundus.cli.training import metrics_lines
-    from fastfundus.evaluate.folds import pool_folds
-    from fastfundus.train.run import Run
+def _print_folds(output: Path, pooled: dict[str, Any], as_json: bool) -> None:
+    from fastfundus.cli.training_progress import metrics_lines
 
-    pooled = pool_folds(output, [Run.open(output / f"fold{number}") for number in range(folds)], photos)
     if as_json:
         click.echo(json.dumps({"run": str(output), **pooled}))
         return
@@ -239,16 +206,14 @@ def _say_folds(output: Path, folds: int, photos: PhotoCache, as_json: bool) -> N
         click.echo(f"every photo once: {line}")
 
 
-def _dry_run(photos: PhotoCache, settings: TrainConfig, folds: int | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
+def _dry_run(cache: PhotoCache, settings: TrainConfig, folds: int | None, as_json: bool) -> None:
     from fastfundus.cli.console import remark
     from fastfundus.config import to_toml
-    from fastfundus.train.plan import plan_training
+    from fastfundus.training.estimate import estimate_training
 
-    plan = plan_training(photos, settings, say=remark, runs=folds or 1)
+    estimate = estimate_training(cache, settings, say=remark, runs=folds or 1)
     if as_json:
-        click.echo(json.dumps({"config": settings.to_dict(), **asdict(plan)}))
+        click.echo(json.dumps({"config": settings.to_dict(), **asdict(estimate)}))
         return
     click.echo(to_toml(settings.to_dict()))
-    click.echo(str(plan))
+    click.echo(str(estimate))

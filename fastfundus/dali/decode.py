@@ -13,8 +13,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastfundus.dali.ragged import RaggedPhotos, Window
 from fastfundus.machine import usable_cores
+from fastfundus.training.ragged import RaggedPhotos, Window
 
 __all__ = ["DaliDecoder", "decoding"]
 
@@ -90,7 +90,7 @@ class DaliDecoder:
         with self._lock:
             photos, refused = self._halving(list(range(len(files))), encoded, places)
             # Copy the photos before the next call, which may reuse DALI's memory.
-            return RaggedPhotos.joined(photos, self.device), refused
+            return RaggedPhotos.concatenate(photos, self.device), refused
 
     def _halving(
         self, positions: list[int], encoded: list[NDArray[np.uint8]], places: NDArray[np.int32] | None

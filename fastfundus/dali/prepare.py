@@ -12,21 +12,20 @@ import torch
 from numpy.typing import NDArray
 
 from fastfundus.dali.decode import DaliDecoder
-from fastfundus.dali.ragged import RaggedPhotos, opened
 from fastfundus.errors import PhotoError
 from fastfundus.kernels.ops import sample_ragged
 from fastfundus.machine import usable_cores
+from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.field import Field
 from fastfundus.photo.header import PhotoHeader
-from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.photo.prepare import (
     PreparedPhoto,
     crop_window,
     facts_of,
     finish,
     known_of,
-    least_side,
     look_at,
+    min_side,
     plan_for_crop,
     prepare_bytes,
     round_mask,
@@ -34,6 +33,7 @@ from fastfundus.photo.prepare import (
 from fastfundus.photo.quality import QUALITY_PX
 from fastfundus.photo.resample import shrink
 from fastfundus.spec import PreprocessSpec
+from fastfundus.training.ragged import RaggedPhotos, open_for_dali
 
 __all__ = ["DaliPreparer"]
 
@@ -81,7 +81,7 @@ class DaliPreparer:
             device, equal to their `image`.
         """
         with ThreadPoolExecutor(self._threads) as pool:
-            files = list(pool.map(opened, paths))
+            files = list(pool.map(open_for_dali, paths))
             sound = {
                 n: _Sound(data, header)
                 for n, (data, header) in enumerate(files)
@@ -102,8 +102,8 @@ class DaliPreparer:
 
     def _takes(self, header: PhotoHeader) -> bool:
         """Return whether DALI decodes a photo; narrow strips would make the squares of the whole group too large."""
-        plan = plan_decode(header, least_side(self.spec))
-        return max(plan.width, plan.height) <= 4 * least_side(self.spec)
+        plan = plan_decode(header, min_side(self.spec))
+        return max(plan.width, plan.height) <= 4 * min_side(self.spec)
 
     def _prepare_sound(
         self, files: list[_Sound], pool: Executor
@@ -112,7 +112,7 @@ class DaliPreparer:
         photos, refused = self.decoder.decode([file.data for file in files])
         positions = [n for n in range(len(files)) if n not in refused]
         # Detect the field in an image like that of a scaled decode, so that both backends find the same field.
-        plans = [plan_decode(files[n].header, least_side(self.spec)) for n in positions]
+        plans = [plan_decode(files[n].header, min_side(self.spec)) for n in positions]
         pictures = _shrunk(photos, [plan.divisor for plan in plans])
         shapes = [tuple(shape) for shape in photos.sizes.tolist()]
         seen = list(pool.map(self._look, (files[n] for n in positions), plans, shapes, pictures))

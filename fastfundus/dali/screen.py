@@ -16,10 +16,10 @@ from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
-from fastfundus.screen.pipeline import Timing, judged
-from fastfundus.screen.run import BlockMaker, row_of
-from fastfundus.screen.scorer import Answer, Scorer
-from fastfundus.screen.store import Store
+from fastfundus.screening.output import Store
+from fastfundus.screening.pipeline import Timing, make_result
+from fastfundus.screening.run import BlockMaker, row_of
+from fastfundus.screening.scorer import Answer, Scorer
 
 __all__ = ["GROUP", "dali_blocks"]
 
@@ -71,7 +71,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
                     following = ahead.submit(device.prepare, parts[number + 1][1])
                 answers = device.score(prepared, images)
                 for source, photo, answer in zip(photos, prepared, answers, strict=True):
-                    rows.append(row_of(judged(source, photo, answer, bundle, store.policy), bundle, store.output))
+                    rows.append(row_of(make_result(source, photo, answer, bundle, store.policy), bundle, store.output))
                 timing.photos += len(photos)
                 timing.decode, timing.engine = device.decode_s, device.scorer.seconds
                 timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu

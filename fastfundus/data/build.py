@@ -27,7 +27,7 @@ from fastfundus.data.cache import MANIFEST_COLUMNS, SCHEMA, PhotoCache, partial_
 from fastfundus.data.duplicates import write_duplicates
 from fastfundus.data.journal import journal_rows, locked, mend_journal
 from fastfundus.data.manifest import write_manifest
-from fastfundus.data.rows import FACTS, Preparer, Row, identified, prepare_rows, stamp
+from fastfundus.data.rows import FACTS, Preparer, Row, file_stamp, identified, prepare_rows
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
 from fastfundus.machine import usable_cores
@@ -188,7 +188,7 @@ class _Build:
         """Write the manifest and the duplicates, and put the finished cache in place."""
         self.store.finish(len(self.photos))
         write_manifest(self.partial / "manifest.parquet", self.photos, self._rows())
-        about = {
+        metadata = {
             "schema": SCHEMA,
             "spec": self.spec.to_dict(),
             "fingerprint": self.spec.fingerprint,
@@ -196,7 +196,7 @@ class _Build:
             "photos_per_file": photos_per_file(self.spec.size),
             "salted": self.salted,
         }
-        (self.partial / "spec.json").write_text(json.dumps(about, indent=1) + "\n")
+        (self.partial / "spec.json").write_text(json.dumps(metadata, indent=1) + "\n")
         where = self.output if self.extends else self.partial
         write_duplicates(self.partial, where, self.spec.size)
         if self.extends:
@@ -245,7 +245,7 @@ class _Build:
         digest = hashlib.sha256(f"{SCHEMA} {self.spec.fingerprint} {self.salted} {self.extends}".encode())
         for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
             # A reused row implies that its file is unchanged, so it needs no new stamp.
-            seen = stamp(photo.path) if row < 0 else ()
+            seen = file_stamp(photo.path) if row < 0 else ()
             digest.update(f"{photo.name}\0{seen}\0{row}\0{photo.issue}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -264,13 +264,13 @@ class _Build:
 
 def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:
     """Return the existing cache to bring up to date, or None."""
-    replaced = _replaced_folder(output)
-    if not output.exists() and replaced.exists():
+    atomic_write = _replaced_folder(output)
+    if not output.exists() and atomic_write.exists():
         # A previous build was killed between its two renames: restore the old cache. The new one is complete but not
         # yet in place.
-        replaced.rename(output)
-    elif replaced.exists():
-        shutil.rmtree(replaced)
+        atomic_write.rename(output)
+    elif atomic_write.exists():
+        shutil.rmtree(atomic_write)
     if not output.exists():
         return None
     if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):
@@ -302,7 +302,7 @@ def _order(
     has_pixels = previous.manifest["pixels_crc32"].is_not_null().to_numpy()
     known = {rows[photo.name]: photo for photo in photos if photo.name in rows}
     fresh = {
-        row: bool(has_hash[row]) and photo.issue is None and stamp(photo.path) == stamps[row]
+        row: bool(has_hash[row]) and photo.issue is None and file_stamp(photo.path) == stamps[row]
         for row, photo in known.items()
     }
     extends = len(known) == len(names) and all(fresh[row] or not has_pixels[row] for row in known)
@@ -315,16 +315,16 @@ def _order(
 
 
 def _move_into_place(partial: Path, output: Path) -> None:
-    replaced = _replaced_folder(output)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    atomic_write = _replaced_folder(output)
+    if atomic_write.exists():
+        shutil.rmtree(atomic_write)
     if output.exists():
-        output.rename(replaced)
+        output.rename(atomic_write)
     partial.rename(output)
     for name in ("rows.jsonl", "build.json"):
         (output / name).unlink()
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if atomic_write.exists():
+        shutil.rmtree(atomic_write)
 
 
 def _replaced_folder(output: Path) -> Path:

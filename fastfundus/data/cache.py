@@ -80,17 +80,12 @@ class PhotoCache:
     """Identifier of the salt used to hash patients; None if they are not hashed."""
 
     @classmethod
-    def open(cls, path: Path, *more: Path) -> PhotoCache:
-        """Open a cache, or join several into one.
+    def open(cls, path: Path) -> PhotoCache:
+        """Open a cache; `joined_cache.open_caches` opens several as one.
 
         Raises:
-            DataError: a folder is not a cache, or is incomplete, damaged or of another version of FastFundus.
-            SpecMismatch: the preprocessing of a cache differs from that of the first.
+            DataError: the folder is not a cache, or is incomplete, damaged or of another version of FastFundus.
         """
-        if more:
-            from fastfundus.data.union import join_caches
-
-            return join_caches([cls.open(each) for each in (path, *more)])
         if not (path / "spec.json").is_file():
             unfinished = partial_folder(path).is_dir()
             hint = (
@@ -99,19 +94,19 @@ class PhotoCache:
                 else "run fastfundus prepare"
             )
             raise DataError(f"is not a photo cache; {hint}", path=path)
-        about = json.loads((path / "spec.json").read_text())
-        if about.get("schema") != SCHEMA:
+        metadata = json.loads((path / "spec.json").read_text())
+        if metadata.get("schema") != SCHEMA:
             raise DataError(
-                f"has schema {about.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",
+                f"has schema {metadata.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",
                 path=path,
             )
-        spec = PreprocessSpec.from_dict(about["spec"])
+        spec = PreprocessSpec.from_dict(metadata["spec"])
         try:
             manifest = pl.read_parquet(path / "manifest.parquet", memory_map=False)
-            photos = open_photos(path, len(manifest), spec.size, about["photos_per_file"])
+            photos = open_photos(path, len(manifest), spec.size, metadata["photos_per_file"])
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
-        return cls(path, spec, photos, manifest, Path(about["source"]), about["salted"])
+        return cls(path, spec, photos, manifest, Path(metadata["source"]), metadata["salted"])
 
     @property
     def paths(self) -> tuple[Path, ...]:

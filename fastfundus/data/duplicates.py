@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import DUPLICATE_COLUMNS, photos_per_file
 from fastfundus.data.store import PhotoArray, open_photos
-from fastfundus.photo.look import LOOK_BITS, mirrored_looks, thumbnail
+from fastfundus.photo.perceptual_hash import HASH_BITS, flipped_hashes, local_contrast
 
-__all__ = ["MOST_BITS", "alike", "find_duplicates", "near_pairs", "same_bytes", "usable_looks", "write_duplicates"]
+__all__ = ["MAX_BITS", "alike", "find_duplicates", "near_pairs", "same_bytes", "usable_hashes", "write_duplicates"]
 
-MOST_BITS = 24
+MAX_BITS = 24
 """Pairs whose 256-bit perceptual hashes differ in more bits are not compared further."""
-_LEAST_LIKENESS = 0.93
+_MIN_LIKENESS = 0.93
 """Minimum correlation of details for a near duplicate. Different eyes of ODIR reach at most 0.90; re-encoded, resized,
 brightened, padded or cropped copies nearly always stay above 0.95."""
 _MANY = 200_000
@@ -59,8 +59,8 @@ def find_duplicates(manifest: pl.DataFrame, photos: PhotoArray) -> pl.DataFrame:
         # Keep each pair once, and no photo paired with itself.
         return np.array([a < b and patients[a] != patients[b] for a, b in candidates.tolist()], bool)
 
-    rows, looks = usable_looks(manifest)
-    pairs += alike((rows, looks, photos), (rows, looks, photos), across_patients)
+    rows, hashes = usable_hashes(manifest)
+    pairs += alike((rows, hashes, photos), (rows, hashes, photos), across_patients)
     return pl.DataFrame(sorted(pairs), schema=DUPLICATE_COLUMNS, orient="row")
 
 
@@ -70,24 +70,24 @@ def alike(
     """Find near duplicates, unchanged or flipped.
 
     Args:
-        mine: rows and perceptual hashes from `usable_looks`, and the photos that the rows index.
+        mine: rows and perceptual hashes from `usable_hashes`, and the photos that the rows index.
         theirs: the same for the other set of photos.
         wanted: receives int64 [P, 2] rows and selects the pairs whose photos are compared; None compares all.
 
     Yields:
         Row in `mine`, row in `theirs`, kind and likeness of each pair.
     """
-    rows, looks, photos = mine
-    other_rows, other_looks, others = theirs
-    for kind, turned in (("looks the same", other_looks), ("mirrored", mirrored_looks(other_looks))):
-        found = near_pairs(looks, turned)
+    rows, hashes, photos = mine
+    other_rows, other_hashes, others = theirs
+    for kind, turned in (("looks the same", other_hashes), ("mirrored", flipped_hashes(other_hashes))):
+        found = near_pairs(hashes, turned)
         candidates = np.stack([rows[found[:, 0]], other_rows[found[:, 1]]], axis=1)
         if wanted is not None:
             candidates = candidates[wanted(candidates)]
         yield from _confirm(candidates, photos, others, kind)
 
 
-def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def usable_hashes(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Return the rows of photos suitable for comparison and their perceptual hashes, uint8 [N, 32].
 
     Photos of insufficient quality show too little detail; of photos with equal bytes, only the first is included.
@@ -95,11 +95,11 @@ def usable_looks(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.
     usable = manifest["look"].is_not_null() & (manifest["status"] == "ok")
     rows = np.flatnonzero(usable.to_numpy())
     rows = rows[np.sort(np.unique(manifest["sha256"].to_numpy()[rows], return_index=True)[1])]
-    looks = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in manifest["look"].gather(rows)]
-    return rows, np.stack(looks) if looks else np.empty((0, 32), np.uint8)
+    hashes = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in manifest["look"].gather(rows)]
+    return rows, np.stack(hashes) if hashes else np.empty((0, 32), np.uint8)
 
 
-def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int64]:
+def near_pairs(hashes: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Find perceptual hashes that differ in few bits.
 
     The bits are divided into bands, and only pairs that agree in all bits of at least one band are compared. Sixteen
@@ -107,17 +107,17 @@ def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
     eleven longer bands limit the work and find every pair that differs in up to 10 bits.
 
     Args:
-        looks: uint8 [N, 32].
+        hashes: uint8 [N, 32].
         others: uint8 [M, 32].
 
     Returns:
-        int64 [P, 2] positions in `looks` and `others` of the pairs that differ in at most `MOST_BITS` bits, each once.
+        int64 [P, 2] positions in `hashes` and `others` of the pairs that differ in at most `MAX_BITS` bits, each once.
     """
-    both = np.concatenate([looks, others])
-    is_other = np.arange(len(both)) >= len(looks)
+    both = np.concatenate([hashes, others])
+    is_other = np.arange(len(both)) >= len(hashes)
     words = np.ascontiguousarray(both).view(np.uint64)
     found: list[NDArray[np.int64]] = []
-    for band in _bands(both, 16 if len(looks) + len(others) <= 2 * _MANY else 11):
+    for band in _bands(both, 16 if len(hashes) + len(others) <= 2 * _MANY else 11):
         order = np.argsort(band, kind="stable")
         sorted_band, step = band[order], 1
         left = np.arange(len(order) - 1)
@@ -128,16 +128,16 @@ def near_pairs(looks: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
             a, b = order[left], order[left + step]
             crossing = is_other[a] != is_other[b]
             a, b = np.where(is_other[a], b, a)[crossing], np.where(is_other[a], a, b)[crossing]
-            near = np.bitwise_count(words[a] ^ words[b]).sum(axis=1) <= MOST_BITS
-            found.append(np.stack([a[near], b[near] - len(looks)], axis=1))
+            near = np.bitwise_count(words[a] ^ words[b]).sum(axis=1) <= MAX_BITS
+            found.append(np.stack([a[near], b[near] - len(hashes)], axis=1))
             step += 1
     return np.unique(np.concatenate(found), axis=0) if found else np.empty((0, 2), np.int64)
 
 
-def _bands(looks: NDArray[np.uint8], count: int) -> Iterator[NDArray[np.uint32]]:
-    bits = np.unpackbits(looks, axis=1)
+def _bands(hashes: NDArray[np.uint8], count: int) -> Iterator[NDArray[np.uint32]]:
+    bits = np.unpackbits(hashes, axis=1)
     # Neighbouring cells are correlated, so every band takes bits from all over the photo.
-    shuffled = np.random.default_rng(0).permutation(LOOK_BITS)
+    shuffled = np.random.default_rng(0).permutation(HASH_BITS)
     for part in np.array_split(shuffled, count):
         yield bits[:, part].astype(np.uint32) @ (np.uint32(1) << np.arange(len(part), dtype=np.uint32))
 
@@ -168,10 +168,10 @@ def _confirm(
     for a, b in candidates.tolist():
         partners[a].append(b)
     for a, rows in partners.items():
-        mine = thumbnail(photos[a])
+        mine = local_contrast(photos[a])
         if kind == "mirrored":
             mine = mine[:, ::-1]
         for b in rows:
-            likeness = float(np.mean(mine * thumbnail(others[b])))
-            if likeness >= _LEAST_LIKENESS:
+            likeness = float(np.mean(mine * local_contrast(others[b])))
+            if likeness >= _MIN_LIKENESS:
                 yield a, b, kind, round(likeness, 4)

@@ -14,7 +14,7 @@ from PIL import Image
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import DataError, close_matches
 
-__all__ = ["MASK_COLUMN", "native_map", "native_masks", "photos_with_masks", "window_of"]
+__all__ = ["MASK_COLUMN", "native_map", "native_masks", "photos_with_masks", "crop_transform"]
 
 MASK_COLUMN = "mask_vessels"
 """Manifest column with the mask path, as written by the adapters of DRIVE, STARE, HRF, ..."""
@@ -39,7 +39,7 @@ def photos_with_masks(manifest: pl.DataFrame, column: str) -> NDArray[np.int64]:
     return rows
 
 
-def window_of(known: dict[str, Any], size: int) -> NDArray[np.float64]:
+def crop_transform(known: dict[str, Any], size: int) -> NDArray[np.float64]:
     """Return the [2, 3] transform from pixel positions in the cached photo to those in the original photo."""
     scale = known["window_side_px"] / size
     return np.array([[scale, 0, known["window_x_px"]], [0, scale, known["window_y_px"]]])
@@ -70,7 +70,7 @@ def native_map(values: NDArray[np.float32], known: dict[str, Any]) -> NDArray[np
 
     Interpolation is bilinear, suited to an original that is finer than the cache and to full-resolution caches.
     """
-    forward = window_of(known, len(values))
+    forward = crop_transform(known, len(values))
     # OpenCV places the origin at a pixel centre, this library at a pixel corner.
     forward[:, 2] += forward[:, :2] @ [0.5, 0.5] - 0.5
     return cv2.warpAffine(values, forward, (known["width_px"], known["height_px"]), flags=cv2.INTER_LINEAR)

@@ -17,13 +17,13 @@ from fastfundus.pages import write_page
 from fastfundus.photo.file import read_photo
 from fastfundus.photo.prepare import decode_at
 
-__all__ = ["MOST_TILES", "write_preview"]
+__all__ = ["MAX_TILES", "write_preview"]
 
-MOST_TILES = 400
+MAX_TILES = 400
 _TILE_PX = 200
 
 
-def write_preview(cache: PhotoCache, path: Path, *, most: int = MOST_TILES) -> int:
+def write_preview(cache: PhotoCache, path: Path, *, most: int = MAX_TILES) -> int:
     """Write one self-contained HTML file that shows the photos most in need of inspection first.
 
     These are the photos that could not be used, followed by those with the least certain field circles and the lowest
@@ -70,32 +70,34 @@ def _chosen(manifest: pl.DataFrame, most: int) -> NDArray[np.int64]:
 
 
 def _tile(cache: PhotoCache, row: int) -> dict[str, Any]:
-    about = cache.manifest.row(row, named=True)
-    shown = {"name": about["path"], "status": about["status"], "reason": about["reason"]}
+    metadata = cache.manifest.row(row, named=True)
+    shown = {"name": metadata["path"], "status": metadata["status"], "reason": metadata["reason"]}
     shown["facts"] = ", ".join(
-        f"{word} {about[column]:.2f}"
+        f"{word} {metadata[column]:.2f}"
         for word, column in (("field", "field_confidence"), ("quality", "quality"))
-        if about[column] is not None
+        if metadata[column] is not None
     )
-    if about["field_shape"] not in (None, "round"):
-        shown["facts"] += f", {about['field_shape']}"
-    if about["status"] == "ok" and about["field_shape"] is None:
+    if metadata["field_shape"] not in (None, "round"):
+        shown["facts"] += f", {metadata['field_shape']}"
+    if metadata["status"] == "ok" and metadata["field_shape"] is None:
         shown["facts"] += ", whole frame"
     try:
-        shown["photo"] = _encoded(_with_circle(decode_at(read_photo(cache.source / about["path"]), _TILE_PX), about))
+        shown["photo"] = _encoded(
+            _with_circle(decode_at(read_photo(cache.source / metadata["path"]), _TILE_PX), metadata)
+        )
     except PhotoError:
         # The reason is shown below the empty tile.
         shown["photo"] = None
-    shown["crop"] = _encoded(_shrunk(np.asarray(cache.photos[row]))) if about["pixels_crc32"] is not None else None
+    shown["crop"] = _encoded(_shrunk(np.asarray(cache.photos[row]))) if metadata["pixels_crc32"] is not None else None
     return shown
 
 
-def _with_circle(rgb: NDArray[np.uint8], about: dict[str, Any]) -> NDArray[np.uint8]:
-    full_width = about["width_px"] or rgb.shape[1]
+def _with_circle(rgb: NDArray[np.uint8], metadata: dict[str, Any]) -> NDArray[np.uint8]:
+    full_width = metadata["width_px"] or rgb.shape[1]
     small = _shrunk(rgb)
-    if about["field_x_px"] is not None:
+    if metadata["field_x_px"] is not None:
         scale = small.shape[1] / full_width
-        x, y, radius = (about[name] * scale for name in ("field_x_px", "field_y_px", "field_radius_px"))
+        x, y, radius = (metadata[name] * scale for name in ("field_x_px", "field_y_px", "field_radius_px"))
         # The centre of pixel 0 is at 0.5; 1/16 pixel precision keeps the line on the circle.
         centre = (round((x - 0.5) * 16), round((y - 0.5) * 16))
         cv2.circle(small, centre, round(radius * 16), (0, 255, 90), 1, cv2.LINE_AA, shift=4)

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
-from fastfundus.photo.look import look_of
+from fastfundus.photo.perceptual_hash import perceptual_hash
 from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.records import PhotoFacts, SourcePhoto, Status, identity
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["FACTS", "Preparer", "Row", "hashed_patient", "identified", "prepare_rows", "stamp"]
+__all__ = ["FACTS", "Preparer", "Row", "hashed_patient", "identified", "prepare_rows", "file_stamp"]
 
 Row = tuple[dict[str, Any], NDArray[np.uint8] | None]
 """Manifest columns of one photo, and its pixels, or None if it could not be used."""
@@ -40,7 +40,7 @@ def prepare_rows(
         prepare: prepares all files at once; None prepares them one by one on the CPU.
     """
     # Taken before the files are read, so that a file modified during preparation is later detected as changed.
-    stamps = [stamp(photo.path) for photo in photos]
+    stamps = [file_stamp(photo.path) for photo in photos]
     paths = [photo.path for photo in photos if photo.issue is None]
     results = iter(prepare(paths) if prepare else [prepare_photo(path, spec) for path in paths])
     return [
@@ -68,7 +68,7 @@ def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], sa
         **dict(zip(("window_x_px", "window_y_px", "window_side_px"), result.window or (None,) * 3, strict=True)),
         "quality": result.quality,
         "pixel_spacing_mm": facts.pixel_spacing_mm,
-        "look": None if image is None else look_of(image).hex(),
+        "look": None if image is None else perceptual_hash(image).hex(),
         "pixels_crc32": None if image is None else zlib.crc32(image.data),
         "bytes": stamped[0],
         "mtime_ns": stamped[1],
@@ -95,7 +95,7 @@ def hashed_patient(patient: str, salt: bytes) -> str:
     return hashlib.blake2b(patient.encode(), key=hashlib.sha256(salt).digest(), digest_size=8).hexdigest()
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: Path) -> tuple[int, int]:
     """Return the size in bytes and modification time in ns of a file, or zeros if it does not exist."""
     try:
         stat = path.stat()

@@ -17,7 +17,15 @@ from fastfundus.config import DataConfig
 from fastfundus.data.duplicates import same_bytes
 from fastfundus.errors import DataError
 
-__all__ = ["SIDES", "Split", "assign_splits", "group_photos", "read_split_file", "side_counts", "write_split_file"]
+__all__ = [
+    "SIDES",
+    "SplitAssignment",
+    "assign_splits",
+    "group_photos",
+    "read_split_file",
+    "side_counts",
+    "write_split_file",
+]
 
 SIDES = ("train", "val", "test")
 _DEALS = 20
@@ -25,7 +33,7 @@ _DEALS = 20
 
 
 @dataclass(slots=True)
-class Split:
+class SplitAssignment:
     """Assignment of each photo to a side of the split."""
 
     names: list[str]
@@ -73,7 +81,7 @@ def assign_splits(
     classes: NDArray[np.int64] | None,
     config: DataConfig,
     pairs: Sequence[tuple[int, int]] = (),
-) -> Split:
+) -> SplitAssignment:
     """Assign each photo to training, validation or test.
 
     Splits fixed by `config.split_file` or the label file are kept, with two adjustments: training photos that are
@@ -99,14 +107,16 @@ def assign_splits(
     if config.split_file:
         fixed = read_split_file(Path(config.split_file), manifest)
     if any(name in SIDES for name in fixed):
-        split = Split([name or "excluded" for name in fixed])
+        split = SplitAssignment([name or "excluded" for name in fixed])
         _check_patients(manifest, split.names)
         if config.duplicates == "together":
             _drop_copies(manifest, split, pairs)
         _deal_missing(manifest, strata, split, config, pairs)
     else:
-        dealt = _deal(_groups(manifest, config, pairs), strata, config)
-        split = Split(["excluded" if name == "excluded" else side for name, side in zip(fixed, dealt, strict=True)])
+        assigned = _deal(_groups(manifest, config, pairs), strata, config)
+        split = SplitAssignment(
+            ["excluded" if name == "excluded" else side for name, side in zip(fixed, assigned, strict=True)]
+        )
     if config.label_fraction < 1:
         split.notes.append(_forget_labels(manifest, strata, split, config, pairs))
     for wanted in SIDES:
@@ -122,7 +132,7 @@ def assign_splits(
 def _deal_missing(
     manifest: pl.DataFrame,
     strata: NDArray[np.int64],
-    split: Split,
+    split: SplitAssignment,
     config: DataConfig,
     pairs: Sequence[tuple[int, int]],
 ) -> None:
@@ -132,8 +142,8 @@ def _deal_missing(
         return
     place = {int(row): position for position, row in enumerate(rows)}
     inside = [(place[a], place[b]) for a, b in pairs if a in place and b in place]
-    dealt = _deal(_groups(manifest[rows], config, inside), strata[rows], replace(config, split="holdout"))
-    for row, name in zip(rows.tolist(), dealt, strict=True):
+    assigned = _deal(_groups(manifest[rows], config, inside), strata[rows], replace(config, split="holdout"))
+    for row, name in zip(rows.tolist(), assigned, strict=True):
         if name in missing:
             split.names[row] = name
     counts = " and ".join(f"{split.names.count(name)} photos to {name}" for name in missing)
@@ -153,7 +163,7 @@ def _groups(manifest: pl.DataFrame, config: DataConfig, pairs: Sequence[tuple[in
 def _forget_labels(
     manifest: pl.DataFrame,
     strata: NDArray[np.int64],
-    split: Split,
+    split: SplitAssignment,
     config: DataConfig,
     pairs: Sequence[tuple[int, int]],
 ) -> str:
@@ -267,7 +277,7 @@ def _check_patients(manifest: pl.DataFrame, names: list[str]) -> None:
             )
 
 
-def _drop_copies(manifest: pl.DataFrame, split: Split, pairs: Sequence[tuple[int, int]]) -> None:
+def _drop_copies(manifest: pl.DataFrame, split: SplitAssignment, pairs: Sequence[tuple[int, int]]) -> None:
     """Exclude copies that are on two sides: the test photo is kept first, then the validation photo."""
     rank = {"train": 0, "val": 1, "test": 2, "excluded": -1}
     paths, dropped = manifest["path"].to_list(), []

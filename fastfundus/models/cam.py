@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fastfundus.errors import ConfigError
 
-__all__ = ["Split", "grad_cam", "split"]
+__all__ = ["SplitNetwork", "grad_cam", "split"]
 
 Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class SplitNetwork:
     """A network split in two after its last feature maps."""
 
     features: Tensor
@@ -31,7 +31,7 @@ class Split:
     """Converts features, or gradients of them, to maps [N, C, h, w]."""
 
 
-def split(network: Any, inputs: Tensor) -> Split:
+def split(network: Any, inputs: Tensor) -> SplitNetwork:
     """Run a network up to its last feature maps.
 
     Args:
@@ -49,13 +49,13 @@ def split(network: Any, inputs: Tensor) -> Split:
         features = network.forward_features(inputs)
     wide = getattr(network, "num_features", None)
     if features.ndim == 4 and features.shape[1] == wide:
-        return Split(features, network.forward_head, lambda maps: maps)
+        return SplitNetwork(features, network.forward_head, lambda maps: maps)
     if features.ndim == 4 and features.shape[3] == wide:
-        return Split(features, network.forward_head, lambda maps: maps.permute(0, 3, 1, 2))
+        return SplitNetwork(features, network.forward_head, lambda maps: maps.permute(0, 3, 1, 2))
     raise ConfigError(f"{type(network).__name__}: its last features are not maps; explain it by occlusion")
 
 
-def _split_tokens(network: Any, inputs: Tensor) -> Split:
+def _split_tokens(network: Any, inputs: Tensor) -> SplitNetwork:
     """Split before the last block: after it, only the token that the head reads receives a gradient."""
     last, kept = network.blocks[-1], []
     hook = last.register_forward_pre_hook(lambda module, given: kept.append(given[0]))
@@ -69,7 +69,7 @@ def _split_tokens(network: Any, inputs: Tensor) -> Split:
     def as_maps(tokens: Tensor) -> Tensor:
         return tokens[:, prefix:].transpose(1, 2).reshape(len(tokens), -1, height, width)
 
-    return Split(kept[0], lambda tokens: network.forward_head(network.norm(last(tokens))), as_maps)
+    return SplitNetwork(kept[0], lambda tokens: network.forward_head(network.norm(last(tokens))), as_maps)
 
 
 def grad_cam(features: Tensor, head: Function, as_maps: Function = lambda maps: maps) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.files import replaced
+from fastfundus.files import atomic_write
 from fastfundus.models.classifier import check_backbone
 from fastfundus.models.foreign import read_foreign
 
@@ -129,7 +129,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
         path.name, hashlib.sha256(path.read_bytes()).hexdigest(), what, backbone, prefix, tuple(used), tuple(reshaped),
         tuple(name for name in tensors if name not in known),
     )  # fmt: skip
-    with replaced(output) as partial:
+    with atomic_write(output) as partial:
         save_file(taken, partial, {"fastfundus_convert": json.dumps(asdict(report))})
     return report
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastfundus.errors import PhotoError
+from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.header import PhotoHeader
-from fastfundus.photo.plan import DecodePlan, plan_decode
 from fastfundus.records import Status
 
 __all__ = ["decode", "decode_with_room", "eight_bit_rgb"]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode, eight_bit_rgb
+from fastfundus.photo.decode_plan import DecodePlan
 from fastfundus.photo.header import PhotoHeader, check_size, read_header
-from fastfundus.photo.plan import DecodePlan
 from fastfundus.records import PhotoFacts, Status
 
 __all__ = ["DicomPhoto", "is_dicom", "read_dicom"]

@@ -8,7 +8,7 @@ __all__ = ["read_exif"]
 
 _MAKE, _MODEL, _ORIENTATION = 0x010F, 0x0110, 0x0112
 _ASCII, _SHORT = 2, 3
-_MOST_ENTRIES, _LONGEST_NAME = 512, 64
+_MAX_ENTRIES, _LONGEST_NAME = 512, 64
 
 
 def read_exif(tiff: bytes) -> tuple[int, str | None]:
@@ -29,7 +29,7 @@ def read_exif(tiff: bytes) -> tuple[int, str | None]:
     try:
         (at,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, at)
-        for index in range(min(count, _MOST_ENTRIES)):
+        for index in range(min(count, _MAX_ENTRIES)):
             place = at + 2 + 12 * index
             tag, kind, length = struct.unpack_from(order + "HHI", tiff, place)
             if tag == _ORIENTATION and kind == _SHORT:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.photo.rim import Oval, agreement, explained, fit_circle, fit_oval, outline
+from fastfundus.photo.ellipse import Oval, agreement, explained, fit_circle, fit_oval, outline
 from fastfundus.records import FieldCircle
 
 __all__ = ["Field", "brightest", "find_field", "without_margin"]

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.header import MOST_BYTES
+from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
 __all__ = ["read_photo"]
@@ -23,11 +23,11 @@ def read_photo(path: Path) -> bytes:
     try:
         # Open without blocking: opening a pipe without a writer would hang, and reading a device might never end.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
+            metadata = os.fstat(file.fileno())
+            if not stat.S_ISREG(metadata.st_mode):
                 raise PhotoError(Status.UNREADABLE, "cannot be read: not a regular file")
-            if about.st_size > MOST_BYTES:
-                raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MOST_BYTES >> 20} MiB")
+            if metadata.st_size > MAX_BYTES:
+                raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MAX_BYTES >> 20} MiB")
             data = file.readall()
     except IsADirectoryError:
         raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
@@ -50,11 +50,11 @@ def _unpacked(data: bytes) -> bytes:
     """
     unpacker = zlib.decompressobj(wbits=31)
     try:
-        whole = unpacker.decompress(data, MOST_BYTES)
+        whole = unpacker.decompress(data, MAX_BYTES)
     except zlib.error as error:
         raise PhotoError(Status.UNREADABLE, f"the gzip file is damaged ({error}); copy it again") from None
     if not unpacker.eof:
-        if len(whole) == MOST_BYTES:
-            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {MOST_BYTES >> 20} MiB")
+        if len(whole) == MAX_BYTES:
+            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {MAX_BYTES >> 20} MiB")
         raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
     return whole

@@ -14,20 +14,20 @@ from fastfundus.records import Status
 
 __all__ = [
     "FORMATS",
-    "LEAST_SIDE_PX",
-    "MOST_BYTES",
-    "MOST_PIXELS",
+    "MIN_SIDE_PX",
+    "MAX_BYTES",
+    "MAX_PIXELS",
     "JpegFrame",
     "PhotoHeader",
     "check_size",
     "read_header",
 ]
 
-MOST_BYTES = 512 * 2**20
+MAX_BYTES = 512 * 2**20
 """File size limit, checked before reading. The largest fundus photographs are TIFFs of about 100 MB."""
-MOST_PIXELS = 150_000_000
+MAX_PIXELS = 150_000_000
 """Pixel count limit, checked before decoding. Fundus cameras produce less than 50 million pixels."""
-LEAST_SIDE_PX = 64
+MIN_SIDE_PX = 64
 """Smallest accepted side; smaller images cannot show a retina well enough to be judged."""
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
 """Supported image formats. DICOM files are handled separately and contain one of these or their own encoding."""
@@ -95,10 +95,10 @@ def check_size(width: int, height: int) -> None:
     Raises:
         PhotoError: The size is out of range (`unsupported`).
     """
-    if width * height > MOST_PIXELS:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MOST_PIXELS:,} are supported")
-    if min(width, height) < LEAST_SIDE_PX:
-        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side must be at least {LEAST_SIDE_PX}")
+    if width * height > MAX_PIXELS:
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; at most {MAX_PIXELS:,} are supported")
+    if min(width, height) < MIN_SIDE_PX:
+        raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side must be at least {MIN_SIDE_PX}")
 
 
 def _read_by_pillow(data: bytes) -> PhotoHeader:
@@ -117,7 +117,7 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
             raise PhotoError(Status.UNREADABLE, f"damaged TIFF, or one of an unsupported kind; {kinds}") from None
         raise PhotoError(Status.UNREADABLE, f"the file is not an image; {kinds}") from None
     except Image.DecompressionBombError:
-        raise PhotoError(Status.UNSUPPORTED, f"more than {MOST_PIXELS:,} pixels") from None
+        raise PhotoError(Status.UNSUPPORTED, f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:
         # Pillow's plugins raise many types of errors on damaged headers.
         raise PhotoError(Status.UNREADABLE, f"the header is damaged ({error})") from None

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode_with_room
+from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.dicom import DicomPhoto, is_dicom, read_dicom
 from fastfundus.photo.field import Field, brightest, find_field, without_margin
 from fastfundus.photo.file import read_photo
+from fastfundus.photo.fundus_check import judge_kind
 from fastfundus.photo.header import PhotoHeader, read_header
-from fastfundus.photo.kind import judge_kind
-from fastfundus.photo.plan import DecodePlan, plan_decode
-from fastfundus.photo.quality import LEAST_QUALITY, QUALITY_PX, measure_quality
+from fastfundus.photo.quality import MIN_QUALITY, QUALITY_PX, measure_quality
 from fastfundus.photo.resample import resize_square, shrink
 from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
 __all__ = [
-    "PreparedPhoto", "crop_window", "decode_at", "decode_reduced", "facts_of", "finish", "known_of", "least_side",
+    "PreparedPhoto", "crop_window", "decode_at", "decode_reduced", "facts_of", "finish", "known_of", "min_side",
     "look_at", "plan_for_crop", "prepare_bytes", "prepare_photo", "round_mask",
 ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
         photo, header = _opened(data)
         width, height = header.upright_size
         known = replace(known, width_px=width, height_px=height, facts=facts_of(photo, header))
-        plan = plan_decode(header, least_side(spec))
+        plan = plan_decode(header, min_side(spec))
         rgb, roomy = _decode(data, photo, header, plan)
         whole, scale = shrink(rgb)
         # Use the shape of the decoded image: a damaged header may have declared another one.
@@ -111,7 +111,7 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     return finish(known, image, shown, found, scale * plan.divisor, spec)
 
 
-def least_side(spec: PreprocessSpec) -> int:
+def min_side(spec: PreprocessSpec) -> int:
     """Return the smallest side of a crop in pixels: quality is measured at a fixed size, whatever the model's."""
     return max(spec.size, QUALITY_PX)
 
@@ -128,7 +128,7 @@ def plan_for_crop(header: PhotoHeader, plan: DecodePlan, side: int, spec: Prepro
     Returns:
         A plan that decodes the photo at a larger scale, or `plan` itself if the crop is large enough.
     """
-    least = least_side(spec)
+    least = min_side(spec)
     if side >= least or plan.divisor == 1:
         return plan
     return plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
@@ -190,13 +190,13 @@ def finish(
             cv2.bitwise_and(image, round_mask(spec.size), dst=image)
     quality = measure_quality(shown, *(found.completeness() if found else ()))
     known = replace(known, image=image, quality=round(quality.score, 4))
-    if quality.score < LEAST_QUALITY:
+    if quality.score < MIN_QUALITY:
         return replace(known, status=Status.UNGRADABLE, reason=quality.reason)
     return known
 
 
-def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
-    """Decode a photo in any supported format, as small as `least_side` allows.
+def decode_at(data: bytes, min_side: int) -> NDArray[np.uint8]:
+    """Decode a photo in any supported format, as small as `min_side` allows.
 
     Returns:
         uint8 [H, W, 3] upright RGB.
@@ -205,7 +205,7 @@ def decode_at(data: bytes, least_side: int) -> NDArray[np.uint8]:
         PhotoError: The photo cannot be decoded.
     """
     photo, header = _opened(data)
-    return _decode(data, photo, header, plan_decode(header, least_side))[0]
+    return _decode(data, photo, header, plan_decode(header, min_side))[0]
 
 
 def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:

@@ -14,14 +14,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.photo.kind import retinal_share
+from fastfundus.photo.fundus_check import retinal_share
 from fastfundus.photo.resample import halve_to, resize_square
 
-__all__ = ["LEAST_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
+__all__ = ["MIN_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
 
 QUALITY_PX = 256
 """Side in pixels of the crop in which quality is measured."""
-LEAST_QUALITY = 0.25
+MIN_QUALITY = 0.25
 """Photos with a lower score are `ungradable`."""
 MARKS = ("exposure", "sharpness", "contrast", "completeness", "colour")
 _ROWS, _COLUMNS = np.ogrid[:QUALITY_PX, :QUALITY_PX]
@@ -32,7 +32,7 @@ _BOX = slice(24, QUALITY_PX - 24)
 _INNER = np.ascontiguousarray((_FROM_CENTRE < 0.80).astype(np.uint8)[_BOX, _BOX] * 255)
 _EROSION = np.ones((7, 7), np.uint8)
 _LIT = 10
-_LEAST_PIXELS = 125
+_MIN_PIXELS = 125
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Quality:
             "completeness": missing or "most of the field is dark or missing",
             "colour": "unnatural colours",
         }
-        return ", ".join(text for mark, text in words.items() if getattr(self, mark) < LEAST_QUALITY)
+        return ", ".join(text for mark, text in words.items() if getattr(self, mark) < MIN_QUALITY)
 
 
 def _mark(value: float, nothing: float, full: float) -> float:
@@ -93,7 +93,7 @@ def measure_quality(crop: NDArray[np.uint8], completeness: float = 1.0, missing:
     # Use only lit pixels: missing parts lower completeness and must not count as darkness too.
     lit = cv2.bitwise_and(cv2.inRange(value, _LIT + 1, 255), _FIELD)
     shown = cv2.countNonZero(lit)
-    if shown < _LEAST_PIXELS:
+    if shown < _MIN_PIXELS:
         return Quality(0.0, 0.0, 0.0, 0.0, 0.0, missing=missing)
     counts = cv2.calcHist([value], [0], lit, [256], [0, 256]).ravel().cumsum()
     dark = _mark(float(np.searchsorted(counts, shown / 2)), 14, 54)

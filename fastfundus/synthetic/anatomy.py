@@ -93,7 +93,7 @@ _TRUNK_UP = np.array([1, 1, -1, -1, 1, 1, -1, -1, 1])
 _TRUNK_VEIN = np.array([False, True, False, True, True, False, True, False, True])
 _TRUNK_WIDTH = np.array([0.019, 0.026, 0.019, 0.026, 0.016, 0.013, 0.016, 0.013, 0.009])
 _STEP = 0.034
-_MOST_TIPS = 260
+_MAX_TIPS = 260
 
 
 def grow_vessels(eye: Eye, rng: np.random.Generator) -> Vessels:
@@ -153,7 +153,7 @@ def grow_vessels(eye: Eye, rng: np.random.Generator) -> Vessels:
             ],
             axis=1,
         )
-        room = max(0, _MOST_TIPS - int(alive.sum()))
+        room = max(0, _MAX_TIPS - int(alive.sum()))
         chosen = np.flatnonzero(branch)[:room]
         kept = np.flatnonzero(alive)
         child_width = width[chosen] * rng.uniform(0.45, 0.75, len(chosen))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench_cost
-from bench.cost_tables import cost_table
-from bench.report import RESULTS
+from bench.suites import bench_cost
+from bench.tables.cost_tables import cost_table
+from bench.tables.report import RESULTS
 from fastfundus.data import PhotoCache
 from fastfundus.spec import PreprocessSpec
 
@@ -36,9 +36,9 @@ def test_what_was_not_fitted_is_predicted_and_measured(
     (check,) = found["checks"]
     assert check["gflop"] == found["fitted_on"][0]["gflop"] > 0
     assert check["engine"]["predicted_s"] == pytest.approx(found["s_per_gflop"] * check["gflop"])
-    told = check["predicted"]["photos_per_s"]
+    summary = check["predicted"]["photos_per_s"]
     expected = bench_cost.CORES / (check["prepare"]["predicted_s"] + check["engine"]["predicted_s"])
-    assert told == pytest.approx(expected)
+    assert summary == pytest.approx(expected)
     assert check["measured"]["photos_per_s"] > 0
     assert json.dumps(found), "plain data"
 

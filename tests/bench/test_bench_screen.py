@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.bench_serve import CLIENTS, serve_under_load
-from bench.report import RESULTS
-from bench.study_table import study_table
+from bench.suites.bench_serve import CLIENTS, serve_under_load
+from bench.tables.report import RESULTS
+from bench.tables.study_table import study_table
 from tests.conftest import Trained
 
 

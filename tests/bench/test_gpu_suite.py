@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_part, gpu_suite, gpu_table, gpu_train
-from bench.harness import Case, Variant, compare
+from bench.gpu import part as gpu_part
+from bench.gpu import suite as gpu_suite
+from bench.gpu import table as gpu_table
+from bench.gpu import train as gpu_train
+from bench.harness.comparison import Case, Variant, compare
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +64,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
 def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
     """Import the programs without packages that a machine with torch, Triton, timm, NumPy and OpenCV may lack."""
     absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
-    programs = "bench.gpu_suite, bench.gpu_train, bench.gpu_engine, bench.gpu_table"
+    programs = "bench.gpu.suite, bench.gpu.train, bench.gpu.engine, bench.gpu.table"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {programs}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -69,7 +72,7 @@ def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu_suite", "--tests", tmp_path / "t.xml", "--output", tmp_path]
+    command = [sys.executable, "-m", "bench.gpu.suite", "--tests", tmp_path / "t.xml", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
     assert "no GPU is visible" in done.stderr
@@ -104,7 +107,7 @@ def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: 
     """Stop a part from outside in the middle of a case, as `gpu_suite.sh` does."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(sys, "argv", ["bench.gpu_train", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["bench.gpu.train", "--output", str(tmp_path)])
 
     def measure(backbone: str, *_: Any, dry_run: bool) -> dict[str, Any]:
         if backbone == "two":
@@ -118,8 +121,8 @@ def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: 
         gpu_train.run_cases("train", measure, cases, cases[0])
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("train_h200_")
-    told = [found.get("failed") for found in json.loads(path.read_text())["cases"]]
-    assert told == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
+    summary = [found.get("failed") for found in json.loads(path.read_text())["cases"]]
+    assert summary == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
 
 
 def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.harness import Case, Clock, Limit, Variant, WrongResult, compare, ratio
-from bench.own_process import OwnProcess
+from bench.harness.comparison import Case, Clock, Limit, Variant, WrongResult, compare, ratio
+from bench.harness.own_process import OwnProcess
 
 WANT = np.arange(6.0)
 
@@ -113,18 +113,18 @@ class Counting:
 
     def __init__(self, first: int) -> None:
         self.count = first
-        self.told: list[str] = []
+        self.summary: list[str] = []
 
     def begin(self) -> None:
-        self.told.append("begin")
+        self.summary.append("begin")
 
     def end(self) -> None:
-        self.told.append("end")
+        self.summary.append("end")
 
     def __call__(self) -> tuple[int, int, list[str]]:
         self.count += 1
         time.sleep(0.02)
-        return os.getpid(), self.count, list(self.told)
+        return os.getpid(), self.count, list(self.summary)
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -133,10 +133,10 @@ def test_a_process_of_its_own(here: bool) -> None:
     for count in (6, 7):
         with job.within():
             timed = job()
-        process, counted, told = timed.result
+        process, counted, summary = timed.result
         assert (process == os.getpid()) is here
         assert counted == count, "built once"
-        assert told == ["begin", *["end", "begin"] * (count - 6)]
+        assert summary == ["begin", *["end", "begin"] * (count - 6)]
         assert timed.ms >= 20
     other = Variant("other", lambda: 7, True, distance=lambda *_: 0.0)
     found = compare(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench.case_tables import loader_table, prepare_table, sample_table
-from bench.cost_tables import fleet_table, serve_table
-from bench.model_tables import SCREEN_PEERS, engine_table, screen_table, train_table
-from bench.report import PACKAGES, RESULTS, condense
-from bench.targets import newest, targets_table
+from bench.tables.case_tables import loader_table, prepare_table, sample_table
+from bench.tables.cost_tables import fleet_table, serve_table
+from bench.tables.model_tables import SCREEN_PEERS, engine_table, screen_table, train_table
+from bench.tables.report import PACKAGES, RESULTS, condense
+from bench.tables.targets import newest, targets_table
 
 
 def result(suite: str) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def test_a_row_for_each_variant(suite: str, table: Any) -> None:
 def test_ratios_are_of_the_same_round() -> None:
     (found,) = result("screen")["cases"]
     ratios = [a / b for a, b in zip(times(found, SCREEN_PEERS), times(found, "screen, bf16"), strict=True)]
-    told = f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
-    assert told in screen_table(result("screen"))
+    summary = f"{statistics.median(ratios):.1f} x ({min(ratios):.1f} to {max(ratios):.1f})"
+    assert summary in screen_table(result("screen"))
     assert f"bf16 {statistics.median(ratios):.1f} x" in targets_table(RESULTS)
     assert targets_table(RESULTS).count("| open |") == 3
 

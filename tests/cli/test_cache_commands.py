@@ -42,10 +42,10 @@ def test_info(folder: Path) -> None:
     assert result.exit_code == 0
     for text in ("51 photos at 64 px", "status: 51 ok", "label abnormal: known for 48", "across patients: 3"):
         assert text in result.stdout
-    about = json.loads(run("cache", "info", folder, "--json").stdout)
-    assert about["duplicate_pairs"] == 3
-    assert about["labels"]["abnormal"]["distinct"] == 2
-    assert about["patients_unknown"] == 3
+    metadata = json.loads(run("cache", "info", folder, "--json").stdout)
+    assert metadata["duplicate_pairs"] == 3
+    assert metadata["labels"]["abnormal"]["distinct"] == 2
+    assert metadata["patients_unknown"] == 3
     assert "not a photo cache" in run("cache", "info", folder.parent).stderr
 
 

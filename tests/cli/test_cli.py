@@ -160,8 +160,8 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> None:
-    about = json.loads((trained.bundle.path / "bundle.json").read_text())
-    (cache,) = about["provenance"]["parity_photos"]
+    metadata = json.loads((trained.bundle.path / "bundle.json").read_text())
+    (cache,) = metadata["provenance"]["parity_photos"]
     output = tmp_path / "run"
     process = start("train", cache, "--output", output, "--backbone", "resnet18", "--epochs", 400, "--batch-size", 4)
     deadline = time.monotonic() + 120

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from fastfundus.data import PhotoCache
-from fastfundus.evaluate.metrics import auroc
-from fastfundus.train.loop import Interrupted
+from fastfundus.evaluation.metrics import auroc
+from fastfundus.training.trainer import Interrupted
 from tests.cli.test_cli import run
 
 OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds", 3)
@@ -20,7 +20,7 @@ OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds"
 def test_folds_are_trained_pooled_and_resumed(
     cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fastfundus.train.loop as loop
+    import fastfundus.training.trainer as loop
 
     real, trained = loop.train, []
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from fastfundus.dali.decode import DaliDecoder
-from fastfundus.dali.ragged import RaggedPhotos, sound_jpeg
 from fastfundus.kernels.reference import photos as split
 from fastfundus.photo.prepare import decode_at
 from fastfundus.synthetic import draw_photo
+from fastfundus.training.ragged import RaggedPhotos, sound_jpeg
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_bad_file_costs_no_other_anything(decoder: DaliDecoder, jpegs: list[by
 
 
 def test_photos_follow(jpegs: list[bytes]) -> None:
-    first = RaggedPhotos.joined([torch.ones(2, 3, 3, dtype=torch.uint8)], torch.device("cpu"))
+    first = RaggedPhotos.concatenate([torch.ones(2, 3, 3, dtype=torch.uint8)], torch.device("cpu"))
     assert first.followed_by([]) is first
     both = first.followed_by([torch.full((1, 2, 3), 7, dtype=torch.uint8)])
     assert [photo.tolist() for photo in separate(both)] == [[[[1] * 3] * 3] * 2, [[[7] * 3] * 2]]

@@ -15,9 +15,10 @@ from fastfundus.dali.screen import dali_blocks
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError
-from fastfundus.screen import pipeline, run, store
-from fastfundus.screen.audit import verify
-from fastfundus.screen.run import screen_to_folder
+from fastfundus.screening import output as store
+from fastfundus.screening import pipeline, run
+from fastfundus.screening.audit import verify
+from fastfundus.screening.run import screen_to_folder
 from tests.conftest import Trained
 
 

@@ -476,11 +476,11 @@ def test_what_does_not_fit_is_refused(broken_photos: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="run fastfundus prepare"):
         PhotoCache.open(tmp_path / "nowhere")
 
-    about = json.loads((output / "spec.json").read_text())
-    (output / "spec.json").write_text(json.dumps(about | {"schema": 99}))
+    metadata = json.loads((output / "spec.json").read_text())
+    (output / "spec.json").write_text(json.dumps(metadata | {"schema": 99}))
     with pytest.raises(DataError, match="schema 99"):
         PhotoCache.open(output)
-    (output / "spec.json").write_text(json.dumps(about))
+    (output / "spec.json").write_text(json.dumps(metadata))
     (output / "photos.npy").write_bytes((output / "photos.npy").read_bytes()[:5000])
     with pytest.raises(DataError, match="is damaged"):
         PhotoCache.open(output)

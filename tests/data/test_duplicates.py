@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from fastfundus.data import PhotoCache, build_cache, list_photos
-from fastfundus.data.audit import audit_cache, overlap, pair_positions
-from fastfundus.data.duplicates import MOST_BITS, near_pairs
+from fastfundus.data.duplicates import MAX_BITS, near_pairs
+from fastfundus.data.leakage import check_leakage, overlap, pair_positions
 from fastfundus.photo import prepare_photo
-from fastfundus.photo.look import look_of, mirrored_looks, thumbnail
+from fastfundus.photo.perceptual_hash import flipped_hashes, local_contrast, perceptual_hash
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
 
@@ -64,7 +64,7 @@ def framed(bgr: np.ndarray, path: Path) -> None:
 
 def test_copies_are_found_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     cache = cached(folder, tmp_path / "cache")
-    pairs = audit_cache(cache).pairs
+    pairs = check_leakage(cache).pairs
     assert set(pairs.select("path_a", "path_b", "kind").rows()) == {
         ("copy0.jpg", "p0_left.jpg", "same bytes"),
         ("copy1.jpg", "p1_left.jpg", "looks the same"),
@@ -82,7 +82,7 @@ def test_copies_are_found_and_nothing_else(folder: Path, tmp_path: Path) -> None
 
 def test_copies_of_one_patient_are_no_leak(folder: Path, tmp_path: Path) -> None:
     labels = "file,patient\n" + "".join(f"copy{n}.jpg,p{n}\np{n}_left.jpg,p{n}\n" for n in range(5))
-    assert len(audit_cache(cached(folder, tmp_path / "cache", labels)).pairs) == 0
+    assert len(check_leakage(cached(folder, tmp_path / "cache", labels)).pairs) == 0
 
 
 def test_an_audit_knows_sides_and_labels(folder: Path, tmp_path: Path) -> None:
@@ -90,12 +90,12 @@ def test_an_audit_knows_sides_and_labels(folder: Path, tmp_path: Path) -> None:
     cache = cached(folder, tmp_path / "cache", labels)
     names = ["test" if path.startswith("copy") else "train" for path in cache.manifest["path"]]
     names[cache.manifest["path"].to_list().index("copy4.jpg")] = "excluded"
-    audit = audit_cache(cache, names, ["abnormal"])
+    audit = check_leakage(cache, names, ["abnormal"])
     assert audit.leaks["path_a"].to_list() == ["copy0.jpg", "copy1.jpg", "copy2.jpg", "copy3.jpg"]
     differ = dict(audit.pairs.select("path_a", "labels_differ").iter_rows())
     assert differ == {"copy0.jpg": False, "copy1.jpg": True, "copy2.jpg": False, "copy3.jpg": False, "copy4.jpg": False}
     assert audit.unknown_patients == 5
-    assert len(audit_cache(cache).leaks) == 0
+    assert len(check_leakage(cache).leaks) == 0
 
 
 def test_two_caches_are_compared(folder: Path, tmp_path: Path) -> None:
@@ -124,33 +124,33 @@ def test_new_photos_are_compared_with_old_ones(folder: Path, tmp_path: Path) -> 
 def test_looks_by_hand() -> None:
     rng = np.random.default_rng(0)
     image = cv2.GaussianBlur(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8), (0, 0), 4)
-    detail = thumbnail(image)
+    detail = local_contrast(image)
     assert detail.shape == (64, 64)
     assert detail.mean() == pytest.approx(0, abs=1e-5)
     assert detail.std() == pytest.approx(1, abs=1e-5)
     # Brightness and illumination have little influence.
     ramp = np.linspace(0.8, 1, 200)[None, :, None]
-    assert np.mean(thumbnail((image * ramp).astype(np.uint8)) * detail) > 0.95
-    look = np.frombuffer(look_of(image), np.uint8)[None]
-    turned = np.frombuffer(look_of(np.ascontiguousarray(image[:, ::-1])), np.uint8)[None]
-    assert np.unpackbits(mirrored_looks(look) ^ turned).sum() <= 4
-    np.testing.assert_array_equal(mirrored_looks(mirrored_looks(look)), look)
-    assert not thumbnail(np.zeros((200, 200, 3), np.uint8)).any()
+    assert np.mean(local_contrast((image * ramp).astype(np.uint8)) * detail) > 0.95
+    look = np.frombuffer(perceptual_hash(image), np.uint8)[None]
+    turned = np.frombuffer(perceptual_hash(np.ascontiguousarray(image[:, ::-1])), np.uint8)[None]
+    assert np.unpackbits(flipped_hashes(look) ^ turned).sum() <= 4
+    np.testing.assert_array_equal(flipped_hashes(flipped_hashes(look)), look)
+    assert not local_contrast(np.zeros((200, 200, 3), np.uint8)).any()
 
 
 def test_near_pairs_equal_all_pairs() -> None:
     rng = np.random.default_rng(0)
-    looks = rng.integers(0, 256, (300, 32), dtype=np.uint8)
+    hashes = rng.integers(0, 256, (300, 32), dtype=np.uint8)
     for row in range(100):
         flips = rng.choice(256, int(rng.integers(0, 40)), replace=False)
-        bits = np.unpackbits(looks[row])
+        bits = np.unpackbits(hashes[row])
         bits[flips] ^= 1
-        looks[200 + row] = np.packbits(bits)
-    bits = np.unpackbits(looks, axis=1).astype(int)
+        hashes[200 + row] = np.packbits(bits)
+    bits = np.unpackbits(hashes, axis=1).astype(int)
     distance = (bits[:, None] != bits[None]).sum(axis=2)
-    every = {tuple(pair) for pair in np.argwhere(distance <= MOST_BITS).tolist()}
+    every = {tuple(pair) for pair in np.argwhere(distance <= MAX_BITS).tolist()}
     sure = {tuple(pair) for pair in np.argwhere(distance <= 15).tolist()}
-    found = {tuple(pair) for pair in near_pairs(looks, looks).tolist()}
+    found = {tuple(pair) for pair in near_pairs(hashes, hashes).tolist()}
     assert sure <= found <= every
     assert len(found) >= 0.95 * len(every)
 
@@ -158,10 +158,10 @@ def test_near_pairs_equal_all_pairs() -> None:
 @pytest.mark.slow
 def test_near_pairs_of_many_photos_in_bounded_time() -> None:
     """Guard against quadratic search; the time limit itself is not a performance claim."""
-    looks = np.random.default_rng(0).integers(0, 256, (250_000, 32), dtype=np.uint8)
-    looks[-5:] = looks[:5]
+    hashes = np.random.default_rng(0).integers(0, 256, (250_000, 32), dtype=np.uint8)
+    hashes[-5:] = hashes[:5]
     began = time.perf_counter()
-    pairs = near_pairs(looks, looks)
+    pairs = near_pairs(hashes, hashes)
     assert len(pairs) == 250_000 + 10
     assert time.perf_counter() - began < 60
 
@@ -177,7 +177,7 @@ def test_real_photos_are_told_apart(real_data: Path, tmp_path: Path) -> None:
     fit = [path for path in paths if prepare_photo(path, SPEC).status == "ok"][:40]
     for path in fit:
         encoded(cv2.imread(str(path)), folder / f"copy-{path.stem}.jpg")
-    pairs = audit_cache(cached(folder, tmp_path / "cache")).pairs
+    pairs = check_leakage(cached(folder, tmp_path / "cache")).pairs
     found = {(a.removeprefix("copy-"), b) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in a}
     found |= {(b.removeprefix("copy-"), a) for a, b in pairs.select("path_a", "path_b").iter_rows() if "copy" in b}
     assert all(a == b for a, b in found)

@@ -103,39 +103,39 @@ class Double(types.ModuleType):
         self.used: set[str] = set()
         for name, members in api["enums"].items():
             setattr(self, name, enum.IntEnum(name, members))
-        for name, about in api["classes"].items():
-            setattr(self, name, self._class(name, about))
+        for name, metadata in api["classes"].items():
+            setattr(self, name, self._class(name, metadata))
 
-    def _class(self, name: str, about: dict[str, Any]) -> type:
+    def _class(self, name: str, metadata: dict[str, Any]) -> type:
         double = self
 
         def setting(instance: Any, attribute: str, value: Any) -> None:
             own = type(instance).__name__ != name or attribute.startswith("_")
-            if attribute in about["properties"]:
-                assert about["properties"][attribute], f"{name}.{attribute} cannot be set"
+            if attribute in metadata["properties"]:
+                assert metadata["properties"][attribute], f"{name}.{attribute} cannot be set"
                 double.used.add(f"{name}.{attribute}")
             else:
                 assert own, f"{name} has no {attribute}"
             object.__setattr__(instance, attribute, value)
 
         def getting(instance: Any, attribute: str) -> Any:
-            if attribute in about["properties"]:
+            if attribute in metadata["properties"]:
                 double.used.add(f"{name}.{attribute}")
                 act = double.behaviour.get(f"{name}.{attribute}")
                 return act(instance) if act else None
             raise AttributeError(f"TensorRT {double.__version__}: {name} has no {attribute}")
 
         def inherited(kind: type, **kwargs: Any) -> None:
-            for method, signatures in about["methods"].items():
+            for method, signatures in metadata["methods"].items():
                 if method in vars(kind) and method != "__init__" and signatures:
                     mine = list(inspect.signature(vars(kind)[method]).parameters)[1:]
                     assert mine == [entry[0] for entry in signatures[0]["parameters"]], f"{name}.{method}: {mine}"
 
         body: dict[str, Any] = {
             "__setattr__": setting, "__getattr__": getting, "__init_subclass__": classmethod(inherited),
-            **{inner: enum.IntEnum(inner, members) for inner, members in about["inner"].items()},
+            **{inner: enum.IntEnum(inner, members) for inner, members in metadata["inner"].items()},
         }  # fmt: skip
-        for method, signatures in about["methods"].items():
+        for method, signatures in metadata["methods"].items():
             body[method] = self._method(name, method, signatures)
         return type(name, (), body)
 

@@ -104,7 +104,7 @@ def test_missing_parts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_the_launcher_on_a_gpu(tmp_path: Path) -> None:
     """Run the same kernels through the C launcher, in torch's memory and on its stream."""
-    from bench.cuda_twin import CudaTwin
+    from bench.gpu.cuda_twin import CudaTwin
 
     twin = CudaTwin.build(tmp_path)
     for name in CASES:

@@ -20,8 +20,6 @@ import onnxruntime
 import pytest
 import torch
 
-from fastfundus.cli import building
-from fastfundus.cli.building import build_from_run
 from fastfundus.data import PhotoCache
 from fastfundus.engines import openvino_backend, parity
 from fastfundus.engines.archive import pack
@@ -30,13 +28,15 @@ from fastfundus.engines.export import ScreeningModel
 from fastfundus.engines.onnxruntime_backend import OnnxRuntimeEngine
 from fastfundus.engines.openvino_backend import OpenVinoEngine, precisions
 from fastfundus.engines.parity import GATES, Gate, compare
-from fastfundus.engines.quantize import MOST_DRIFT, quantize_graph
+from fastfundus.engines.quantize import MAX_DRIFT, quantize_graph
 from fastfundus.engines.runtime import INPUT, Blueprint, Engine
 from fastfundus.errors import BundleError, ConfigError, GateRefused, MissingDependency
-from fastfundus.evaluate.measured import read_operating_point
+from fastfundus.evaluation.locked_run import read_operating_point
 from fastfundus.photo.prepare import prepare_photo
 from fastfundus.spec import fingerprint_of
-from fastfundus.train.run import Run
+from fastfundus.training.run import Run
+from fastfundus.workflow import build_engine as building
+from fastfundus.workflow.build_engine import build_engine
 from tests.conftest import Trained
 from tests.tolerances import ENGINE_FP32
 
@@ -98,7 +98,7 @@ def test_other_backends_answer_as_the_model(
     engine.close()
     with pytest.raises(BundleError, match="was closed"):
         engine.infer(photos)
-    (bundle.path / bundle.about["engine"]).write_bytes(b"junk")
+    (bundle.path / bundle.metadata["engine"]).write_bytes(b"junk")
     with pytest.raises(BundleError, match="was modified after the bundle was built"):
         Bundle.open(bundle.path)
     with pytest.raises(BundleError, match="cannot load it"):
@@ -112,7 +112,7 @@ def test_package_for_another_machine_is_refused_but_graph_runs(
 
     bundle = Bundle.open(built("aoti"))
     here = aoti_backend.needs()
-    assert bundle.about["needs"] == here
+    assert bundle.metadata["needs"] == here
     monkeypatch.setattr(aoti_backend, "needs", lambda: {**here, "device": "NVIDIA H100"})
     with pytest.raises(
         BundleError, match=r"device .*, but this machine has NVIDIA H100; rebuild it here .*--backend openvino or onnx"
@@ -151,15 +151,15 @@ def test_auto_builds_measures_and_keeps_the_fastest(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "LEAST_SPEEDUP", 1000.0)
-    bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle")
-    tried = bundle.about["tried"]
+    bundle, report = build_engine(Run.open(trained.run), tmp_path / "bundle")
+    tried = bundle.metadata["tried"]
     assert tuple(entry["precision"] for entry in tried) == precisions()
     floats, (integers,) = tried[:-1], tried[-1:]
     assert integers["speedup"] < 1000
     assert not integers["passed"], "an int8 engine without sufficient speedup must not be kept"
     assert bundle.precision == max(floats, key=lambda entry: entry["images_per_s"])["precision"]
-    assert bundle.about["graph_difference"] < ENGINE_FP32
-    assert bundle.about["parity"] == report.to_dict()
+    assert bundle.metadata["graph_difference"] < ENGINE_FP32
+    assert bundle.metadata["parity"] == report.to_dict()
     names = {path.name for path in bundle.path.iterdir()}
     assert names == {"bundle.json", "engine.bin", "engine.xml", "heatmap.onnx", "model.onnx"}
     assert report.auroc_loss is not None
@@ -203,10 +203,10 @@ def test_a_map_is_judged_by_all_but_one_pixel_in_a_thousand() -> None:
 def test_bf16_passes_its_gate(trained: Trained, tmp_path: Path) -> None:
     if precisions()[0] != "bf16":
         pytest.skip("this processor does not compute in bfloat16")
-    bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="bf16")
+    bundle, report = build_engine(Run.open(trained.run), tmp_path / "bundle", precision="bf16")
     assert report.passed
     assert report.largest_difference > 0
-    assert bundle.about["parity"] == report.to_dict()
+    assert bundle.metadata["parity"] == report.to_dict()
 
 
 def test_what_an_engine_cannot_take(trained: Trained, photos: np.ndarray) -> None:
@@ -282,7 +282,7 @@ def test_engine_that_misses_the_gate_is_refused(
     real = OpenVinoEngine._run
     monkeypatch.setattr(OpenVinoEngine, "_run", lambda self, photos: real(self, photos) * 0.9)
     with pytest.raises(GateRefused, match=r"refused: fp32 misses the gate: \|dp\|"):
-        build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
+        build_engine(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
     # Only the results are written, not a bundle.
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.refused.json"]
     (report, *_) = json.loads((tmp_path / "bundle.refused.json").read_text())
@@ -296,7 +296,7 @@ def test_an_engine_that_gives_no_numbers_is_refused(
     real = OpenVinoEngine._run
     monkeypatch.setattr(OpenVinoEngine, "_run", lambda self, photos: real(self, photos) * np.float32(np.nan))
     with pytest.raises(GateRefused, match=r"refused: fp32 failed: .*returned an invalid probability for photo 0"):
-        build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
+        build_engine(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
 
 
 def test_a_graph_that_differs_from_the_model_is_refused(
@@ -309,7 +309,7 @@ def test_a_graph_that_differs_from_the_model_is_refused(
 
     monkeypatch.setattr(ScreeningModel, "forward", disturbed)
     with pytest.raises(GateRefused, match=r"the exported graph differs from the model by .* in ONNX Runtime"):
-        build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
+        build_engine(Run.open(trained.run), tmp_path / "bundle", precision="fp32")
     assert not list(tmp_path.iterdir())
 
 
@@ -320,19 +320,19 @@ def test_a_refusal_names_the_precision_that_passes(
     strict = {**parity.GATES, "bf16": Gate(probability=1e-7, flipped=0.0)}
     monkeypatch.setattr(parity, "GATES", strict)
     with pytest.raises(GateRefused, match=r"also tried: fp32 passes: .*; build with --precision fp32"):
-        build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="bf16")
+        build_engine(Run.open(trained.run), tmp_path / "bundle", precision="bf16")
 
 
 def test_building_wrongly(trained: Trained, tmp_path: Path) -> None:
     run = Run.open(trained.run)
     with pytest.raises(ConfigError, match="precision 'fp23' cannot be built here; did you mean"):
-        build_from_run(run, tmp_path / "bundle", precision="fp23")
+        build_engine(run, tmp_path / "bundle", precision="fp23")
     with pytest.raises(ConfigError, match="backend 'openvno' cannot be built; did you mean 'openvino'"):
-        build_from_run(run, tmp_path / "bundle", backend="openvno")
+        build_engine(run, tmp_path / "bundle", backend="openvno")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(BundleError, match="is not a bundle; choose another"):
-        build_from_run(run, tmp_path / "mine")
+        build_engine(run, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
@@ -360,11 +360,11 @@ def test_one_changed_byte_is_noticed(copied: Path, name: str) -> None:
 
 
 def test_other_faults_of_a_bundle(copied: Path) -> None:
-    about = json.loads((copied / "bundle.json").read_text())
+    metadata = json.loads((copied / "bundle.json").read_text())
     (copied / "engine.bin").unlink()
     with pytest.raises(BundleError, match=r"engine.bin is missing"):
         Bundle.open(copied)
-    (copied / "bundle.json").write_text(json.dumps(about | {"schema": 9}))
+    (copied / "bundle.json").write_text(json.dumps(metadata | {"schema": 9}))
     with pytest.raises(BundleError, match="schema 9, but this FastFundus reads schema 3"):
         Bundle.open(copied)
     (copied / "bundle.json").write_text("{")
@@ -375,11 +375,11 @@ def test_other_faults_of_a_bundle(copied: Path) -> None:
 
 
 def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
-    about = json.loads((copied / "bundle.json").read_text())
-    del about["fingerprint"]
-    about["files"]["../../etc/passwd"] = "0" * 64
-    about["fingerprint"] = fingerprint_of(about)
-    (copied / "bundle.json").write_text(json.dumps(about))
+    metadata = json.loads((copied / "bundle.json").read_text())
+    del metadata["fingerprint"]
+    metadata["files"]["../../etc/passwd"] = "0" * 64
+    metadata["fingerprint"] = fingerprint_of(metadata)
+    (copied / "bundle.json").write_text(json.dumps(metadata))
     with pytest.raises(BundleError, match="names a file outside"):
         Bundle.open(copied)
 
@@ -394,11 +394,11 @@ def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatc
 def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build an int8 engine calibrated on the training photos, with the minimum speedup disabled."""
     monkeypatch.setattr(parity, "LEAST_SPEEDUP", 0.0)
-    bundle, report = build_from_run(Run.open(trained.run), tmp_path / "bundle", precision="int8")
+    bundle, report = build_engine(Run.open(trained.run), tmp_path / "bundle", precision="int8")
     assert report.passed
     assert report.speedup
-    assert bundle.about["quantisation"]["largest_drift"] < MOST_DRIFT
-    assert bundle.about["quantisation"]["calibration_photos"] > 0
+    assert bundle.metadata["quantisation"]["largest_drift"] < MAX_DRIFT
+    assert bundle.metadata["quantisation"]["calibration_photos"] > 0
     assert "FakeQuantize" in (bundle.path / "engine.xml").read_text()
 
 
@@ -496,11 +496,11 @@ def test_a_bundle_is_one_file_too(trained: Trained, archive: Path, photos: np.nd
 def test_one_file_is_built_and_replaced(trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "bundle.zip"
     for _ in range(2):
-        bundle, _ = build_from_run(Run.open(trained.run), output, backend="onnxruntime")
+        bundle, _ = build_engine(Run.open(trained.run), output, backend="onnxruntime")
         assert (bundle.path, [path.name for path in tmp_path.iterdir()]) == (output, ["bundle.zip"])
     (tmp_path / "folder.zip").mkdir()
     with pytest.raises(BundleError, match="is not a bundle; choose another"):
-        build_from_run(Run.open(trained.run), tmp_path / "folder.zip")
+        build_engine(Run.open(trained.run), tmp_path / "folder.zip")
 
 
 def test_files_that_are_no_bundle(archive: Path, tmp_path: Path) -> None:
@@ -543,11 +543,11 @@ def test_members_that_do_not_belong(archive: Path, tmp_path: Path, member: str, 
 
 
 def test_preprocessing_that_means_something_else_is_refused(copied: Path) -> None:
-    about = json.loads((copied / "bundle.json").read_text())
-    del about["fingerprint"]
-    about["spec_fingerprint"] = "0" * 64
-    about["fingerprint"] = fingerprint_of(about)
-    (copied / "bundle.json").write_text(json.dumps(about))
+    metadata = json.loads((copied / "bundle.json").read_text())
+    del metadata["fingerprint"]
+    metadata["spec_fingerprint"] = "0" * 64
+    metadata["fingerprint"] = fingerprint_of(metadata)
+    (copied / "bundle.json").write_text(json.dumps(metadata))
     with pytest.raises(
         BundleError, match="preprocessing has fingerprint 000000000000, but in this FastFundus the same settings have"
     ):

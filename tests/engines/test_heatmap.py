@@ -14,7 +14,7 @@ from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.engines.heatmap_export import export_heatmap
 from fastfundus.errors import BundleError
 from fastfundus.spec import PreprocessSpec
-from fastfundus.train.run import Run
+from fastfundus.training.run import Run
 from tests.conftest import Trained
 
 
@@ -51,9 +51,13 @@ def test_heads_with_norms_and_several_labels(name: str, tmp_path: object) -> Non
     torch.manual_seed(0)
     model = ScreeningModel(timm.create_model(name, num_classes=3).eval(), PreprocessSpec(size=96), [1.0] * 3).eval()
     export_onnx(model, folder / "model.onnx", ["a", "b", "c"])
-    about = export_heatmap(model, folder)
+    metadata = export_heatmap(model, folder)
     bundle = SimpleNamespace(
-        path=folder, folder=folder, spec=PreprocessSpec(size=96), precision="fp32", about={"files": {about["file"]: ""}}
+        path=folder,
+        folder=folder,
+        spec=PreprocessSpec(size=96),
+        precision="fp32",
+        metadata={"files": {metadata["file"]: ""}},
     )
     photo = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     expected = by_autograd(model, photo)
@@ -67,8 +71,8 @@ def test_networks_of_tokens_have_none_and_say_so(trained: Trained, tmp_path: obj
     from types import SimpleNamespace
 
     network = timm.create_model("vit_tiny_patch16_224", num_classes=1, img_size=32).eval()
-    about = export_heatmap(ScreeningModel(network, PreprocessSpec(size=32), [1.0]).eval(), Path(str(tmp_path)))
-    assert about["file"] is None
-    bundle = SimpleNamespace(path="b", about={"files": {}, "heatmap": about})
+    metadata = export_heatmap(ScreeningModel(network, PreprocessSpec(size=32), [1.0]).eval(), Path(str(tmp_path)))
+    assert metadata["file"] is None
+    bundle = SimpleNamespace(path="b", metadata={"files": {}, "heatmap": metadata})
     with pytest.raises(BundleError, match=r"has no heatmaps \(the network has no final feature maps"):
         Heatmapper(bundle)  # type: ignore[arg-type]

@@ -25,7 +25,6 @@ import onnxruntime
 import pytest
 import torch
 
-from fastfundus.cli.building import build_from_run
 from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build
 from fastfundus.engines.cuda_graph import CudaGraph
 from fastfundus.engines.cuda_sample import OUTPUTS, current
@@ -34,7 +33,8 @@ from fastfundus.engines.tensorrt_build import PlanOptions, build_plan, profile_r
 from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 from fastfundus.errors import BundleError, ConfigError, MissingDependency
 from fastfundus.kernels import reference
-from fastfundus.train.run import Run
+from fastfundus.training.run import Run
+from fastfundus.workflow.build_engine import build_engine
 from tests.conftest import Trained
 from tests.engines.gpu_double import Gpu, GraphDriver, install
 from tests.engines.tensorrt_api import Double
@@ -57,9 +57,9 @@ def api(request: pytest.FixtureRequest) -> dict[str, Any]:
         pytest.skip(f"needs TensorRT's bindings in {wheel}; `make test` installs them")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("tensorrt_api.py")), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    about: dict[str, Any] = json.loads(done.stdout)
-    assert about["version"] == request.param
-    return about
+    metadata: dict[str, Any] = json.loads(done.stdout)
+    assert metadata["version"] == request.param
+    return metadata
 
 
 def test_every_name_is_one_of_the_bindings(api: dict[str, Any]) -> None:
@@ -78,10 +78,10 @@ def test_every_name_is_one_of_the_bindings(api: dict[str, Any]) -> None:
             if name in api["enums"]:
                 assert not rest or rest[0] in api["enums"][name], chain
                 continue
-            about = api["classes"][name]
+            metadata = api["classes"][name]
             if rest:
                 inner, *member = rest
-                assert member[0] in about["inner"][inner] if member else inner in about["inner"], chain
+                assert member[0] in metadata["inner"][inner] if member else inner in metadata["inner"], chain
     assert {"BuilderFlag.TF32", "HardwareCompatibilityLevel.AMPERE_PLUS", "Refitter"} <= seen
     text = "".join(file.read_text() for file in SOURCES)
     assert not re.search(r"BuilderFlag\.(FP16|BF16|INT8|FP8)", text), "removed in TensorRT 11"
@@ -331,14 +331,14 @@ def test_profiles_leave_no_batch_out() -> None:
 
 
 def test_a_plan_is_built_as_asked(world: World, graph: bytes) -> None:
-    told: list[tuple[str, int, int]] = []
-    plan = planned(world, graph, PlanOptions(), progress=lambda *step: told.append(step))
+    summary: list[tuple[str, int, int]] = []
+    plan = planned(world, graph, PlanOptions(), progress=lambda *step: summary.append(step))
     assert world.flags == {"no TF32"}
     assert not world.portable
     assert world.profiles == [(1, 1, 1), (2, 8, 8), (9, 64, 64)]
     assert json.loads(plan.layers) == {"Layers": ["one"]}
-    assert told[0] == ("Building Engine", 0, 3)
-    assert told[-1] == ("Building Engine", 3, 3)
+    assert summary[0] == ("Building Engine", 0, 3)
+    assert summary[-1] == ("Building Engine", 3, 3)
     planned(world, graph, PlanOptions((2,), portable=True, weightless=True), exact=False)
     assert world.flags == {"no TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT_IDENTICAL"}
     assert world.portable
@@ -377,16 +377,16 @@ def test_refusals_of_the_builder_are_told(world: World, graph: bytes, what: str,
 
 
 def test_ctrl_c_stops_the_builder(world: World, graph: bytes) -> None:
-    told = []
+    summary = []
 
     def progress(phase: str, step: int, steps: int) -> None:
-        told.append(step)
+        summary.append(step)
         if step == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         planned(world, graph, PlanOptions(), progress=progress)
-    assert told == [0, 1], "the builder continued"
+    assert summary == [0, 1], "the builder continued"
 
 
 @pytest.fixture
@@ -530,13 +530,13 @@ def test_a_bundle_is_built_proven_and_loaded(
     monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("fp32", precision))
     loose = {name: parity.Gate(gate.probability, 1.0) for name, gate in parity.GATES.items()}
     monkeypatch.setattr(parity, "GATES", loose)
-    bundle, report = build_from_run(
+    bundle, report = build_engine(
         Run.open(trained.run), tmp_path / "bundle", backend="tensorrt", precision=precision,
         options={"batches": (1, 8), "weightless": precision == "fp16"},
     )  # fmt: skip
     assert report.passed
-    assert bundle.about["batches"] == [1, 8]
-    assert bundle.about["needs"] == {
+    assert bundle.metadata["batches"] == [1, 8]
+    assert bundle.metadata["needs"] == {
         "device": "NVIDIA H200 (compute capability 9.0)", "tensorrt": world.trt.__version__
     }  # fmt: skip
     names = {path.name for path in bundle.folder.iterdir()}
@@ -570,26 +570,26 @@ def test_search_continues_after_a_builder_error(
         return bool(not any(entry.data_type == onnx.TensorProto.BFLOAT16 for entry in tensors) and real(parser, model))
 
     world.trt.behaviour["OnnxParser.parse"] = no_bfloat16
-    bundle, _ = build_from_run(
+    bundle, _ = build_engine(
         Run.open(trained.run), tmp_path / "bundle", backend="tensorrt", options={"batches": (8,)}
     )  # fmt: skip
     assert bundle.precision == "fp32"
-    assert [(entry["precision"], entry["passed"]) for entry in bundle.about["tried"]] == [
+    assert [(entry["precision"], entry["passed"]) for entry in bundle.metadata["tried"]] == [
         ("bf16", False),
         ("fp32", True),
     ]
-    assert "cannot read the graph (Unsupported operator Foo)" in bundle.about["tried"][0]["error"]
+    assert "cannot read the graph (Unsupported operator Foo)" in bundle.metadata["tried"][0]["error"]
 
 
 @newest
 def test_a_portable_bundle_loads_elsewhere(
     world: World, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, _ = build_from_run(
+    bundle, _ = build_engine(
         Run.open(trained.run), tmp_path / "bundle", backend="tensorrt", precision="fp32",
         options={"batches": (8,), "portable": True},
     )  # fmt: skip
-    assert bundle.about["needs"] == {}
+    assert bundle.metadata["needs"] == {}
     monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA B200", (10, 0)))
     bundle.load().close()
     blueprint = Blueprint(None, trained.bundle.folder / "model.onnx", 64, np.empty(0, np.uint8), {"portible": True})

@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.kernel, pytest.mark.slow]
 
 def check(paths: list[Path], trained: Trained) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastfundus[dali]'")
-    from bench.parity import KERNELS, matrix
-    from fastfundus.train.run import Run
+    from bench.evidence.parity import KERNELS, matrix
+    from fastfundus.training.run import Run
 
     rows = matrix(paths, PreprocessSpec(size=64), Run.open(trained.run).load_model())
     assert len(rows) == len(KERNELS) + 2

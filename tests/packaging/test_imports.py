@@ -50,7 +50,7 @@ NO_TORCH_MODULES |= {
     "engines.tensorrt_backend",
     "engines.tensorrt_build",
     "engines.tensorrt_runtime",
-    "engines.tensorrt_slot",
+    "engines.tensorrt_context",
     "kernels",
     "kernels.building",
     "kernels.host",
@@ -123,7 +123,7 @@ def test_nothing_heavy_is_loaded(command: list[str]) -> None:
 
 
 def test_screening_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys, fastfundus.screen.run, fastfundus.engines.openvino_backend as b; b.precisions()\n"
+    code = "import sys, fastfundus.screening.run, fastfundus.engines.openvino_backend as b; b.precisions()\n"
     code += "assert not {'torch', 'timm', 'onnx'} & set(sys.modules), 'torch was loaded'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=60)
 

@@ -57,7 +57,7 @@ def test_the_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import fastfundus, fastfundus.screen.run, fastfundus.synthetic as s\n"
+        "import fastfundus, fastfundus.screening.run, fastfundus.synthetic as s\n"
         f"assert fastfundus.__file__.startswith({str(site)!r})\n"
         "assert s.draw_photo(1, long_side=128).image.shape == (128, 128, 3)\n"
         "from fastfundus.cli import main; main(['doctor'], standalone_mode=False)"

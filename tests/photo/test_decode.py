@@ -13,8 +13,8 @@ from PIL import Image, ImageCms, ImageOps
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode
-from fastfundus.photo.header import MOST_PIXELS, JpegFrame, PhotoHeader, read_header
-from fastfundus.photo.plan import DecodePlan, plan_decode
+from fastfundus.photo.decode_plan import DecodePlan, plan_decode
+from fastfundus.photo.header import MAX_PIXELS, JpegFrame, PhotoHeader, read_header
 from fastfundus.photo.prepare import prepare_bytes
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -371,6 +371,6 @@ def test_bombs_are_refused_by_their_header(rgb: np.ndarray) -> None:
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg = jpeg[:at] + (30000).to_bytes(2, "big") * 2 + jpeg[at + 4 : at + 200]
     for data in (file.getvalue(), jpeg):
-        with pytest.raises(PhotoError, match=f"{MOST_PIXELS:,}") as caught:
+        with pytest.raises(PhotoError, match=f"{MAX_PIXELS:,}") as caught:
             read_header(data)
         assert caught.value.status is Status.UNSUPPORTED

@@ -27,8 +27,8 @@ from pydicom.uid import (
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo import prepare_photo
+from fastfundus.photo.decode_plan import plan_decode
 from fastfundus.photo.dicom import is_dicom, read_dicom
-from fastfundus.photo.plan import plan_decode
 from fastfundus.photo.prepare import decode_at, prepare_bytes
 from fastfundus.records import PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec

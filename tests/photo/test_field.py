@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastfundus.photo.ellipse import Oval, agreement, explained, fit_circle, fit_oval, outline
 from fastfundus.photo.field import Field, find_field, without_margin
 from fastfundus.photo.resample import shrink
-from fastfundus.photo.rim import Oval, agreement, explained, fit_circle, fit_oval, outline
 from fastfundus.synthetic import CAMERAS, SyntheticPhoto, draw_photo
 from tests.tolerances import CIRCLE_RADII
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastfundus.photo import prepare_photo
-from fastfundus.photo.header import MOST_BYTES
+from fastfundus.photo.header import MAX_BYTES
 from fastfundus.photo.prepare import decode_reduced
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -110,7 +110,7 @@ def test_a_gzipped_photo_is_unpacked(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.image, prepare_photo(plain, SPEC).image)
     packed.write_bytes(packed.read_bytes()[:-2000])
     assert prepare_photo(packed, SPEC).reason == "the gzip file is incomplete; copy it again"
-    packed.write_bytes(gzip.compress(b"\0" * (MOST_BYTES + 1), 1))
+    packed.write_bytes(gzip.compress(b"\0" * (MAX_BYTES + 1), 1))
     assert "unpacks to more than 512 MiB" in prepare_photo(packed, SPEC).reason
 
 
@@ -205,13 +205,13 @@ def test_landscapes_are_no_fundus(tmp_path: Path) -> None:
         ("exif/*", 0.0),
     ],
 )
-def test_real_photos(real_data: Path, pattern: str, least_ok: float) -> None:
+def test_real_photos(real_data: Path, pattern: str, min_ok: float) -> None:
     paths = sorted(real_data.glob(pattern))[:60]
     assert paths
     results = [prepare_photo(path, SPEC) for path in paths]
     ok = [result for result in results if result.status is Status.OK]
-    assert len(ok) >= least_ok * len(results)
-    if least_ok == 0:
+    assert len(ok) >= min_ok * len(results)
+    if min_ok == 0:
         assert {result.status for result in results} == {Status.NOT_FUNDUS}
     for result in ok:
         assert result.field is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastfundus.photo import PreparedPhoto, prepare_photo
-from fastfundus.photo.quality import LEAST_QUALITY, MARKS, Quality, measure_quality
+from fastfundus.photo.quality import MARKS, MIN_QUALITY, Quality, measure_quality
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, draw_photo
@@ -88,5 +88,5 @@ def test_reasons_by_hand() -> None:
     assert Quality(**{**fine, "exposure": 0.1}, too_bright=True).reason == "too bright"
     poor = Quality(**{**fine, "sharpness": 0.2, "completeness": 0.2}, missing=("top", "left"))
     assert poor.reason == "out of focus, field cut at top and left"
-    assert poor.score == 0.2 < LEAST_QUALITY
+    assert poor.score == 0.2 < MIN_QUALITY
     assert "most of the field" in Quality(**{**fine, "completeness": 0.0}).reason

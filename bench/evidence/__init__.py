@@ -1,0 +1,1 @@
+"""Slow experiments on real photographs whose results docs/evidence.md reports."""

@@ -1,0 +1,1 @@
+"""Measurements and tests that need a GPU; `gpu_suite.sh` runs them."""

@@ -1,0 +1,224 @@
+"""Memory of long screening runs, start-up time of the program, and the server under a load of 64 concurrent clients.
+
+    python -m bench.suites.bench_serve [--output bench/results/serve_cpu_YYYYMM.json] [--only memory start serve]
+
+Every answer of the server is compared with the result of a batch run for the same photo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import polars as pl
+
+from bench import RESULTS
+from bench.harness.machine import environment
+from bench.suites.bench_screen import bundle_of
+from fastfundus.data import list_photos
+from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.openvino_backend import precisions
+from fastfundus.screening.audit import verify
+from fastfundus.screening.pipeline import Timing, screen_photos
+from fastfundus.synthetic import write_dataset
+
+CLIENTS = 64
+MANY = (1_000, 10_000, 50_000)
+
+
+def serve_under_load(
+    bundle: Bundle, files: list[Path], *, seconds: float, expected_of: list[Path] | None = None
+) -> dict[str, Any]:
+    """Put load on a server in its own process, and count lost or mixed-up answers.
+
+    Args:
+        bundle: bundle to serve.
+        files: photos in one folder, from which the clients choose.
+        seconds: duration of the load.
+        expected_of: photos with the same names whose answers are taken as correct; None uses `files`.
+
+    Returns:
+        Answers, faults, photos/s and latency percentiles, and the photos/s of a batch run over the same photos.
+    """
+    timing = Timing()
+    listing = list_photos(expected_of or files, adapter="folder").photos
+    expected = {
+        row.source.path.name: (row.status.value, None if row.answer is None else float(row.answer[0]), row.decision)
+        for row in screen_photos(listing * 3, bundle, timing)
+    }
+    data = {path.name: path.read_bytes() for path in files}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastfundus", "serve", bundle.path, "--port", "0"], stdout=log, stderr=log
+        )
+        try:
+            address = _address(process, log)
+            found = asyncio.run(_everybody(address, data, expected, seconds))
+            metrics = httpx.get(f"{address}/metrics", trust_env=False).text
+        finally:
+            process.terminate()
+            process.wait()
+    calls, photos = (
+        float(re.search(rf"fastfundus_batch_photos_{what} (\S+)", metrics)[1]) for what in ("count", "sum")
+    )  # type: ignore[index]
+    return found | {
+        "clients": CLIENTS,
+        "backbone": bundle.metadata["provenance"]["backbone"],
+        "size": bundle.spec.size,
+        "precision": bundle.precision,
+        "photos_an_engine_call": photos / calls,
+        "batch_images_per_s": timing.images_per_s,
+        "exit_code": process.returncode,
+    }
+
+
+def _address(process: subprocess.Popen[bytes], log: Any) -> str:
+    for _ in range(600):
+        log.seek(0)
+        found = re.search(r"http://127\.0\.0\.1:\d+", log.read())
+        if found:
+            return found[0]
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise SystemExit("the server did not start")
+
+
+async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, Any], seconds: float) -> dict[str, Any]:
+    latencies: list[float] = []
+    faults = refused = 0
+    names = sorted(data)
+
+    async def client(number: int, http: httpx.AsyncClient) -> None:
+        nonlocal faults, refused
+        probability = random.Random(number)
+        while True:
+            name, began = probability.choice(names), time.perf_counter()
+            answer = await http.post("/v1/screen", files={"photo": (name, data[name])})
+            if answer.status_code == 503:
+                refused += 1
+                await asyncio.sleep(float(answer.headers["retry-after"]))
+                continue
+            latencies.append(time.perf_counter() - began)
+            row = answer.json()["results"][0] if answer.status_code == 200 else {}
+            summary = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
+            faults += row.get("file") != name or summary != expected[name]
+            # Checked only after an answer, so that each client gets at least one, however slow the machine is.
+            if time.monotonic() >= until:
+                break
+
+    # One connection per request in flight, but a shared client: loading the certificates takes a while.
+    unlimited = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False, limits=unlimited) as http:
+        began = time.perf_counter()
+        until = time.monotonic() + seconds
+        await asyncio.gather(*[client(number, http) for number in range(CLIENTS)])
+    lasted = time.perf_counter() - began
+    p50, p95, p99 = (float(np.percentile(latencies, share)) for share in (50, 95, 99))
+    return {
+        "answers": len(latencies), "lost_or_mixed_up": int(faults), "refused": refused,
+        "images_per_s": len(latencies) / lasted, "p50_s": p50, "p95_s": p95, "p99_s": p99,
+    }  # fmt: skip
+
+
+def run_command(*arguments: object) -> tuple[float, float, str]:
+    """Run a fastfundus command; return its seconds, its peak memory in GiB, and its standard output."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as printed:
+        command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.DEVNULL)
+        highest = 0
+        while process.poll() is None:
+            # The figure that the system reports after exit would start from the memory of the parent process.
+            with contextlib.suppress(OSError, TypeError):
+                summary = Path(f"/proc/{process.pid}/status").read_text()
+                highest = max(highest, int(re.search(r"VmHWM:\s+(\d+) kB", summary)[1]))  # type: ignore[index]
+            time.sleep(0.05)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise SystemExit(f"{arguments} failed")
+        printed.seek(0)
+        return seconds, highest / (1 << 20), printed.read()
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Measure the peak memory of screening more and more photos, most of them copies of one another."""
+    bundle, _ = bundle_of("resnet18", 64, "fp32", folder / "small")
+    write_dataset(folder / "drawn", 100, seed=3, long_sides=(320,))
+    originals = sorted((folder / "drawn" / "images").iterdir())
+    found: dict[str, Any] = {"originals": len(originals), "runs": []}
+    for count in MANY:
+        photos = folder / f"{count}"
+        for number in range(count):
+            place = photos / f"{number // 1000:03d}" / f"{number:06d}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.link(originals[number % len(originals)], place)
+        output = folder / f"out{count}"
+        seconds, gib, printed = run_command("screen", bundle.path, photos, "--output", output, "--json")
+        results = pl.read_parquet(output / "results.parquet")
+        # Each copy of a photo is an input of its own; the results of copies differ only in the file name.
+        same = results.group_by("sha256").agg(pl.col("p_abnormal").n_unique(), pl.col("status").n_unique())
+        if len(results) != count or same["p_abnormal"].max() != 1 or same["status"].max() != 1:
+            raise SystemExit(f"{count} inputs gave {len(results)} rows, or copies of a photo have different results")
+        faults = verify(output).faults
+        summary = json.loads(printed)
+        row = {"inputs": count, "seconds": seconds, "images_per_s": summary["images_per_s"], "peak_gib": gib}
+        size = sum((output / name).stat().st_size for name in ("results.parquet", "results.csv", "audit.jsonl"))
+        row["bytes_a_row"] = size / count
+        found["runs"].append(row | {"audit_faults": len(faults), "row_groups": -(-count // 512)})
+        print(found["runs"][-1], flush=True)
+    return found
+
+
+def start(folder: Path) -> dict[str, Any]:
+    """Measure the time from command to report for one photo, including the start of the program."""
+    precision = precisions()[0]
+    bundle, _ = bundle_of("resnet50", 512, precision, folder / "bundle")
+    write_dataset(folder / "drawn", 1, seed=3, long_sides=(1024,))
+    photo = next((folder / "drawn" / "images").iterdir())
+    output = folder / "one"
+    times = [run_command("screen", bundle.path, photo, "--output", output, "--overwrite")[0] for _ in range(7)]
+    return {"precision": precision, "seconds": statistics.median(times), "most": max(times)}
+
+
+def serve(folder: Path) -> dict[str, Any]:
+    """Measure the server under load."""
+    bundle, _ = bundle_of("resnet18", 224, "fp32", folder / "served")
+    write_dataset(folder / "asked", 60, seed=4, long_sides=(1024,), poor_share=0.1)
+    return serve_under_load(bundle, sorted((folder / "asked" / "images").iterdir()), seconds=60)
+
+
+def main() -> None:
+    """Run the selected measurements and write the results as JSON."""
+    parser = argparse.ArgumentParser()
+    default = RESULTS / f"serve_cpu_{date.today():%Y%m}.json"
+    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--only", nargs="+", default=["memory", "start", "serve"])
+    options = parser.parse_args()
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    document = kept | environment(("torch", "openvino", "simplejpeg", "numpy", "fastapi", "uvicorn"))
+    for part, job in {"memory": memory, "start": start, "serve": serve}.items():
+        if part in options.only:
+            with tempfile.TemporaryDirectory() as name:
+                document[part] = job(Path(name))
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
+            print(part, document[part], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tables, charts and result files drawn from measurements."""

@@ -1,0 +1,1 @@
+"""Screening: photos and a bundle in, one row per photo out. No torch."""

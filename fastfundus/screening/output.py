@@ -1,0 +1,251 @@
+"""The results folder of a screening run: crash-safe, resumable with identical bytes, protected against mixing runs.
+
+run.json                  identity of the run; "finished" is set once everything below is complete
+results.parquet, .csv     one row per input, in the order of the listing; one row group per block
+eyes.csv, patients.csv    results aggregated by eye and by patient
+audit.jsonl               see `audit`
+masks/                    masks of bundles that produce maps
+progress/                 during the run: the list of inputs, and one file of finished rows per block
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from fastfundus import __version__
+from fastfundus.data.source import SourceList
+from fastfundus.engines.bundle import Bundle
+from fastfundus.errors import ConfigError, DataError
+from fastfundus.files import atomic_write
+from fastfundus.records import SourcePhoto
+from fastfundus.screening.pipeline import BLOCK
+from fastfundus.screening.policy import ScreenPolicy
+from fastfundus.screening.results import eye_table, patient_table, results_table
+
+__all__ = ["FILES", "Store", "parquet_bytes", "file_stamp"]
+
+FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
+"""Files of a finished results folder, besides masks."""
+_FOLDERS = ("progress", "masks")
+_TOLD: dict[str, Any] = {
+    "name": pl.String, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String, "camera": pl.String,
+    "issue": pl.String,
+}  # fmt: skip
+_INPUTS = {**_TOLD, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Return the size in bytes and the modification time in ns of a file, or (-1, -1) if it does not exist."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return -1, -1
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably: after a crash or power failure it is complete or absent."""
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Store:
+    """A new or resumed output folder. The caller must hold its lock.
+
+    Args:
+        output: the folder; created if it does not exist.
+        listing: the current inputs.
+        sources: the paths given by the user.
+        bundle: the bundle that screens them.
+        policy: the policy that makes the decisions.
+        decode: the decoder: "cpu" or "dali", whose grey levels differ slightly.
+        resume: resume an unfinished run.
+        overwrite: delete the output of an earlier run.
+
+    Raises:
+        ConfigError: the folder contains a different run, or one that needs `resume` or `overwrite`.
+        DataError: the files of an earlier run cannot be read.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        listing: SourceList,
+        *,
+        sources: Iterable[Path],
+        bundle: Bundle,
+        policy: ScreenPolicy,
+        decode: str = "cpu",
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.output, self.bundle, self.policy = output, bundle, policy
+        self.identity = {
+            "fastfundus": __version__,
+            "bundle": bundle.fingerprint,
+            "backend": bundle.backend,
+            "precision": bundle.precision,
+            "spec": bundle.spec.fingerprint,
+            "decode": decode,
+            "policy": policy.to_dict(),
+            "sources": [str(source.absolute()) for source in sources],
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        self.finished = False
+        earlier = self._earlier()
+        if earlier is not None and resume and not overwrite:
+            self._same_as(earlier["identity"])
+            self.finished = earlier["finished"] is not None
+        else:
+            self._make_room(earlier, overwrite)
+        self._blocks = output / "progress" / "blocks"
+        if self.finished:
+            return
+        inputs = output / "progress" / "inputs.parquet"
+        self.photos = listing.photos
+        """The inputs, in the order of the results."""
+        if earlier is not None and resume and inputs.is_file():
+            self.photos = _unpack(inputs)
+        else:
+            self._blocks.mkdir(parents=True, exist_ok=True)
+            _put(inputs, _pack(listing.photos))
+            self._note(None)
+
+    def _earlier(self) -> dict[str, Any] | None:
+        path = self.output / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            return {"identity": summary["identity"], "finished": summary["finished"]}
+        except (ValueError, KeyError, TypeError):
+            raise DataError("was not written by a screening run; choose another --output", path=path) from None
+
+    def _same_as(self, earlier: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if earlier.get(name) != value:
+                raise ConfigError(
+                    f"{self.output}: was started with another {name} ({earlier.get(name)}, now {value}); resume with "
+                    "the original settings, or choose another --output"
+                )
+
+    def _make_room(self, earlier: dict[str, Any] | None, overwrite: bool) -> None:
+        kept = [name for name in (*FILES, *_FOLDERS) if (self.output / name).exists()]
+        if not kept:
+            return
+        if not overwrite:
+            if earlier is not None and earlier["finished"] is None:
+                raise ConfigError(
+                    f"{self.output} contains an unfinished run; add --resume to continue it, or --overwrite to restart"
+                )
+            raise ConfigError(f"{self.output} already contains {kept[0]}; add --overwrite, or choose another --output")
+        # Remove run.json last: until then it identifies the files as those of a run.
+        for name in sorted(kept, key="run.json".__eq__):
+            path = self.output / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _note(self, finished: str | None) -> None:
+        summary = {"identity": self.identity, "finished": finished}
+        _put(self.output / "run.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of inputs."""
+        return -(-len(self.photos) // BLOCK)
+
+    def inputs_of(self, block: int) -> list[SourcePhoto]:
+        """Return the inputs of a block."""
+        return self.photos[block * BLOCK : (block + 1) * BLOCK]
+
+    def has(self, block: int) -> bool:
+        """Return whether the rows of a block are stored."""
+        return self._file(block).is_file()
+
+    def add(self, block: int, rows: list[dict[str, Any]]) -> None:
+        """Store the rows of a block durably."""
+        assert [row["path"] for row in rows] == [photo.name for photo in self.inputs_of(block)]
+        _put(self._file(block), parquet_bytes(results_table(rows, self.bundle)))
+
+    def rows_of(self, block: int) -> list[dict[str, Any]]:
+        """Return the rows of a stored block."""
+        return pl.read_parquet(self._file(block)).to_dicts()
+
+    def _file(self, block: int) -> Path:
+        return self._blocks / f"{block:08d}.parquet"
+
+    def stamps(self) -> Iterator[tuple[int, int]]:
+        """Yield the `file_stamp` of each input, recorded before the first one was read."""
+        columns = ["bytes", "mtime_ns"]
+        yield from pl.read_parquet(self.output / "progress" / "inputs.parquet", columns=columns).iter_rows()
+
+    def merge(self) -> pl.DataFrame:
+        """Write the results of all blocks and the eye and patient tables, and return the results."""
+        files = [self._file(block) for block in range(self.blocks)]
+        schema = pq.read_schema(files[0])
+        with (
+            atomic_write(self.output / "results.parquet") as partial,
+            pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+        ):
+            for file in files:
+                writer.write_table(pq.read_table(file, schema=schema), row_group_size=BLOCK)
+        with atomic_write(self.output / "results.csv") as partial, partial.open("wb") as csv:
+            for number, file in enumerate(files):
+                pl.read_parquet(file).write_csv(csv, include_header=number == 0)
+        results = pl.read_parquet(self.output / "results.parquet")
+        eyes = eye_table(results, self.policy)
+        for name, table in (("eyes.csv", eyes), ("patients.csv", patient_table(eyes, self.policy))):
+            with atomic_write(self.output / name) as partial:
+                table.write_csv(partial)
+        return results
+
+    def finish(self) -> None:
+        """Mark the run as finished and remove its progress folder."""
+        self._note(datetime.now(UTC).isoformat(timespec="seconds"))
+        shutil.rmtree(self.output / "progress", ignore_errors=True)
+
+    def results(self) -> pl.DataFrame:
+        """Return the results of a finished run."""
+        return pl.read_parquet(self.output / "results.parquet")
+
+
+def parquet_bytes(table: pl.DataFrame) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
+    buffer = io.BytesIO()
+    table.write_parquet(buffer)
+    return buffer.getvalue()
+
+
+def _pack(photos: list[SourcePhoto]) -> bytes:
+    # Build columns: row dictionaries of a million inputs would temporarily take a gigabyte.
+    columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _TOLD}
+    # File names are bytes and not necessarily UTF-8.
+    columns["path"] = [os.fsencode(photo.path) for photo in photos]
+    stamps = [file_stamp(photo.path) for photo in photos]
+    columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
+    return parquet_bytes(pl.DataFrame(columns, schema=_INPUTS))
+
+
+def _unpack(path: Path) -> list[SourcePhoto]:
+    rows = pl.read_parquet(path, columns=[*_TOLD, "path"]).iter_rows(named=True)
+    return [SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}) for row in rows]

@@ -1,0 +1,215 @@
+"""The HTTP application: screening by POST, health, metrics, and a web page for uploading photos."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from fastfundus import __version__
+from fastfundus.engines.bundle import Bundle
+from fastfundus.engines.heatmap import Heatmapper
+from fastfundus.errors import FastFundusError
+from fastfundus.screening.pipeline import ScreenedPhoto
+from fastfundus.screening.policy import ScreenPolicy
+from fastfundus.serving.body import read_photos
+from fastfundus.serving.metrics import Metrics
+from fastfundus.serving.service import Busy, Service
+
+__all__ = ["Limits", "create_app"]
+
+_PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
+_HEADERS = {
+    # The page loads nothing from other hosts and must not be framed.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Limits of one server."""
+
+    max_bytes: int = 64 << 20
+    """Maximum size of a request body, in bytes."""
+    max_s: float = 60.0
+    """Timeout of a request in seconds, from its first byte to the response."""
+    max_waiting: int = 128
+    """Maximum number of photos in progress at once."""
+    hang_s: float = 20.0
+    """Timeout for decoding a photo, in seconds."""
+
+
+class PhotoResult(BaseModel):
+    """Result of one photo, with the columns of results.csv."""
+
+    file: str
+    sha256: str | None
+    status: str
+    reason: str | None
+    eye: str | None
+    camera: str | None
+    quality: float | None
+    probabilities: dict[str, float]
+    decision: str | None
+    crop: str | None = None
+    heatmap: str | None = None
+
+
+class ScreenResponse(BaseModel):
+    """Response to a request: one result per photo, in the order they were sent."""
+
+    bundle: str
+    thresholds: dict[str, float]
+    findings: list[str]
+    results: list[PhotoResult]
+
+
+def create_app(
+    bundle: Bundle,
+    *,
+    policy: ScreenPolicy | None = None,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: list[str] | None = None,
+) -> FastAPI:
+    """Create the application. Its engine is loaded when the server starts.
+
+    Args:
+        bundle: the bundle to screen with.
+        policy: the decision policy; None uses the default policy.
+        limits: limits of the server; None uses the defaults.
+        token: token that requests must send as `Authorization: Bearer ...`; None requires none.
+        hosts: accepted names in the Host header; None accepts any. Prevents web pages of other origins from reaching a
+            server on loopback through a host name of their own (DNS rebinding).
+    """
+    limits, metrics = limits or Limits(), Metrics(bundle)
+    state: dict[str, Service] = {}
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = state["service"] = Service(
+            bundle,
+            policy or ScreenPolicy(),
+            max_waiting=limits.max_waiting,
+            hang_s=limits.hang_s,
+            on_batch=metrics.batch,
+        )
+        try:
+            yield
+        finally:
+            service.close()
+
+    # The generated API documentation pages would load scripts from other hosts.
+    app = FastAPI(title="FastFundus", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+
+    @app.middleware("http")
+    async def guard(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        began = time.perf_counter()
+        open_to_all = request.url.path in (*_PAGE, "/healthz")
+        if token is not None and not open_to_all and not _has_token(request, token):
+            response: Response = JSONResponse(
+                {"detail": "a token is required: Authorization: Bearer ..."}, 401, {"WWW-Authenticate": "Bearer"}
+            )
+        else:
+            response = await proceed(request)
+        response.headers.update(_HEADERS)
+        if request.url.path == "/v1/screen":
+            metrics.answered(response.status_code, time.perf_counter() - began)
+        return response
+
+    @app.post("/v1/screen")
+    async def screen(request: Request, pictures: bool = False) -> ScreenResponse:
+        """Screen photos sent as multipart/form-data with up to 32 files, or one photo sent as the body.
+
+        With `pictures`, results include the scored crop and a heatmap as data URLs.
+        """
+        service = state["service"]
+        try:
+            async with asyncio.timeout(limits.max_s):
+                photos = await read_photos(request, limits.max_bytes)
+                # Accept all photos of a request or none: a partial refusal would lose photos.
+                if service.under_way + len(photos) > limits.max_waiting:
+                    raise Busy(f"{service.under_way} photos are in progress, at most {limits.max_waiting} allowed")
+                screened = await asyncio.gather(*[service.screen(name, data) for name, data in photos])
+                results = [await _result(service, photo, pictures) for photo in screened]
+        except TimeoutError:
+            raise HTTPException(504, f"not done within {limits.max_s:g} s", headers={"Connection": "close"}) from None
+        except Busy as error:
+            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from None
+        except FastFundusError as error:
+            raise HTTPException(500, str(error)) from None
+        metrics.screened(screened)
+        return ScreenResponse(
+            bundle=bundle.fingerprint,
+            thresholds=dict(zip(bundle.labels, bundle.thresholds, strict=True)),
+            findings=list(bundle.findings),
+            results=results,
+        )
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """Return whether the server can screen photos."""
+        service = state["service"]
+        summary = {"status": service.fault or "ok", "version": __version__, "bundle": bundle.fingerprint}
+        summary |= {"backend": bundle.backend, "precision": bundle.precision}
+        return JSONResponse(summary, 503 if service.fault else 200)
+
+    @app.get("/v1/about")
+    async def metadata() -> dict[str, Any]:
+        """Return the bundle that screens photos, its thresholds, and the limits."""
+        return {
+            "version": __version__,
+            "bundle": bundle.fingerprint,
+            "findings": list(bundle.findings),
+            "thresholds": dict(zip(bundle.labels, bundle.thresholds, strict=True)),
+            "heatmaps": Heatmapper.available(bundle),
+            "limits": {"bytes": limits.max_bytes, "seconds": limits.max_s, "photos_waiting": limits.max_waiting},
+        }
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        """Return metrics in the Prometheus text format."""
+        return Response(metrics.text(state["service"]), media_type=metrics.media_type)
+
+    for path, (name, kind) in _PAGE.items():
+        content = resources.files("fastfundus.serving").joinpath(name).read_bytes()
+        app.add_api_route(path, _constant(content, kind), include_in_schema=False)
+    return app
+
+
+def _has_token(request: Request, token: str) -> bool:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    # Compare in constant time, so that the duration reveals nothing about the token.
+    return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def _constant(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        return Response(content, media_type=kind)
+
+    return answer
+
+
+async def _result(service: Service, photo: ScreenedPhoto, pictures: bool) -> PhotoResult:
+    shown = await service.pictures(photo) if pictures else {}
+    return PhotoResult(**service.row(photo) | shown)

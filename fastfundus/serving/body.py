@@ -1,0 +1,84 @@
+"""Parsing of request bodies, bounded in size and kept in memory: photos of patients are never written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from email.message import Message
+from urllib.parse import unquote
+
+from fastapi import HTTPException, Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+__all__ = ["MAX_FILES", "read_photos"]
+
+MAX_FILES = 32
+"""Maximum number of photos per request."""
+_RAW = ("image/", "application/dicom", "application/octet-stream")
+
+
+async def read_photos(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
+    """Return the names and contents of the photos in a request.
+
+    Args:
+        request: multipart/form-data with files, or one photo as the body, named by the header `Content-Disposition`.
+        max_bytes: maximum size of the whole body.
+
+    Raises:
+        HTTPException: 413 if the body is too large, 415 if its type is not accepted, 400 if it is malformed or empty.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _parts(request, max_bytes)
+    if not kind.startswith(_RAW):
+        raise HTTPException(
+            415, f"content type {kind!r}: send multipart/form-data, or a photo as image/* or application/dicom"
+        )
+    data = b"".join([chunk async for chunk in _bounded(request, max_bytes)])
+    if not data:
+        raise HTTPException(400, "the body is empty; send a photo")
+    summary = Message()
+    summary["content-disposition"] = request.headers.get("content-disposition", "inline")
+    return [(unquote(summary.get_filename() or "photo"), data)]
+
+
+async def _parts(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
+    parser = _InMemory(request.headers, _bounded(request, max_bytes), max_files=MAX_FILES, max_fields=8)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise HTTPException(400, f"malformed multipart/form-data: {error.message}") from None
+    except (KeyError, ValueError, AssertionError, UnicodeError) as error:
+        # Errors of the parser for headers that no regular client sends.
+        raise HTTPException(400, f"malformed multipart/form-data ({type(error).__name__})") from None
+    photos = []
+    for _, part in form.multi_items():
+        if isinstance(part, UploadFile):
+            photos.append((part.filename or "photo", await part.read()))
+    await form.close()
+    if not photos:
+        raise HTTPException(400, "the form contains no file; send photos as files, under any field name")
+    return photos
+
+
+class _InMemory(MultiPartParser):
+    # Never reached, because the body is already bounded.
+    spool_max_size = 1 << 62
+
+
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Yield the body in chunks and enforce its maximum size, because its declared length cannot be trusted."""
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
+
+
+def _too_large(max_bytes: int) -> HTTPException:
+    # The rest of the body is not read, so the connection cannot be reused.
+    return HTTPException(413, f"the body is larger than {max_bytes} bytes", headers={"Connection": "close"})

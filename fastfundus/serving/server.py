@@ -1,0 +1,105 @@
+"""The HTTP server: limits connections and slow clients, and answers all accepted requests before it shuts down."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastfundus.errors import FastFundusError
+from fastfundus.serving.app import Limits
+
+__all__ = ["LOOPBACK", "make_server", "serve"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HEADERS_S = 10.0
+"""Timeout for request headers, in seconds: a client that trickles bytes must not hold a connection open."""
+_IDLE_S = 15
+_MAX_CONNECTIONS = 512
+
+
+class _Impatient(H11Protocol):
+    """HTTP/1.1 protocol that closes the connection if a client does not finish its headers in time."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        # Each further request on the same connection has its own deadline.
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._wait()
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._stop_waiting()
+        super().on_response_complete()
+
+    def _wait(self) -> None:
+        self._deadline = self.loop.call_later(_HEADERS_S, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM as requests for a clean shutdown."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def make_server(app: Any, limits: Limits, *, host: str, port: int) -> uvicorn.Server:
+    """Create a server without starting it.
+
+    Args:
+        app: application from `create_app`.
+        limits: limits of the application.
+        host: address to listen on.
+        port: port to listen on; 0 selects a free one.
+    """
+    config = uvicorn.Config(
+        app, host=host, port=port, http=_Impatient, ws="none", loop="asyncio", lifespan="on", log_level="info",
+        access_log=False, server_header=False, limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_IDLE_S,
+        timeout_graceful_shutdown=round(limits.max_s) + 5,
+    )  # fmt: skip
+    return _Server(config)
+
+
+def serve(app: Any, limits: Limits, *, host: str, port: int) -> None:
+    """Serve until stopped, then refuse new requests and answer those already accepted. See `make_server`.
+
+    Raises:
+        FastFundusError: the server could not start.
+    """
+    server = make_server(app, limits, host=host, port=port)
+    try:
+        server.run()
+    except SystemExit:
+        raise FastFundusError(f"could not listen on {host}:{port}; see the lines above") from None
+    if not server.started:
+        raise FastFundusError(f"could not listen on {host}:{port}; see the lines above")

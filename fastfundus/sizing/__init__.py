@@ -1,0 +1,1 @@
+"""Sizing of a deployment: measure this machine, predict another."""

@@ -1,0 +1,106 @@
+"""`last.ckpt`: the complete training state, so that a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from fastfundus.config import TrainConfig
+from fastfundus.data.cache import PhotoCache
+from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.training.distributed import World
+from fastfundus.training.optimizer import AveragedModel
+from fastfundus.training.run import SCHEMA, run_file
+
+__all__ = ["TrainState", "make_checkpoint", "restore_checkpoint", "save_checkpoint"]
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Progress of a run: the content of `last.ckpt` besides weights and optimizer."""
+
+    epoch: int = 0
+    """Completed epochs."""
+    step: int = 0
+    """Completed steps of the current epoch."""
+    loss_sum: float = 0.0
+    best_score: float = -1.0
+    best_epoch: int = 0
+    rng: list[torch.Tensor] = field(default_factory=list)
+    """State of torch's random number generator, per process."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """State of the float16 gradient scaler; empty if none is used."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def make_checkpoint(
+    cache: PhotoCache,
+    config: TrainConfig,
+    state: TrainState,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """Return the content of `last.ckpt`: plain data and tensors only, so that it loads with ``weights_only=True``."""
+    return {
+        "schema": SCHEMA,
+        "config": config.to_dict(),
+        "spec": cache.spec.fingerprint,
+        "state": {name: getattr(state, name) for name in TrainState.__dataclass_fields__},
+        "model": model.state_dict(),
+        "averaged": averaged.module.state_dict(),
+        "averaged_steps": averaged.steps,
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def restore_checkpoint(
+    output: Path,
+    cache: PhotoCache,
+    config: TrainConfig,
+    splits: pl.DataFrame,
+    model: torch.nn.Module,
+    averaged: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+) -> TrainState:
+    """Restore model, averaged weights, optimizer and random number generator from `last.ckpt`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the run was started on different photos.
+        ConfigError: the run was started with different settings.
+    """
+    try:
+        saved = torch.load(output / "last.ckpt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{output / 'last.ckpt'}: cannot be read ({type(error).__name__}); start again") from None
+    if saved.get("schema") != SCHEMA or TrainConfig.from_stored(saved["config"]) != config:
+        raise ConfigError(
+            f"{output} was started with different settings; resuming requires those of its config.toml, unchanged"
+        )
+    if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
+        raise CheckpointError(f"{output} was started on different photos, labels or preprocessing than {cache.path}")
+    model.load_state_dict(saved["model"])
+    averaged.module.load_state_dict(saved["averaged"])
+    averaged.steps = saved["averaged_steps"]
+    # Runs of version 0.1 spelled it differently.
+    optimizer.load_state_dict(saved["optimizer"] if "optimizer" in saved else saved["optimiser"])
+    state = TrainState(**saved["state"])
+    # With a different number of processes, dropout is drawn anew: each process is already seeded by its rank.
+    if len(state.rng) == world.size:
+        torch.set_rng_state(state.rng[world.rank])
+    return state
+
+
+def save_checkpoint(value: dict[str, Any], file: Path) -> None:
+    """Save with `torch.save` as an atomic write: a crash leaves the old or the new checkpoint, never a partial one.
+
+    Raises:
+        CheckpointError: the file cannot be written, such as on a full disk; the old checkpoint is kept.
+    """
+    with run_file(file) as partial:
+        torch.save(value, partial)

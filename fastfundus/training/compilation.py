@@ -1,0 +1,53 @@
+"""torch.compile: whether and how a model is compiled for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastfundus.config import LoopConfig
+from fastfundus.errors import ConfigError
+from fastfundus.training.distributed import World
+
+__all__ = ["CompileMode", "compile_mode", "compile_model"]
+
+CompileMode = Literal["off", "on", "graphs"]
+
+
+def compile_mode(loop: LoopConfig, device: torch.device, world: World, say: Callable[[str], None]) -> CompileMode:
+    """Resolve `loop.compile` for a device.
+
+    Args:
+        loop: as configured.
+        device: where the model trains.
+        world: the processes that train together.
+        say: receives one line that explains the choice.
+
+    Raises:
+        ConfigError: CUDA graphs are asked for on a CPU.
+    """
+    if loop.compile == "graphs" and device.type == "cpu":
+        raise ConfigError('loop.compile is "graphs", which needs a GPU; use "on", "off" or "auto"')
+    if loop.compile == "auto" and device.type == "cpu":
+        say("torch.compile is off: on a CPU it costs a minute and gained nothing when measured; loop.compile=on")
+        return "off"
+    mode: CompileMode
+    if loop.compile == "auto":
+        # Gradients that are exchanged during the backward pass cannot be part of a CUDA graph.
+        mode = "graphs" if world.size == 1 and loop.accumulate == 1 else "on"
+    else:
+        mode = loop.compile
+    say(f"torch.compile is {'off by loop.compile' if mode == 'off' else 'on: the first step takes a minute'}")
+    return mode
+
+
+def compile_model(model: nn.Module, mode: CompileMode) -> Any:
+    """Return the model, compiled unless `mode` is "off"."""
+    if mode == "off":
+        return model
+    # One graph per photo size rather than one for all sizes.
+    how = "reduce-overhead" if mode == "graphs" else "default"
+    return torch.compile(model, fullgraph=True, dynamic=False, mode=how)

@@ -1,0 +1,86 @@
+"""Batched prediction on photos of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastfundus.kernels.ops import sample
+from fastfundus.spec import PreprocessSpec
+from fastfundus.training.augment import fixed_transforms
+
+if TYPE_CHECKING:
+    from fastfundus.data.store import PhotoArray
+
+__all__ = ["forward_batches", "predict_logits"]
+
+
+@torch.inference_mode()
+def forward_batches(
+    model: nn.Module,
+    photos: PhotoArray,
+    rows: NDArray[np.int64],
+    spec: PreprocessSpec,
+    *,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Iterator[Tensor]:
+    """Yield the model's output for each batch of photos, float32 on the device.
+
+    Args:
+        model: takes [N, 3, size, size]; it is set to evaluation mode.
+        photos: uint8 [*, S, S, 3], the cache.
+        rows: rows of the photos.
+        spec: preprocessing of the cache.
+        size: side of the inputs in pixels; if it exceeds S, black is added at the right and bottom.
+        batch_size: number of photos per forward pass.
+        dtype: type to autocast to; None computes in float32.
+        device: device of the model.
+    """
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        fixed = fixed_transforms(spec, len(batch))
+        images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
+        inputs = sample(images, torch.from_numpy(fixed.geometry), torch.from_numpy(fixed.colour), size)
+        with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
+            output = model(inputs)
+        yield output.float()
+
+
+def predict_logits(
+    model: nn.Module,
+    photos: PhotoArray,
+    rows: NDArray[np.int64],
+    spec: PreprocessSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32]:
+    """Return the logits of photos of a cache.
+
+    Args:
+        model: maps [N, 3, S, S] to [N, L]; it is set to evaluation mode.
+        photos: uint8 [*, S, S, 3], the cache.
+        rows: [N] rows of the photos.
+        spec: preprocessing of the cache.
+        dtype: type to autocast to; None computes in float32.
+        batch_size: number of photos per forward pass.
+        device: device of the model.
+
+    Returns:
+        float32 [N, L].
+    """
+    outputs = forward_batches(
+        model, photos, rows, spec, size=spec.size, batch_size=batch_size, dtype=dtype, device=device
+    )  # fmt: skip
+    parts = [logits.cpu().numpy() for logits in outputs]
+    return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)

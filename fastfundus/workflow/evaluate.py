@@ -1,0 +1,63 @@
+"""From a run to its metrics on photos that it has not learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastfundus.data.joined_cache import open_caches
+from fastfundus.evaluation.evaluation import evaluate_run, write_evaluation
+from fastfundus.evaluation.locked_run import Measured
+from fastfundus.training.run import Run
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    run: str | Path | Run,
+    caches: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    rules: Sequence[str] = (),
+    by: Sequence[str] = (),
+    against: str | Path | Run | None = None,
+    prevalence: float | None = None,
+) -> tuple[Measured, dict[str, Any]]:
+    """Evaluate a run at its locked thresholds on photos that it has not learned from.
+
+    Args:
+        run: the run, or its folder.
+        caches: one cache or several. In the run's own cache, its test patients are used; in any other, all photos
+            except byte-identical copies of photos that the run has learned from.
+        output: folder for metrics.json, predictions.csv, model_card.md and evaluation.html; None writes nothing.
+        rules: definitions of outputs by labels of another data set, such as "abnormal=dr_grade>=1".
+        by: columns of the manifest by which subgroups are reported.
+        against: another run to compare with on the same photos.
+        prevalence: prevalence in the target population, for predictive values.
+
+    Returns:
+        The results, and the content of metrics.json.
+
+    Raises:
+        DataError: the labels are missing or do not match the task.
+        SpecMismatch: a cache has another preprocessing than the run.
+        CheckpointError: the run is incomplete, or was changed after its thresholds were locked.
+    """
+    paths = [caches] if isinstance(caches, str | Path) else list(caches)
+    opened = _opened(run)
+    measured, document = evaluate_run(
+        opened,
+        open_caches(*map(Path, paths)),
+        by=tuple(by),
+        against=_opened(against) if against else None,
+        prevalence=prevalence,
+        rules=tuple(rules),
+    )
+    if output is not None:
+        write_evaluation(opened, measured, document, Path(output))
+    return measured, document
+
+
+def _opened(run: str | Path | Run) -> Run:
+    return run if isinstance(run, Run) else Run.open(Path(run))

@@ -1,0 +1,182 @@
+"""From a photo cache to a trained, calibrated and measured run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastfundus.config import TrainConfig
+from fastfundus.data.cache import PhotoCache
+from fastfundus.data.joined_cache import open_caches
+from fastfundus.data.split import SIDES
+from fastfundus.errors import ConfigError
+from fastfundus.evaluation.folds import pool_folds
+from fastfundus.evaluation.locked_run import is_locked
+from fastfundus.evaluation.operating_point import fit_operating_point
+from fastfundus.evaluation.page import write_run_page
+from fastfundus.photo.memory import keep_memory
+from fastfundus.training.distributed import World
+from fastfundus.training.observer import Observer
+from fastfundus.training.run import Run
+from fastfundus.training.trainer import Trainer
+
+__all__ = ["RECIPES", "Targets", "read_recipe", "train", "train_folds", "train_run"]
+
+RECIPES = ("upstream", "finetune", "linear_probe", "dr_grading", "vessels")
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What thresholds are chosen for, on validation."""
+
+    sensitivity: float = 0.90
+    specificity: float | None = None
+    """Takes precedence over the sensitivity."""
+
+
+def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """Read a configuration that comes with FastFundus.
+
+    Args:
+        name: one of `RECIPES`.
+        overrides: values that take precedence, by dotted name, such as {"loop.epochs": 3}.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+    with resources.as_file(resources.files("fastfundus.recipes") / f"{name}.toml") as file:
+        return TrainConfig.from_toml(file, overrides)
+
+
+def train(
+    caches: str | Path | Sequence[str | Path],
+    output: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    folds: int | None = None,
+    resume: bool = False,
+    targets: Targets | None = None,
+    observer: Observer | None = None,
+) -> Run | list[Run]:
+    """Train a model, fit its temperature and thresholds on validation, and measure it once on the test patients.
+
+    Args:
+        caches: one cache, or several to train on together.
+        output: the run folder; with `folds`, a folder for one run per fold.
+        config: configuration; None uses the defaults. A resumed run uses its own.
+        folds: train this many folds one after the other and pool their predictions.
+        resume: continue an interrupted run.
+        targets: what thresholds are chosen for.
+        observer: receives progress callbacks.
+
+    Returns:
+        The run, or with `folds` the runs.
+
+    Raises:
+        DataError: the labels or patients do not allow training.
+        ConfigError: settings do not match the labels, or each other.
+        CheckpointError: `output` already contains a run, or cannot be resumed.
+        Interrupted: SIGINT or SIGTERM was received; the run can be resumed.
+
+    Example:
+        >>> run = fastfundus.train("cache/", "run/", TrainConfig.from_dict({"model": {"backbone": "resnet18"}}))
+    """
+    paths = [caches] if isinstance(caches, str | Path) else list(caches)
+    cache, folder = open_caches(*map(Path, paths)), Path(output)
+    if resume:
+        config = TrainConfig.from_run(folder / "fold0" if folds else folder)
+    config, observer = config or TrainConfig(), observer or Observer()
+    if folds is None:
+        train_run(cache, folder, config, resume=resume, targets=targets, observer=observer)
+        return Run.open(folder)
+    train_folds(cache, folder, config, folds, resume=resume, targets=targets, observers=lambda name: observer)
+    return [Run.open(folder / f"fold{number}") for number in range(folds)]
+
+
+def train_run(
+    cache: PhotoCache,
+    folder: Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    targets: Targets | None = None,
+    observer: Observer | None = None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Train one run; see `train`.
+
+    Args:
+        cache: the photos.
+        folder: the run folder.
+        config: configuration.
+        resume: continue an interrupted run.
+        targets: what thresholds are chosen for.
+        observer: receives progress callbacks.
+        world: the processes that train together.
+
+    Returns:
+        The content of operating_point.json in the leading process, nothing in the others.
+    """
+    # Batches need megabytes of fresh memory each; page faults would cost as much as filling it.
+    keep_memory()
+    world, targets = world or World(), targets or Targets()
+    Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
+    if not world.leads:
+        return {}
+    run = Run.open(folder)
+    document = fit_operating_point(
+        run, cache, target_sensitivity=targets.sensitivity, target_specificity=targets.specificity
+    )
+    write_run_page(run, cache)
+    return document
+
+
+def train_folds(
+    cache: PhotoCache,
+    folder: Path,
+    config: TrainConfig,
+    folds: int,
+    *,
+    resume: bool = False,
+    targets: Targets | None = None,
+    observers: Callable[[str], Observer] = lambda name: Observer(),
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Train one run per fold into fold0, fold1, ..., and pool the predictions for every photo; see `train`.
+
+    Args:
+        cache: the photos.
+        folder: folder of the runs.
+        config: configuration; its fold settings are replaced.
+        folds: number of folds.
+        resume: continue: completed folds are kept.
+        targets: what thresholds are chosen for.
+        observers: called with the name of each fold that is trained, returns its observer.
+        world: the processes that train together.
+
+    Returns:
+        The pooled metrics, the content of folds.json, in the leading process; nothing in the others.
+
+    Raises:
+        ConfigError: the split is fixed already.
+    """
+    world = world or World()
+    if config.data.split_file or set(SIDES) & set(cache.manifest["split"].to_list()):
+        raise ConfigError(
+            "--folds assigns patients to folds, but the label file or data.split_file fixes a split; omit one of them"
+        )
+    for number in range(folds):
+        fold = folder / f"fold{number}"
+        # One process decides for all: the one that writes the file.
+        if world.gather(resume and is_locked(fold))[0]:
+            continue
+        part = replace(config, data=replace(config.data, split="folds", folds=folds, fold=number))
+        observer = observers(f"fold {number} of {folds}")
+        resumed = resume and (fold / "last.ckpt").is_file()
+        train_run(cache, fold, part, resume=resumed, targets=targets, observer=observer, world=world)
+    if not world.leads:
+        return {}
+    return pool_folds(folder, [Run.open(folder / f"fold{number}") for number in range(folds)], cache)

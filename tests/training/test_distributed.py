@@ -1,0 +1,163 @@
+"""Two processes that train one model: as one process would, and again after one of them was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from fastfundus.config import TrainConfig, to_toml
+from fastfundus.data import PhotoCache
+from fastfundus.errors import ConfigError
+from fastfundus.training.distributed import World
+from fastfundus.training.trainer import Trainer
+from tests.conftest import Trained
+
+# No batch statistics: each process would take those of its own share. float32, so that nothing but the order of sums
+# differs; and a small rate, for AdamW divides gradients by their own size.
+SETTINGS = {
+    "model": {"backbone": "convnext_atto"},
+    "data": {"folds": 3},
+    "loss": {"positive_weight": 0},
+    "optimizer": {"learning_rate": 1e-4},
+    "loop": {"epochs": 2, "batch_size": 8, "amp": False, "sampler": "balanced"},
+}
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "--max-restarts", str(restarts), "-m", "fastfundus", *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(to_toml(TrainConfig.from_dict(SETTINGS).to_dict()))
+    return path
+
+
+def test_two_processes_train_as_one(cache: PhotoCache, tmp_path: Path) -> None:
+    """In two parts a step, each of which both processes share."""
+    settings = TrainConfig.from_dict({**SETTINGS, "loop": {**SETTINGS["loop"], "accumulate": 2, "batch_size": 4}})  # type: ignore[dict-item]
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(settings.to_dict()))
+    command = torchrun("train", cache.path, "--output", tmp_path / "two", "--config", file)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    # Only one of them speaks.
+    assert done.stdout.count("best epoch") == 1
+    assert done.stderr.count("epoch 1/2") == 1
+    Trainer(cache, tmp_path / "one", settings).fit()
+    one, two = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("one", "two"))
+    for name, value in one["model"].items():
+        # Sums of gradients in another order: AdamW's first steps amplify that by no more than their rate, 1e-4 a step.
+        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=2e-5, msg=name)
+    metrics = [pl.read_csv(tmp_path / name / "metrics.csv").drop("images_per_s", "seconds") for name in ("one", "two")]
+    for left, right in zip(*(table.rows() for table in metrics), strict=True):
+        # Every photo of validation once: AUROC of 16 photos would show a doubled one at once.
+        assert left == pytest.approx(right, rel=1e-4)
+    assert len(two["state"]["rng"]) == 2
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """The averaged gradient itself, before any optimizer: uneven shares, labels of which some are not known."""
+    script = tmp_path / "gradients.py"
+    script.write_text(
+        """
+import sys, warnings
+import numpy as np, torch
+from torch import nn
+from fastfundus.config import LoopConfig
+from fastfundus.training.distributed import World, joined
+from fastfundus.training.loader import split_batch
+from fastfundus.training.tasks.losses import binary_loss
+from fastfundus.training.step import TrainStep
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+inputs, truth = torch.randn(11, 3, 8, 8), (torch.rand(11, 2) < 0.5).float()
+truth[::3, 0] = torch.nan
+known = float(truth.isfinite().sum() / 11)
+with joined() as world:
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            kept.extend(value.grad.clone() for value in model.parameters())
+    kept = []
+    step = TrainStep(model, world.spread(model, model), Keep(model.parameters(), lr=1.0), LoopConfig(amp=False),
+                     lambda logits, wanted: binary_loss(logits, wanted, known=known), clip_norm=1e6,
+                     device=torch.device("cpu"), world=world)
+    parts = split_batch(world.share(np.arange(11)), 2)
+    loss = step([(inputs[part], truth[part]) for part in parts], 11, 1.0, pieces=len(parts))
+    total = sum(world.gather(float(loss)))
+    same = world.gather([float(value.sum()) for value in kept])
+    assert all(values == same[0] for values in same)
+    assert world.any(world.rank == world.size - 1, False) == (True, False)
+    if world.leads:
+        torch.save({"grads": kept, "loss": total}, sys.argv[1])
+"""
+    )
+    alone = [sys.executable, str(script), str(tmp_path / "one.pt")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in (alone, [*launcher, str(script), str(tmp_path / "two.pt")]):
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    for left, right in zip(one["grads"], two["grads"], strict=True):
+        # Eleven float32 terms in another order.
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_killed_process_starts_all_of_them_again(cache: PhotoCache, config: Path, tmp_path: Path) -> None:
+    """Elastic restart: torchrun starts both anew, and they go on from the last checkpoint."""
+    output = tmp_path / "run"
+    # Long enough that it is still training when one process is killed.
+    command = torchrun(
+        "train", cache.path, "--output", output, "--config", config, "--epochs", 4, "--batch-size", 4, restarts=1
+    )
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (output / "last.ckpt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "resuming after epoch" in err
+    assert f"{output}: best epoch" in out
+    history = pl.read_csv(output / "metrics.csv")
+    assert history["epoch"].to_list() == list(range(1, 5))
+    # Nothing was lost or done twice: as if nobody had been killed.
+    whole = torchrun("train", cache.path, "--output", tmp_path / "whole", "--config", config, "--epochs", 4,
+                     "--batch-size", 4)  # fmt: skip
+    subprocess.run(whole, env=environment(), check=True, capture_output=True, timeout=240)
+    killed, never = (torch.load(path / "last.ckpt", weights_only=True) for path in (output, tmp_path / "whole"))
+    assert all(torch.equal(value, killed["model"][name]) for name, value in never["model"].items())
+
+
+def test_alone_everything_is_ones_own(trained: Trained) -> None:
+    import numpy as np
+
+    world = World()
+    assert world.leads
+    assert world.gather("a") == ["a"]
+    assert world.any(True, False) == (True, False)
+    np.testing.assert_array_equal(world.share(np.arange(3)), [0, 1, 2])
+    crowd = World()
+    crowd.size, crowd.rank = 4, 3
+    np.testing.assert_array_equal(crowd.share(np.arange(6)), [5])
+    with pytest.raises(ConfigError, match=r"a batch of 3 photos cannot be divided among 4 processes; raise loop"):
+        crowd.share(np.arange(3))
