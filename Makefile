@@ -19,7 +19,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/mypy
 
 SUITES ?= prepare sample loader train engine screen
-bench: $(VENV)/.installed-dev  ## against peers, in turns (an hour; SUITES="sample loader" ten minutes); prepare, screen need FASTFUNDUS_DATA
+bench: $(VENV)/.installed-dev  ## against peers, interleaved (an hour; SUITES="sample loader" ten minutes); prepare, screen need FASTFUNDUS_DATA
 	@for suite in $(SUITES); do \
 		$(BIN)/python -m pytest bench/suites/bench_$$suite.py --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
 		$(BIN)/python -m bench.tables.report $$suite $(VENV)/bench.json || exit 1; done

@@ -224,16 +224,6 @@ void sample_as(const uint8_t *pixels, const Job &job, void *out, int32_t out_siz
     return integrate_turned<T, 0>(source, job, typed, out_size);
 }
 
-// Cell k of an axis covers pixels [k * size / bins, (k + 1) * size / bins).
-inline int64_t cell_edge(int32_t size, int32_t bins, int32_t index) {
-    return static_cast<int64_t>(index) * size / bins;
-}
-
-inline int64_t brightest(const uint8_t *pixel) {
-    uint8_t most = pixel[0] > pixel[1] ? pixel[0] : pixel[1];
-    return most > pixel[2] ? most : pixel[2];
-}
-
 }  // namespace
 
 extern "C" {
@@ -245,20 +235,6 @@ void fastfundus_sample_photo(const uint8_t *pixels, const Job *job, void *out, i
     if (out_type == 1) return sample_as<Half>(pixels, *job, out, out_size, mode);
     if (out_type == 2) return sample_as<Brain>(pixels, *job, out, out_size, mode);
     return sample_as<uint8_t>(pixels, *job, out, out_size, mode);
-}
-
-// Sums of the brightest channel over bins x bins cells of one photo: [bins, bins].
-void fastfundus_cell_sums(const uint8_t *pixels, int32_t height, int32_t width, int32_t bins, int64_t *sums) {
-    for (int32_t index = 0; index < bins * bins; ++index) {
-        int64_t top = cell_edge(height, bins, index / bins), bottom = cell_edge(height, bins, index / bins + 1);
-        int64_t left = cell_edge(width, bins, index % bins), right = cell_edge(width, bins, index % bins + 1);
-        int64_t sum = 0;
-        for (int64_t row = top; row < bottom; ++row) {
-            const uint8_t *pixel = pixels + 3 * (row * width + left);
-            for (int64_t column = left; column < right; ++column, pixel += 3) sum += brightest(pixel);
-        }
-        sums[index] = sum;
-    }
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Score photographs in your own program, without torch: python embed.py BUNDLE PHOTO..."""
+"""Score photos in your own program without torch: python embed.py BUNDLE PHOTO..."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,6 @@ with bundle.load() as engine:
         if prepared.image is None:
             print(name, prepared.status, prepared.reason)
             continue
-        photos = np.stack([prepared.image])  # uint8 [N, S, S, 3]
-        (scores,) = engine.infer(photos)  # float32 [N, labels]
+        photos = np.stack([prepared.image])  # uint8 [N, S, S, 3] RGB
+        (scores,) = engine.infer(photos)  # float32 probabilities [N, labels]
         print(name, {label: f"{score:.4f}" for label, score in zip(bundle.labels, scores, strict=True)})

@@ -78,8 +78,8 @@ class Bundle:
             raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); rebuild the engine") from None
         if metadata.get("schema") != SCHEMA:
             raise BundleError(
-                f"{path}: bundle has schema {metadata.get('schema')}, but this FastFundus reads schema {SCHEMA}; upgrade "
-                "FastFundus, or rebuild the bundle from its run"
+                f"{path}: bundle has schema {metadata.get('schema')}, but this FastFundus reads schema {SCHEMA}; "
+                "upgrade FastFundus, or rebuild the bundle from its run"
             )
         if (
             fingerprint_of({key: value for key, value in metadata.items() if key != "fingerprint"})
@@ -103,8 +103,8 @@ class Bundle:
             raise BundleError(f"{path}: {error}") from None
         if spec.fingerprint != metadata["spec_fingerprint"]:
             raise BundleError(
-                f"{path}: preprocessing has fingerprint {metadata['spec_fingerprint'][:12]}, but in this FastFundus the "
-                f"same settings have {spec.fingerprint[:12]}, so their meaning changed; rebuild the engine"
+                f"{path}: preprocessing has fingerprint {metadata['spec_fingerprint'][:12]}, but in this FastFundus "
+                f"the same settings have {spec.fingerprint[:12]}, so their meaning changed; rebuild the engine"
             )
         labels = metadata["labels"]
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())

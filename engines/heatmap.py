@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
-from fastfundus.engines.openvino_backend import shared_core
+from fastfundus.engines.openvino_core import shared_core
 from fastfundus.engines.runtime import FEATURES, GRAPH
 from fastfundus.errors import BundleError
 

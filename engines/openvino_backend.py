@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastfundus.engines.openvino_core import shared_core
+from fastfundus.engines.quantize import quantize_openvino
 from fastfundus.engines.runtime import Blueprint, Engine
 from fastfundus.errors import BundleError
 from fastfundus.machine import cpu_quota, usable_cores
 
-__all__ = ["PACKAGE", "OpenVinoEngine", "build", "forbid_telemetry", "load", "precisions", "shared_core"]
+__all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "precisions"]
 
 PACKAGE = "openvino"
-
-
-def forbid_telemetry(package: str) -> None:
-    """Disable telemetry before OpenVINO or a related tool is imported, since patient screening must not phone home.
-
-    Merely importing OpenVINO sends usage statistics over the network unless its telemetry package is absent, so this
-    makes the package look absent. It has no effect if the program has imported `package` already.
-    """
-    if package not in sys.modules:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-
-
-@functools.cache
-def shared_core() -> Any:
-    """Return OpenVINO's core, shared by the whole process and never freed before it exits.
-
-    The CPU plugin installs a signal handler stack and restores the previous one when it is freed. If two cores are
-    freed in the order of their creation, a freed stack stays installed and the next Ctrl-C causes a segmentation fault.
-    """
-    forbid_telemetry("openvino")
-    import openvino
-
-    return openvino.Core()
 
 
 def precisions() -> tuple[str, ...]:
@@ -77,8 +54,6 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     model = core.read_model(blueprint.graph)
     metadata: dict[str, Any] = {"engine": "engine.xml", "needs": {}}
     if precision == "int8":
-        from fastfundus.engines.quantize import quantize_openvino
-
         model, metadata["quantisation"] = quantize_openvino(model, blueprint.calibration)
     openvino.save_model(model, folder / "engine.xml", compress_to_fp16=False)
     return metadata

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GATES", "MIN_SPEEDUP", "MAP_QUANTILE", "MAX_AUROC_LOSS", "Gate", "ParityReport", "compare"]
+__all__ = ["GATES", "MAP_QUANTILE", "MAX_AUROC_LOSS", "MIN_SPEEDUP", "Gate", "ParityReport", "compare"]
 
 
 @dataclass(frozen=True, slots=True)

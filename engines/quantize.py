@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastfundus.engines.openvino_core import forbid_telemetry, shared_core
 from fastfundus.engines.runtime import INPUT
 from fastfundus.errors import require
 
@@ -48,8 +49,6 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     Raises:
         MissingDependency: if nncf is not installed.
     """
-    from fastfundus.engines.openvino_backend import forbid_telemetry, shared_core
-
     # NNCF imports torch's extension builder, which logs verbose warnings if there is no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     core = shared_core()

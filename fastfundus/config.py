@@ -1,4 +1,4 @@
-"""A training run as one TOML file: frozen dataclasses that check themselves. Standard library only.
+"""Configuration of a training run: one TOML file, read into frozen dataclasses that validate themselves.
 
     task = "abnormality"
     [model]
@@ -6,7 +6,8 @@
     [loop]
     epochs = 30
 
-Unknown keys are errors with close matches. The resolved config is stored with the run, the checkpoint and the bundle.
+Unknown keys are errors that name close matches. The resolved configuration is stored with the run, the checkpoint and
+the bundle. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 
 Task = Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"]
 TASKS: tuple[str, ...] = typing.get_args(Task)
-"""What can be learned."""
+"""Names of the tasks."""
 _Config = TypeVar("_Config")
 
 
@@ -48,16 +49,16 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The network."""
+    """Network and initial weights."""
 
     backbone: str = "resnet50"
-    """A timm model name. The paper uses ResNet-50; "resnet18" trains four times faster."""
+    """timm model name. The paper uses ResNet-50; "resnet18" trains four times faster."""
     init: str = "scratch"
-    """"scratch", "imagenet" (timm's weights, from its hub), or a path: a FastFundus run, .safetensors or state dict."""
+    """Initial weights: "scratch", "imagenet" (timm's, from its hub), or the path of a run or weights file."""
     drop_rate: float = 0.0
-    """Dropout before the head, 0 to 0.9. Raise it when validation loss rises while training loss falls."""
+    """Dropout before the head, 0 to 0.9. Increase it if the validation loss rises while the training loss falls."""
     freeze: bool = False
-    """Train the head alone (a linear probe): the backbone stays as `init` gave it, its normalisation layers too."""
+    """Train the head only (a linear probe); the backbone, including its normalisation layers, stays as initialised."""
 
     def __post_init__(self) -> None:
         _check_range("model.drop_rate", self.drop_rate, 0, 0.9)
@@ -65,37 +66,37 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Labels and the patient-grouped split."""
+    """Labels, and the patient-grouped split."""
 
     labels: tuple[str, ...] = ()
-    """Manifest columns to learn. Multilabel: columns of 0 and 1, as many as there are findings. The other tasks: one
-    column; abnormality takes `abnormal` (1 = abnormal) or else `normal` (inverted) if none is named, multiclass
-    `class`, ordinal `dr_grade`, and vessels the masks `mask_vessels`."""
+    """Manifest columns to learn. Multilabel needs one column of 0 and 1 per finding, the other tasks one column. By
+    default, abnormality uses `abnormal` (1 = abnormal) or else `normal` (inverted), multiclass `class`, ordinal
+    `dr_grade`, and vessels the masks `mask_vessels`."""
     findings: tuple[str, ...] = ()
-    """Outputs that make a photo positive when it is screened. None named takes every output, but for a class or label
-    that is called normal or the like."""
+    """Outputs that make a photo positive in screening. By default all outputs, except a class or label named normal or
+    similar."""
     split: Literal["folds", "holdout"] = "folds"
     """"folds": k-fold cross-validation by `folds` and `fold`; "holdout": one split by `test_share` and `val_share`. A
-    split that the label file or `split_file` fixes goes before both."""
+    split fixed by the label file or `split_file` takes precedence."""
     folds: int = 5
-    """Patients are dealt into this many folds: one is the test fold, the next validates, the rest train."""
+    """Number of folds that patients are assigned to: one tests, the next validates, the others train."""
     fold: int = 0
-    """Which fold is the test fold, 0 to folds - 1. Run every one of them for cross-validation."""
+    """The test fold, 0 to folds - 1. Cross-validation runs each of them once."""
     test_share: float = 0.2
-    """Share of the photos that test, for "holdout"."""
+    """Share of the photos for testing, with "holdout"."""
     val_share: float = 0.1
-    """Share of the photos that validate, for "holdout"."""
+    """Share of the photos for validation, with "holdout"."""
     split_seed: int = 0
-    """Deals patients into folds. Keep it when comparing runs."""
+    """Seed of the assignment of patients to folds. Keep it constant when comparing runs."""
     split_file: str = ""
-    """CSV or Parquet with the columns `path` and `split`, as `fastfundus cache split` and every run write; photos that
-    it does not name are left out."""
+    """CSV or Parquet file with the columns `path` and `split`, as written by `fastfundus cache split` and by every run;
+    photos that are not in it are left out."""
     label_fraction: float = 1.0
-    """Share of the training patients whose labels are used, 0.01 to 1: for curves of few labels. Of either class the
-    same share; a smaller share is a part of any larger one."""
+    """Share of the training patients whose labels are used, 0.01 to 1, for studies of label efficiency. It is the same
+    in each class, and a smaller share is a subset of any larger one."""
     duplicates: Literal["together", "ignore"] = "together"
-    """"together": photos of different patients that are or look the same stay on one side of the split. "ignore" splits
-    by patient alone."""
+    """"together": duplicates and near duplicates of different patients stay on one side of the split. "ignore": split
+    by patient only."""
 
     def __post_init__(self) -> None:
         _check_range("data.folds", self.folds, 3, 100)
@@ -109,30 +110,30 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """Random changes to each training photo, composed into one geometry and one colour matrix."""
+    """Random augmentation of each training photo, composed into one geometry matrix and one colour matrix."""
 
     scale: float = 0.8
-    """Smallest random crop: its longer side as a share of the photo's side; 1 turns cropping off."""
+    """Smallest random crop: its longer side as a share of the photo's side; 1 disables cropping."""
     aspect: float = 1.0
-    """Largest ratio of the crop's sides, either way round; the crop is stretched to a square."""
+    """Largest aspect ratio of the crop, in either orientation; the crop is stretched to a square."""
     zoom: float = 0.0
-    """Largest relative change of size about the centre, either way, after the crop; shrinking brings black rims in."""
+    """Largest relative zoom about the centre after the crop, in or out; zooming out adds black borders."""
     shear_degrees: float = 0.0
-    """Largest lean of the columns, either way."""
+    """Largest shear of the columns, in either direction."""
     rotate_degrees: float = 15.0
-    """Largest rotation either way."""
+    """Largest rotation, in either direction."""
     flip_horizontal: bool = True
-    """Mirror half of the photos left to right: a right eye becomes a left one."""
+    """Flip half of the photos horizontally, which turns a right eye into a left one."""
     flip_vertical: bool = False
-    """Mirror half of the photos top to bottom; no retina looks like that, but lesions do."""
+    """Flip half of the photos vertically; no retina looks like that, but lesions do."""
     brightness: float = 0.15
-    """Largest relative change either way."""
+    """Largest relative change, in either direction."""
     contrast: float = 0.15
-    """Largest relative change either way, around mid-grey."""
+    """Largest relative change about mid-grey, in either direction."""
     saturation: float = 0.15
-    """Largest relative change either way, around each pixel's luma."""
+    """Largest relative change about each pixel's luma, in either direction."""
     hue_degrees: float = 6.0
-    """Largest turn of the colour circle either way."""
+    """Largest hue rotation, in either direction."""
 
     def __post_init__(self) -> None:
         _check_range("augment.scale", self.scale, 0.1, 1)
@@ -147,21 +148,21 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero, and an average of the weights."""
+    """AdamW with linear warm-up and cosine decay to zero, and a moving average of the weights."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate. From a pretrained start, try 1e-4."""
+    """Peak learning rate. For pretrained weights, try 1e-4."""
     weight_decay: float = 0.02
-    """Decoupled decay of weights; biases and normalisation layers are spared."""
+    """Decoupled weight decay; not applied to biases and normalisation layers."""
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises from zero."""
+    """Epochs in which the learning rate rises from zero to its peak."""
     clip_norm: float = 1.0
-    """Largest gradient norm; longer gradients are scaled down."""
+    """Largest gradient norm; larger gradients are scaled down."""
     ema_decay: float = 0.995
-    """Decay per step of the averaged weights that are validated and saved as best; 0 turns averaging off."""
+    """Decay per step of the averaged weights, which are validated and saved as best; 0 disables averaging."""
     layer_decay: float = 1.0
-    """What each layer's learning rate is multiplied by for every layer above it, 0.3 to 1 (off): early layers of a
-    pretrained backbone then change less. RETFound fine-tunes its ViT with 0.65."""
+    """Factor by which each layer's learning rate is lower than that of the layer above it, 0.3 to 1 (off), so that
+    early layers of a pretrained backbone change less. RETFound fine-tunes its ViT with 0.65."""
 
     def __post_init__(self) -> None:
         _check_range("optimizer.learning_rate", self.learning_rate, 1e-8, 10)
@@ -174,19 +175,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What is minimised: cross-entropy, and changes to it that are off by default."""
+    """Cross-entropy, and modifications of it that are off by default."""
 
     label_smoothing: float = 0.0
-    """Share of doubt put into every label, 0 to 0.5. 0.1 helps where labels are noisy; probabilities grow timid."""
+    """Label smoothing, 0 to 0.5. 0.1 helps with noisy labels, but makes probabilities less confident."""
     focal_gamma: float = 0.0
-    """Turns attention to photos that are still wrong, 0 (off) to 5. Calibrate afterwards: probabilities move."""
+    """Exponent of the focal loss, which emphasises misclassified photos, 0 (off) to 5. It shifts probabilities."""
     positive_weight: float = 1.0
-    """What a positive label counts against a negative one, 0.01 to 100; 0 takes their ratio in the training photos for
-    each output, so that both weigh the same. Multiclass: 0 weighs classes by how rare they are; else 1."""
+    """Weight of a positive label relative to a negative one, 0.01 to 100. 0 balances both by their ratio in the
+    training photos, for each output. Multiclass: 0 weights classes by their rarity; otherwise 1."""
     mixup: float = 0.0
-    """Photos are blended pairwise, and their labels alike, by shares drawn from Beta(mixup, mixup); 0 (off) to 1."""
+    """Mixup: photos and labels are blended pairwise with shares drawn from Beta(mixup, mixup), 0 (off) to 1."""
     dice: float = 0.5
-    """Vessels: share of the soft Dice loss, 0 to 1; cross-entropy has the rest."""
+    """Vessels: share of the soft Dice loss, 0 to 1; the rest is cross-entropy."""
 
     def __post_init__(self) -> None:
         _check_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
@@ -199,26 +200,26 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """How the training loop runs."""
+    """Epochs, batches, precision and compilation."""
 
     epochs: int = 30
     """Passes over the training photos."""
     batch_size: int = 32
-    """Photos that go through the model at once, over all processes together."""
+    """Photos per batch, over all processes."""
     tile: int = 512
-    """Vessels: side of the tiles in pixels that are cut out of the photos, a multiple of 32; photos are not shrunk."""
+    """Vessels: side of the tiles cut from the photos at full resolution, in pixels, a multiple of 32."""
     tiles: int = 8
-    """Vessels: tiles of each photo an epoch."""
+    """Vessels: tiles per photo and epoch."""
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """"shuffle" shows every photo once an epoch; "balanced" as many photos, but of every class equally many: the rarer
-    are shown again, the more frequent wait for another epoch. Multilabel counts each photo to its rarest finding."""
+    """"shuffle" uses every photo once per epoch. "balanced" uses as many photos, but equally many of each class: rare
+    ones are repeated, frequent ones are left for another epoch. In multilabel, a photo counts as its rarest finding."""
     first_size: float = 1.0
-    """Side of the photos in the first epoch as a share of the cache's, 0.25 to 1. It grows to the full side over the
-    first two thirds of the run, in four steps: early epochs cost less. For convolutional backbones."""
+    """Side of the photos in the first epoch as a share of that in the cache, 0.25 to 1. It grows to the full size over
+    the first two thirds of the run in four steps, which makes early epochs cheaper. For convolutional backbones."""
     accumulate: int = 1
-    """Batches a step: their gradients are averaged before the weights change, as if they had been one large batch."""
+    """Batches per step: their gradients are averaged before the weights are updated, as for one large batch."""
     patience: int = 0
-    """Epochs without a better score on validation after which the run ends; 0 runs to the last epoch."""
+    """Epochs without a better validation score after which the run stops; 0 disables early stopping."""
     amp: bool | Literal["auto"] = "auto"
     """Automatic mixed precision: autocast for the forward pass; weights, loss and optimizer stay float32. "auto" uses
     it where the device computes a 16-bit type natively, and float32 elsewhere; true and false force it. The choice is
@@ -227,12 +228,12 @@ class LoopConfig:
     """Type that autocast computes in. "auto" is bfloat16 on GPUs of compute capability 8.0 or higher and on processors
     with AVX-512 BF16 or AMX, float16 on GPUs of 7.0 or higher. float16's gradients are scaled to stay in range."""
     compile: Literal["auto", "on", "graphs", "off"] = "auto"
-    """torch.compile; "graphs" with CUDA graphs too ("reduce-overhead"). "auto" takes "graphs" on one GPU, "on" on
-    several, and "off" on a CPU, where it costs a minute and gains nothing measured."""
+    """torch.compile; "graphs" adds CUDA graphs ("reduce-overhead"). "auto" is "graphs" on one GPU, "on" on several, and
+    "off" on a CPU, where it costs a minute and gained nothing when measured."""
     channels_last: Literal["auto", "on", "off"] = "auto"
-    """Memory layout: "auto" means on for convolutional backbones."""
+    """Memory layout: "auto" is "on" for convolutional backbones."""
     seed: int = 0
-    """Weights, order and augmentation."""
+    """Seed of initial weights, order and augmentation."""
 
     def __post_init__(self) -> None:
         _check_range("loop.epochs", self.epochs, 1, 100_000)
@@ -249,11 +250,11 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One training run."""
+    """Configuration of a training run."""
 
     task: Task = "abnormality"
-    """What is learned: "abnormality", one probability that the eye is abnormal; "multiclass", one of several classes;
-    "multilabel", any of several findings, each known or not; "ordinal", a grade from 0; "vessels", a map."""
+    """"abnormality": probability that the eye is abnormal; "multiclass": one of several classes; "multilabel": any of
+    several findings, each with known or unknown labels; "ordinal": a grade from 0; "vessels": a map of the vessels."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -294,7 +295,7 @@ class TrainConfig:
 
         Args:
             path: the file.
-            overrides: values that win over the file's, by dotted name, such as {"loop.epochs": 3}.
+            overrides: values that take precedence over the file, by dotted name, such as {"loop.epochs": 3}.
 
         Raises:
             ConfigError: the file is missing, is not TOML, or a key or value is wrong.
@@ -325,15 +326,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def check_keys(table: Any, names: Iterable[str], prefix: str) -> None:
-    """Refuse what is no table, or has a key that nobody reads.
+    """Check that a value is a table without unknown keys.
 
     Args:
         table: plain data.
-        names: keys that are read.
-        prefix: dotted place of the table, with a dot at its end; empty for the whole.
+        names: known keys.
+        prefix: dotted path of the table with a final dot; empty for the top level.
 
     Raises:
-        ConfigError: with close matches.
+        ConfigError: it is not a table, or has an unknown key; names close matches.
     """
     if not isinstance(table, dict):
         raise ConfigError(f"{prefix.rstrip('.')} must be a table of settings, got {table!r}")
@@ -343,7 +344,7 @@ def check_keys(table: Any, names: Iterable[str], prefix: str) -> None:
 
 
 def override(plain: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of nested plain data with values set by dotted name; values that are None are left out."""
+    """Return a copy of nested plain data with values set by dotted name; None values are skipped."""
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in plain.items()}
     for dotted, value in values.items():
         if value is None:
@@ -385,7 +386,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 
 def _read_union(kind: Any, value: Any, name: str) -> Any:
-    """Read a setting that is a truth value or one of some words."""
+    """Read a setting that is a boolean or one of several words."""
     words = [word for part in typing.get_args(kind) for word in typing.get_args(part)]
     if type(value) is bool or value in words:
         return value
@@ -393,7 +394,7 @@ def _read_union(kind: Any, value: Any, name: str) -> Any:
 
 
 def to_toml(plain: dict[str, Any]) -> str:
-    """Write plain data (one level of tables of strings, numbers, truth values and lists of names) as TOML."""
+    """Write plain data (one level of tables of strings, numbers, booleans and lists of strings) as TOML."""
     lines = [f"{key} = {_toml_value(value)}" for key, value in plain.items() if not isinstance(value, dict)]
     for section, table in plain.items():
         if isinstance(table, dict):
@@ -402,5 +403,5 @@ def to_toml(plain: dict[str, Any]) -> str:
 
 
 def _toml_value(value: str | float | bool | tuple[str, ...]) -> str:
-    # TOML's strings, truth values, finite numbers and lists are written as JSON's are.
+    # Strings, booleans, finite numbers and lists are written alike in TOML and JSON.
     return json.dumps(value, ensure_ascii=False)

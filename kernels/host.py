@@ -1,6 +1,6 @@
 """The CPU implementation, csrc/sample_host.cpp, compiled on first use and kept in a cache folder.
 
-Without a C++ compiler, the operators fall back to the reference: the results agree within `tolerances.py`, but take
+Without a C++ compiler, the operator falls back to the reference: the results agree within `tolerances.py`, but take
 about thirty times longer. `fastfundus doctor` reports which of the two is in use.
 """
 
@@ -28,7 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 
 
 class HostLibrary:
-    """The compiled functions. They release the GIL."""
+    """The compiled library. Its function releases the GIL."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,9 +37,6 @@ class HostLibrary:
         self._sample = library.fastfundus_sample_photo
         self._sample.argtypes = [pointer, pointer, pointer, number, number, number]
         self._sample.restype = None
-        self._cells = library.fastfundus_cell_sums
-        self._cells.argtypes = [pointer, number, number, number, pointer]
-        self._cells.restype = None
 
     def sample(
         self, pixels: int, jobs: NDArray[Any], out: int, out_size: int, item_bytes: int, out_type: int, mode: int
@@ -62,10 +59,6 @@ class HostLibrary:
             self._sample(pixels, address + n * stride, out + n * photo_bytes, out_size, out_type, mode)
 
         return sample_photo
-
-    def cell_sums(self, pixels: int, height: int, width: int, bins: int, out: int) -> None:
-        """Sum one photo's brightest channel over its cells, into int64 [bins, bins] at `out`."""
-        self._cells(pixels, height, width, bins, out)
 
 
 @dataclass(frozen=True, slots=True)

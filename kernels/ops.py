@@ -1,11 +1,10 @@
-"""The kernels as torch operators, each with a schema, a shape function and one implementation per device.
+"""The kernel as a torch operator with a schema, a shape function and one implementation per device.
 
-    fastfundus::sample      Triton on CUDA; csrc/sample_host.cpp on the CPU, or the reference without a C++ compiler
-    fastfundus::cell_sums   the same
+    fastfundus::sample    Triton on CUDA; csrc/sample_host.cpp on the CPU, or the reference without a C++ compiler
 
 Pixels may be on any device. Offsets, sizes and matrices are always on the host, where they are created: their values
-are checked before a launch, without waiting for the device, and a single copy transfers them. The operators are opaque
-to torch.compile and work under `fullgraph=True`. Their input is uint8, so they have no gradient.
+are checked before a launch, without waiting for the device, and a single copy transfers them. The operator is opaque
+to torch.compile and works under `fullgraph=True`. Its input is uint8, so it has no gradient.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastfundus.kernels import host, reference
-from fastfundus.kernels.jobs import check_photos, pack_jobs
+from fastfundus.kernels.jobs import pack_jobs
 
-__all__ = ["DTYPES", "field_profile", "packed", "sample", "sample_ragged"]
+__all__ = ["DTYPES", "packed", "sample", "sample_ragged"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,34 +103,6 @@ def sample_ragged(
     return result
 
 
-def field_profile(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int = 64) -> Tensor:
-    """Mean brightness of bands of rows and of columns, for photos of many sizes: where the field of view may lie.
-
-    Args:
-        pixels: [B] uint8, contiguous: photos [H, W, 3] RGB, on any device.
-        offsets: [N] int64 on the host, the first byte of each photo.
-        sizes: [N, 2] int32 on the host, height and width of each photo; neither below `bins`.
-        bins: bands an axis, 1 to 1024; band k of an axis covers pixels [k * size // bins, (k + 1) * size // bins).
-
-    Returns:
-        [N, 2, bins] float32 in grey levels, on the device of `pixels`: bands of rows from the top, bands of columns
-        from the left; each the mean over its pixels of the brightest channel.
-
-    Raises:
-        ValueError: an argument breaks the lines above; the message names it, its value and what is allowed.
-
-    Error: sums are exact integers; the division rounds once.
-    """
-    _check_buffer(pixels, offsets, sizes)
-    if not 1 <= bins <= 1024:
-        raise ValueError(f"bins must be 1 to 1024, got {bins}")
-    sums: Tensor = _cell_sums(pixels, offsets, sizes, bins)
-    sums = torch.stack([sums.sum(2), sums.sum(1)], dim=1)
-    edges = torch.arange(bins + 1)[None, None, :] * sizes.long()[:, :, None] // bins
-    pixels_a_band = edges.diff(dim=2) * sizes.long().flip(1)[:, :, None]
-    return (sums.double() / pixels_a_band.to(sums.device)).float()
-
-
 def _check_buffer(pixels: Tensor, offsets: Tensor, sizes: Tensor) -> None:
     if pixels.dtype != torch.uint8 or pixels.ndim != 1:
         raise ValueError(f"pixels must be uint8 [B], got {pixels.dtype} {list(pixels.shape)}")
@@ -162,7 +133,7 @@ def packed(
     return pack_jobs(*arrays, out_size=out_size, available=len(pixels), nearest=nearest)
 
 
-# Values are checked inside the operators, because under torch.compile the functions above see only shapes.
+# Values are checked inside the operator, because under torch.compile the functions above see only shapes.
 
 
 @torch.library.custom_op("fastfundus::sample", mutates_args=(), device_types="cpu")
@@ -201,41 +172,3 @@ def _(
     dtype: torch.dtype, nearest: bool,
 ) -> Tensor:  # fmt: skip
     return pixels.new_empty((sizes.shape[0], out_size, out_size, 3), dtype=dtype).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op("fastfundus::cell_sums", mutates_args=(), device_types="cpu")
-def _cell_sums(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
-    _check_cells(pixels, offsets, sizes, bins)
-    library = host.load().library
-    if library is None:
-        return reference.cell_sums(pixels, offsets, sizes, bins)
-    out = torch.empty(len(sizes), bins, bins, dtype=torch.int64)
-    begins, shapes = offsets.tolist(), sizes.tolist()
-
-    def job(n: int) -> None:
-        height, width = shapes[n]
-        library.cell_sums(pixels.data_ptr() + begins[n], height, width, bins, out[n].data_ptr())
-
-    host.in_parallel(job, len(sizes), torch.get_num_threads())
-    return out
-
-
-@_cell_sums.register_kernel("cuda")
-def _(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
-    from fastfundus.kernels import cell_sums as triton_cell_sums
-
-    _check_cells(pixels, offsets, sizes, bins)
-    with torch.cuda.device(pixels.device):
-        return triton_cell_sums.launch(pixels, offsets, sizes, bins)
-
-
-@_cell_sums.register_fake
-def _(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
-    return pixels.new_empty((sizes.shape[0], bins, bins), dtype=torch.int64)
-
-
-def _check_cells(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> None:
-    check_photos(offsets.numpy(), sizes.numpy(), len(pixels))
-    small = (sizes.amin(dim=1) < bins).nonzero().flatten().tolist() if len(sizes) else []
-    if small:
-        raise ValueError(f"sizes[{small[0]}] is {sizes[small[0]].tolist()}, but neither side may be below bins, {bins}")

@@ -29,13 +29,6 @@ Worked example: a 1 x 2 source with grey levels 10 and 30, identity geometry and
 (0.5, 0.5) is the centre of the first pixel, so the output is 10. With g02 = 0.5 the position is (1.0, 0.5), halfway
 between the two pixels, and the output is 20. With g00 = 2 the box is 2 pixels wide and centred on (1.0, 0.5), and the
 output is 20 as well.
-
-`cell_sums`
------------
-A photo is shared out into bins x bins cells: cell k of an axis of `size` pixels covers [k*size // bins, (k+1)*size //
-bins). Each cell's value is the sum, over its pixels, of the brightest of the three channels: integers, so that the
-order of summation does not matter. Worked example: a 2 x 4 photo of one grey level 5 and 2 bins: four cells of 1 x 2
-pixels, 10 each.
 """
 
 from __future__ import annotations
@@ -45,7 +38,7 @@ from torch import Tensor
 
 from fastfundus.kernels.jobs import MIN_MINIFICATION
 
-__all__ = ["cell_sums", "photos", "sample"]
+__all__ = ["photos", "sample"]
 
 
 def sample(
@@ -114,15 +107,3 @@ def _mean_over_box(image: Tensor, x: Tensor, y: Tensor, width: float, height: fl
 def _overlap(start: Tensor, length: float, at: Tensor) -> Tensor:
     """Return the length of pixel `at` that is inside the box, on one axis."""
     return (torch.minimum(start + length, at + 1.0) - torch.maximum(start, at.double())).clamp(min=0)
-
-
-def cell_sums(pixels: Tensor, offsets: Tensor, sizes: Tensor, bins: int) -> Tensor:
-    """Sum each photo's brightest channel over bins x bins cells: int64 [N, bins, bins]."""
-    out = torch.empty(len(sizes), bins, bins, dtype=torch.int64, device=pixels.device)
-    for n, image in enumerate(photos(pixels, offsets, sizes)):
-        sums = torch.zeros(image.shape[0] + 1, image.shape[1] + 1, dtype=torch.int64, device=pixels.device)
-        sums[1:, 1:] = image.amax(dim=2).long().cumsum(0).cumsum(1)
-        rows, columns = ([k * size // bins for k in range(bins + 1)] for size in image.shape[:2])
-        corners = sums[rows][:, columns]
-        out[n] = corners.diff(dim=0).diff(dim=1)
-    return out

@@ -133,7 +133,7 @@ def main() -> None:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent)
     document = {
-        "what": "ODIR, normal/abnormal by eye, 224 px, held-out patients",
+        "what": "ODIR, normal vs. abnormal per eye, 224 px, held-out patients",
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",

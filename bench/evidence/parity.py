@@ -1,6 +1,6 @@
 """Parity matrix: differences between the executors of the preprocessing on the same files, in grey levels and scores.
 
-    python -m bench.evidence.parity      on synthetic and real photos, with a model trained on real ones; needs FASTFUNDUS_DATA
+    python -m bench.evidence.parity      synthetic and real photos, a model trained on real ones; needs FASTFUNDUS_DATA
 
 The reference decodes everything and samples in float64. "CPU" and "DALI CPU" are `prepare` with these backends,
 including their own field search, rounded to grey levels. The kernels get the fully decoded pixels and the reference's
@@ -39,7 +39,7 @@ from fastfundus.training.augment import normalisation
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda130", "opencv-python-headless", "simplejpeg", "numpy")
 HAS_GPU = torch.cuda.is_available()
 TRITON = "Triton, GPU" if HAS_GPU else "Triton, interpreted"
-KERNELS = ("csrc, host", TRITON, *(["csrc, GPU"] if HAS_GPU else []))
+KERNELS = ("C++", TRITON, *(["CUDA"] if HAS_GPU else []))
 """Executors that only run `sample`."""
 
 
@@ -76,9 +76,9 @@ def crops(paths: Sequence[Path], spec: PreprocessSpec) -> dict[str, NDArray[np.f
     spec = replace(spec, mask_outside=False)
     samplers: dict[str, Callable[..., Tensor]] = {
         "reference": lambda *given: reference.sample(*given, torch.float32),
-        "csrc, host": sample_ragged,
+        "C++": sample_ragged,
         TRITON: by_triton,
-        "csrc, GPU": by_cuda,
+        "CUDA": by_cuda,
     }
     found: dict[str, NDArray[np.float32]] = {}
     given = [arguments(path, spec) for path in paths]
@@ -138,11 +138,15 @@ def main() -> None:
         folders = ("fullres_dr", "hrf/images", "idrid/images", "eyepacs")
         # Interpreted Triton takes most of a minute per camera file, so only every third file is used.
         photos = {
-            "drawn, 1400 px wide": sorted((work / "drawn" / "images").glob("*.jpg"))[:12],
+            "synthetic, 1400 px wide": sorted((work / "drawn" / "images").glob("*.jpg"))[:12],
             "camera files": [path for folder in folders for path in sorted((DATA / folder).glob("*.jp*g"))][::3],
         }
         spec = PreprocessSpec(size=size)
-        result = {**environment(PACKAGES), "size": size, "model": "ResNet-18, ODIR normal/abnormal, 4 epochs"}
+        result = {
+            **environment(PACKAGES),
+            "size": size,
+            "model": "ResNet-18 trained for 4 epochs on ODIR, normal vs. abnormal",
+        }
         result["parts"] = {
             part: {"photos": len(paths), "rows": matrix(paths, spec, model)} for part, paths in photos.items()
         }

@@ -64,8 +64,8 @@ def margined(rgb: np.ndarray) -> np.ndarray:
 
 
 FRAMES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
-    "as drawn": (lambda rgb: rgb, 0),
-    "dark (0.15 of the light)": (lambda rgb: (rgb * 0.15).astype(np.uint8), 0),
+    "unmodified": (lambda rgb: rgb, 0),
+    "dark (15% of the brightness)": (lambda rgb: (rgb * 0.15).astype(np.uint8), 0),
     "haze over frame and field": (lambda rgb: (30 + rgb * 0.6).astype(np.uint8), 0),
     "burned-in text": (labelled, 0),
     "bars at two edges": (barred, 0),

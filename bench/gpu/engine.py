@@ -34,7 +34,7 @@ EAGER, COMPILED, PACKAGE, CALL = (
     "eager, bfloat16",
     "torch.compile, bfloat16",
     "AOTInductor",
-    "AOTInductor, from the host",
+    "AOTInductor, photos in host memory",
 )
 
 
@@ -65,7 +65,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
             flops = count_flops(network, torch.zeros(1, 3, size, size))[1] * batch
             case = Case(
                 f"engine: {backbone}, {size} px, batch {batch}", "uint8 photos to probabilities", batch, photos.nbytes,
-                "the photos read", flops, "two for each multiplication with addition",
+                "the photos read", flops, "two per multiply-add",
                 matmul_limit("bf16", flops, device=device.type, side=64 if dry_run else 8192),
             )  # fmt: skip
             gate = GATES["bf16"].probability

@@ -22,7 +22,6 @@ from bench.gpu.cuda_twin import CudaTwin
 from bench.gpu.part import measured, started, tests_of, write_part
 from bench.harness.comparison import Case, Limit, Variant, compare
 from bench.harness.limits import copy_limit
-from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, reference
 from fastfundus.kernels import sample as triton_sample
 from fastfundus.kernels.ops import DTYPES, packed
@@ -85,7 +84,7 @@ def all_inputs(dry_run: bool) -> list[Inputs]:
     found = [make_inputs(same, small, small, count, small, dtype, turned=True) for dtype in DTYPES]
     whole = f"sample ragged {camera[1]}x{camera[0]} to {small}"
     found.append(make_inputs(whole, *camera, few, small, DTYPES[2], turned=False))
-    found.append(make_inputs(f"sample ragged, turned, to {small}", *camera, few, small, DTYPES[2], turned=True))
+    found.append(make_inputs(f"sample ragged, rotated, to {small}", *camera, few, small, DTYPES[2], turned=True))
     return found
 
 
@@ -114,7 +113,7 @@ def sampling(inputs: Inputs, device: torch.device, twin: CudaTwin | None, copy: 
     kind = str(inputs.dtype).removeprefix("torch.")
     case = Case(
         f"{inputs.name}, {kind}", f"{len(inputs.sizes)} photos", len(inputs.sizes), total,
-        "3 bytes read for each source pixel under the output, 3 values written for each pixel of it",
+        "3 bytes read per source pixel under the output, 3 values written per output pixel",
         limit=Limit(copy.what, total * copy.ms),
     )  # fmt: skip
     return case, [
@@ -157,33 +156,25 @@ def augmenting(device: torch.device, dry_run: bool) -> tuple[Case, list[Variant]
 
     variants = [
         Variant("Triton", triton, True, distance=mean_apart),
-        Variant("torchvision v2", lambda: chain(planes), False, "one draw for the batch", 0.5, mean_apart),
+        Variant("torchvision v2", lambda: chain(planes), False, "one random draw per batch", 0.5, mean_apart),
     ]
     if device.type == "cuda":
         compiled = torch.compile(chain)
         try:
             compiled(planes)
             variants.append(
-                Variant("torchvision v2, compiled", lambda: compiled(planes), False, "one draw", 0.5, mean_apart)
+                Variant(
+                    "torchvision v2, compiled",
+                    lambda: compiled(planes),
+                    False,
+                    "one random draw per batch",
+                    0.5,
+                    mean_apart,
+                )
             )
         except RuntimeError as error:
             print(f"torchvision v2 does not compile: {str(error)[:200]}", flush=True)
     return Case(f"augment at {size} px", f"{count} photos uint8 to float32", count), variants
-
-
-def profile_case(device: torch.device, dry_run: bool, copy: Limit) -> tuple[Case, list[Variant]]:
-    """Build the case of cell brightness, which reads every byte once and writes almost nothing."""
-    height, width, count, bins = (40, 60, 2, 8) if dry_run else (2592, 3872, 32, 64)
-    pixels = torch.randint(0, 256, (count * 3 * height * width,), dtype=torch.uint8)
-    place = torch.arange(count) * (3 * height * width), torch.tensor([[height, width]] * count, dtype=torch.int32)
-    there = pixels.to(device)
-    want = reference.cell_sums(pixels, place[0][:1], place[1][:1], bins)
-    case = Case("field profile", f"{count} photos", count, len(pixels), "each read once",
-                limit=Limit(copy.what, len(pixels) * copy.ms))  # fmt: skip
-    return case, [
-        Variant("Triton", lambda: triton_cell_sums.launch(there, *place, bins), True,
-                distance=lambda got, _: float((got[:1].cpu() - want).abs().max())),
-    ]  # fmt: skip
 
 
 def decoding(dry_run: bool) -> tuple[Case, list[Variant]]:
@@ -242,7 +233,6 @@ def main() -> int:
         twin = CudaTwin.build(Path(folder))
         for inputs in all_inputs(dry_run):
             measure(inputs.name, sampling, inputs, device, None if dry_run else twin, copy, rounds=many)
-    measure("field profile", profile_case, device, dry_run, copy, rounds=many)
     measure("augment", augmenting, device, dry_run, rounds=few)
     measure("decode", decoding, dry_run, rounds=few)
     return 1 if any("failed" in case for case in found) else 0

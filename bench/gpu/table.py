@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.tables.labels import label
+
 __all__ = ["gpu_table", "merged"]
 
 PARTS = ("kernels", "train", "engine")
@@ -41,7 +43,7 @@ def merged(folder: Path) -> Path:
 def gpu_table(result: dict[str, Any]) -> str:
     """Return all results as a Markdown table."""
     kernels = result["kernels"]
-    lines = ["| | photos/s | of its limit |", "|---|---|---|"]
+    lines = ["| | photos/s | share of its limit |", "|---|---|---|"]
     for found in (found for part in PARTS for found in result.get(part, {"cases": []})["cases"]):
         name = found["case"]["name"]
         if "failed" in found:
@@ -49,12 +51,12 @@ def gpu_table(result: dict[str, Any]) -> str:
             continue
         for variant, row in found["variants"].items():
             limit = row["limit"] or found["case"]["limit"]
-            share = "" if limit is None else f"{row['share_of_limit']:.0%} of {limit['what']}"
+            share = "" if limit is None else f"{row['share_of_limit']:.0%} of {label(limit['what'])}"
             rate = f", {row['gb_per_s']:.0f} GB/s" if row["gb_per_s"] else ""
             lines.append(f"| {name}: {variant} | {row['photos_per_s']:,.0f}{rate} | {share} |")
     missing = [part for part in PARTS if part not in result]
     tests = ", ".join(f"{count} {name}" for name, count in kernels["tests"].items())
-    summary = f"{kernels['gpu'] or 'no GPU'}; copying {kernels['copy_gb_per_s']:.0f} GB/s; kernel tests: {tests}"
+    summary = f"{kernels['gpu'] or 'no GPU'}; copy bandwidth {kernels['copy_gb_per_s']:.0f} GB/s; kernel tests: {tests}"
     lacks = f"; not measured: {', '.join(missing)}" if missing else ""
     return "\n".join([*lines, "", f"{summary}{lacks}. {kernels['date']}, commit {kernels['commit']}."])
 

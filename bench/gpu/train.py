@@ -27,7 +27,7 @@ from bench.harness.limits import matmul_limit
 from fastfundus.config import AugmentConfig, LoopConfig, OptimizerConfig
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
-from fastfundus.training.augment import draw_epoch
+from fastfundus.training.augment import Transforms, draw_epoch
 from fastfundus.training.loader import PhotoLoader, epoch_order, prefetch
 from fastfundus.training.optimizer import AveragedModel, build_optimizer
 from fastfundus.training.step import TrainStep
@@ -36,7 +36,7 @@ from fastfundus.training.tasks.losses import binary_loss
 EAGER, COMPILED, RESIDENT, PINNED = (
     "eager, autocast, channels first, one batch",
     "compiled, channels last, one batch",
-    "compiled, photos in the GPU's memory",
+    "compiled, photos in GPU memory",
     "compiled, photos through pinned memory",
 )
 UPSTREAM_PHOTOS = 57_803
@@ -62,7 +62,8 @@ def stepper(
     averaged = AveragedModel(model, 0.999)
     graphs = compiled and not dry_run
     step = TrainStep(
-        model, forward, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"), binary_loss,
+        model, forward, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"),
+        binary_loss,
         clip_norm=1.0, device=device, graphs=graphs,
     )  # fmt: skip
 
@@ -75,18 +76,16 @@ def stepper(
 
 
 def fed(
-    feed: PhotoLoader, count: int, spec: PreprocessSpec, batch: int, device: torch.device, channels_last: bool
+    loader: PhotoLoader, count: int, spec: PreprocessSpec, batch: int, device: torch.device, channels_last: bool
 ) -> Iterator[Batch]:
     """Yield batches without end, as the training loop loads them."""
     truth = torch.zeros(batch, 1)
     epoch = 0
     while True:
-        geometry, colour = draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=epoch)
+        transforms = draw_epoch(AugmentConfig(), spec, count, seed=0, epoch=epoch)
 
-        def make(
-            rows: np.ndarray, geometry: np.ndarray = geometry, colour: np.ndarray = colour
-        ) -> Callable[[], Tensor]:
-            return feed.begin(rows, geometry[rows], colour[rows], spec.size)
+        def make(rows: np.ndarray, transforms: Transforms = transforms) -> Callable[[], Tensor]:
+            return loader.begin(rows, transforms[rows], spec.size)
 
         for finish in prefetch(make, epoch_order(count, batch, seed=0, epoch=epoch)):
             inputs = finish()
@@ -102,7 +101,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
     rows = np.arange(count)
     feeds = {RESIDENT: PhotoLoader(photos, rows, device, room=photos.nbytes), PINNED: PhotoLoader(photos, rows, device)}
     channels_last = "vit" not in backbone
-    streams = {name: fed(feed, count, spec, batch, device, channels_last) for name, feed in feeds.items()}
+    streams = {name: fed(loader, count, spec, batch, device, channels_last) for name, loader in feeds.items()}
     still = next(streams[RESIDENT])
     eager, _ = stepper(backbone, size, device, compiled=False, channels_last=False, dry_run=dry_run)
     ours, model = stepper(backbone, size, device, compiled=True, channels_last=channels_last, dry_run=dry_run)
@@ -129,7 +128,7 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
     matmul = matmul_limit("bf16", flops, device=device.type, side=64 if dry_run else 8192)
     case = Case(
         f"train: {backbone}, {size} px, batch {batch}", f"{steps} steps", batch * steps, flops=flops,
-        flops_how="three times those of a forward pass: backward is two", limit=COMPILED,
+        flops_how="three times a forward pass: the backward pass counts twice", limit=COMPILED,
     )  # fmt: skip
     variants = [
         Variant(

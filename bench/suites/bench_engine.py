@@ -30,6 +30,7 @@ from bench.harness.own_process import OwnProcess
 from bench.tables.model_tables import EAGER, EAGER_KEPT
 from fastfundus.engines import aoti_backend, onnxruntime_backend, openvino_backend
 from fastfundus.engines.export import ScreeningModel, export_onnx
+from fastfundus.engines.openvino_core import shared_core
 from fastfundus.engines.parity import GATES
 from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
 from fastfundus.models.flops import count_flops
@@ -42,8 +43,8 @@ Job = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 COMPILED, RAW = "torch.compile, bfloat16", "OpenVINO bf16, by its own queue"
 BATCH = 16
 SETTINGS = {
-    EAGER: f"the peers' habit, batches of {BATCH}", EAGER_KEPT: "in our process", COMPILED: f"batches of {BATCH}",
-    RAW: "the settings of our engine",
+    EAGER: f"baseline, batches of {BATCH}", EAGER_KEPT: "with FastFundus's malloc settings",
+    COMPILED: f"batches of {BATCH}", RAW: "same settings as FastFundus's engine",
 }  # fmt: skip
 CASES = (("resnet50", 224, 32, 7), ("resnet50", 512, 16, 5), ("convnext_tiny", 224, 32, 5),
          ("vit_small_patch16_224", 224, 32, 5))  # fmt: skip
@@ -73,7 +74,7 @@ def by_torch(model: ScreeningModel) -> Job:
 
 def by_own_queue(file: Path, size: int) -> Job:
     """Return a job that uses OpenVINO directly, with the settings of our engine."""
-    core = openvino_backend.shared_core()
+    core = shared_core()
     import openvino
 
     model = core.read_model(file)
@@ -156,7 +157,7 @@ def inferring(
     alone = ", one photo" if len(photos) == 1 else ""
     case = Case(
         f"{backbone}, {size} px{alone}", f"uint8 [{len(photos)}, {size}, {size}, 3] to probabilities", len(photos),
-        photos.nbytes, "the photos read", flops, "two for each multiplication with addition",
+        photos.nbytes, "the photos read", flops, "two per multiply-add",
     )  # fmt: skip
     habit = OwnProcess(eager, backbone, size, photos, here=here)
     return case, [

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.harness.comparison import Case, Clock, Limit, Variant, compare
 from bench.harness.own_process import OwnProcess
+from bench.tables.targets import CACHE_LOADER
 from fastfundus.config import TrainConfig
 from fastfundus.dali.decode import DaliDecoder
 from fastfundus.data import PhotoCache, build_cache, list_photos
@@ -194,15 +195,15 @@ def by_dali(paths: list[Path], size: int) -> Callable[[], Batches]:
 def by_cache(cache: PhotoCache) -> Callable[[], Batches]:
     """Return a function that starts an epoch as `train` does: photos from a cache, augmented by one kernel."""
     count, size = len(cache.manifest), cache.spec.size
-    feed = PhotoLoader(cache.photos, np.arange(count), torch.device("cpu"))
+    loader = PhotoLoader(cache.photos, np.arange(count), torch.device("cpu"))
     epochs = itertools.count()
 
     def batches() -> Iterator[torch.Tensor]:
         epoch = next(epochs)
-        geometry, colour = draw_epoch(TrainConfig().augment, cache.spec, count, seed=0, epoch=epoch)
+        transforms = draw_epoch(TrainConfig().augment, cache.spec, count, seed=0, epoch=epoch)
 
         def make(batch: np.ndarray) -> Callable[[], torch.Tensor]:
-            return feed.begin(batch, geometry[batch], colour[batch], size)
+            return loader.begin(batch, transforms[batch], size)
 
         for finish in prefetch(make, epoch_order(count, BATCH, seed=0, epoch=epoch)):
             yield finish()
@@ -247,23 +248,31 @@ def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Ca
     def own(make: Callable[..., Callable[[], Batches]], *arguments: Any) -> OwnProcess:
         return OwnProcess(peer, make, (*arguments, paths, size), photos, here=here)
 
-    feed, stream = by_cache(cache), by_stream(cache, None)
+    loader, stream = by_cache(cache), by_stream(cache, None)
     by_dali_too = by_stream(cache, DaliDecoder(device_id=None, batch_size=BATCH))
     ways: list[tuple[str, Callable[[], Any], str]] = [
-        ("FastFundus, train's feed", lambda: summary(feed(), photos), "from a cache, prepared once"),
-        ("FastFundus, from files", lambda: summary(stream(), photos), "libjpeg-turbo, the same kernel"),
-        ("FastFundus, from files by DALI", lambda: summary(by_dali_too(), photos), "its CPU decoder, the same kernel"),
-        (HABIT, own(by_workers, TorchvisionRead), "Pillow, uint8 until the end, a worker a core"),
-        ("timm, create_loader", own(by_timm), "bilinear, a worker a core, no rotation: it has none"),
-        ("Albumentations, DataLoader", own(by_workers, AlbumentationsRead), "OpenCV, a worker a core, one thread each"),
-        ("DALI CPU", own(by_dali), "decoder with random crop, a thread a core"),
+        (CACHE_LOADER, lambda: summary(loader(), photos), "as in `train`, prepared once"),
+        ("FastFundus, from files", lambda: summary(stream(), photos), "libjpeg-turbo, same augmentation kernel"),
+        (
+            "FastFundus, from files by DALI",
+            lambda: summary(by_dali_too(), photos),
+            "DALI's CPU decoder, same augmentation kernel",
+        ),
+        (HABIT, own(by_workers, TorchvisionRead), "Pillow, uint8 until normalisation, one worker per core"),
+        ("timm, create_loader", own(by_timm), "bilinear, one worker per core, no rotation (unsupported)"),
+        (
+            "Albumentations, DataLoader",
+            own(by_workers, AlbumentationsRead),
+            "OpenCV, one single-threaded worker per core",
+        ),
+        ("DALI CPU", own(by_dali), "fused decode and random crop, one thread per core"),
     ]
     case = Case(
         name=f"loader, {size} px",
         what=f"{photos} square JPEG files {2 * size} pixels wide to float32 batches [{BATCH}, 3, {size}, {size}]",
         units=photos // BATCH * BATCH,
         bytes=photos // BATCH * BATCH * 15 * size * size,
-        bytes_how="3 bytes read and 12 written for each pixel of the output",
+        bytes_how="3 bytes read and 12 written per output pixel",
         limit=decoding(paths[: photos // BATCH * BATCH]),
     )
     variants = [Variant(name, job, name == HABIT, settings, TOLERANCE) for name, job, settings in ways]

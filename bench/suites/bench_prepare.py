@@ -191,31 +191,36 @@ def preparing(paths: Sequence[Path], size: int, threads: int, *, here: bool) -> 
         f"{len(paths)} camera JPEGs of {megapixels:.1f} megapixels and {total / len(paths) / 1e6:.1f} MB on average to "
         f"uint8 [{size}, {size}, 3]",
         units=len(paths), bytes=total + len(paths) * 3 * size * size,
-        bytes_how="the files read, 3 bytes written for each pixel of the output", limit=DECODER,
+        bytes_how="the files read, 3 bytes written per output pixel", limit=DECODER,
     )  # fmt: skip
     peers = [
         (
             HABIT_KEPT,
             each(by_pillow(size, bilinear), paths, threads),
-            "bilinear, in our process",
+            "bilinear, with FastFundus's malloc settings",
         ),
-        ("Pillow + torchvision, bicubic", own(by_pillow, interpolation=bicubic), "RETFound's and many others' resize"),
+        (
+            "Pillow + torchvision, bicubic",
+            own(by_pillow, interpolation=bicubic),
+            "as in RETFound and many other repositories",
+        ),
         (
             "Pillow by draft + torchvision",
             own(by_pillow, interpolation=bilinear, draft=True),
-            "scaled in the DCT; few do",
+            "DCT-domain scaling, rarely used",
         ),
-        ("OpenCV + area", own(by_opencv), "everything decoded"),
-        ("OpenCV reduced + area", own(by_opencv, reduced=True), "scaled in the DCT; few do"),
-        ("DALI CPU", OwnProcess(by_dali, paths, size, threads, here=here), "everything decoded, antialiased resize"),
+        ("OpenCV + area", own(by_opencv), "full decode"),
+        ("OpenCV reduced + area", own(by_opencv, reduced=True), "DCT-domain scaling, rarely used"),
+        ("DALI CPU", OwnProcess(by_dali, paths, size, threads, here=here), "full decode, antialiased resize"),
     ]
     habit = own(by_pillow, interpolation=bilinear)
     return case, [
         Variant("FastFundus", each(ours(PreprocessSpec(size=size)), paths, threads), False,
-                "decode, field, crop, quality, hash", 1.5,
+                "decode, field detection, crop, quality check, hash", 1.5,
                 from_exact(exact_crops(paths, size))),
-        Variant(DECODER, each(decode_alone(size), paths, threads), False, "the limit", 1.5, in_colour),
-        Variant(HABIT, habit, True, "the peers' habit", distance=apart),
+        Variant(DECODER, each(decode_alone(size), paths, threads), False, "upper bound, same decode plan", 1.5,
+                in_colour),
+        Variant(HABIT, habit, True, "typical PyTorch pipeline, the baseline", distance=apart),
         *(Variant(name, job, False, settings, OTHER_FILTER, apart) for name, job, settings in peers),
     ]  # fmt: skip
 

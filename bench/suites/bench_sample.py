@@ -80,7 +80,7 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
     """Build the case of augmenting `count` photos of `side` pixels to `size`; ours is checked against the reference."""
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
     drawn = draw_epoch(AugmentConfig(), PreprocessSpec(size=size), count, seed=0, epoch=0)
-    geometry, colour = map(torch.from_numpy, drawn)
+    geometry, colour = torch.from_numpy(drawn.geometry), torch.from_numpy(drawn.colour)
     geometry *= side / size
     arrays = images.numpy()
     planes = images.permute(0, 3, 1, 2).contiguous()
@@ -108,7 +108,7 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
     case = Case(
         f"augment at {size} px" if same else f"augment {side} to {size} px",
         f"{count} photos uint8 [{side}, {side}, 3] to float32 [{size}, {size}, 3]", count, bytes_,
-        "3 bytes read for each pixel under the output, 12 written for each of it", limit=copy_limit(bytes_),
+        "3 bytes read per source pixel under the output, 12 written per output pixel", limit=copy_limit(bytes_),
     )  # fmt: skip
     # The photos are noise: interpolating four pixels where the area covers more gives different noise.
     like = (0.5 * LEVEL, on_average) if same else (0.5, in_the_mean)
@@ -119,13 +119,15 @@ def augmenting(side: int, size: int, count: int) -> tuple[Case, list[Variant]]:
         Variant("FastFundus, bfloat16", lambda: sample_ragged(*given, torch.bfloat16),
                 tolerance=2e-2, distance=farthest),
         Variant("OpenCV, warpAffine + transform", opencv, False,
-                "the same matrices, whole grey levels in between" + ("" if same else "; no area: four pixels"), *like),
+                "same matrices, intermediate values rounded to grey levels" if same
+                else f"at {side} px bilinear, without area averaging", *like),
         Variant("Albumentations, photo by photo", lambda: [albumentations(image=image)["image"] for image in arrays],
-                False, "one affine change, OpenCV inside" + ("" if same else ", after a crop by areas"),
+                False, "one affine transform, implemented with OpenCV" if same
+                else f"at {side} px preceded by an area-averaged crop",
                 0.5, in_the_mean),
         Variant("torchvision v2, photo by photo", lambda: torch.stack([chain(image) for image in planes]),
-                False, "on uint8 until the end", 0.5, in_the_mean),
-        Variant("torchvision v2, one draw for the batch", lambda: chain(planes), False, "on uint8 until the end",
+                False, "uint8 until normalisation", 0.5, in_the_mean),
+        Variant("torchvision v2, one draw for the batch", lambda: chain(planes), False, "uint8 until normalisation",
                 0.5, in_the_mean),
     ]  # fmt: skip
 
@@ -148,16 +150,16 @@ def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, lis
 
     bytes_ = count * (3 * side * side + 12 * size * size)
     metadata = Case(
-        f"{width}x{height} to {size} px", f"{count} decoded photos, their middle squares", count, bytes_,
-        "3 bytes read for each pixel of the square, 12 written for each of the output", limit=copy_limit(bytes_),
+        f"{width}x{height} to {size} px", f"central squares of {count} decoded photos", count, bytes_,
+        "3 bytes read per pixel of the central square, 12 written per output pixel", limit=copy_limit(bytes_),
     )  # fmt: skip
     return metadata, [
         # In grey levels: float32 positions lose precision at thousands of pixels.
         Variant("FastFundus", lambda: sample_ragged(*given), True, "", 0.05, lambda got, _: farthest(got, want)),
         # OpenCV rounds to whole grey levels.
-        Variant("OpenCV, INTER_AREA", opencv, False, "exact areas", 0.51, farthest),
+        Variant("OpenCV, INTER_AREA", opencv, False, "exact area averages", 0.51, farthest),
         Variant("torchvision v2, Resize", lambda: torch.stack([resize(image) for image in planes]), False,
-                "antialias, a triangle twice as wide as the box: another filter", 12.0, on_average),
+                "antialiased, with a triangle filter twice as wide as the box", 12.0, on_average),
     ]  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Screening of camera JPEGs on the CPU, against the peers' loop and against its own stages, interleaved in one run.
+"""Screening of camera JPEGs on the CPU, against a typical PyTorch loop and its own stages, interleaved in one run.
 
     make bench SUITES=screen        timed; needs FASTFUNDUS_DATA
     make test                       once with tiny synthetic photos
 
-In the peers' loop, a DataLoader with one worker per core decodes with PIL and resizes and normalises with torchvision,
+In the typical loop, a DataLoader with one worker per core decodes with PIL and resizes and normalises with torchvision,
 and torch runs the model eagerly in float32 in batches of 16. The photos are camera JPEGs of 10 megapixels. The model is
 ResNet-50 at 512 px with random weights, because speed does not depend on them. The peers have their own process, as
 their users run them; they do not find the field, check quality, or hash files. Every answer of ours is compared with
@@ -61,7 +61,8 @@ def bundle_of(backbone: str, size: int, precision: str, folder: Path) -> tuple[B
         "note": "random weights",
     }
     bundle, _ = build_bundle(
-        model, PreprocessSpec(size=size), {"abnormal": point | {"test": None}}, ParityData(photos[:8], None, photos[8:]),
+        model, PreprocessSpec(size=size), {"abnormal": point | {"test": None}},
+        ParityData(photos[:8], None, photos[8:]),
         folder, provenance={"backbone": backbone}, precision=precision,
     )  # fmt: skip
     return bundle, model
@@ -156,8 +157,9 @@ def screening(
 
     read = sum(path.stat().st_size for path in paths)
     case = Case(
-        f"screen, {backbone}, {size} px", f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB to answers",
-        len(paths), read, "the files read", flops_of(backbone, size) * len(paths), "the network's",
+        f"screen, {backbone}, {size} px",
+        f"{len(paths)} camera JPEGs of {read / len(paths) / 1e6:.1f} MB, from file to decision",
+        len(paths), read, "the files read", flops_of(backbone, size) * len(paths), "those of the network",
     )  # fmt: skip
     variants = [
         # The peers squeeze photos instead of cropping them, so their scores are comparable only with each other.
@@ -165,14 +167,14 @@ def screening(
             SCREEN_PEERS,
             OwnProcess(by_peers, backbone, paths, size, BATCH, os.cpu_count(), here=here),
             True,
-            f"batches of {BATCH}, a worker a core",
+            f"batches of {BATCH}, one worker per core",
         ),
         # Less memory is allocated from and returned to the system between layers.
         Variant(
             SCREEN_BEST,
             OwnProcess(by_peers, backbone, paths, size, 1, 0, here=here),
             False,
-            "no batches, no workers: their fastest setting here",
+            "no batches, no workers; its fastest setting here",
             1e-3,
         ),
         Variant(DECODING, lambda: prepared(listing, spec), distance=lambda got, _: float(np.abs(got - images).max())),

@@ -196,13 +196,18 @@ def training(
         autocast = matmul_limit("bf16", flops, quick=here)
     case = Case(
         f"train, {backbone}, {size} px", f"{steps} steps with batches of {batch}", steps * batch,
-        flops=flops, flops_how="three times those of a forward pass: backward is two", limit=RESIDENT,
+        flops=flops, flops_how="three times a forward pass: the backward pass counts twice", limit=RESIDENT,
     )  # fmt: skip
     habit = OwnProcess(peer, folder / "cache", backbone, size, batch, steps, here=here)
     ways: list[tuple[str, Turns | OwnProcess, str, Limit | None]] = [
-        (PEER, habit, "float32, channels first, a worker a core", exact),
+        (PEER, habit, "float32, channels first, one worker per core", exact),
         (OURS, ours(cache, backbone, batch, steps, amp=True, resident=False), "", None),
-        (RESIDENT, ours(cache, backbone, batch, steps, amp=True, resident=True), "the limit of feeding", autocast),
+        (
+            RESIDENT,
+            ours(cache, backbone, batch, steps, amp=True, resident=True),
+            "upper bound without data loading",
+            autocast,
+        ),
         (SINGLE, ours(cache, backbone, batch, steps, amp=False, resident=False), "", exact),
     ]
     return case, [

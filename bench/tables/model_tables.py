@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bench.tables.case_tables import cases_of, provenance, ratio_text
+from bench.tables.labels import label
 
 __all__ = ["engine_table", "screen_table", "train_table"]
 
@@ -20,8 +21,8 @@ SCREEN_BEST = "the peers' loop, photo by photo"
 def train_table(result: dict[str, Any]) -> str:
     """Return the table of training against the baseline, as Markdown."""
     lines = [
-        "| on the CPU | peers' habit, images/s | **FastFundus** `train --amp` | faster by | of its step alone | the "
-        "step, of matrix products in bf16 |",
+        "| on the CPU | typical PyTorch pipeline, images/s | **FastFundus** `train --amp`, images/s | speed-up | "
+        "share of its step alone | share of bf16 matmul throughput in the step |",
         "|---|---|---|---|---|---|",
     ]
     cases = cases_of(result, "train")
@@ -37,10 +38,10 @@ def train_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "The peers' habit: Pillow, torchvision's transforms and a DataLoader, a worker a core, on JPEG "
-            "files twice as wide as the input, float32, channels first. Of its step alone: what feeding leaves of the "
-            "step on a batch that is there already. In turns in one run, medians of "
-            f"{' and '.join(str(found['rounds']) for found in cases)} rounds. "
+            "Typical PyTorch pipeline: Pillow, torchvision transforms and a DataLoader with one worker per core, on "
+            "JPEG files twice as wide as the input; float32, channels first. Share of its step alone: throughput "
+            "including data loading, relative to the same training step on a resident batch. Variants interleaved in "
+            f"one run, medians of {' and '.join(str(found['rounds']) for found in cases)} rounds. "
             + provenance(result, "make bench SUITES=train"),
         ]
     )
@@ -51,60 +52,60 @@ def engine_table(result: dict[str, Any]) -> str:
     cases = result["cases"]
     titles = [found["case"]["name"].replace("_patch16_224", "") for found in cases]
     lines = ["| images/s | " + " | ".join(titles) + " |", "|---" * (len(cases) + 1) + "|"]
-    for label in cases[0]["variants"]:
-        cells = [f"{found['variants'][label]['photos_per_s']:.1f}" for found in cases]
-        summary = {EAGER: f"{EAGER} (the peers' habit)", BF16: f"**{BF16}**", INT8: f"**{INT8}**"}.get(label, label)
-        lines.append(f"| {summary} | {' | '.join(cells)} |")
-        if label == EAGER:
+    for name in cases[0]["variants"]:
+        cells = [f"{found['variants'][name]['photos_per_s']:.1f}" for found in cases]
+        title = {EAGER: f"{EAGER} (baseline)", BF16: f"**{BF16}**", INT8: f"**{INT8}**"}.get(name, label(name))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+        if name == EAGER:
             cells = [f"{found['one_photo']['variants'][EAGER]['photos_per_s']:.1f}" for found in cases]
-            lines.append(f"| torch eager, photo by photo | {' | '.join(cells)} |")
-    for slow, fast, summary in (
-        (EAGER, EAGER_KEPT, "what keeping memory does for torch eager"),
-        (EAGER, BF16, "bf16 over torch eager"),
-        ("torch.compile, bfloat16", BF16, "bf16 over torch.compile bf16"),
-        (BF16, INT8, "int8 over bf16"),
-        (EAGER, INT8, "int8 over torch eager"),
-        ("OpenVINO bf16, by its own queue", BF16, "our call over OpenVINO's own queue"),
+            lines.append(f"| {EAGER}, one photo at a time | {' | '.join(cells)} |")
+    for slow, fast, title in (
+        (EAGER, EAGER_KEPT, "speed-up: torch eager, tuned malloc vs. default"),
+        (EAGER, BF16, "speed-up: OpenVINO bf16 vs. torch eager float32"),
+        ("torch.compile, bfloat16", BF16, "speed-up: OpenVINO bf16 vs. torch.compile bfloat16"),
+        (BF16, INT8, "speed-up: OpenVINO int8 vs. bf16"),
+        (EAGER, INT8, "speed-up: OpenVINO int8 vs. torch eager float32"),
+        ("OpenVINO bf16, by its own queue", BF16, "speed-up: FastFundus's engine vs. AsyncInferQueue, bf16"),
     ):
         if {slow, fast} <= set(cases[0]["variants"]):
             cells = [ratio_text(found, slow, fast, 2) for found in cases]
-            lines.append(f"| {summary} | {' | '.join(cells)} |")
-    for label in (EAGER_KEPT, FP32, BF16, INT8):
-        rows = [found["variants"][label] for found in cases if label in found["variants"]]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    for name in (EAGER_KEPT, FP32, BF16, INT8):
+        rows = [found["variants"][name] for found in cases if name in found["variants"]]
         if rows:
             cells = [f"{row['share_of_limit']:.0%}" for row in rows]
-            lines.append(f"| {label}, of {rows[0]['limit']['what']} | {' | '.join(cells)} |")
-    for label in (EAGER, BF16, INT8):
-        if label in cases[0]["variants"]:
-            times = [found["one_photo"]["variants"][label]["times_ms"] for found in cases]
+            lines.append(f"| share of {label(rows[0]['limit']['what'])}: {label(name)} | {' | '.join(cells)} |")
+    for name in (EAGER, BF16, INT8):
+        if name in cases[0]["variants"]:
+            times = [found["one_photo"]["variants"][name]["times_ms"] for found in cases]
             cells = [f"{np.percentile(each, 50):.0f} / {np.percentile(each, 99):.0f} ms" for each in times]
-            lines.append(f"| one photo, p50 / p99: {label} | {' | '.join(cells)} |")
+            lines.append(f"| latency of one photo, p50 / p99: {name} | {' | '.join(cells)} |")
     most = max(row["distance"] for found in cases for row in found["variants"].values())
     return "\n".join(
         [
             *lines,
             "",
-            "Engines: uint8 photos in memory to probabilities, all cores, in turns in one run, medians of "
-            f"{' / '.join(str(found['rounds']) for found in cases)} rounds. torch takes batches of 16; its eager "
-            "habit has a process of its own, as users run it, all else one in which the C library keeps freed memory. "
-            f"Every variant was compared with torch float32 in every round (random weights: at most {most:.0e}). "
-            + provenance(result, "make bench SUITES=engine"),
+            "From uint8 photos in memory to probabilities, on all cores. Variants interleaved in one run, medians of "
+            f"{' / '.join(str(found['rounds']) for found in cases)} rounds. torch runs batches of 16. The baseline "
+            "runs in its own process, as users run it; all other variants share a process in which malloc keeps freed "
+            "memory. In every round, each variant's probabilities were compared with those of torch float32 (random "
+            f"weights, largest difference {most:.0e}). " + provenance(result, "make bench SUITES=engine"),
         ]
     )
 
 
 def screen_table(result: dict[str, Any]) -> str:
-    """Return the table of screening against the peers' loop and its own stages, as Markdown."""
+    """Return the table of screening against a typical PyTorch loop and its own stages, as Markdown."""
     (found,) = result["cases"]
     rows = found["variants"]
     lines = [
-        "| camera JPEGs, ResNet-50, 512 px | photos/s | over the peers' loop | over the fastest of them | "
-        "of the engine alone | of both stages |",
+        "| camera JPEGs, ResNet-50, 512 px | photos/s | speed-up over the typical loop | over its fastest setting | "
+        "share of the engine alone | relative to sequential stages |",
         "|---|---|---|---|---|---|",
-        f"| the peers' loop: {SCREEN_PEERS}: {rows[SCREEN_PEERS]['settings']} | "
-        f"{rows[SCREEN_PEERS]['photos_per_s']:.2f} | 1 | | | |",
-        f"| {SCREEN_BEST}: {rows[SCREEN_BEST]['settings']} | {rows[SCREEN_BEST]['photos_per_s']:.2f} | "
-        f"{ratio_text(found, SCREEN_PEERS, SCREEN_BEST)} | 1 | | |",
+        f"| typical PyTorch loop ({SCREEN_PEERS}): {label(rows[SCREEN_PEERS]['settings'])} | "
+        f"{rows[SCREEN_PEERS]['photos_per_s']:.2f} | 1x | | | |",
+        f"| {label(SCREEN_BEST)}: {label(rows[SCREEN_BEST]['settings'])} | {rows[SCREEN_BEST]['photos_per_s']:.2f} | "
+        f"{ratio_text(found, SCREEN_PEERS, SCREEN_BEST)} | 1x | | |",
     ]
     for precision in found["busy"]:
         whole, alone = f"screen, {precision}", f"engine alone, {precision}"
@@ -115,15 +116,16 @@ def screen_table(result: dict[str, Any]) -> str:
             f"{rows[alone]['ms'] / rows[whole]['ms']:.0%} of {rows[alone]['photos_per_s']:.2f} | "
             f"{np.median(both):.0%} |"
         )
-    lines.append(f"| {DECODING} | {rows[DECODING]['photos_per_s']:.1f} | | | | |")
+    lines.append(f"| {label(DECODING)} | {rows[DECODING]['photos_per_s']:.1f} | | | | |")
     most = max(row["distance"] for row in rows.values())
     return "\n".join(
         [
             *lines,
             "",
-            f"{found['case']['what']}; medians of {found['rounds']} rounds in turns. Decoding and engine share the "
-            "cores here: the last column compares with one after the other, each with all cores. Every answer was "
-            f"compared with torch's in float32 on the same prepared photos (random weights: at most {most:.0e}). "
+            f"{label(found['case']['what'])}; variants interleaved in one run, medians of {found['rounds']} rounds. "
+            "Decoding and the engine share the cores; the last column compares with running the two stages one after "
+            "the other, each on all cores. Every probability was compared with that of torch float32 on the same "
+            f"prepared photos (random weights, largest difference {most:.0e}). "
             + provenance(result, "make bench SUITES=screen"),
         ]
     )

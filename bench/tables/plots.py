@@ -1,4 +1,4 @@
-"""Figure of the README: photos/s of FastFundus and its peers, drawn from the results."""
+"""README figure of photos/s of FastFundus and its peers, drawn from the results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.tables.case_tables import cases_of
 from bench.tables.model_tables import SCREEN_BEST, SCREEN_PEERS
-from bench.tables.targets import DECODER, HABIT, newest
+from bench.tables.targets import CACHE_LOADER, DECODER, HABIT, newest
 from fastfundus.pictures import as_svg
 
 __all__ = ["draw_speed"]
@@ -23,19 +23,19 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
     one, rates, fed = ({name: row["photos_per_s"] for name, row in found["variants"].items()} for found in cases)
     return [
         (
-            "Preparing camera JPEGs, one core",
+            "Preprocessing camera JPEGs, one core",
             [
                 ("FastFundus", one["FastFundus"], OURS),
                 ("Pillow + torchvision", one[HABIT], THEIRS),
                 ("OpenCV", one["OpenCV + area"], THEIRS),
                 ("DALI CPU", one["DALI CPU"], THEIRS),
-                ("the decoder alone", one[DECODER], LIMIT),
+                ("JPEG decoder alone", one[DECODER], LIMIT),
             ],
         ),
         (
-            "Feeding training, 512 px",
+            "Loading training data, 512 px, all cores",
             [
-                ("FastFundus, cache", fed["FastFundus, train's feed"], OURS),
+                ("FastFundus, cache", fed[CACHE_LOADER], OURS),
                 ("FastFundus, files", fed["FastFundus, from files"], OURS),
                 ("torchvision v2", fed["torchvision v2, DataLoader"], THEIRS),
                 ("timm", fed["timm, create_loader"], THEIRS),
@@ -44,13 +44,13 @@ def _panels(folder: Path) -> list[tuple[str, list[tuple[str, float, str]]]]:
             ],
         ),
         (
-            "Screening, ResNet-50, 512 px",
+            "Screening, ResNet-50, 512 px, all cores",
             [
                 ("FastFundus, int8", rates["screen, int8"], OURS),
                 ("FastFundus, bf16", rates["screen, bf16"], OURS),
                 ("FastFundus, fp32", rates["screen, fp32"], OURS),
-                ("the peers' loop", rates[SCREEN_PEERS], THEIRS),
-                ("photo by photo", rates[SCREEN_BEST], THEIRS),
+                ("PyTorch, batch size 1", rates[SCREEN_BEST], THEIRS),
+                ("PyTorch, batch size 16", rates[SCREEN_PEERS], THEIRS),
             ],
         ),
     ]

@@ -18,6 +18,7 @@ from typing import Any
 from bench import RESULTS, ROOT
 from bench.tables.case_tables import loader_table, prepare_table, sample_table
 from bench.tables.cost_tables import cost_table, fleet_table, serve_table
+from bench.tables.labels import label
 from bench.tables.model_tables import engine_table, screen_table, train_table
 from bench.tables.plots import draw_speed
 from bench.tables.study_table import study_table
@@ -61,19 +62,20 @@ def condense(raw: dict[str, Any], suite: str) -> dict[str, Any]:
 
 
 def transfer_table(result: dict[str, Any]) -> str:
-    """Return the effect of upstream training on fundus photographs, as Markdown."""
+    """Return the table of upstream training on fundus photographs, as Markdown."""
     grading, vessels = result["grading"], result["vessels"]
     first = grading["downstream"]["scratch"]["pooled"]
     lines = [
-        f"| {result['backbone']} from | DR or none, AUROC: {first['photos']} photos of {first['patients']} patients | "
-        f"over five folds | vessels: Dice of {vessels['scratch']['photos']} photos | AUROC of pixels |",
+        f"| {result['backbone']} trained from | DR vs. no DR: AUROC of {first['photos']} photos of {first['patients']} "
+        f"patients | AUROC over five folds, mean ± SD | vessels: Dice of {vessels['scratch']['photos']} photos | pixel "
+        "AUROC |",
         "|---|---|---|---|---|",
     ]
-    for start, summary in (("scratch", "scratch"), ("upstream", "upstream run on ODIR")):
+    for start, title in (("scratch", "scratch"), ("upstream", "the upstream run on ODIR")):
         down, maps = grading["downstream"][start], vessels[start]
         folds = down["over_folds"]
         lines.append(
-            f"| {summary} | {interval_text(down['pooled']['auroc'])} | {folds['mean']:.3f} ± {folds['sd']:.3f} | "
+            f"| {title} | {interval_text(down['pooled']['auroc'])} | {folds['mean']:.3f} ± {folds['sd']:.3f} | "
             f"{interval_text(maps['dice'])} | {maps['pixels']['value']:.3f} |"
         )
     up = grading["upstream"]
@@ -81,13 +83,12 @@ def transfer_table(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Every DR photo tested once, by a model that has not seen its patient, at {result['size']} px; upstream "
-            f"minus scratch: {interval_text(grading['difference'])}. The upstream run itself, normal or abnormal by "
-            f"eye: AUROC {interval_text(up['auroc'])} on {up['photos']} photos of {up['patients']} patients of ODIR "
-            "that it had not seen. "
-            f"DRIVE: 13 photos to learn from, 3 to choose on, 4 to test; in the field of view, at the camera's "
-            f"resolution. In brackets 95 % intervals from resampling patients. {result['date']}, commit "
-            f"{result['commit']}. `make transfer` repeats it.",
+            f"Every DR photo was tested once, at {result['size']} px, by a model that had not seen its patient; AUROC "
+            f"of upstream minus scratch: {interval_text(grading['difference'])}. The upstream run itself (normal vs. "
+            f"abnormal, per eye) reached an AUROC of {interval_text(up['auroc'])} on {up['photos']} photos of "
+            f"{up['patients']} held-out ODIR patients. DRIVE: 13 photos for training, 3 for validation and 4 for "
+            "testing, evaluated within the field of view at camera resolution. Brackets give 95% confidence intervals "
+            f"from resampling patients. {_stamp(result, 'transfer')}",
         ]
     )
 
@@ -95,68 +96,72 @@ def transfer_table(result: dict[str, Any]) -> str:
 def parity_table(result: dict[str, Any]) -> str:
     """Return the parity matrix, as Markdown."""
     lines = [
-        "| photos | executor | grey levels, mean | worst photo | worst value | probability, worst |",
+        "| photos | executor | mean difference, grey levels | worst photo | largest difference | largest difference in "
+        "probability |",
         "|---|---|---|---|---|---|",
     ]
     for part, entry in result["parts"].items():
         for name, row in entry["rows"].items():
             cells = [row[f"grey_levels_{key}"] for key in ("mean", "worst_photo", "most")]
             summary = " | ".join(f"{cell:.2g}" for cell in [*cells, row["probability_most"]])
-            lines.append(f"| {entry['photos']} {part} | {name} | {summary} |")
+            lines.append(f"| {entry['photos']} {label(part)} | {label(name)} | {summary} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"At {result['size']} px, against the float64 reference on fully decoded photos. Probabilities: "
-            f"{result['model']}. {result['date']}, commit {result['commit']}; `make parity` repeats it.",
+            f"Differences from the float64 reference on fully decoded photos, at {result['size']} px. Probabilities "
+            f"are those of a {label(result['model'])}. {_stamp(result, 'parity')}",
         ]
     )
 
 
 def compiled_table(record: dict[str, Any]) -> str:
-    """Return the resources that Triton's kernels use on each GPU, from the record that the tests check, as Markdown."""
-    lines = ["| kernel | GPU | registers | bytes of shared memory | bytes spilled |", "|---|---|---|---|---|"]
+    """Return the GPU resources of the compiled Triton kernels, from the record that the tests check, as Markdown."""
+    lines = ["| kernel | GPU | registers | shared memory, bytes | spills, bytes |", "|---|---|---|---|---|"]
     groups: dict[tuple[str, str], list[dict[str, int]]] = {}
     for name, used in record["variants"].items():
         groups.setdefault((name.split()[0], name.split()[1]), []).append(used)
     for (kernel, chip), used in groups.items():
-        spans = [
-            f"{min(one[key] for one in used)} to {max(one[key] for one in used)}"
-            for key in ("registers", "shared_bytes")
-        ]
+        spans = []
+        for key in ("registers", "shared_bytes"):
+            low, high = (choose(one[key] for one in used) for choose in (min, max))
+            spans.append(f"{low}" if low == high else f"{low} to {high}")
         spilled = sum(one["spilled_bytes"] for one in used)
         lines.append(f"| `{kernel}`, {len(used)} variants | {chip} | {' | '.join(spans)} | {spilled} |")
-    return "\n".join([*lines, "", f"Triton {record['triton']}; every variant stands in `tests/kernels/compiled.json`."])
+    return "\n".join(
+        [*lines, "", f"Compiled by Triton {record['triton']}. `tests/kernels/compiled.json` lists every variant."]
+    )
 
 
 def circle_table(result: dict[str, Any]) -> str:
     """Return the errors of the field circle on synthetic photos, as Markdown."""
     lines = [
-        "| drawn photos, 1400 px wide | centre off by, mean | 95 of 100 below | most | radius too wide by, mean |",
+        "| synthetic photos, 1400 px wide | mean centre error | 95th percentile | maximum | mean radius error |",
         "|---|---|---|---|---|",
     ]
     for name, entry in result["circle"].items():
         cells = (entry[key] for key in ("centre_mean", "centre_95", "centre_most", "radius_mean"))
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f} %" for cell in cells) + " |")
+        lines.append(f"| {label(name)} | " + " | ".join(f"{cell:.2f}%" for cell in cells) + " |")
     drive, photos = result["drive"], next(iter(result["circle"].values()))["photos"]
     return "\n".join(
         [
             *lines,
             "",
-            f"In percent of the field's radius; {photos} photos a row, four cameras. On DRIVE, which has field masks, "
-            f"the Dice of circle and mask is {drive['dice_mean']:.4f} on average and "
-            f"{drive['dice_least']:.4f} at least over {drive['photos']} photos. {_stamp(result)}",
+            f"In percent of the field's radius, over {photos} photos per row from four cameras; radius errors are "
+            f"signed. On the {drive['photos']} photos of DRIVE that have field masks, the Dice score of circle and "
+            f"mask is {drive['dice_mean']:.4f} on average and {drive['dice_least']:.4f} at worst. "
+            + _stamp(result, "photos"),
         ]
     )
 
 
 def quality_table(result: dict[str, Any]) -> str:
     """Return the refusals among synthetic faults and real photos, as Markdown."""
-    lines = ["| photos | number | ok | refused | reasons |", "|---|---|---|---|---|"]
+    lines = ["| photos | count | ok | refused | reasons |", "|---|---|---|---|---|"]
     for name, entry in result["faults"].items():
         reasons = "; ".join(f"{n} {reason}" for reason, n in entry["reasons"].items() if reason != "ok")
         refused = entry["photos"] - entry["passed"]
-        lines.append(f"| drawn, {name} | {entry['photos']} | {entry['passed']} | {refused} | {reasons} |")
+        lines.append(f"| synthetic, {name} | {entry['photos']} | {entry['passed']} | {refused} | {reasons} |")
     for name, entry in result["real"].items():
         if name == "odir by flag":
             for group, counts in entry.items():
@@ -166,36 +171,35 @@ def quality_table(result: dict[str, Any]) -> str:
             ok = entry["status"].get("ok", 0)
             reasons = "; ".join(f"{n} {reason}" for reason, n in entry["reasons"].items())
             lines.append(f"| {name} | {entry['photos']} | {ok} | {entry['photos'] - ok} | {reasons} |")
-    return "\n".join([*lines, "", _stamp(result)])
+    return "\n".join([*lines, "", _stamp(result, "photos")])
 
 
-def _stamp(result: dict[str, Any]) -> str:
-    return f"{result['date']}, commit {result['commit']}; `make photos` repeats it."
+def _stamp(result: dict[str, Any], target: str) -> str:
+    return f"Measured {result['date']}, commit {result['commit']}. Reproduce with `make {target}`."
 
 
 def evidence_table(result: dict[str, Any]) -> str:
     """Return the results of the run on real photographs, as Markdown."""
     parts = result["results"]
     lines = [
-        f"{result['what']}, {result['backbone']}:",
+        f"{label(result['what'])}, {result['backbone']}:",
         "",
-        "| photos | patients | AUROC (95 % interval) |",
-        "|---|---|---|",
+        "| test set | photos | patients | AUROC (95% interval) |",
+        "|---|---|---|---|",
     ]
     for name, entry in parts.items():
         if "test patients" in name or "pooled" in name:
-            lines.append(f"| {name}: {entry['photos']} | {entry['patients']} | {interval_text(entry['auroc'])} |")
+            lines.append(f"| {name} | {entry['photos']} | {entry['patients']} | {interval_text(entry['auroc'])} |")
     engine, screen = parts["engine"], parts["screen"]
     statuses = ", ".join(f"{count} {name}" for name, count in screen["status"].items())
     lines += [
         "",
-        f"The engine of fold 0 ({engine['precision']}) differs from its model by {engine['largest_difference']:.1e} in "
-        f"probability at most, flips {engine['flipped']} of {engine['photos']} decisions, and runs "
+        f"The probabilities of fold 0's engine ({engine['precision']}) differ from its model's by at most "
+        f"{engine['largest_difference']:.1e}; {engine['flipped']} of {engine['photos']} decisions change, and it is "
         f"{engine['images_per_s'] / engine['torch_images_per_s']:.1f} times as fast as torch float32 in the same "
-        "process. "
-        f"Screening {screen['inputs']} inputs, faulty ones among them: {statuses}; "
+        f"process. Screening {screen['inputs']} inputs, some of them faulty, gave {statuses}, at "
         f"{screen['images_per_s']:.0f} photos/s end to end with {screen['cores_busy']:.1f} cores busy. "
-        f"{result['date']}, {result['machine']}, commit {result['commit']}. `make odir` repeats it.",
+        f"Measured {result['date']} on {result['machine']}, commit {result['commit']}. Reproduce with `make odir`.",
     ]
     return "\n".join(lines)
 

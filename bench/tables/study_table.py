@@ -31,13 +31,12 @@ def study_table(result: dict[str, Any]) -> str:
     failed = sum(row["failed"] or 0 for row in rows)
     lines += [
         "",
-        f"ResNet-18 at {result['size']} px, five folds: mean ± SD of their AUROC, and its patient-clustered 95 % "
-        "interval; every photo is tested once, by the model that has not seen its patient. Differences are taken "
-        "within folds (DeLong, clustered by patient, Student's t). "
-        "Upstream reached an AUROC of "
-        f"{interval_text(upstream['auroc'])} on {upstream['patients']} patients of its own that it had not seen. "
-        f"{failed} runs failed. {result['date']}, {machine['cpu']}, {machine['cores']} cores, {result['minutes']:.0f} "
-        f"minutes, commit {result['commit']}. `make study` repeats it.",
+        f"ResNet-18 at {result['size']} px, five folds: mean ± SD of the AUROC over the folds and, in brackets, the "
+        "patient-clustered 95% interval. Every photo is tested once, by the model that has not seen its patient. "
+        "Differences are taken within folds (DeLong, clustered by patient, Student's t). The upstream run reached an "
+        f"AUROC of {interval_text(upstream['auroc'])} on {upstream['patients']} held-out patients of its own data. "
+        f"{failed} runs failed. Measured {result['date']} on {machine['cpu']}, {machine['cores']} cores, in "
+        f"{result['minutes']:.0f} minutes, commit {result['commit']}. Reproduce with `make study`.",
     ]
     return "\n".join(lines)
 

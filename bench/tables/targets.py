@@ -15,6 +15,7 @@ __all__ = ["newest", "targets_table"]
 SCREEN_TARGET, PREPARE_TARGET, TRAIN_TARGET = 15, 5, 2
 HABIT, HABIT_KEPT = "Pillow + torchvision, bilinear", "Pillow + torchvision, memory kept"
 DECODER = "the decoder alone, same plan"
+CACHE_LOADER = "FastFundus, train's feed"
 
 
 def newest(folder: Path, name: str) -> dict[str, Any]:
@@ -38,9 +39,9 @@ def targets_table(folder: Path) -> str:
     )
     most = ratio(screen, SCREEN_PEERS, f"engine alone, {best}")["median"]
     fastest = ratio(screen, SCREEN_BEST, f"screen, {best}")["median"]
-    shares = ", ".join(
-        f"{label} {engine['variants'][label]['share_of_limit']:.0%}"
-        for label in (BF16, INT8) if label in engine["variants"]
+    shares = " and ".join(
+        f"{engine['variants'][name]['share_of_limit']:.0%} with {name}"
+        for name in (BF16, INT8) if name in engine["variants"]
     )  # fmt: skip
     bilinear, bicubic, kept, decoder = (
         ratio(prepare, slow, fast)["median"]
@@ -54,36 +55,36 @@ def targets_table(folder: Path) -> str:
     feeding = min(found["variants"][OURS]["share_of_limit"] for found in train)
     rows = [
         (
-            f"CPU `screen` on camera JPEGs: {SCREEN_TARGET} x the peers' loop",
-            ", ".join(f"{kind} {value:.1f} x" for kind, value in ratios.items())
-            + f"; {best} {fastest:.1f} x the fastest of their settings",
+            f"`screen` on a CPU, camera JPEGs: {SCREEN_TARGET}x a typical PyTorch loop",
+            ", ".join(f"{kind} {value:.1f}x" for kind, value in ratios.items())
+            + f"; {best} is {fastest:.1f}x the loop's fastest setting",
             max(ratios.values()) >= SCREEN_TARGET,
-            f"{best}: {decode:.0f} ms of all cores to prepare a photo, {alone:.0f} ms for the engine. With nothing to "
-            f"prepare it would be {most:.1f} x. Of the rate of matrix products in the same type the engine reaches: "
-            f"{shares}. A processor with AMX would close it, no code on this one",
+            f"the engine: on all cores, preparing a photo takes {decode:.0f} ms and {best} inference {alone:.0f} ms; "
+            f"without preparation, the speed-up would be {most:.1f}x. The engine already reaches {shares} of the "
+            "matmul throughput in the same type, so only a CPU with AMX would close the gap",
         ),
         (
-            f"`prepare`: {PREPARE_TARGET} x Pillow + torchvision a core",
-            f"{bilinear:.1f} x bilinear, {bicubic:.1f} x bicubic; {kept:.1f} x a bilinear peer with memory kept",
+            f"`prepare`: {PREPARE_TARGET}x Pillow + torchvision per core",
+            f"bilinear {bilinear:.1f}x, bicubic {bicubic:.1f}x; bilinear with tuned malloc {kept:.1f}x",
             bilinear >= PREPARE_TARGET,
-            f"the decoder alone, by the same plan, takes {ours:.0%} of our time and is {decoder:.1f} x the peer with "
-            "memory kept: beyond that only a faster decoder helps (hardware JPEG on a GPU)",
+            f"the JPEG decoder: it takes {ours:.0%} of the time and alone is {decoder:.1f}x as fast as Pillow + "
+            "torchvision with tuned malloc; only a faster decoder, such as hardware JPEG on a GPU, would help further",
         ),
         (
-            f"`train --amp` on a CPU: {TRAIN_TARGET} x float32 eager",
-            " and ".join(f"{value:.1f} x" for value in speedups),
+            f"`train --amp` on a CPU: {TRAIN_TARGET}x eager float32",
+            " and ".join(f"{value:.1f}x" for value in speedups),
             min(speedups) >= TRAIN_TARGET,
-            f"feeding leaves {feeding:.0%} of the step alone",
+            f"the training step: with data loading it keeps at least {feeding:.0%} of its speed",
         ),
     ]
     gpu = [
-        "`sample` on a GPU: 85 % of copy bandwidth",
-        "loader on a GPU: the step keeps 97 % of its speed",
-        "end to end on a GPU: 90 % of the slowest stage",
+        "`sample` on a GPU: 85% of copy bandwidth",
+        "loader on a GPU: the training step keeps 97% of its speed",
+        "end to end on a GPU: 90% of the speed of the slowest stage",
     ]
-    lines = ["| target | measured | met | where the time goes, and what would close it |", "|---|---|---|---|"]
-    lines += [f"| {what} | {summary} | {'yes' if met else 'no'} | {why} |" for what, summary, met, why in rows]
+    lines = ["| target | measured | met | bottleneck |", "|---|---|---|---|"]
+    lines += [f"| {what} | {value} | {'yes' if met else 'no'} | {why} |" for what, value, met, why in rows]
     lines += [
-        f"| {what} | not measured: no GPU was at hand | open | `bench/gpu_suite.sh` measures it |" for what in gpu
+        f"| {what} | not measured, no GPU was available | open | `bench/gpu_suite.sh` measures it |" for what in gpu
     ]
-    return "\n".join([*lines, "", "From the tables here, each with its conditions."])
+    return "\n".join([*lines, "", "Taken from the tables in this file, which state the conditions."])

@@ -213,6 +213,6 @@ def _say(found: dict[str, Any]) -> None:
     gpus = f" and {machine['gpus']} GPUs" if machine["gpus"] else ""
     stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in summary["stages"].items())
     click.echo(
-        f"{machine['cores']} cores{gpus}: {summary['photos_per_hour']:,.0f} photos per hour; bottleneck: {summary['limit']} "
-        f"(photos/s of each stage alone: {stages})"
+        f"{machine['cores']} cores{gpus}: {summary['photos_per_hour']:,.0f} photos per hour; bottleneck: "
+        f"{summary['limit']} (photos/s of each stage alone: {stages})"
     )

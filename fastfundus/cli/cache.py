@@ -254,7 +254,8 @@ def split(
     write_split_file(output, part, assigned.names)
     counts = ", ".join(f"{count} {side}" for side, count in side_counts(assigned.names).items())
     click.echo(
-        f"{output}: {len(rows)} photos with a label ({targets.summary}) of {part['patient'].n_unique()} patients: {counts}"
+        f"{output}: {len(rows)} photos with a label ({targets.summary}) of {part['patient'].n_unique()} patients: "
+        f"{counts}"
     )
 
 

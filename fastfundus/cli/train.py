@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastfundus.config import TASKS
+from fastfundus.recipes import RECIPES
 
 if TYPE_CHECKING:
     from fastfundus.config import TrainConfig
     from fastfundus.data.cache import PhotoCache
-
-RECIPES = ["upstream", "finetune", "linear_probe", "dr_grading", "vessels"]
 
 
 @click.command()

@@ -14,7 +14,7 @@ from PIL import Image
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import DataError, close_matches
 
-__all__ = ["MASK_COLUMN", "native_map", "native_masks", "photos_with_masks", "crop_transform"]
+__all__ = ["MASK_COLUMN", "crop_transform", "native_map", "native_masks", "photos_with_masks"]
 
 MASK_COLUMN = "mask_vessels"
 """Manifest column with the mask path, as written by the adapters of DRIVE, STARE, HRF, ..."""

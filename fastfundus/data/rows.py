@@ -18,7 +18,7 @@ from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
 from fastfundus.records import PhotoFacts, SourcePhoto, Status, identity
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["FACTS", "Preparer", "Row", "hashed_patient", "identified", "prepare_rows", "file_stamp"]
+__all__ = ["FACTS", "Preparer", "Row", "file_stamp", "hashed_patient", "identified", "prepare_rows"]
 
 Row = tuple[dict[str, Any], NDArray[np.uint8] | None]
 """Manifest columns of one photo, and its pixels, or None if it could not be used."""

@@ -16,7 +16,7 @@ from fastfundus.models.activation import ACTIVATIONS, probabilities
 from fastfundus.models.cam import grad_cam, split
 from fastfundus.training.run import Run
 
-__all__ = ["CELLS", "METHODS", "Explainer", "Explanation", "Faithfulness", "faithfulness", "points_at"]
+__all__ = ["CELLS", "METHODS", "Explainer", "Explanation", "Faithfulness", "faithfulness"]
 
 METHODS = ("gradcam", "occlusion")
 """Grad-CAM at the last feature maps or tokens; and occlusion, the fall of each output's logit when a cell of the photo
@@ -162,21 +162,3 @@ def _between(start: Photos, end: Photos, order: NDArray[np.int64], steps: int) -
             photo[cell] = end[cell]
         way.append(photo.copy())
     return np.stack(way)
-
-
-def points_at(heat: NDArray[np.float32], mask: NDArray[np.bool_], *, tolerance: float = 0.05) -> bool:
-    """Return whether the hottest point is on a lesion (the pointing game). Source: Zhang et al., IJCV 2018.
-
-    Args:
-        heat: [h, w] heatmap.
-        mask: [S, S] True on lesions.
-        tolerance: distance from a lesion that still counts as a hit, as a share of the photo's side, because heatmaps
-            are coarser than lesions.
-    """
-    size = len(mask)
-    smooth = cv2.resize(heat, (size, size), interpolation=cv2.INTER_CUBIC)
-    row, column = np.unravel_index(int(smooth.argmax()), smooth.shape)
-    if not mask.any():
-        return False
-    away = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return bool(away[row, column] <= tolerance * size)

@@ -56,10 +56,10 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
     except Exception as error:
         # The unpickler raises many types of errors for files in other formats, in every case without running any code.
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        summary = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
+        reason = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
         raise CheckpointError(
-            f"{path}: cannot be read as weights ({summary[:200]}). Only tensors, plain data and torchvision's ResNets are "
-            "accepted, because other pickled objects could run code"
+            f"{path}: cannot be read as weights ({reason[:200]}). Only tensors, plain data and torchvision's ResNets "
+            "are accepted, because other pickled objects could run code"
         ) from None
     return _tensors_of(loaded, path)
 

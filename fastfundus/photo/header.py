@@ -14,9 +14,9 @@ from fastfundus.records import Status
 
 __all__ = [
     "FORMATS",
-    "MIN_SIDE_PX",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "MIN_SIDE_PX",
     "JpegFrame",
     "PhotoHeader",
     "check_size",

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HASH_BITS", "perceptual_hash", "flipped_hashes", "local_contrast"]
+__all__ = ["HASH_BITS", "flipped_hashes", "local_contrast", "perceptual_hash"]
 
 HASH_BITS = 256
 _GRID = 16

@@ -26,8 +26,19 @@ from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
 __all__ = [
-    "PreparedPhoto", "crop_window", "decode_at", "decode_reduced", "facts_of", "finish", "known_of", "min_side",
-    "look_at", "plan_for_crop", "prepare_bytes", "prepare_photo", "round_mask",
+    "PreparedPhoto",
+    "crop_window",
+    "decode_at",
+    "decode_reduced",
+    "facts_of",
+    "finish",
+    "known_of",
+    "look_at",
+    "min_side",
+    "plan_for_crop",
+    "prepare_bytes",
+    "prepare_photo",
+    "round_mask",
 ]  # fmt: skip
 
 

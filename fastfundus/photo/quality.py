@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastfundus.photo.fundus_check import retinal_share
 from fastfundus.photo.resample import halve_to, resize_square
 
-__all__ = ["MIN_QUALITY", "MARKS", "QUALITY_PX", "Quality", "measure_quality"]
+__all__ = ["MARKS", "MIN_QUALITY", "QUALITY_PX", "Quality", "measure_quality"]
 
 QUALITY_PX = 256
 """Side in pixels of the crop in which quality is measured."""

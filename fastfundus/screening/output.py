@@ -32,7 +32,7 @@ from fastfundus.screening.pipeline import BLOCK
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.results import eye_table, patient_table, results_table
 
-__all__ = ["FILES", "Store", "parquet_bytes", "file_stamp"]
+__all__ = ["FILES", "Store", "file_stamp", "parquet_bytes"]
 
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
 """Files of a finished results folder, besides masks."""

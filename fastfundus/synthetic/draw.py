@@ -48,11 +48,6 @@ class SyntheticPhoto:
     cup_mask: NDArray[np.uint8]
     lesion_masks: dict[str, NDArray[np.uint8]]
 
-    @property
-    def abnormal(self) -> int:
-        """1 if any lesion is present, else 0."""
-        return int(bool(self.lesions))
-
 
 def draw_photo(
     seed: int,

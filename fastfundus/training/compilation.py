@@ -34,12 +34,10 @@ def compile_mode(loop: LoopConfig, device: torch.device, world: World, say: Call
     if loop.compile == "auto" and device.type == "cpu":
         say("torch.compile is off: on a CPU it costs a minute and gained nothing when measured; loop.compile=on")
         return "off"
-    mode: CompileMode
-    if loop.compile == "auto":
-        # Gradients that are exchanged during the backward pass cannot be part of a CUDA graph.
-        mode = "graphs" if world.size == 1 and loop.accumulate == 1 else "on"
-    else:
-        mode = loop.compile
+    mode: CompileMode = "on" if loop.compile == "auto" else loop.compile
+    # Gradients that are exchanged during the backward pass cannot be part of a CUDA graph.
+    if loop.compile == "auto" and world.size == 1 and loop.accumulate == 1:
+        mode = "graphs"
     say(f"torch.compile is {'off by loop.compile' if mode == 'off' else 'on: the first step takes a minute'}")
     return mode
 

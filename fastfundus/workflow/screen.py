@@ -33,7 +33,7 @@ def screen(
 
     Yields:
         The columns of results.csv by name, for every input exactly once: path, sha256, status, reason, patient, eye,
-        camera, quality, p_<label> (None without a score), decision, bundle. Bundles that output maps give no masks here.
+        camera, quality, p_<label> (None without a score), decision, bundle. Masks are only written by the command line.
 
     Raises:
         DataError: a source does not exist, contains nothing, or cannot be listed.

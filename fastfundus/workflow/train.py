@@ -23,9 +23,7 @@ from fastfundus.training.observer import Observer
 from fastfundus.training.run import Run
 from fastfundus.training.trainer import Trainer
 
-__all__ = ["RECIPES", "Targets", "read_recipe", "train", "train_folds", "train_run"]
-
-RECIPES = ("upstream", "finetune", "linear_probe", "dr_grading", "vessels")
+__all__ = ["Targets", "read_recipe", "train", "train_folds", "train_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> TrainConf
     """Read a configuration that comes with FastFundus.
 
     Args:
-        name: one of `RECIPES`.
+        name: one of `fastfundus.recipes.RECIPES`.
         overrides: values that take precedence, by dotted name, such as {"loop.epochs": 3}.
 
     Raises:

@@ -14,7 +14,7 @@ from fastfundus.data import PhotoCache
 from fastfundus.spec import PreprocessSpec
 
 
-def test_costs_are_fitted_on_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_fitted_to_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cost, "WIDTHS", (160, 320, 640))
     monkeypatch.setattr(bench_cost, "QUALITIES", (75, 97))
     cost, rows = bench_cost.fit_preparing(tmp_path, PreprocessSpec(size=64), 0.01)
@@ -23,7 +23,7 @@ def test_costs_are_fitted_on_what_was_measured(tmp_path: Path, monkeypatch: pyte
     assert cost.fixed_s >= 0
 
 
-def test_what_was_not_fitted_is_predicted_and_measured(
+def test_other_networks_are_predicted_and_measured(
     tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_cost, "WIDTHS", (160, 320))

@@ -11,7 +11,7 @@ from bench.tables.study_table import study_table
 from tests.conftest import Trained
 
 
-def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_folder: Path) -> None:
+def test_wrong_answers_are_counted(trained: Trained, photo_folder: Path) -> None:
     files = sorted((photo_folder / "images").iterdir())[:6]
     found = serve_under_load(trained.bundle, files, seconds=1.0)
     assert found["answers"] >= CLIENTS
@@ -27,7 +27,7 @@ def test_a_served_answer_that_differs_would_be_counted(trained: Trained, photo_f
     assert wrong["lost_or_mixed_up"] == wrong["answers"] > 0
 
 
-def test_the_study_is_drawn_from_its_result() -> None:
+def test_the_study_table_matches_its_result() -> None:
     result = json.loads(sorted(RESULTS.glob("study_cpu_*.json"))[-1].read_text())
     table = study_table(result)
     compared = [row for row in result["table"] if row["init"] != "scratch"]

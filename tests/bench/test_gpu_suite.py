@@ -61,7 +61,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert max(row["distance"] for row in engines.values()) < 0.05
 
 
-def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None:
+def test_gpu_programs_import_without_optional_packages(tmp_path: Path) -> None:
     """Import the programs without packages that a machine with torch, Triton, timm, NumPy and OpenCV may lack."""
     absent = ["polars", "pyarrow", "sklearn", "scipy", "simplejpeg", "pydicom", "safetensors", "jinja2", "click"]
     programs = "bench.gpu.suite, bench.gpu.train, bench.gpu.engine, bench.gpu.table"
@@ -71,7 +71,7 @@ def test_what_runs_on_a_bare_gpu_machine_needs_no_tables(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_exits_with_an_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu.suite", "--tests", tmp_path / "t.xml", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
@@ -88,7 +88,7 @@ def test_bytes_by_hand() -> None:
     assert inputs.output_bytes == 12 * 512 * 512
 
 
-def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
+def test_a_wrong_case_has_no_figures_and_affects_no_other() -> None:
     def breaks() -> None:
         raise RuntimeError("out of memory")
 
@@ -103,7 +103,7 @@ def test_a_case_that_is_wrong_has_no_figures_and_costs_no_other() -> None:
     assert "| job | job: wrong differs from right" in gpu_table.gpu_table({"kernels": kernels})
 
 
-def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_part_keeps_finished_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a part from outside in the middle of a case, as `gpu_suite.sh` does."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -125,7 +125,7 @@ def test_a_part_that_is_stopped_leaves_what_it_has(tmp_path: Path, monkeypatch: 
     assert summary == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
 
 
-def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
+def test_parts_of_different_runs_are_not_merged(tmp_path: Path) -> None:
     (tmp_path / "kernels_h200_202611.json").write_text("{}")
     (tmp_path / "train_h100_202610.json").write_text("{}")
     with pytest.raises(SystemExit, match="parts of different runs"):
@@ -134,5 +134,5 @@ def test_parts_of_different_runs_are_not_taken_together(tmp_path: Path) -> None:
         gpu_table.merged(tmp_path / "nowhere")
 
 
-def test_a_crashed_test_run_is_no_success(tmp_path: Path) -> None:
+def test_a_crashed_test_run_is_reported(tmp_path: Path) -> None:
     assert gpu_part.tests_of(tmp_path / "nothing.xml") == {"crashed": 1}

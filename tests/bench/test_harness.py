@@ -28,7 +28,7 @@ def after(seconds: float, result: np.ndarray = WANT, order: list[str] | None = N
     return Variant(name or str(seconds), job, reference=seconds == 0.01)
 
 
-def test_rates_ratios_and_shares_are_worked_out() -> None:
+def test_rates_ratios_and_shares() -> None:
     case = Case("sleeping", "nothing", units=5, bytes=10**6, flops=2e6, limit=Limit("the clock", 5.0))
     found = compare(case, [after(0.005), after(0.01)], rounds=5)
     fast, slow = found["variants"]["0.005"], found["variants"]["0.01"]
@@ -55,7 +55,7 @@ def test_variants_are_interleaved_and_the_first_round_is_warm_up() -> None:
     assert found["rounds"] == 3
 
 
-def test_a_wrong_result_has_no_figure() -> None:
+def test_wrong_results_have_no_figures() -> None:
     wrong = WANT.copy()
     wrong[3] += 0.1
     with pytest.raises(WrongResult, match=r"job: fast differs from 0\.01 by 0\.1, but at most 0 is allowed"):
@@ -65,7 +65,7 @@ def test_a_wrong_result_has_no_figure() -> None:
         compare(Case("job", "", 1), [after(0.01), after(0.0, not_a_number, name="fast")], rounds=2)
 
 
-def test_memory_is_that_of_each_variant() -> None:
+def test_peak_memory_is_measured_per_variant() -> None:
     clock = Clock()
     clock.forget_peak()
     before = clock.peak_mib()
@@ -76,7 +76,7 @@ def test_memory_is_that_of_each_variant() -> None:
     assert clock.peak_mib() < before + 50
 
 
-def test_a_variant_sets_the_limit_and_one_may_have_its_own() -> None:
+def test_limits_by_a_variant_and_per_variant() -> None:
     variants = [after(0.01), after(0.002, name="the step alone"), replace(after(0.004), limit=Limit("another", 1.0))]
     found = compare(Case("job", "", 1, limit="the step alone"), variants, rounds=3)
     rows = found["variants"]
@@ -86,7 +86,7 @@ def test_a_variant_sets_the_limit_and_one_may_have_its_own() -> None:
     assert rows["0.004"]["share_of_limit"] == pytest.approx(1 / rows["0.004"]["ms"])
 
 
-def test_what_a_call_is_within_is_not_timed() -> None:
+def test_the_context_of_a_call_is_not_timed() -> None:
     order: list[str] = []
 
     @contextmanager
@@ -102,7 +102,7 @@ def test_what_a_call_is_within_is_not_timed() -> None:
     assert found["variants"]["job"]["ms"] < 100
 
 
-def test_the_reference_may_be_held_against_something_too() -> None:
+def test_the_reference_can_have_a_distance_too() -> None:
     wrong = Variant("only", lambda: WANT, True, distance=lambda got, _: float(np.abs(got - WANT - 1).max()))
     with pytest.raises(WrongResult, match="only differs from only by 1"):
         compare(Case("job", "", 1), [wrong], rounds=1)
@@ -128,7 +128,7 @@ class Counting:
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_process_of_its_own(here: bool) -> None:
+def test_own_process(here: bool) -> None:
     job = OwnProcess(Counting, 5, here=here)
     for count in (6, 7):
         with job.within():
@@ -153,6 +153,6 @@ def test_a_process_of_its_own(here: bool) -> None:
             os.kill(process, 0)
 
 
-def test_what_cannot_be_pickled_is_found_in_the_same_process_too() -> None:
+def test_unpicklable_jobs_fail_in_the_same_process_too() -> None:
     with pytest.raises((AttributeError, pickle.PicklingError)):
         OwnProcess(lambda: None, here=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastfundus.data import PhotoCache
 from fastfundus.errors import ConfigError
 from fastfundus.evaluation import explain
-from fastfundus.evaluation.explain import Explainer, faithfulness, points_at
+from fastfundus.evaluation.explain import Explainer, faithfulness
 from fastfundus.evaluation.sheets import OUTCOMES, outcome_rows
 from fastfundus.models.cam import grad_cam, split
 from fastfundus.photo.prepare import prepare_bytes
@@ -164,10 +164,12 @@ def test_the_gaze_is_found_where_it_is(
     photos, masks = with_exudates
     yellow.method = method  # type: ignore[assignment]
     heat = yellow.explain(photos).heat[:, 0]
-    hits = [points_at(hot, mask) for hot, mask in zip(heat, masks, strict=True)]
-    probability = np.mean([cv2.dilate(mask.astype(np.uint8), np.ones((23, 23))).mean() for mask in masks])
+    # Heatmaps are coarser than lesions: eleven pixels beside a lesion count as a hit.
+    near = [cv2.dilate(mask.astype(np.uint8), np.ones((23, 23))) for mask in masks]
+    smooth = [cv2.resize(hot, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for hot in heat]
+    hits = [zone.flat[hot.argmax()] for hot, zone in zip(smooth, near, strict=True)]
     # The optic disc is as bright as the lesions, and the network does not exclude it.
-    assert np.mean(hits) >= 0.5 > 3 * probability
+    assert np.mean(hits) >= 0.5 > 3 * np.mean(near)
 
 
 def test_true_heatmaps_are_faithful_and_wrong_ones_are_not(
@@ -183,21 +185,10 @@ def test_true_heatmaps_are_faithful_and_wrong_ones_are_not(
     assert wrong.insertion.mean() < summary.insertion.mean()
 
 
-def test_pointing_by_hand() -> None:
-    mask = np.zeros((100, 100), bool)
-    mask[40:45, 60:65] = True
-    heat = np.zeros((10, 10), np.float32)
-    heat[4, 6] = 1  # covers rows 40 to 49, columns 60 to 69
-    assert points_at(heat, mask)
-    assert not points_at(np.roll(heat, 2, axis=1), mask)
-    assert points_at(np.roll(heat, 1, axis=1), mask, tolerance=0.15)
-    assert not points_at(heat, np.zeros((100, 100), bool))
-
-
 def test_outcomes_show_the_surest_and_the_worst() -> None:
     probabilities = np.array([0.9, 0.8, 0.7, 0.2, 0.1, 0.95, 0.3, 0.4])
     truth = np.array([1, 1, 0, 1, 0, np.nan, 0, 1.0])
-    chosen = outcome_rows(probabilities, truth, 0.5, most=2)
+    chosen = outcome_rows(probabilities, truth, 0.5, limit=2)
     assert {name: rows.tolist() for name, rows in chosen.items()} == dict(
         zip(OUTCOMES, [[0, 1], [2], [3, 7], [4, 6]], strict=True)
     )

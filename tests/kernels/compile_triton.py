@@ -1,4 +1,4 @@
-"""Compile every Triton kernel, tiling, mode and output type, and report registers, spills and shared memory.
+"""Compile the Triton kernel in every tiling, mode and output type, and report registers, spills and shared memory.
 
 No GPU is needed. Usage: python -m tests.kernels.compile_triton [OUTPUT.json]
 """
@@ -21,13 +21,13 @@ ARCHITECTURES = (80, 90, 100)
 JOBS = {"longs_pointer": "*i64", "words_pointer": "*i32", "floats_pointer": "*fp32"}
 
 
-Job = tuple[str, int, dict[str, str], dict[str, Any], int, bool]
-"""Kernel, architecture, signature, constants, warps, and True if pointers and sizes are multiples of 16."""
+Job = tuple[int, dict[str, str], dict[str, Any], int, bool]
+"""Architecture, signature, constants, warps, and True if pointers and sizes are multiples of 16."""
 
 
 def jobs() -> list[Job]:
     """Return every variant that a launch can select."""
-    from fastfundus.kernels import cell_sums, sample
+    from fastfundus.kernels import sample
     from fastfundus.kernels.jobs import MODES
 
     found = []
@@ -36,11 +36,7 @@ def jobs() -> list[Job]:
             signature = {"pixels_pointer": "*u8", **JOBS, "output_pointer": f"*{out}", "out_size": "i32"}
             # A program covers part of a row, as at 512 px, or several rows, as at sizes below 64.
             constants = {"MODE": mode, "COLUMNS": 512 if aligned else 64, "BLOCK": block}
-            found.append(("sample", architecture, signature, constants, warps, aligned))
-        for block, warps in cell_sums.TILINGS:
-            signature = {"pixels_pointer": "*u8", "offsets_pointer": "*i64", "sizes_pointer": "*i32"}
-            signature |= {"output_pointer": "*i64", "bins": "i32"}
-            found.append(("cell_sums", architecture, signature, {"BLOCK": block}, warps, aligned))
+            found.append((architecture, signature, constants, warps, aligned))
     return found
 
 
@@ -50,13 +46,12 @@ def compiled(job: Job) -> tuple[str, dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastfundus.kernels import cell_sums, sample
+    from fastfundus.kernels.sample import sample_kernel
 
-    name, architecture, signature, constants, warps, aligned = job
-    kernel = {"sample": sample.sample_kernel, "cell_sums": cell_sums.cell_sums_kernel}[name].fn
-    # The launcher specialises kernels for arguments that are multiples of 16, as at 512 px.
+    architecture, signature, constants, warps, aligned = job
+    # The launcher specialises the kernel for arguments that are multiples of 16, as at 512 px.
     facts = {(n,): [["tt.divisibility", 16]] for n in range(len(signature))} if aligned else None
-    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, facts)
+    source = ASTSource(sample_kernel.fn, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, facts)
     options = {"num_warps": warps, "num_stages": 1}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -69,7 +64,7 @@ def compiled(job: Job) -> tuple[str, dict[str, int]]:
     registers, stack, _, local = map(int, match.groups())
     variant = " ".join(f"{key}={value}" for key, value in constants.items())
     out = signature["output_pointer"].removeprefix("*")
-    title = f"{name} sm_{architecture} {out} {variant} warps={warps}{' aligned' if aligned else ''}"
+    title = f"sample sm_{architecture} {out} {variant} warps={warps}{' aligned' if aligned else ''}"
     return title, {"registers": registers, "spilled_bytes": stack + local, "shared_bytes": binary.metadata.shared}
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfundus.kernels import cell_sums as triton_cell_sums
 from fastfundus.kernels import host, ops
 from fastfundus.kernels import sample as triton_sample
 from tests.kernels.cases import Batch
@@ -39,17 +38,3 @@ def rounding(sampler: Sampler, dtype: torch.dtype) -> float:
 
 
 SAMPLERS: dict[str, Sampler] = {"host": sample_on_host, "triton": sample_triton}
-
-
-def cells_on_host(batch: Batch, bins: int) -> Tensor:
-    assert host.load().library is not None, host.load().reason
-    return ops._cell_sums(batch.pixels, batch.offsets, batch.sizes, bins)
-
-
-def cells_triton(batch: Batch, bins: int) -> Tensor:
-    if HAS_GPU:
-        return ops._cell_sums(batch.pixels.cuda(), batch.offsets, batch.sizes, bins).cpu()
-    return triton_cell_sums.launch(batch.pixels, batch.offsets, batch.sizes, bins)
-
-
-CELL_SUMMERS: dict[str, Callable[[Batch, int], Tensor]] = {"host": cells_on_host, "triton": cells_triton}

@@ -38,11 +38,6 @@ def main(library: str, cases: str, results: str, missing: int) -> None:
                 for n in range(len(jobs)):
                     job(n)
                 out[f"{name}/{nearest}/{out_type}"] = fresh
-        for n, (height, width) in enumerate(sizes.tolist()):
-            bins = min(height, width, 5)
-            sums = np.empty((bins, bins), np.int64)
-            host.cell_sums(room + int(offsets[n]), height, width, bins, sums.ctypes.data)
-            out[f"{name}/cells/{n}"] = sums
     np.savez(results, **out)
 
 

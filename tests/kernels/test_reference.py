@@ -104,16 +104,3 @@ def test_nearest_takes_the_covering_pixel() -> None:
     assert got.tolist() == [[0, 0, 3, 3], [0, 0, 3, 3], [6, 6, 9, 9], [6, 6, 9, 9]]
     # Masks are never averaged, regardless of the minification.
     assert sampled(image, affine(2.0), 1, nearest=True)[0, 0].tolist() == [9, 9, 9]
-
-
-def test_cell_sums_by_hand() -> None:
-    place = torch.tensor([0]), torch.tensor([[2, 4]], dtype=torch.int32)
-    assert reference.cell_sums(grey([5] * 4, [5] * 4).reshape(-1), *place, 2).tolist() == [[[10, 10], [10, 10]]]
-    image = torch.zeros(2, 4, 3, dtype=torch.uint8)
-    image[0, 0] = torch.tensor([1, 2, 200])
-    image[1, 3] = torch.tensor([100, 2, 3])
-    assert reference.cell_sums(image.reshape(-1), *place, 2).tolist() == [[[200, 0], [0, 100]]]
-    # Cells of 3 columns: [0, 1), [1, 2), [2, 4).
-    rows = torch.tensor([[3, 4]], dtype=torch.int32)
-    got = reference.cell_sums(grey([1, 2, 3, 4], [0] * 4, [0] * 4).reshape(-1), place[0], rows, 3)
-    assert got[0, 0].tolist() == [1, 2, 7]

@@ -168,7 +168,6 @@ def test_opcheck() -> None:
     batch = case("not-square")
     for dtype, nearest in [(torch.bfloat16, False), (torch.float32, True)]:
         torch.library.opcheck(ops._sample, (*batch.arguments, dtype, nearest))
-    torch.library.opcheck(ops._cell_sums, (batch.pixels, batch.offsets, batch.sizes, 3))
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -1,4 +1,4 @@
-"""`fastfundus convert`: weights as others keep them, every tensor accounted for, and nothing in a pickle runs."""
+"""`fastfundus convert`: foreign weight formats, a report of every tensor, and no code execution from pickles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.models.test_models import Evil
 
 
 def paper_network() -> nn.Module:
-    """As the paper's authors published theirs: a torchvision ResNet, a head of two layers, wrapped for GPUs."""
+    """Return a network like the one of the paper's authors: a torchvision ResNet, a two-layer head, in DataParallel."""
     torch.manual_seed(0)
     network = resnet18()
     network.fc = nn.Sequential(nn.Linear(512, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
@@ -48,7 +48,7 @@ def test_the_papers_pickled_network(tmp_path: Path) -> None:
     assert report["sha256"] == hashlib.sha256((tmp_path / "fundus.pth").read_bytes()).hexdigest()
     with safe_open(tmp_path / "fundus.safetensors", "pt") as file:
         assert json.loads(file.metadata()["fastfundus_convert"]) == report
-    # It is the same function: equal features, and `--init` takes it.
+    # The converted weights give equal features, and `--init` accepts them.
     model, init = create_model(ModelConfig(backbone="resnet18", init=str(tmp_path / "fundus.safetensors")), 1)
     assert init.fresh == ("fc.bias", "fc.weight")
     network.module.fc = model.fc = nn.Identity()  # type: ignore[assignment]
@@ -57,7 +57,7 @@ def test_the_papers_pickled_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "nested", "prefixed", "safetensors"])
-def test_state_dicts_of_all_kinds(tmp_path: Path, form: str) -> None:
+def test_state_dict_formats(tmp_path: Path, form: str) -> None:
     state = resnet18().state_dict()
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "plain":
@@ -94,7 +94,7 @@ def test_a_retfound_like_vit_of_another_size(tmp_path: Path) -> None:
     }
     written = load_file(tmp_path / "vit.safetensors")
     assert written["pos_embed"].shape == (1, 1 + 14 * 14, 192)
-    # The token before the grid stays, and the middle of a smooth field is where it was.
+    # The position of the class token is not resampled.
     torch.testing.assert_close(written["pos_embed"][:, 0], state["pos_embed"][:, 0])
     assert torch.equal(written["norm.weight"], state["fc_norm.weight"])
     model, _ = create_model(ModelConfig(backbone="vit_tiny_patch16_224", init=str(tmp_path / "vit.safetensors")), 1)
@@ -102,7 +102,7 @@ def test_a_retfound_like_vit_of_another_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "vit_small_patch16_224"])
-def test_backbones_are_told_by_their_tensors(name: str) -> None:
+def test_backbones_are_recognised_by_their_tensors(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert guess_backbone({f"encoder.{key}": value for key, value in model.state_dict().items()}) == name
@@ -148,7 +148,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_does_not_fit_is_said(tmp_path: Path, message: str) -> None:
+def test_mismatch_errors(tmp_path: Path, message: str) -> None:
     value, options = BAD[message]
     state = resnet18().state_dict()
     if value == "without conv1":
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, message: str) -> None:
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_damaged_files_and_other_endings_are_said(tmp_path: Path) -> None:
+def test_damaged_files_and_other_suffixes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"not at all")
     result = run("convert", tmp_path / "w.safetensors", "--output", tmp_path / "out.safetensors")
     assert result.exit_code == 1
@@ -175,7 +175,7 @@ def test_damaged_files_and_other_endings_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 def test_a_legacy_pickle_of_a_vessel_network(real_data: Path) -> None:
-    """Tensors are read; that it is no classifier's backbone is said."""
+    """The tensors are read, but the file is refused because no classifier backbone is recognised."""
     path = real_data / "weights" / "lwnet_wnet_drive.pth"
     tensors, what = read_foreign(path)
     assert tensors

@@ -1,4 +1,4 @@
-"""Models: first weights from everywhere, foreign files untrusted."""
+"""Model creation: initial weights from every source, and safe reading of untrusted files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = {"backbone": "resnet18"}
 
 
 class Evil:
-    """Would make a file when unpickled."""
+    """Object that creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,13 +27,13 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def test_scratch_has_one_output_and_says_so() -> None:
+def test_init_from_scratch() -> None:
     model, report = create_model(ModelConfig(**SMALL), 1)
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1)
     assert str(report) == "from scratch"
 
 
-def test_from_a_run_every_tensor_is_taken(trained: Trained) -> None:
+def test_init_from_a_run_loads_every_tensor(trained: Trained) -> None:
     model, report = create_model(ModelConfig(**SMALL, init=str(trained.run)), 1)
     state = load_state(trained.run)
     assert report.loaded == len(state)
@@ -42,7 +42,7 @@ def test_from_a_run_every_tensor_is_taken(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "state_dict", "wrapped"])
-def test_from_a_file_with_another_head(tmp_path: Path, form: str) -> None:
+def test_init_from_a_file_with_another_head(tmp_path: Path, form: str) -> None:
     other, _ = create_model(ModelConfig(**SMALL), 1000)
     state = other.state_dict()
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
@@ -64,7 +64,7 @@ def test_another_backbone_is_refused(trained: Trained) -> None:
         create_model(ModelConfig(backbone="resnet34", init=str(trained.run)), 1)
 
 
-def test_unknown_backbone_gets_close_names() -> None:
+def test_unknown_backbone_suggests_similar_names() -> None:
     with pytest.raises(ConfigError, match="resnet50"):
         create_model(ModelConfig(backbone="resnet5O"), 1)
 
@@ -81,7 +81,7 @@ def test_pickled_code_never_runs(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_wrong_files(tmp_path: Path) -> None:
+def test_file_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         load_state(tmp_path / "gone.pth")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
@@ -92,7 +92,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         load_state(tmp_path / "empty.pth")
 
 
-def test_imagenet_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_imagenet_without_network_suggests_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import timm
 
     def refuse(name: str, pretrained: bool = False, **rest: object) -> torch.nn.Module:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-FOUNDATION = {"errors", "config", "files", "machine", "records", "spec"}
+FOUNDATION = {"config", "errors", "files", "machine", "records", "spec"}
 # Dependencies point down only. Each part may import itself and the parts listed here.
 ALLOWED: dict[str, set[str]] = {
     "errors": {"records"},
@@ -25,21 +25,35 @@ ALLOWED: dict[str, set[str]] = {
     "photo": FOUNDATION,
     "data": {*FOUNDATION, "pages", "photo"},
     "models": FOUNDATION,
-    "train": {*FOUNDATION, "data", "kernels", "models"},
+    "training": {*FOUNDATION, "data", "kernels", "models", "photo"},
     # The torch-free runtime packs jobs in the kernels' format and compiles csrc.
     "engines": {*FOUNDATION, "models", "kernels"},
-    "dali": {*FOUNDATION, "photo", "data", "kernels", "train", "engines", "screen"},
+    "dali": {*FOUNDATION, "photo", "data", "kernels", "training", "engines", "screening"},
     "pictures": set(),
     "pages": {"files"},
     "cluster": FOUNDATION,
     "recipes": set(),
-    "evaluate": {*FOUNDATION, "photo", "data", "models", "train", "pages", "pictures", "cluster"},
-    "serve": {*FOUNDATION, "photo", "engines", "pictures", "screen"},
-    "screen": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures", "cluster"},
+    "evaluation": {*FOUNDATION, "photo", "data", "models", "training", "pages", "pictures"},
+    "study": {*FOUNDATION, "photo", "data", "models", "training", "evaluation", "pages", "pictures", "cluster"},
+    "screening": {*FOUNDATION, "data", "photo", "engines", "pages", "pictures", "cluster"},
+    "serving": {*FOUNDATION, "photo", "engines", "pictures", "screening"},
+    "sizing": {*FOUNDATION, "photo", "engines", "screening"},
+    "workflow": {
+        *FOUNDATION,
+        "recipes",
+        "photo",
+        "data",
+        "models",
+        "training",
+        "evaluation",
+        "engines",
+        "screening",
+        "dali",
+    },
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
 # These parts run without torch. Building an engine needs torch; running one does not.
-NO_TORCH = {"synthetic", "photo", "data", "screen", "serve", *FOUNDATION}
+NO_TORCH = {"synthetic", "photo", "data", "screening", "serving", "sizing", *FOUNDATION}
 NO_TORCH_MODULES = {"engines.bundle", "engines.runtime", "engines.openvino_backend", "engines.parity", "engines"}
 NO_TORCH_MODULES |= {
     "engines.onnxruntime_backend",
@@ -47,6 +61,7 @@ NO_TORCH_MODULES |= {
     "engines.cuda_graph",
     "engines.cuda_sample",
     "engines.heatmap",
+    "engines.openvino_core",
     "engines.tensorrt_backend",
     "engines.tensorrt_build",
     "engines.tensorrt_runtime",
@@ -103,8 +118,34 @@ def test_imports_point_down(name: str, path: Path) -> None:
         # Commands import their dependencies when they run, so that `--help` answers at once.
         top = {node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)}
         heavy = {getattr(node, "module", None) or node.names[0].name for node in top}
-        if name not in ("cli.building", "cli.training"):
+        if name != "cli.training_progress":
             assert {module.split(".")[0] for module in heavy} <= {*sys.stdlib_module_names, "click", "fastfundus"}
+
+
+def runtime_imports(path: Path) -> set[str]:
+    """Return the modules that a file imports when it runs, also those imported inside functions."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # The name may be a module of the package, or something defined in the module.
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("fastfundus.") for name in found if name.startswith("fastfundus.")}
+
+
+def test_no_import_circle_even_inside_functions() -> None:
+    paths = dict(modules())
+    graph = {name: {other for other in runtime_imports(path) if other in paths} for name, path in paths.items()}
+    graph = {name: others - {name} for name, others in graph.items()}
+    # Remove modules without remaining imports until none is left; what stays is on a circle, or depends on one.
+    while leaves := {name for name, others in graph.items() if not others}:
+        graph = {name: others - leaves for name, others in graph.items() if name not in leaves}
+    assert not graph, f"these modules import each other in a circle: {graph}"
 
 
 @pytest.mark.parametrize("command", [["-c", "import fastfundus"], ["-m", "fastfundus", "--help"]])
@@ -123,7 +164,8 @@ def test_nothing_heavy_is_loaded(command: list[str]) -> None:
 
 
 def test_screening_loads_no_torch(tmp_path: Path) -> None:
-    code = "import sys, fastfundus.screening.run, fastfundus.engines.openvino_backend as b; b.precisions()\n"
+    code = "import sys, fastfundus; fastfundus.screen, fastfundus.prepare, fastfundus.Bundle, fastfundus.PhotoCache\n"
+    code += "import fastfundus.screening.run, fastfundus.engines.openvino_backend as b; b.precisions()\n"
     code += "assert not {'torch', 'timm', 'onnx'} & set(sys.modules), 'torch was loaded'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=60)
 

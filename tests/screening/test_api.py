@@ -26,7 +26,7 @@ def test_records_are_the_rows_of_a_run(trained: Trained, broken_photos: Path, tm
     )
 
 
-def test_it_can_be_called_whatever_was_imported_before(trained: Trained, broken_photos: Path) -> None:
+def test_import_order_does_not_matter(trained: Trained, broken_photos: Path) -> None:
     calls = f"print(len(list(fastfundus.screen({str(broken_photos)!r}, {str(trained.bundle.path)!r}))))"
     for first in (
         "import fastfundus",
@@ -38,7 +38,7 @@ def test_it_can_be_called_whatever_was_imported_before(trained: Trained, broken_
 
 
 @pytest.mark.usefixtures("shut_folders")
-def test_places_that_cannot_be_searched_are_an_error(trained: Trained, broken_photos: Path) -> None:
+def test_unlistable_folders_are_an_error(trained: Trained, broken_photos: Path) -> None:
     (broken_photos / "shut").mkdir()
     with pytest.raises(DataError, match="some inputs could not be listed"):
         fastfundus.screen(broken_photos, trained.bundle)

@@ -8,7 +8,7 @@ import pytest
 from fastfundus.screening.drift import drift_of, reference_of
 
 
-def test_by_hand() -> None:
+def test_index_by_hand() -> None:
     reference = {"edges": [0.5], "shares": [0.5, 0.5], "photos": 100}
     values = np.array([0.2] * 80 + [0.7] * 20)
     drift = drift_of("scores", values, reference)

@@ -67,7 +67,7 @@ def stop_after(rows: int) -> object:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_resume_after_twenty_kills_gives_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.screening.kill_runs", trained.bundle.path, photos, tmp_path, "20", "7"],
         capture_output=True, text=True, timeout=300,
@@ -80,7 +80,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(trained: Trained, photo
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_stopped_run_goes_on_and_only_where_it_belongs(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_only_with_the_same_settings(trained: Trained, photos: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     screen(trained, photos, whole)
     with pytest.raises(_Stop):
@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on_and_only_where_it_belongs(trained: Trained, photo
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_changed_bundle_cannot_go_on(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_resume_with_a_changed_bundle_is_refused(trained: Trained, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
         screen(trained, photos, tmp_path / "out", on_progress=stop_after(10))
     copy = tmp_path / "bundle"
@@ -126,7 +126,7 @@ def test_a_changed_bundle_cannot_go_on(trained: Trained, photos: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_files_that_appear_vanish_or_change_are_said(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_files_that_appear_vanish_or_change_are_reported(trained: Trained, photos: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in photos.iterdir())
 
     def meddle(done: int, total: int, timing: Timing) -> None:
@@ -146,7 +146,7 @@ def test_files_that_appear_vanish_or_change_are_said(trained: Trained, photos: P
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_full_disk_keeps_what_is_done(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_finished_rows(trained: Trained, photos: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     screen(trained, photos, whole)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -163,7 +163,7 @@ def test_a_full_disk_keeps_what_is_done(trained: Trained, photos: Path, tmp_path
     assert verify(torn).faults == []
 
 
-def test_corrupt_inputs_cost_themselves_only(trained: Trained, photos: Path, tmp_path: Path) -> None:
+def test_corrupt_inputs_affect_only_themselves(trained: Trained, photos: Path, tmp_path: Path) -> None:
     sound = screen(trained, photos, tmp_path / "sound").results
     names = sorted(path.name for path in photos.iterdir())
     # Corrupt two of 24: truncate one, overwrite the middle of the other.
@@ -215,7 +215,7 @@ def engine(trained: Trained) -> Iterator[Engine]:
         yield loaded
 
 
-def test_an_engine_that_fails_once_costs_nothing(trained: Trained, photos: Path, engine: Engine) -> None:
+def test_a_single_engine_failure_is_retried(trained: Trained, photos: Path, engine: Engine) -> None:
     listing = list_photos(photos).photos
     plain = list(screen_photos(listing, trained.bundle, Timing(), engine=engine))
     flaky = _Flaky(engine, lambda batch, calls: calls == 1 and len(batch) > 1)
@@ -226,7 +226,7 @@ def test_an_engine_that_fails_once_costs_nothing(trained: Trained, photos: Path,
         np.testing.assert_array_equal(one.answer, other.answer)
 
 
-def test_a_photo_the_engine_cannot_take_has_a_row_of_its_own(trained: Trained, photos: Path, engine: Engine) -> None:
+def test_a_photo_the_engine_rejects_is_marked_failed(trained: Trained, photos: Path, engine: Engine) -> None:
     listing = list_photos(photos).photos
     plain = list(screen_photos(listing, trained.bundle, Timing(), engine=engine))
     cursed = plain[5].prepared.image
@@ -245,7 +245,7 @@ def test_an_engine_that_fails_on_everything_ends_the_run(trained: Trained, photo
         list(screen_photos(list_photos(photos).photos, trained.bundle, Timing(), engine=flaky))
 
 
-def test_a_photo_that_hangs_is_left_behind(
+def test_a_hanging_photo_is_abandoned(
     trained: Trained, photos: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
     listing = list_photos(photos).photos
@@ -264,7 +264,7 @@ def test_a_photo_that_hangs_is_left_behind(
     assert rows[3].reason.startswith("decoding took longer than 0.5 s and was abandoned")
 
 
-def test_storage_that_hangs_ends_the_run(
+def test_hanging_storage_ends_the_run(
     trained: Trained, photos: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
     release = threading.Event()
@@ -339,7 +339,7 @@ def test_tampering_is_found(trained: Trained, photos: Path, tmp_path: Path, tamp
     assert any(said in fault for fault in verify(output).faults)
 
 
-def test_what_is_no_screening_cannot_be_verified(tmp_path: Path) -> None:
+def test_verify_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is this the folder of a finished screening"):
         verify(tmp_path)
 

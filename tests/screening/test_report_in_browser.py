@@ -14,7 +14,7 @@ from tests.browser import open_browser
 from tests.conftest import Trained
 
 
-def test_it_shows_itself_and_asks_nobody(
+def test_report_renders_without_network_requests(
     trained: Trained, photo_folder: Path, broken_photos: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "photos"

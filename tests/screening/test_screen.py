@@ -73,7 +73,7 @@ def test_files_agree_with_each_other(trained: Trained, broken_photos: Path, tmp_
     }
 
 
-def test_rows_equal_one_photo_at_a_time_and_keep_the_order(trained: Trained, photo_folder: Path) -> None:
+def test_batched_rows_equal_single_photos_in_order(trained: Trained, photo_folder: Path) -> None:
     listing = list_photos(photo_folder)
     engine = trained.bundle.load()
     rows = list(screen_photos(listing.photos, trained.bundle, Timing(), batch_size=7))
@@ -106,7 +106,7 @@ def test_patients_get_their_worst_decision(trained: Trained, photo_folder: Path,
         assert row["eyes"] == "L+R"
 
 
-def test_results_are_not_overwritten_unasked(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
+def test_results_are_not_overwritten_by_default(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
     screen(trained, broken_photos, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"already contains results.csv; add --overwrite"):
         screen(trained, broken_photos, tmp_path / "out")
@@ -128,7 +128,7 @@ class _Links(HTMLParser):
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "data", "action", "srcset")]
 
 
-def test_the_report_stands_alone_and_escapes_names(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
+def test_the_report_is_self_contained_and_escapes_names(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>&.jpg"
     shutil.copy(broken_photos / "good.jpg", broken_photos / name)
     run = screen(trained, broken_photos, tmp_path / "out")
@@ -149,7 +149,7 @@ def test_the_report_stands_alone_and_escapes_names(trained: Trained, broken_phot
 def test_the_report_shows_a_bounded_number_worst_first(
     trained: Trained, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gallery, "MOST_SHOWN", 5)
+    monkeypatch.setattr(gallery, "MAX_SHOWN", 5)
     run = screen(trained, photo_folder, tmp_path / "out")
     html = run.report.read_text()
     shown = re.findall(r'alt="retina of (images/[^"]+)"', html)
@@ -158,7 +158,7 @@ def test_the_report_shows_a_bounded_number_worst_first(
     assert f"The 5 highest of {len(ranked)} scores" in html
 
 
-def test_nothing_scored_still_reports(trained: Trained, tmp_path: Path) -> None:
+def test_report_without_scored_photos(trained: Trained, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "zero.jpg").write_bytes(b"")

@@ -55,7 +55,7 @@ def summary(result: dict[str, Any]) -> tuple[str, str | None, dict[str, float], 
     return result["status"], result["reason"], result["probabilities"], result["decision"]
 
 
-def test_answers_are_those_of_a_batch(trained: Trained, broken_photos: Path, start: Start) -> None:
+def test_answers_equal_those_of_a_batch_run(trained: Trained, broken_photos: Path, start: Start) -> None:
     expected, client = by_batch(trained, broken_photos), start()
     files = sorted(broken_photos.iterdir())
     answer = client.post("/v1/screen", files=[("photo", (file.name, file.read_bytes())) for file in files])
@@ -70,9 +70,7 @@ def test_answers_are_those_of_a_batch(trained: Trained, broken_photos: Path, sta
     assert client.get("/healthz").json()["bundle"] == raw["bundle"] == trained.bundle.fingerprint
 
 
-def test_sixty_four_clients_at_once_each_get_their_own_answers(
-    trained: Trained, photo_folder: Path, start: Start
-) -> None:
+def test_64_concurrent_clients_get_their_own_answers(trained: Trained, photo_folder: Path, start: Start) -> None:
     expected = by_batch(trained, photo_folder)
     files = {path.name: path.read_bytes() for path in sorted((photo_folder / "images").iterdir())}
     address = start().base_url
@@ -104,7 +102,7 @@ def test_sixty_four_clients_at_once_each_get_their_own_answers(
     assert calls < photos, "waiting photos are scored in one batch"
 
 
-def test_names_are_names_only(broken_photos: Path, start: Start) -> None:
+def test_file_names_are_never_used_as_paths(broken_photos: Path, start: Start) -> None:
     client, data = start(), (broken_photos / "good.jpg").read_bytes()
     for name in ("../../etc/passwd", "/etc/shadow", "<img src=x onerror=alert(1)>.jpg", "a\\..\\b.jpg", "ü" * 300):
         answer = client.post("/v1/screen", files={"photo": (name, data)})
@@ -126,7 +124,7 @@ def test_names_are_names_only(broken_photos: Path, start: Start) -> None:
         (JPEG, b"", 400, "the body is empty"),
     ],
 )  # fmt: skip
-def test_malformed_requests_are_refused_in_words(
+def test_malformed_requests_are_refused_with_a_reason(
     start: Start, headers: dict[str, str], body: bytes, code: int, said: str
 ) -> None:
     client = start()
@@ -135,7 +133,7 @@ def test_malformed_requests_are_refused_in_words(
     assert client.get("/healthz").status_code == 200
 
 
-def test_too_much_is_refused(start: Start, broken_photos: Path) -> None:
+def test_requests_over_the_limits_are_refused(start: Start, broken_photos: Path) -> None:
     client = start(limits=Limits(max_bytes=100_000, max_waiting=2))
     assert client.post("/v1/screen", content=bytes(100_001), headers=JPEG).status_code == 413
     # A body without a declared length.
@@ -149,7 +147,7 @@ def test_too_much_is_refused(start: Start, broken_photos: Path) -> None:
     assert client.post("/v1/screen", content=good, headers=JPEG).json()["results"][0]["status"] == "ok"
 
 
-def test_a_token_is_asked_for(start: Start, broken_photos: Path) -> None:
+def test_token_is_required(start: Start, broken_photos: Path) -> None:
     client, good = start(token="correct horse battery"), (broken_photos / "good.jpg").read_bytes()
     for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic correct horse battery"}):
         refused = client.post("/v1/screen", content=good, headers=JPEG | wrong)
@@ -161,13 +159,13 @@ def test_a_token_is_asked_for(start: Start, broken_photos: Path) -> None:
     assert client.get("/healthz").status_code == client.get("/").status_code == 200
 
 
-def test_only_by_its_own_name(start: Start) -> None:
+def test_other_host_names_are_refused(start: Start) -> None:
     client = start(hosts=["127.0.0.1", "localhost"])
     assert client.get("/healthz").status_code == 200
     assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 400
 
 
-def test_answers_that_take_too_long_are_given_up(start: Start) -> None:
+def test_slow_requests_time_out(start: Start) -> None:
     client = start(limits=Limits(max_s=0.5))
 
     def slowly() -> Any:
@@ -179,7 +177,7 @@ def test_answers_that_take_too_long_are_given_up(start: Start) -> None:
     assert (answer.status_code, answer.json()["detail"]) == (504, "not done within 0.5 s")
 
 
-def test_clients_that_never_finish_are_hung_up_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_never_finish_are_disconnected(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_HEADERS_S", 1.5)
     client = start()
     port = client.base_url.port
@@ -210,7 +208,7 @@ def hang_up(client: httpx.Client, slow: list[socket.socket], second: socket.sock
     assert time.monotonic() - began < 5
 
 
-def test_a_photo_that_hangs_costs_itself_only(
+def test_a_hanging_photo_affects_only_itself(
     start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cursed, good, real = b"cursed", (broken_photos / "good.jpg").read_bytes(), decode_pool.prepare_bytes
@@ -227,7 +225,7 @@ def test_a_photo_that_hangs_costs_itself_only(
     assert "was abandoned" in answer[0]["reason"]
 
 
-def test_an_engine_that_fails_is_said(start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_failures_are_reported(start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = (broken_photos / "good.jpg").read_bytes()
 
     def fail(self: OpenVinoEngine, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -245,7 +243,7 @@ def test_an_engine_that_fails_is_said(start: Start, broken_photos: Path, monkeyp
     assert (last.status_code, "failed on 16 photos in a row" in last.json()["detail"]) == (500, True)
 
 
-def test_told_to_stop_it_answers_what_it_has_taken(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:
+def test_sigterm_answers_accepted_requests(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:
     log = (tmp_path / "log").open("w+")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastfundus", "serve", trained.bundle.path, "--port", "0"], stderr=log, stdout=log
@@ -281,7 +279,7 @@ def test_told_to_stop_it_answers_what_it_has_taken(trained: Trained, photo_folde
         log.close()
 
 
-def test_beyond_this_machine_only_with_a_token_or_on_purpose(trained: Trained) -> None:
+def test_public_address_needs_a_token(trained: Trained) -> None:
     from click.testing import CliRunner
 
     from fastfundus.cli import main
@@ -293,7 +291,7 @@ def test_beyond_this_machine_only_with_a_token_or_on_purpose(trained: Trained) -
     assert "a token of 5 characters is too easy to guess" in short.output
 
 
-def test_bundles_that_map_are_refused(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segmentation_bundles_are_refused(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastfundus.serving.service import Service
 
     monkeypatch.setitem(trained.bundle.metadata, "output", "maps")
@@ -305,7 +303,7 @@ def test_bundles_that_map_are_refused(trained: Trained, monkeypatch: pytest.Monk
         asyncio.run(make())
 
 
-def test_the_page_takes_photos_and_shows_what_was_found(
+def test_the_page_uploads_photos_and_shows_results(
     start: Start, broken_photos: Path, trained: Trained, tmp_path: Path
 ) -> None:
     evil = tmp_path / "<img src=x onerror=document.title=1>.jpg"

@@ -153,7 +153,7 @@ def bundle(trained: Trained) -> Bundle:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_ensemble_answers_as_the_bundle(
+def test_the_ensemble_matches_the_bundle(
     bundle: Bundle, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     bundle = replace(bundle, precision=precision)
@@ -190,7 +190,7 @@ def test_pictures_that_cannot_be_scored_fail_with_their_reason(
             server.infer("fundus", {"picture": np.array([[photo], [data]], np.object_)})
 
 
-def test_another_preprocessing_is_refused_by_the_step(
+def test_the_step_refuses_another_preprocessing(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, prepare, _ = export_repository(bundle, tmp_path / "models")
@@ -200,7 +200,7 @@ def test_another_preprocessing_is_refused_by_the_step(
         Server(tmp_path / "models", monkeypatch)
 
 
-def test_a_tensorrt_bundle_asks_for_a_gpu(bundle: Bundle, tmp_path: Path) -> None:
+def test_tensorrt_bundles_require_a_gpu(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle.folder, folder)
     (folder / "engine.plan").write_bytes(b"plan")
@@ -215,7 +215,7 @@ def test_a_tensorrt_bundle_asks_for_a_gpu(bundle: Bundle, tmp_path: Path) -> Non
         export_repository(replace(plan, metadata={**metadata, "weights": "engine.onnx"}), tmp_path / "other")
 
 
-def test_what_cannot_be_exported(bundle: Bundle, tmp_path: Path) -> None:
+def test_export_errors(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="runs openvino, onnxruntime and tensorrt, this is aoti"):
         export_repository(replace(bundle, backend="aoti"), tmp_path / "models")
     with pytest.raises(ConfigError, match="is not a valid model name"):

@@ -28,7 +28,7 @@ def kinds(count: int = 20) -> list[PhotoKind]:
     ]
 
 
-def test_costs_that_are_known_are_found() -> None:
+def test_known_costs_are_recovered() -> None:
     true = PhotoCost(0.002, 0.0003, 0.004, 0.01)
     seconds = [true.seconds(kind) for kind in kinds()]
     found = fit_photo_cost(kinds(), seconds)
@@ -73,7 +73,7 @@ def test_predictions_by_hand() -> None:
         (Machine(2, gpus=1), {"prepare_s": 0.1, "megabytes": 1.0, "engine_s": 0.1}, "--gpu-rate"),
     ],
 )
-def test_what_is_missing_is_said(machine: Machine, given: dict[str, float], said: str) -> None:
+def test_missing_values_are_named(machine: Machine, given: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         predict(machine, **given)
 
@@ -85,7 +85,7 @@ def test_kinds_are_read_from_headers(tmp_path: Path) -> None:
     assert kind == PhotoKind(3.84, 0.96, path.stat().st_size / 1e6), "decoded at half size: a quarter of the pixels"
 
 
-def test_photos_that_cannot_be_prepared_are_no_measurement(tmp_path: Path) -> None:
+def test_measuring_unreadable_photos_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"\xff\xd8 no photo")
     from fastfundus.errors import DataError
@@ -94,7 +94,7 @@ def test_photos_that_cannot_be_prepared_are_no_measurement(tmp_path: Path) -> No
         prepare_rate([SourcePhoto(path, "broken.jpg", "p")], PreprocessSpec(size=64), 0.1)
 
 
-def test_the_command_leaves_out_what_is_no_photo(broken_photos: Path, tmp_path: Path) -> None:
+def test_the_command_skips_inputs_that_are_not_photos(broken_photos: Path, tmp_path: Path) -> None:
     result = run("bench", "prepare", "--photos", broken_photos, "--seconds", "0.1")
     assert result.exit_code == 0, result.output
     assert "inputs that are not photos were left out" in result.output
@@ -107,7 +107,7 @@ def test_the_command_leaves_out_what_is_no_photo(broken_photos: Path, tmp_path: 
 
 def test_the_command_measures_and_predicts(trained: Trained, photo_folder: Path) -> None:
     assert trained.bundle.metadata["gflop"] == pytest.approx(2 * 1.82 / 12.25, rel=0.02), (
-        "1.82 at 224 px, with additions"
+        "1.82 GMAC at 224 px, two FLOPs each"
     )
     common = ("bench", "--bundle", trained.bundle.path, "--photos", photo_folder / "images", "--seconds", "0.2")
     result = run(*common, "--predict", "--cores", "64", "--storage", "500", "--json")

@@ -1,4 +1,4 @@
-"""A small study: completeness, bit-exact resume, reports of failures, and refusal of upstream leakage."""
+"""A small study: complete grid, bit-exact resume, reports of failures, and refusal of upstream leakage."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_grid_is_complete_and_failures_are_named(done: Path) -> None:
     assert "50\\%" in (done / "table.tex").read_text()
 
 
-def test_comparisons_are_of_the_same_photos(done: Path) -> None:
+def test_comparisons_use_the_same_photos(done: Path) -> None:
     def pooled(init: str) -> pl.DataFrame:
         files = sorted((done / "cells" / "eyes" / init / "1").rglob("predictions.parquet"))
         tables = [pl.read_parquet(file).with_columns(fold=fold) for fold, file in enumerate(files)]
@@ -139,7 +139,7 @@ def test_comparisons_are_of_the_same_photos(done: Path) -> None:
     assert row["photos"] == 36
 
 
-def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_resume_gives_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "torn"
     shutil.copytree(done, output)
     cell = output / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold1"
@@ -151,7 +151,7 @@ def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp
     def say(text: str) -> None:
         said.append(text)
         if "broken/scratch/1/seed0/fold0" in text and "failed" not in text:
-            # Like the kernel when memory runs out.
+            # As the kernel does when memory runs out.
             (worker,) = multiprocessing.active_children()
             os.kill(worker.pid or 0, signal.SIGKILL)
 
@@ -168,7 +168,7 @@ def test_it_goes_on_and_ends_with_the_same_weights(done: Path, caches: Path, tmp
         assert (output / name).read_bytes() == (done / name).read_bytes(), name
 
 
-def test_killed_outright_it_leaves_no_run_behind(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_a_killed_study_leaves_no_process_behind(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     shutil.copytree(done, output)
     cells = output / "cells" / "eyes" / "fundus" / "1" / "seed0"
@@ -208,7 +208,7 @@ def study_processes(output: Path) -> list[int]:
     return found
 
 
-def test_interrupted_it_says_how_to_go_on(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_interruption_prints_how_to_continue(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "interrupted"
     shutil.copytree(done, output)
     shutil.rmtree(output / "cells" / "eyes" / "fundus" / "1")
@@ -224,7 +224,7 @@ def test_interrupted_it_says_how_to_go_on(done: Path, caches: Path, tmp_path: Pa
     assert "Traceback" not in errors
 
 
-def test_vessels_two_at_a_time(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+def test_vessels_with_two_jobs(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     free = tmp_path / "free"
     shutil.copytree(vessel_cache.path, free)
     manifest = pl.read_parquet(free / "manifest.parquet")
@@ -252,7 +252,7 @@ scratch = "scratch"
     assert "Dice" in (tmp_path / "study" / "table.md").read_text()
 
 
-def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_ray_gives_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
     """Use a separate process, because Ray starts many."""
     output = tmp_path / "cluster"
     shutil.copytree(done, output)
@@ -267,7 +267,7 @@ def test_a_cluster_ends_with_the_same_weights(done: Path, caches: Path, tmp_path
     assert (output / "table.csv").read_bytes() == (done / "table.csv").read_bytes()
 
 
-def test_photos_that_were_learned_upstream_are_no_external_test(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_upstream_photos_are_excluded_from_external_tests(done: Path, caches: Path, tmp_path: Path) -> None:
     cell = done / "cells" / "eyes" / "fundus" / "1" / "seed0" / "fold0"
     result = run("evaluate", cell, caches / "upstream", "--output", tmp_path / "external")
     splits = pl.read_parquet(done / "upstream" / "fundus" / "splits.parquet")
@@ -282,14 +282,14 @@ def test_photos_that_were_learned_upstream_are_no_external_test(done: Path, cach
     assert "overestimates performance" in result.output
 
 
-def test_another_study_does_not_go_into_the_folder(done: Path, caches: Path) -> None:
+def test_folder_of_another_study_is_refused(done: Path, caches: Path) -> None:
     other = caches / "other.toml"
     other.write_text(TEXT.replace("folds = 3", "folds = 4"))
     with pytest.raises(ConfigError, match="already contains another study"):
         run_study(other, done)
 
 
-def test_what_was_seen_upstream_is_refused(done: Path, caches: Path, tmp_path: Path) -> None:
+def test_upstream_leakage_is_refused(done: Path, caches: Path, tmp_path: Path) -> None:
     file = caches / "leak.toml"
     file.write_text(TEXT.replace('caches = ["eyes"]', 'caches = ["upstream"]', 1))
     shutil.copytree(done / "upstream", tmp_path / "leak" / "upstream")
@@ -310,7 +310,7 @@ def test_what_was_seen_upstream_is_refused(done: Path, caches: Path, tmp_path: P
         (("[study]", "[study"), r"is not TOML"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+def test_config_errors(tmp_path: Path, change: tuple[str, str], said: str) -> None:
     file = tmp_path / "study.toml"
     file.write_text(TEXT.replace(*change))
     with pytest.raises(ConfigError, match=said):

@@ -45,7 +45,7 @@ def test_frame_and_masks(camera, quality: str) -> None:  # type: ignore[no-untyp
 @pytest.mark.parametrize("eye", ["L", "R"])
 def test_a_lesion_changes_only_the_picture_where_it_is(kind: str, eye: str) -> None:
     sick = draw_photo(4, eye=eye, lesions=(kind,), long_side=600)
-    assert sick.abnormal == 1
+    assert sick.lesions == (kind,)
     mask = sick.lesion_masks[kind]
     assert mask.any()
     if kind == "cupping":

@@ -1,4 +1,4 @@
-"""Two processes that train one model: as one process would, and again after one of them was killed."""
+"""Training by two processes: the results of one process, and a restart after one is killed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastfundus.training.distributed import World
 from fastfundus.training.trainer import Trainer
 from tests.conftest import Trained
 
-# No batch statistics: each process would take those of its own share. float32, so that nothing but the order of sums
-# differs; and a small rate, for AdamW divides gradients by their own size.
+# A network without batch statistics, because each process would compute those of its own share; float32, so that only
+# the order of summation differs; a small learning rate, because AdamW divides gradients by their own magnitude.
 SETTINGS = {
     "model": {"backbone": "convnext_atto"},
     "data": {"folds": 3},
@@ -48,30 +48,30 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_train_as_one(cache: PhotoCache, tmp_path: Path) -> None:
-    """In two parts a step, each of which both processes share."""
+    """Accumulate two parts per step; each part is divided between the processes."""
     settings = TrainConfig.from_dict({**SETTINGS, "loop": {**SETTINGS["loop"], "accumulate": 2, "batch_size": 4}})  # type: ignore[dict-item]
     file = tmp_path / "run.toml"
     file.write_text(to_toml(settings.to_dict()))
     command = torchrun("train", cache.path, "--output", tmp_path / "two", "--config", file)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    # Only one of them speaks.
+    # Only one process prints.
     assert done.stdout.count("best epoch") == 1
     assert done.stderr.count("epoch 1/2") == 1
     Trainer(cache, tmp_path / "one", settings).fit()
     one, two = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("one", "two"))
     for name, value in one["model"].items():
-        # Sums of gradients in another order: AdamW's first steps amplify that by no more than their rate, 1e-4 a step.
+        # Gradients are summed in another order, which AdamW's first steps amplify to at most 1e-4, their learning rate.
         torch.testing.assert_close(two["model"][name], value, rtol=0, atol=2e-5, msg=name)
     metrics = [pl.read_csv(tmp_path / name / "metrics.csv").drop("images_per_s", "seconds") for name in ("one", "two")]
     for left, right in zip(*(table.rows() for table in metrics), strict=True):
-        # Every photo of validation once: AUROC of 16 photos would show a doubled one at once.
+        # Each validation photo counts once: a duplicate among 16 photos would change the AUROC.
         assert left == pytest.approx(right, rel=1e-4)
     assert len(two["state"]["rng"]) == 2
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    """The averaged gradient itself, before any optimizer: uneven shares, labels of which some are not known."""
+    """Compare the averaged gradients before the optimizer step, for uneven shares with some unknown labels."""
     script = tmp_path / "gradients.py"
     script.write_text(
         """
@@ -79,7 +79,7 @@ import sys, warnings
 import numpy as np, torch
 from torch import nn
 from fastfundus.config import LoopConfig
-from fastfundus.training.distributed import World, joined
+from fastfundus.training.distributed import World, join_processes
 from fastfundus.training.loader import split_batch
 from fastfundus.training.tasks.losses import binary_loss
 from fastfundus.training.step import TrainStep
@@ -89,7 +89,7 @@ model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(4 *
 inputs, truth = torch.randn(11, 3, 8, 8), (torch.rand(11, 2) < 0.5).float()
 truth[::3, 0] = torch.nan
 known = float(truth.isfinite().sum() / 11)
-with joined() as world:
+with join_processes() as world:
     class Keep(torch.optim.SGD):
         def step(self, closure=None):
             kept.extend(value.grad.clone() for value in model.parameters())
@@ -115,13 +115,13 @@ with joined() as world:
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     for left, right in zip(one["grads"], two["grads"], strict=True):
-        # Eleven float32 terms in another order.
+        # Eleven float32 terms are summed in another order.
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
-def test_a_killed_process_starts_all_of_them_again(cache: PhotoCache, config: Path, tmp_path: Path) -> None:
-    """Elastic restart: torchrun starts both anew, and they go on from the last checkpoint."""
+def test_elastic_restart_after_a_killed_process(cache: PhotoCache, config: Path, tmp_path: Path) -> None:
+    """torchrun restarts both processes, and they resume from the last checkpoint."""
     output = tmp_path / "run"
     # Long enough that it is still training when one process is killed.
     command = torchrun(
@@ -140,7 +140,7 @@ def test_a_killed_process_starts_all_of_them_again(cache: PhotoCache, config: Pa
     assert f"{output}: best epoch" in out
     history = pl.read_csv(output / "metrics.csv")
     assert history["epoch"].to_list() == list(range(1, 5))
-    # Nothing was lost or done twice: as if nobody had been killed.
+    # No step is lost or repeated: the weights equal those of an uninterrupted run.
     whole = torchrun("train", cache.path, "--output", tmp_path / "whole", "--config", config, "--epochs", 4,
                      "--batch-size", 4)  # fmt: skip
     subprocess.run(whole, env=environment(), check=True, capture_output=True, timeout=240)
@@ -148,7 +148,7 @@ def test_a_killed_process_starts_all_of_them_again(cache: PhotoCache, config: Pa
     assert all(torch.equal(value, killed["model"][name]) for name, value in never["model"].items())
 
 
-def test_alone_everything_is_ones_own(trained: Trained) -> None:
+def test_single_process_world(trained: Trained) -> None:
     import numpy as np
 
     world = World()

@@ -1,4 +1,4 @@
-"""The precision of a run: chosen by capability, stored, kept by a resumed run."""
+"""Precision of a run: chosen by the device's capability, stored, and kept on resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Pretend to be another processor or GPU."""
+    """Return a function that simulates another processor or GPU."""
 
     def pretend(*, bfloat16: bool = False, gpu: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(precision, "cpu_computes_bfloat16", lambda: bfloat16)
@@ -49,12 +49,12 @@ def test_auto_by_device(capability, device, pretend, amp, dtype, line) -> None: 
     loop, described = resolve_precision(LoopConfig(), device)
     assert (loop.amp, loop.amp_dtype) == (amp, dtype)
     assert described.startswith(line)
-    # What was resolved stays as it is, wherever it is read again.
+    # A resolved setting stays the same on any other device.
     capability(bfloat16=not pretend.get("bfloat16", False), gpu=(8, 0))
     assert resolve_precision(loop, device)[0] == loop
 
 
-def test_a_named_type_is_taken_only_where_it_is_native(capability) -> None:  # type: ignore[no-untyped-def]
+def test_named_dtype_is_used_only_where_it_is_native(capability) -> None:  # type: ignore[no-untyped-def]
     capability(gpu=(7, 0))
     assert resolve_precision(LoopConfig(amp_dtype="float16"), GPU)[0].amp is True
     loop, described = resolve_precision(LoopConfig(amp_dtype="bfloat16"), GPU)
@@ -62,7 +62,7 @@ def test_a_named_type_is_taken_only_where_it_is_native(capability) -> None:  # t
     assert "no fast bfloat16" in described
 
 
-def test_forced_amp_says_that_it_is_emulated(capability) -> None:  # type: ignore[no-untyped-def]
+def test_forced_amp_reports_emulation(capability) -> None:  # type: ignore[no-untyped-def]
     capability()
     loop, described = resolve_precision(LoopConfig(amp=True), CPU)
     assert autocast_dtype(loop) is torch.bfloat16
@@ -115,7 +115,7 @@ def test_a_run_keeps_its_precision_on_another_processor(  # type: ignore[no-unty
     assert json.loads((run / "environment.json").read_text())["cores"] >= 1
 
 
-def test_a_bfloat16_run_resumed_without_bfloat16_says_so(  # type: ignore[no-untyped-def]
+def test_resuming_bfloat16_without_native_support_is_reported(  # type: ignore[no-untyped-def]
     cache: PhotoCache, tmp_path: Path, capability
 ) -> None:
     plain = {"model": {"backbone": "resnet18"}, "data": {"folds": 3}, "loop": {"epochs": 1, "batch_size": 8}}

@@ -1,4 +1,4 @@
-"""The settings that come with FastFundus are sound, and a dry run says what they cost without training."""
+"""The bundled recipes are valid, and a dry run estimates their cost without training."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import timm
 import torch
 from torch import nn
 
-from fastfundus.cli.train import RECIPES
 from fastfundus.config import LoopConfig, OptimizerConfig, TrainConfig
 from fastfundus.data import PhotoCache
+from fastfundus.recipes import RECIPES
 from fastfundus.training.estimate import training_bytes
 from fastfundus.training.optimizer import AveragedModel, build_optimizer
 from fastfundus.training.step import TrainStep
 from tests.cli.test_cli import run
 
 
-def test_every_recipe_is_offered_and_sound() -> None:
+def test_every_recipe_is_listed_and_valid() -> None:
     files = {entry.name for entry in resources.files("fastfundus.recipes").iterdir() if entry.name.endswith(".toml")}
     assert files == {f"{name}.toml" for name in RECIPES}
     for name in RECIPES:
@@ -28,12 +28,12 @@ def test_every_recipe_is_offered_and_sound() -> None:
             config = TrainConfig.from_toml(file)
             text = file.read_text()
         assert timm.is_model(config.model.backbone)
-        # Each with its reasons.
+        # Comments give the reasons for the settings.
         assert text.count("#") >= 6
-        assert config.model.init == "scratch", "who has an upstream run names it"
+        assert config.model.init == "scratch", "a recipe cannot know the path of an upstream run"
 
 
-def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(cache: PhotoCache, tmp_path: Path) -> None:
+def test_dry_run_estimates_the_cost_and_writes_nothing(cache: PhotoCache, tmp_path: Path) -> None:
     command = ("train", cache.path, "--backbone", "resnet18", "--batch-size", 8, "--dry-run")
     done = run(*command, "--recipe", "finetune", "--folds", 3)
     assert done.exit_code == 0, done.output
@@ -46,14 +46,14 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(cache: PhotoCache,
     plan = json.loads(run(*command, "--json").stdout)
     assert plan["config"]["loop"]["batch_size"] == 8
     assert plan["parameters"] == sum(p.numel() for p in timm.create_model("resnet18", num_classes=1).parameters())
-    # ResNet-18 takes 1.82 GMAC at 224 px; a product and a sum are two.
+    # ResNet-18 takes 1.82 GMAC at 224 px; a multiply-add counts as two FLOPs.
     assert plan["flops"] == pytest.approx(2 * 1.82e9 * (64 / 224) ** 2, rel=0.03)
     assert plan["photos"] == {"train": 26, "val": 12, "test": 10}
     assert plan["step_s"] > 0
 
 
-def test_estimated_memory_is_near_what_a_step_takes() -> None:
-    """Against what the allocator of a real step counts: tensors alive at the end of the forward pass."""
+def test_estimated_memory_is_close_to_a_real_step() -> None:
+    """Compare with the peak that the allocator counts in a real step, plus the parameters and the optimizer's state."""
     model = timm.create_model("resnet18", num_classes=1)
     config = TrainConfig.from_dict({"loop": {"batch_size": 4, "amp": False}})
     summary = training_bytes(config, model, 64, torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_estimated_memory_is_near_what_a_step_takes() -> None:
             peak = max(peak, alive)
     held = sum(value.numel() * 4 for value in [*model.parameters(), *averaged.module.parameters()])
     held += sum(v.numel() * 4 for state in step.optimizer.state.values() for v in state.values() if v.numel() > 1)
-    # A quarter is spare on purpose; gradients are in what the profiler sees.
+    # The estimate has a margin of a quarter; the gradients are in the profiler's peak.
     assert 0.8 < summary / (held + peak) < 1.6
 
 
@@ -84,7 +84,7 @@ def test_estimated_memory_is_near_what_a_step_takes() -> None:
         (("--recipe", "fintune"), "'fintune' is not one of"),
     ],
 )
-def test_wrong_use_is_said(cache: PhotoCache, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_usage_errors(cache: PhotoCache, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
     result = run("train", cache.path, "--output", tmp_path / "run", *options)
     assert result.exit_code == 2
     assert message in result.stderr

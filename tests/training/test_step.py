@@ -1,4 +1,4 @@
-"""One step: losses against other libraries, parts of a batch against the whole, float16, and the watch."""
+"""Training steps: losses compared with other libraries, accumulation, float16, running loss, order and loader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastfundus.training.running_loss import RunningLoss
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
@@ -20,6 +19,7 @@ from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 from fastfundus.training.augment import fixed_transforms
 from fastfundus.training.loader import PhotoLoader, balanced_order, split_batch
+from fastfundus.training.metrics import RunningLoss
 from fastfundus.training.optimizer import build_optimizer
 from fastfundus.training.schedule import training_size
 from fastfundus.training.step import TrainStep
@@ -33,23 +33,23 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, (torch.rand(40, 2, generator=generator) < 0.3).float()
 
 
-def test_plain_loss_is_torchs(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_plain_loss_matches_torch(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(binary_loss(*batch), nn.functional.binary_cross_entropy_with_logits(*batch))
 
 
-def test_weights_are_torchs(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_weighted_loss_matches_torch(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     want = nn.functional.binary_cross_entropy_with_logits(*batch, pos_weight=torch.tensor(2.5))
     torch.testing.assert_close(binary_loss(*batch, weight=2.5), want)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
-def test_focal_loss_is_torchvisions(batch: tuple[torch.Tensor, torch.Tensor], gamma: float) -> None:
+def test_focal_loss_matches_torchvision(batch: tuple[torch.Tensor, torch.Tensor], gamma: float) -> None:
     want = sigmoid_focal_loss(*batch, alpha=-1, gamma=gamma, reduction="mean")
     torch.testing.assert_close(binary_loss(*batch, gamma=gamma), want)
 
 
 def test_smoothing_by_hand() -> None:
-    # At 0.2 the targets are 0.9 and 0.1; a logit of 0 costs log 2 whatever the target.
+    # With 0.2 the targets are 0.9 and 0.1; the loss of a logit of 0 is log 2 for any target.
     logits, targets = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [0.0]])
     sure = 0.1 * math.log(1 + math.exp(-2)) + 0.9 * math.log(1 + math.exp(2))
     assert float(binary_loss(logits, targets, smoothing=0.2)) == pytest.approx((math.log(2) + sure) / 2, rel=1e-6)
@@ -64,7 +64,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 class Small(nn.Module):
-    """No batch statistics: parts of a batch and the whole then give the same gradients."""
+    """Network without batch statistics, so that the parts of a batch give the gradients of the whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Small(nn.Module):
 
 
 def stepped(accumulate: int, *, count: int = 10, **loop: object) -> tuple[dict[str, torch.Tensor], float]:
-    """Weights after one step on a batch in parts, and its loss."""
+    """Return the weights after one step on a batch in parts, and the loss."""
     torch.manual_seed(0)
     model, inputs = Small(), torch.randn(count, 3, 8, 8)
     targets = (torch.rand(count, 1) < 0.5).float()
@@ -88,15 +88,15 @@ def stepped(accumulate: int, *, count: int = 10, **loop: object) -> tuple[dict[s
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 10, 16], ids=["even", "uneven", "one-by-one", "more-parts-than-photos"])
-def test_parts_of_a_batch_are_the_batch(accumulate: int) -> None:
+def test_accumulation_equals_the_whole_batch(accumulate: int) -> None:
     whole, parts = stepped(1), stepped(accumulate)
     assert parts[1] == pytest.approx(whole[1], rel=1e-6)
     for name, value in whole[0].items():
-        # Adam divides a gradient by its own size: rounding in the sum counts most where the gradient is smallest.
+        # Adam divides a gradient by its own magnitude, so rounding matters most where the gradient is smallest.
         torch.testing.assert_close(parts[0][name], value, rtol=0, atol=1e-4)
 
 
-def test_float16_learns_like_float32_and_skips_what_overflows() -> None:
+def test_float16_matches_float32_and_skips_overflows() -> None:
     half, single = stepped(1, amp=True, amp_dtype="float16"), stepped(1)
     assert half[1] == pytest.approx(single[1], rel=5e-3)
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_float16_learns_like_float32_and_skips_what_overflows() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_watch_sums_and_sees() -> None:
+def test_running_loss_detects_non_finite_losses() -> None:
     running_loss = RunningLoss(torch.device("cpu"), 1.5)
     running_loss.add(torch.tensor(0.25))
     assert running_loss.total() == 1.75
@@ -125,7 +125,7 @@ def test_watch_sums_and_sees() -> None:
 
 
 @pytest.mark.gpu
-def test_watch_does_not_wait_for_a_gpu() -> None:
+def test_running_loss_does_not_wait_for_a_gpu() -> None:
     running_loss = RunningLoss(torch.device("cuda"))
     running_loss.add(torch.tensor(math.nan, device="cuda"))
     for _ in range(100):
@@ -133,19 +133,19 @@ def test_watch_does_not_wait_for_a_gpu() -> None:
         torch.cuda.synchronize()
         if running_loss.failed():
             return
-    pytest.fail("a loss that is no number went unnoticed for 100 steps")
+    pytest.fail("a non-finite loss was not detected within 100 steps")
 
 
-def test_balanced_epochs_show_both_classes_equally_often() -> None:
+def test_balanced_epochs_show_classes_equally_often() -> None:
     labels = np.array([1] * 5 + [0] * 26)
     seen = np.zeros(31, int)
     for epoch in range(40):
         order = balanced_order(labels, 4, seed=1, epoch=epoch)
         assert [len(batch) for batch in order] == [4] * 7
         flat = np.concatenate(order)
-        # Of 31 drawn, 15 are positive; three do not fill a last batch.
+        # 15 of the 31 drawn photos are positive; the last three do not fill a batch.
         assert 12 <= labels[flat].sum() <= 15
-        # Within an epoch nobody of a class is shown twice more often than another.
+        # Within an epoch, the photos of a class are shown about equally often.
         counts = np.bincount(flat, minlength=31)
         assert counts[:5].max() <= 3
         assert counts[5:].max() <= 1
@@ -165,28 +165,26 @@ def test_sizes_grow_in_four_steps() -> None:
 
 def test_smaller_inputs_are_area_averages(cache: PhotoCache) -> None:
     rows = np.array([2, 0, 1])
-    geometry, colour = fixed_transforms(PreprocessSpec(size=64, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), 3)
-    feed = PhotoLoader(cache.photos, rows, torch.device("cpu"))
-    inputs = feed.begin(rows, geometry * np.array([2, 2, 1], np.float32), colour, 32)()
+    transforms = fixed_transforms(PreprocessSpec(size=64, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), 3)
+    loader = PhotoLoader(cache.photos, rows, torch.device("cpu"))
+    inputs = loader.begin(rows, transforms.scaled(2), 32)()
     want = cache.photos[rows].astype(np.float32).reshape(3, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(inputs.numpy(), want, atol=1e-3)
 
 
-def test_photos_that_lie_in_memory_are_the_same_photos(cache: PhotoCache) -> None:
-    """What a GPU does with photos that fit into its memory, on the CPU's."""
+def test_resident_photos_give_the_same_batches(cache: PhotoCache) -> None:
+    """Keep the photos in the memory of the device, as on a GPU that has room for them; here the device is the CPU."""
     rows = np.array([5, 2, 9])
-    geometry, colour = fixed_transforms(cache.spec, 2)
-    feeds = [PhotoLoader(cache.photos, rows, torch.device("cpu"), room=room) for room in (0, 3 * 64 * 64 * 3)]
-    assert [feed.resident for feed in feeds] == [False, True]
-    batches = [feed.begin(np.array([9, 5]), geometry, colour, 48)() for feed in feeds]
+    transforms = fixed_transforms(cache.spec, 2)
+    loaders = [PhotoLoader(cache.photos, rows, torch.device("cpu"), room=room) for room in (0, 3 * 64 * 64 * 3)]
+    assert [loader.resident for loader in loaders] == [False, True]
+    batches = [loader.begin(np.array([9, 5]), transforms, 48)() for loader in loaders]
     assert torch.equal(*batches)
     assert not PhotoLoader(cache.photos, rows, torch.device("cpu"), room=3 * 64 * 64 * 3 - 1).resident
 
 
-def test_pinned_buffers_are_not_overwritten_while_they_are_copied(
-    cache: PhotoCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The order of things on a GPU, played: who waits for whom, and what arrives."""
+def test_pinned_buffers_are_not_overwritten_during_copies(cache: PhotoCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate the events and streams of a GPU; check the order of waits and the batches."""
     did: list[str] = []
 
     class Event:
@@ -211,17 +209,17 @@ def test_pinned_buffers_are_not_overwritten_while_they_are_copied(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: did.append("kept until used"))
     rows = np.arange(8)
-    feed, plain = (PhotoLoader(cache.photos, rows, torch.device("cpu")) for _ in range(2))
-    feed._stream = Stream()  # type: ignore[assignment]
+    loader, plain = (PhotoLoader(cache.photos, rows, torch.device("cpu")) for _ in range(2))
+    loader._stream = Stream()  # type: ignore[assignment]
     batches = [rows[:3], rows[3:5], rows[2:7], rows[:2]]
     matrices = [fixed_transforms(cache.spec, len(batch)) for batch in batches]
-    want = [plain.begin(batch, *pair, 64)() for batch, pair in zip(batches, matrices, strict=True)]
-    # One ahead, as the loop has it.
-    following = feed.begin(batches[0], *matrices[0], 64)
+    want = [plain.begin(batch, fixed, 64)() for batch, fixed in zip(batches, matrices, strict=True)]
+    # Prefetch one batch, as the trainer does.
+    following = loader.begin(batches[0], matrices[0], 64)
     for number in range(4):
         finish = following
         if number < 3:
-            following = feed.begin(batches[number + 1], *matrices[number + 1], 64)
+            following = loader.begin(batches[number + 1], matrices[number + 1], 64)
         assert torch.equal(finish(), want[number])
     assert [entry for entry in did if entry != "kept until used"] == [
         "record copy 0", "record copy 1", "model waits for copy 0",
@@ -235,8 +233,8 @@ def test_pinned_buffers_are_not_overwritten_while_they_are_copied(
     ("backbone", "maps"),
     [("resnet18", False), ("convnext_atto", False), ("vit_tiny_patch16_224", False), ("resnet18", True)],
 )
-def test_a_step_is_one_graph_that_is_compiled_once(backbone: str, maps: bool) -> None:
-    """What torch.compile sees of every kind of network: no break, and nothing new after the first step."""
+def test_step_compiles_once_to_one_graph(backbone: str, maps: bool) -> None:
+    """For each kind of network, torch.compile finds no graph break and does not recompile after the first step."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     size = 224 if backbone.startswith("vit") else 64

@@ -37,19 +37,19 @@ def stream(cache: PhotoCache, decoder: DaliDecoder | None) -> CameraStream:
     return CameraStream(CameraPhoto.of_cache(cache, rows), cache.spec, AUGMENT, decoder, batch_size=4, seed=3)
 
 
-def test_crops_are_those_of_whole_photos(stream: CameraStream) -> None:
-    geometry, colour = draw_epoch(AUGMENT, stream.spec, 22, seed=3, epoch=0)
+def test_crops_match_those_of_whole_photos(stream: CameraStream) -> None:
+    transforms = draw_epoch(AUGMENT, stream.spec, 22, seed=3, epoch=0)
     stream.spec = replace(stream.spec, mask_outside=False)
     divisors = set()
     for crops, positions in itertools.islice(stream, 4):
         for crop, n in zip(crops, positions, strict=True):
             photo = stream.photos[n]
-            warp = geometry[n].astype(np.float64) * (photo.side_px / 64)
+            warp = transforms.geometry[n].astype(np.float64) * (photo.side_px / 64)
             warp[:, 2] += photo.left_px, photo.top_px
 
             def cut(pixels: np.ndarray, divisor: int, warp: np.ndarray = warp, n: int = n) -> torch.Tensor:
                 place = torch.tensor([0]), torch.tensor([pixels.shape[:2]], dtype=torch.int32)
-                matrices = torch.from_numpy(warp / divisor)[None], torch.from_numpy(colour[n : n + 1])
+                matrices = torch.from_numpy(warp / divisor)[None], torch.from_numpy(transforms.colour[n : n + 1])
                 return reference.sample(torch.from_numpy(pixels).view(-1), *place, *matrices, 64, torch.float32)[0]
 
             # Without DALI, the largest divisor at which a crop pixel spans at least one photo pixel on both axes.
@@ -65,7 +65,7 @@ def test_crops_are_those_of_whole_photos(stream: CameraStream) -> None:
     assert divisors == ({1} if stream.decoder else {1, 2})
 
 
-def test_the_circle_is_where_its_distance_says() -> None:
+def test_mask_matches_distances_from_the_centre() -> None:
     """Compare with the distance of each pixel, for circles that are centred, outside, rotated, sheared and flipped."""
     rng = np.random.default_rng(0)
     geometry = np.concatenate([rng.normal(0, 0.7, (8, 2, 2)), rng.uniform(-10, 70, (8, 2, 1))], axis=2)
@@ -98,7 +98,7 @@ def seen(stream: CameraStream) -> list[int]:
     return [int(n) for _, positions in stream for n in positions]
 
 
-def test_an_epoch_shows_every_photo_once_on_some_rank(cache: PhotoCache, stream: CameraStream) -> None:
+def test_ranks_together_show_each_photo_once_per_epoch(cache: PhotoCache, stream: CameraStream) -> None:
     alone = seen(replace(stream, batch_size=8))
     ranks = [seen(replace(stream, rank=rank, world_size=2)) for rank in range(2)]
     assert len(alone) == len(set(alone)) == 16
@@ -110,7 +110,7 @@ def test_an_epoch_shows_every_photo_once_on_some_rank(cache: PhotoCache, stream:
     assert seen(stream) != first
 
 
-def test_a_photo_is_changed_the_same_on_any_rank(stream: CameraStream) -> None:
+def test_augmentation_does_not_depend_on_the_rank(stream: CameraStream) -> None:
     def crops(part: CameraStream) -> dict[int, torch.Tensor]:
         return {int(n): crop for batch, positions in part for crop, n in zip(batch, positions, strict=True)}
 
@@ -121,7 +121,7 @@ def test_a_photo_is_changed_the_same_on_any_rank(stream: CameraStream) -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5])
-def test_goes_on_where_it_stopped(stream: CameraStream, stop: int) -> None:
+def test_resumes_where_it_stopped(stream: CameraStream, stop: int) -> None:
     whole = list(replace(stream))
     assert len(whole) == len(stream) == 5
     begun = replace(stream)
@@ -140,7 +140,7 @@ def test_another_stream_is_refused(stream: CameraStream) -> None:
         replace(stream, batch_size=8).load_state_dict(stream.state_dict())
 
 
-def test_bad_files_are_named_and_cost_nothing_else(stream: CameraStream, tmp_path: Path) -> None:
+def test_bad_files_are_named_and_skipped(stream: CameraStream, tmp_path: Path) -> None:
     photos = list(stream.photos)
     broken, png = tmp_path / "broken.jpg", tmp_path / "photo.png"
     data = photos[3].path.read_bytes()
@@ -176,7 +176,7 @@ def test_bad_arguments_are_named(stream: CameraStream, changes: dict[str, int], 
         replace(stream, **changes)
 
 
-def test_a_batch_that_the_decoder_does_not_take(stream: CameraStream) -> None:
+def test_batch_larger_than_the_decoder_allows(stream: CameraStream) -> None:
     if stream.decoder is None:
         assert len(next(iter(replace(stream, batch_size=9)))[1]) == 9
     else:
@@ -184,12 +184,12 @@ def test_a_batch_that_the_decoder_does_not_take(stream: CameraStream) -> None:
             replace(stream, batch_size=9)
 
 
-def test_without_dali_it_loads() -> None:
+def test_imports_without_dali() -> None:
     code = "import sys; sys.modules['nvidia.dali'] = None; import fastfundus.training.stream"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_windows_hold_what_is_looked_at() -> None:
+def test_windows_contain_the_sampled_pixels() -> None:
     identity = np.array([[1.0, 0, 0], [0, 1, 0]])
     assert source_window(identity, 10, 100, 100) == (0, 0, 12, 12)
     assert source_window(np.array([[1.0, 0, 50], [0, 1, 20]]), 10, 100, 100) == (18, 48, 14, 14)

@@ -1,4 +1,4 @@
-"""Every task, the whole way: trains, chooses, fits, measures, leaves its files; and several sets as one."""
+"""Each task end to end: training, model selection, operating point, evaluation and files; and joined caches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LESIONS = ("drusen", "haemorrhages", "exudates")
 
 
 def labelled(cache: PhotoCache) -> PhotoCache:
-    """The synthetic photos with a class, a grade, and a finding that is not always known."""
+    """Return the synthetic photos with a class, a grade, and a finding with missing labels."""
     lesions = cache.manifest.select(LESIONS).to_numpy()
     count = lesions.sum(axis=1)
     unknown = np.where(np.arange(len(count)) % 5 == 0, np.nan, lesions[:, 0])
@@ -68,7 +68,7 @@ def config(task: str, **sections: dict[str, object]) -> TrainConfig:
         ("ordinal", (), ("dr_grade_ge1", "dr_grade_ge2", "dr_grade_ge3"), "qwk"),
     ],
 )
-def test_a_task_the_whole_way(
+def test_task_end_to_end(
     cache: PhotoCache, tmp_path: Path, task: str, labels: tuple[str, ...], outputs: tuple[str, ...], score: str
 ) -> None:
     photos = labelled(cache)
@@ -87,7 +87,7 @@ def test_a_task_the_whole_way(
     points = document["labels"]
     assert {name for name, point in points.items() if not point["finding"]} == ({"normal"} & set(outputs))
     if task != "multilabel":
-        # One probability is shared out: one temperature.
+        # The outputs form one distribution, so they share one temperature.
         assert len({point["temperature"] for point in points.values()}) == 1
     assert set(document["overall"]["test"]) == {"multilabel": {"auroc"}, "multiclass": {"auroc", "accuracy"}}.get(
         task, {"auroc", "qwk"}
@@ -109,7 +109,7 @@ def test_a_task_the_whole_way(
     page = (run.path / "run.html").read_text()
     assert page.count("<figure>") == min(12, len(splits.filter(pl.col("split") == "test")))
     assert all(name in page for name in run.labels)
-    # The engine gives the same probabilities, and knows what counts as a finding.
+    # The engine gives the same probabilities, and its bundle lists the findings.
     bundle, parity = build_engine(run, tmp_path / "bundle", cache=cache.path, precision="fp32")
     assert parity.passed
     assert set(bundle.findings) == set(outputs) - {"normal"}
@@ -121,7 +121,7 @@ def test_a_task_the_whole_way(
 
 
 def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: Path, photo_folder: Path) -> None:
-    """One set was asked about drusen and haemorrhages, the other about haemorrhages and exudates."""
+    """Both sets have labels of haemorrhages and exudates, but only the first has labels of drusen."""
     second = tmp_path / "second"
     listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
     others = [
@@ -139,7 +139,7 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
     run = Run.open(tmp_path / "run")
     assert run.caches == (cache.path, second)
     splits = pl.read_parquet(run.path / "splits.parquet")
-    # The second set holds the same photos again: they lie where the first set's lie.
+    # The second set repeats photos of the first, so each is assigned to the same split in both.
     assert splits.group_by("sha256").agg(pl.col("split").n_unique())["split"].max() == 1
     fit_operating_point(run, both)
     assert measure(run, both).which == "test patients"
@@ -152,7 +152,7 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
         PhotoCache.open(cache.path, wrong)
 
 
-def test_a_linear_probe_changes_the_head_alone(cache: PhotoCache, tmp_path: Path) -> None:
+def test_linear_probe_trains_only_the_head(cache: PhotoCache, tmp_path: Path) -> None:
     Trainer(cache, tmp_path / "up", config("abnormality", loop={"epochs": 1})).fit()
     probe = config(
         "abnormality",
@@ -193,9 +193,9 @@ def vessels(**sections: dict[str, object]) -> TrainConfig:
     return config("vessels", **(shares | quick))
 
 
-def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None:
+def test_vessels_end_to_end(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     built_task = SegmentationTask(vessel_cache, vessels(), lambda text: None)
-    # What a batch shows as vessel is vessel in the frame of the camera: darker than its surroundings.
+    # Images and masks are aligned: vessel pixels are darker than their surroundings.
     built_task.load(torch.device("cpu"), 0)
     (inputs, truth) = next(built_task.batches([np.arange(8)], 0, torch.device("cpu")))
     assert inputs.shape == (8, 3, 96, 96)
@@ -208,9 +208,9 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert run.score[0] == "auroc"
     document = fit_operating_point(run, vessel_cache)
     point = document["labels"]["vessel"]
-    # A few seconds of training: far from chance is all that can be asked.
+    # After a few seconds of training, the score only has to be far from chance.
     assert point["test"]["auroc"]["value"] > 0.85
-    # Against scikit-learn on the pixels themselves.
+    # Compare with scikit-learn on the pixels.
     from sklearn.metrics import f1_score, roc_auc_score
 
     from fastfundus.training.tasks.segmentation import vessel_maps
@@ -230,11 +230,11 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert centreline_dice(at & inside, yes & inside) == pytest.approx(table["cldice"][0], abs=1e-3)
     write_run_page(run, vessel_cache)
     assert "Lowest Dice" in (run.path / "run.html").read_text()
-    # A vessel run starts from its like whole, and from a classifier by its encoder.
+    # Initialised from another vessel run, every tensor is loaded, not only the encoder.
     again, report = create_segmenter(ModelConfig(backbone="resnet18", init=str(run.path)), 1)
     assert (report.loaded, report.fresh) == (len(again.state_dict()), ())
 
-    # The engine maps as the evaluation does; 216 is no multiple of what the network halves down to.
+    # The engine gives the maps of the evaluation; 216 is not a multiple of the network's stride.
     bundle, report = build_engine(run, tmp_path / "bundle", precision="fp32")
     assert report.passed
     assert report.auroc_loss == pytest.approx(0, abs=1e-6)
@@ -244,7 +244,7 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert mapped.shape == (1, 1, 216, 216)
     np.testing.assert_allclose(mapped[0, 0], probabilities, atol=ENGINE_FP32)
 
-    # Screened, the masks lie in the camera's frame, and say what the engine's map says there.
+    # The masks of screening are in the camera's frame and agree with the engine's map.
     photos = list_photos(vessel_cache.path.parent / "training")
     screened = screen_to_folder(photos, bundle, tmp_path / "results", sources=[photos.root])
     row = screened.results.filter(pl.col("status") == "ok").row(0, named=True)
@@ -258,7 +258,7 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert set(np.unique(mask)) <= {0, 255}
     left, top, side = prepared.window or (0, 0, 0)
     y, x = np.nonzero(seen)
-    # Wherever four pixels that touch agree, the frame's pixel between them does.
+    # Where four adjacent map pixels are vessel, the frame pixel between them is, too.
     inside = [
         mask[int(top + (row + 1) * side / 216), int(left + (column + 1) * side / 216)]
         for row, column in zip(y.tolist(), x.tolist(), strict=True)
@@ -273,8 +273,8 @@ def test_vessels_the_whole_way(vessel_cache: PhotoCache, tmp_path: Path) -> None
     assert f"map over {row['path']}" in screened.report.read_text()
 
 
-def test_a_map_lies_in_the_camera_frame_where_it_belongs() -> None:
-    """By hand: a window of 60 px at (20, -10) of a frame of 100 x 80, seen at 30 px: two pixels for one."""
+def test_maps_are_placed_in_the_camera_frame() -> None:
+    """Check by hand a 60 px window at (20, -10) of a 100 x 80 frame, with a 30 px map: each map pixel covers 2 x 2."""
     known = {"window_side_px": 60, "window_x_px": 20, "window_y_px": -10, "width_px": 100, "height_px": 80}
     values = np.zeros((30, 30), np.float32)
     values[10, 5] = 1.0  # covers columns 30 and 31, rows 10 and 11 of the frame
@@ -288,15 +288,15 @@ def test_a_map_lies_in_the_camera_frame_where_it_belongs() -> None:
     assert native_map(values, known)[60:].max() == 0
 
 
-def test_a_mask_survives_the_way_into_the_cache_and_back(vessel_cache: PhotoCache) -> None:
+def test_masks_survive_the_cache_round_trip(vessel_cache: PhotoCache) -> None:
     masks = masks_in_cache(vessel_cache, np.arange(3), "mask_vessels")
     for row, mask in enumerate(masks):
         known = vessel_cache.manifest.row(row, named=True)
-        # The window is neither the frame nor of the cache's size: a map that were left where it is would not fit.
+        # The window differs from the frame and from the cache's size, so the map has to be resampled and moved.
         assert known["window_side_px"] != vessel_cache.spec.size
         back = native_map((mask[..., 0] > 127).astype(np.float32), known) >= 0.5
         vessels, field = native_masks(vessel_cache, row, "mask_vessels")
-        # Thin vessels lose or gain their outer pixels on the way.
+        # Resampling changes the outer pixels of thin vessels.
         assert 2 * (back & vessels & field).sum() / ((back & field).sum() + (vessels & field).sum()) > 0.9
 
 
@@ -326,7 +326,7 @@ def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])
-def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> None:
+def test_encoder_loads_every_tensor(backbone: str, tmp_path: Path) -> None:
     classifier, _ = create_model(ModelConfig(backbone=backbone), 1)
     torch.save(classifier.state_dict(), tmp_path / "w.pth")
     torch.manual_seed(1)
@@ -340,7 +340,7 @@ def test_an_encoder_takes_over_every_tensor(backbone: str, tmp_path: Path) -> No
         create_segmenter(ModelConfig(backbone="resnet34", init=str(tmp_path / "w.pth")), 1)
 
 
-def test_what_vessels_cannot_do(vessel_cache: PhotoCache, cache: PhotoCache, tmp_path: Path) -> None:
+def test_vessel_errors(vessel_cache: PhotoCache, cache: PhotoCache, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'mask_vessels' with mask paths"):
         Trainer(cache, tmp_path / "run", vessels()).fit()
     with pytest.raises(ConfigError, match=r"loop.tile is 256, but the photos are 216 pixels"):

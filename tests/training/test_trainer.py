@@ -1,4 +1,4 @@
-"""Training: learns, resumes bit for bit, averages, and says what is wrong."""
+"""The trainer: convergence, bit-for-bit resume, weight averaging, crash safety and error messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def settings(**loop: object) -> TrainConfig:
 
 
 class StopAt(Observer):
-    """Sends this process a signal at a step, as Ctrl-C does; step 0 is the last of the epoch."""
+    """Observer that sends this process a signal at a step, as Ctrl-C does; step 0 is the last step of the epoch."""
 
     def __init__(self, epoch: int, step: int, number: int = signal.SIGINT) -> None:
         self.when, self.number = (epoch, step), number
@@ -54,7 +54,7 @@ class StopAt(Observer):
 
 @pytest.fixture(scope="module")
 def whole_run(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing has stopped."""
+    """Return an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole") / "run"
     Trainer(cache, output, settings()).fit()
     return output
@@ -72,7 +72,7 @@ def test_resume_is_bit_for_bit(
     with pytest.raises(Interrupted, match="stopped"):
         Trainer(cache, tmp_path / "parts", settings(), observer=StopAt(*stop, number)).fit()
     assert signal.getsignal(signal.SIGINT) is handler
-    torch.manual_seed(99)  # whatever happened between the two processes
+    torch.manual_seed(99)  # a resumed run does not depend on the process's random state
     Trainer(cache, tmp_path / "parts", settings(), resume=True).fit()
     for name in ("model", "averaged", "optimizer"):
         whole, parts = (
@@ -88,8 +88,8 @@ def test_resume_is_bit_for_bit(
     assert metrics[0].equals(metrics[1])
 
 
-def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: Path) -> None:
-    """Parts of batches, float16 with its scaler, weights, blends, rates by layer: all of their state is kept."""
+def test_resume_is_bit_for_bit_with_all_options(cache: PhotoCache, tmp_path: Path) -> None:
+    """Resume keeps the state of accumulation, float16 gradient scaling, class weights, mixup and layer-wise rates."""
     plain = settings(epochs=2, accumulate=2, amp=True, amp_dtype="float16").to_dict()
     config = TrainConfig.from_dict(
         {
@@ -109,15 +109,15 @@ def test_resume_is_bit_for_bit_with_everything_on(cache: PhotoCache, tmp_path: P
         assert torch.equal(value, parts["model"][name]), name
 
 
-def test_killed_at_any_moment_it_goes_on_bit_for_bit(cache: PhotoCache, whole_run: Path, tmp_path: Path) -> None:
-    """SIGKILL leaves no time to save: the run goes on from the end of the last epoch."""
+def test_resume_after_sigkill_is_bit_for_bit(cache: PhotoCache, whole_run: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves no time to save, so the run resumes from the end of the last epoch."""
     config = tmp_path / "run.toml"
     config.write_text(to_toml(settings().to_dict()))
     command = [sys.executable, "-m", "fastfundus", "train", str(cache.path), "--output"]
     begun = [*command, str(tmp_path / "parts"), "--config", str(config)]
     with subprocess.Popen(begun, stderr=subprocess.PIPE, text=True) as killed:
         assert killed.stderr is not None
-        # After the first epoch's line, within the second.
+        # Kill it within the second epoch, after the line of the first.
         next(line for line in killed.stderr if line.startswith("epoch 1/3"))
         killed.kill()
     assert not (tmp_path / "parts" / "operating_point.json").exists()
@@ -128,8 +128,8 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(cache: PhotoCache, whole_ru
     assert states[0]["state"]["history"][2]["train_loss"] == states[1]["state"]["history"][2]["train_loss"]
 
 
-def test_who_reads_metrics_while_a_run_goes_on_meets_whole_ones(cache: PhotoCache, tmp_path: Path) -> None:
-    """An open file stays what it was: the next epoch's metrics come as another file, and in one move."""
+def test_metrics_are_replaced_atomically(cache: PhotoCache, tmp_path: Path) -> None:
+    """An open file keeps its content, because the next epoch's metrics replace it by an atomic rename."""
 
     class Reader(Observer):
         def epoch(self, result: EpochResult) -> None:
@@ -144,7 +144,7 @@ def test_who_reads_metrics_while_a_run_goes_on_meets_whole_ones(cache: PhotoCach
     assert lines == [1 + 1, 1 + 2]
 
 
-def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_previous_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("before")
 
@@ -164,7 +164,7 @@ def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """Files may not grow beyond a megabyte: what a write onto a full disk meets."""
+    """Simulate a full disk by limiting the file size to one megabyte."""
     file = tmp_path / "last.ckpt"
     save_checkpoint({"weights": torch.ones(10)}, file)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_best_weights(trained: Trained, tmp_path: Path) ->
     assert (run.path / "best.safetensors").read_bytes() == before
 
 
-def test_smaller_first_epochs_and_balanced_classes_resume_too(cache: PhotoCache, tmp_path: Path) -> None:
+def test_resume_with_first_size_and_balanced_sampler(cache: PhotoCache, tmp_path: Path) -> None:
     config = settings(first_size=0.5, sampler="balanced")
     Trainer(cache, tmp_path / "whole", config).fit()
     with pytest.raises(Interrupted):
@@ -203,7 +203,7 @@ def test_smaller_first_epochs_and_balanced_classes_resume_too(cache: PhotoCache,
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_backbones_of_one_size_refuse_smaller_ones(cache: PhotoCache, tmp_path: Path) -> None:
+def test_fixed_size_backbones_refuse_first_size(cache: PhotoCache, tmp_path: Path) -> None:
     plain = settings(first_size=0.5).to_dict()
     config = TrainConfig.from_dict({**plain, "model": {"backbone": "vit_tiny_patch16_224"}})
     with pytest.raises(ConfigError, match=r"loop.first_size is 0.5, but vit_tiny_patch16_224 accepts only one"):
@@ -219,7 +219,7 @@ def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path
             self.lines.append(text)
 
     plain = settings(epochs=50, patience=2).to_dict()
-    # So slow that nothing changes: the first epoch stays the best.
+    # The learning rate is too small to change anything, so the first epoch remains the best.
     config = TrainConfig.from_dict({**plain, "optimizer": {"learning_rate": 1e-8, "ema_decay": 0.0}})
     heard = Lines()
     Trainer(cache, tmp_path / "run", config, observer=heard).fit()
@@ -227,16 +227,14 @@ def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path
     best = int(history["epoch"][int(history["val_auroc"].arg_max())])
     assert len(history) == best + 2 < 50
     assert any(f"no better validation auroc since epoch {best} (loop.patience is 2)" in line for line in heard.lines)
-    # How well feeding hid behind computing is the last word of every run.
+    # The last line of every run compares the throughput with and without data loading.
     assert re.fullmatch(r"[\d.]+ images/s with data loading, [\d.]+ without: \d+% of .*", heard.lines[-1])
     # Resuming a run that has ended changes nothing.
     Trainer(cache, tmp_path / "run", config, resume=True).fit()
     assert pl.read_csv(tmp_path / "run" / "metrics.csv").equals(history)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(
-    cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_loss_stops_the_run(cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
     def spoilt(logits: torch.Tensor, truth: torch.Tensor, **options: float) -> torch.Tensor:
@@ -247,7 +245,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     monkeypatch.setitem(loss.LOSSES, "sigmoid", spoilt)
     with pytest.raises(FastFundusError, match=r"loss of epoch 2 is nan, seen after step 1 of 2.*last.ckpt is of"):
         Trainer(cache, tmp_path / "run", settings(batch_size=6)).fit()
-    # Not one step more was taken; the last good checkpoint is still there.
+    # No further step was taken, and the last good checkpoint still exists.
     assert len(taken) == 3
     good, failed = (torch.load(tmp_path / "run" / f"{name}.ckpt", weights_only=True) for name in ("last", "failed"))
     assert good["state"]["epoch"] == failed["state"]["epoch"] == 1
@@ -255,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert math.isnan(failed["state"]["loss_sum"])
 
 
-def test_same_seed_same_weights_other_seed_others(cache: PhotoCache, tmp_path: Path) -> None:
+def test_seed_determines_the_weights(cache: PhotoCache, tmp_path: Path) -> None:
     runs = []
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         Trainer(cache, tmp_path / name, settings(epochs=1, seed=seed)).fit()
@@ -264,7 +262,7 @@ def test_same_seed_same_weights_other_seed_others(cache: PhotoCache, tmp_path: P
     assert not all(torch.equal(runs[0][key], runs[2][key]) for key in runs[0])
 
 
-def test_it_learns_a_small_set_by_heart(cache: PhotoCache, tmp_path: Path) -> None:
+def test_overfits_a_small_set(cache: PhotoCache, tmp_path: Path) -> None:
     class Keep(Observer):
         def __init__(self) -> None:
             self.losses: list[float] = []
@@ -281,7 +279,7 @@ def test_it_learns_a_small_set_by_heart(cache: PhotoCache, tmp_path: Path) -> No
     }
     keep = Keep()
     Trainer(cache, tmp_path / "run", TrainConfig.from_dict(plain), observer=keep).fit()
-    # Two in three photos are one class at most: guessing the prior costs at least 0.6.
+    # At most two thirds of the photos are of one class, so predicting the prior gives a loss of at least 0.6.
     assert keep.losses[-1] < 0.15
 
 
@@ -310,7 +308,7 @@ def test_a_run_folder_is_complete(cache: PhotoCache, tmp_path: Path) -> None:
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1)
 
 
-def test_a_split_file_decides_who_trains(cache: PhotoCache, tmp_path: Path) -> None:
+def test_split_file_determines_the_split(cache: PhotoCache, tmp_path: Path) -> None:
     names = ["test" if row % 6 < 2 else "val" if row % 6 < 4 else "train" for row in range(len(cache.manifest))]
     part = cache.manifest[:42]
     write_split_file(tmp_path / "split.csv", part, names[:42])
@@ -322,12 +320,12 @@ def test_a_split_file_decides_who_trains(cache: PhotoCache, tmp_path: Path) -> N
     assert splits["split"].to_list() == [*names[:42], *["excluded"] * 6]
 
 
-def test_starting_and_resuming_wrongly(cache: PhotoCache, tmp_path: Path) -> None:
+def test_start_and_resume_errors(cache: PhotoCache, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(CheckpointError, match=r"no last.ckpt to resume"):
         Trainer(cache, run, settings(), resume=True).fit()
     Trainer(cache, run, settings(epochs=1)).fit()
-    with pytest.raises(CheckpointError, match="holds a run already; add --resume"):
+    with pytest.raises(CheckpointError, match="already contains a run; add --resume"):
         Trainer(cache, run, settings(epochs=1)).fit()
     with pytest.raises(ConfigError, match="started with different settings"):
         Trainer(cache, run, settings(epochs=2), resume=True).fit()
@@ -355,7 +353,7 @@ def test_averaged_model_by_hand() -> None:
         model.weight.fill_(11.0)
     model.num_batches_tracked.fill_(7)
     averaged.update(model)
-    # First step: the decay is (1 + 1) / (10 + 1), so 1 * 2/11 + 11 * 9/11.
+    # The decay of the first step is (1 + 1) / (10 + 1), which gives 1 * 2/11 + 11 * 9/11.
     assert averaged.module.weight.item() == pytest.approx(2 / 11 + 9)
     assert averaged.module.num_batches_tracked.item() == 7
     for _ in range(200):

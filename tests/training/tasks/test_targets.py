@@ -1,4 +1,4 @@
-"""What each task reads from a manifest, its loss against other libraries, and its probabilities."""
+"""Targets that each task reads from a manifest, losses compared with other libraries, and activations."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_abnormality(table: pl.DataFrame) -> None:
 def test_multilabel(table: pl.DataFrame) -> None:
     targets = read_targets(table, "multilabel", ("DME", "glaucoma"))
     np.testing.assert_array_equal(targets.truth[:, 1], [0.0, NAN, 0.0, 1.0, 0.0, NAN])
-    # Glaucoma is the rarer one; a photo without either is of class 0.
+    # Glaucoma is the rarer finding; photos without any finding are in stratum 0.
     np.testing.assert_array_equal(targets.strata, [0, 1, 1, 2, 0, 0])
-    # Another set that does not know glaucoma: unknown, not absent.
+    # In a set without glaucoma labels, glaucoma is unknown, not absent.
     other = read_targets(table.drop("glaucoma"), "multilabel", (), ("DME", "glaucoma"))
     assert np.isnan(other.truth[:, 1]).all()
     with pytest.raises(ConfigError, match=r"columns of 0 and 1 in this cache: normal, DME, glaucoma$"):
@@ -74,7 +74,7 @@ def test_multiclass(table: pl.DataFrame) -> None:
     assert targets.outputs == ("AMD", "DR", "normal")
     np.testing.assert_array_equal(targets.truth.argmax(1)[[0, 1, 2, 4, 5]], [2, 0, 0, 1, 1])
     assert np.isnan(targets.truth[3]).all()
-    # By the classes of a run, whatever is in the manifest.
+    # The classes of a run apply; photos of any other class in the manifest are unknown.
     np.testing.assert_array_equal(
         read_targets(table, "multiclass", (), ("DR", "AMD")).truth[[0, 1]], [[NAN] * 2, [0, 1]]
     )
@@ -93,14 +93,14 @@ def test_ordinal(table: pl.DataFrame) -> None:
         read_targets(table, "ordinal", ("age",))
 
 
-def test_findings_are_what_is_not_normal() -> None:
+def test_findings_exclude_normal() -> None:
     assert finding_outputs(("AMD", "Normal", "DR"), ()) == ("AMD", "DR")
     assert finding_outputs(("a", "b"), ("b",)) == ("b",)
     with pytest.raises(ConfigError, match="did you mean 'dr_grade_ge2'"):
         finding_outputs(("dr_grade_ge1", "dr_grade_ge2"), ("dr_grade_g2",))
 
 
-def test_unknown_labels_change_nothing_but_the_count() -> None:
+def test_unknown_labels_are_excluded_from_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 3, generator=generator, requires_grad=True)
     truth = (torch.rand(8, 3, generator=generator) < 0.5).float()
@@ -112,7 +112,7 @@ def test_unknown_labels_change_nothing_but_the_count() -> None:
     torch.testing.assert_close(loss, want)
     loss.backward()
     assert (logits.grad[~known] == 0).all()
-    # Parts of a batch add up to it although they know different numbers of labels.
+    # The parts add up to the whole batch although their numbers of known labels differ.
     parts = sum(
         float(binary_loss(logits.detach()[part], masked[part], known=per_photo)) * 4 / 8
         for part in (slice(4), slice(4, 8))
@@ -121,19 +121,19 @@ def test_unknown_labels_change_nothing_but_the_count() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_class_loss_is_torchs(smoothing: float) -> None:
+def test_class_loss_matches_torch(smoothing: float) -> None:
     logits, classes = torch.randn(10, 4, generator=torch.Generator().manual_seed(1)), torch.arange(10) % 4
     weight = torch.tensor([1.0, 2.0, 0.5, 3.0])
     truth = functional.one_hot(classes, 4).float()
     want = functional.cross_entropy(logits, classes, label_smoothing=smoothing)
     torch.testing.assert_close(class_loss(logits, truth, smoothing=smoothing), want)
-    # torch divides by the weights of the batch, which would weigh a photo by its neighbours.
+    # torch divides by the sum of weights in the batch, so that the other photos would affect a photo's weight.
     want = functional.cross_entropy(logits, classes, weight=weight, reduction="sum") / 10
     torch.testing.assert_close(class_loss(logits, truth, weight=weight), want)
 
 
 def test_grade_loss_is_a_likelihood() -> None:
-    """Minus the logarithm of the probability that the activation gives to the true grade."""
+    """Compare with the negative log-probability that the activation gives to the true grade."""
     generator = torch.Generator().manual_seed(2)
     logits, grade = torch.randn(50, 4, generator=generator), torch.randint(0, 5, (50,), generator=generator)
     truth = (grade[:, None] >= torch.arange(1, 5)).float()
@@ -144,7 +144,7 @@ def test_grade_loss_is_a_likelihood() -> None:
     torch.testing.assert_close(grade_loss(logits, truth, known=known) * known, -each.log().mean())
 
 
-def test_blended_truth_is_the_blend_of_losses() -> None:
+def test_loss_is_linear_in_blended_targets() -> None:
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
     one = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
     two = one.roll(1, 0)
@@ -161,7 +161,7 @@ def test_blended_truth_is_the_blend_of_losses() -> None:
         torch.testing.assert_close(blended, 0.7 * loss(logits, left) + 0.3 * loss(logits, right))
 
 
-def test_probabilities_are_what_their_kind_promises() -> None:
+def test_properties_of_each_activation() -> None:
     logits = np.random.default_rng(0).normal(0, 4, (100, 5))
     steps = probabilities(logits, "cumulative")
     assert (np.diff(steps, axis=1) <= 0).all()
@@ -181,7 +181,7 @@ def test_vessel_loss_by_hand() -> None:
     truth = torch.tensor([1.0, 0.0, torch.nan, 0.0]).reshape(1, 1, 2, 2)
     logits = torch.tensor([0.0, 0.0, 50.0, 0.0]).reshape(1, 1, 2, 2).requires_grad_()
     assert float(vessel_loss(logits.detach(), truth, dice=0.0)) == pytest.approx(np.log(2))
-    # Overlap 2 * 0.5 over 3 * 0.25 + 1.
+    # Soft Dice: an overlap of 2 * 0.5, divided by 3 * 0.25 + 1.
     loss = vessel_loss(logits, truth, dice=1.0)
     assert float(loss.detach()) == pytest.approx(1 - 1 / 1.75)
     loss.backward()
@@ -191,7 +191,7 @@ def test_vessel_loss_by_hand() -> None:
 def test_scores() -> None:
     truth = np.array([[1.0, NAN], [0, 1], [1, NAN], [0, 1]])
     predicted = np.array([[0.9, 0.5], [0.1, 0.2], [0.4, 0.1], [0.6, 0.3]])
-    # Of the second output only one class is known: it is left out.
+    # The known labels of the second output are all of one class, so it is omitted.
     assert mean_auroc(predicted, truth) == 0.75
     assert np.isnan(mean_auroc(predicted[:, 1:], truth[:, 1:]))
     reached = np.array([[1.0, 1], [0, 0], [1, 0]])

@@ -1,0 +1,32 @@
+"""OpenVINO's core, one per process and without telemetry. Does not need torch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+__all__ = ["forbid_telemetry", "shared_core"]
+
+
+def forbid_telemetry(package: str) -> None:
+    """Disable telemetry before OpenVINO or a related tool is imported, since patient screening must not phone home.
+
+    Merely importing OpenVINO sends usage statistics over the network unless its telemetry package is absent, so this
+    makes the package look absent. It has no effect if the program has imported `package` already.
+    """
+    if package not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+
+@functools.cache
+def shared_core() -> Any:
+    """Return OpenVINO's core, shared by the whole process and never freed before it exits.
+
+    The CPU plugin installs a signal handler stack and restores the previous one when it is freed. If two cores are
+    freed in the order of their creation, a freed stack stays installed and the next Ctrl-C causes a segmentation fault.
+    """
+    forbid_telemetry("openvino")
+    import openvino
+
+    return openvino.Core()
