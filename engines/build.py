@@ -38,7 +38,7 @@ def build_bundle(
     model: ScreeningModel,
     spec: PreprocessSpec,
     labels: dict[str, dict[str, Any]],
-    evidence: ParityData,
+    data: ParityData,
     output: Path,
     *,
     provenance: dict[str, Any],
@@ -54,12 +54,12 @@ def build_bundle(
         spec: preprocessing of its photos.
         labels: metadata of each output by name, in order: `temperature`, `threshold`, `finding` (whether it makes a
             photo positive), and anything else to store.
-        evidence: photos for the parity check and for calibration.
+        data: photos for the parity check and for calibration.
         output: path of the bundle: a folder, or a single file if the name ends in ".zip". It must not exist, or must
             be a bundle, which is replaced once the new one passes.
         provenance: source run and configuration; stored unchanged.
         reference: distributions of scores and quality over the run's photos, the baseline for drift; see
-            `screen.drift`.
+            `screening.drift`.
         backend: one of `BACKENDS`.
         precision: one of the backend's precisions, or "auto" to build and benchmark every precision that this machine
             computes in and keep the fastest one that passes.
@@ -77,16 +77,7 @@ def build_bundle(
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} cannot be built{close_matches(backend, BACKENDS)}")
     module = importlib.import_module(f"fastfundus.engines.{backend}_backend")
-    here = module.precisions()
-    if precision not in ("auto", *here):
-        raise ConfigError(f"precision {precision!r} cannot be built here{close_matches(precision, [*here, 'auto'])}")
-    if not len(evidence.calibration):
-        if precision in EIGHT_BITS:
-            raise ConfigError(
-                f"precision {precision!r} needs calibration photos, and the run's training photos are not available; "
-                "give a cache with --calibration"
-            )
-        here = tuple(name for name in here if name not in EIGHT_BITS)
+    available = _available_precisions(module.precisions(), precision, calibrated=len(data.calibration) > 0)
     _require_free(output)
     partial, refused = (output.with_name(f"{output.name}.{end}") for end in ("partial", "refused.json"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,23 +85,23 @@ def build_bundle(
     partial.mkdir(parents=True)
     try:
         export_onnx(model, partial / GRAPH, list(labels))
-        trials = PrecisionSearch(backend, module, model, spec, labels, evidence, partial, options or {})
-        tried = trials.attempt(here if precision == "auto" else (precision,))
+        search = PrecisionSearch(backend, module, model, spec, labels, data, partial, options or {})
+        tried = search.attempt(available if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed]
         if not passed:
             # Try the precisions that were not requested; 8-bit engines are never closer to the model than wider ones.
-            others = [name for name in here if name not in {*EIGHT_BITS, *(report.precision for report in tried)}]
-            tried += trials.attempt(tuple(others))
+            others = [name for name in available if name not in {*EIGHT_BITS, *(report.precision for report in tried)}]
+            tried += search.attempt(tuple(others))
             refused.write_text(json.dumps([report.to_dict() for report in tried], indent=1) + "\n")
             raise GateRefused(_refusal(tried, refused))
         photo = torch.zeros(1, spec.size, spec.size, 3, dtype=torch.uint8)
         best = max(passed, key=lambda report: (report.precision in EIGHT_BITS, report.images_per_s))
-        bundle_metadata = trials.take(best.precision) | {
+        bundle_metadata = search.take(best.precision) | {
             "heatmap": export_heatmap(model, partial),
             "reference": reference,
             "parity": best.to_dict(),
             "tried": [report.to_dict() for report in tried],
-            "graph_difference": trials.graph_difference,
+            "graph_difference": search.graph_difference,
             "gflop": count_flops(model, photo)[1] / 1e9,
             "built_on": _machine(module.PACKAGE),
             "provenance": provenance,
@@ -120,6 +111,24 @@ def build_bundle(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(output), best
+
+
+def _available_precisions(native: tuple[str, ...], precision: str, *, calibrated: bool) -> tuple[str, ...]:
+    """Return the precisions that can be built: 8-bit ones need calibration photos.
+
+    Raises:
+        ConfigError: `precision` is not "auto" and not among them.
+    """
+    if precision not in ("auto", *native):
+        raise ConfigError(f"precision {precision!r} cannot be built here{close_matches(precision, [*native, 'auto'])}")
+    if calibrated:
+        return native
+    if precision in EIGHT_BITS:
+        raise ConfigError(
+            f"precision {precision!r} needs calibration photos, and the run's training photos are not available; "
+            "give a cache with --calibration"
+        )
+    return tuple(name for name in native if name not in EIGHT_BITS)
 
 
 def _require_free(output: Path) -> None:

@@ -48,12 +48,12 @@ class PrecisionSearch:
         model: ScreeningModel,
         spec: PreprocessSpec,
         labels: dict[str, dict[str, Any]],
-        evidence: ParityData,
+        data: ParityData,
         folder: Path,
         options: dict[str, Any],
     ) -> None:
-        self.module, self.photos, self.truth, self.folder = module, evidence.photos, evidence.truth, folder
-        self.blueprint = Blueprint(model, folder / GRAPH, spec.size, evidence.calibration, options)
+        self.module, self.photos, self.truth, self.folder = module, data.photos, data.truth, folder
+        self.blueprint = Blueprint(model, folder / GRAPH, spec.size, data.calibration, options)
         self.expected, self.torch_rate = _run_torch(model, self.photos)
         self.metadata: dict[str, Any] = {
             "backend": backend,

@@ -1,7 +1,17 @@
 """Triton implementation of `sample`: crop, rotate, minify, recolour and convert photos of any sizes in one pass.
 
 `reference.py` defines the result and the conventions. The offset, size and matrices of a photo are packed as a job of
-88 bytes (`jobs.py`), which the kernel reads as eleven int64, or twenty-two int32 or float32 values.
+88 bytes (`jobs.py`), which the kernel reads as eleven int64, or twenty-two int32 or float32 values. Its parameters:
+
+    pixels_pointer   uint8, all photos, each [height, width, 3], starting at the offset in its job
+    longs_pointer    int64 [N, 11], the jobs; value 0 is the offset
+    words_pointer    int32 [N, 22], the same bytes; values 2 and 3 are height and width
+    floats_pointer   float32 [N, 22], the same bytes; 4 to 9 are the geometry, 10 to 21 the colour matrix, by rows
+    output_pointer   [N, out_size, out_size, 3], float32, float16 or bfloat16, contiguous
+    out_size         side of the output in pixels
+    MODE             0 interpolates, 1 integrates over a box, 2 samples the nearest pixel
+    COLUMNS          the smallest power of two that is at least `out_size`
+    BLOCK            output pixels per program
 """
 
 from __future__ import annotations
@@ -60,23 +70,34 @@ def _fetch(photo_pointer, offset):
 
 
 @triton.jit
+def _interpolate(photo_pointer, x, y, height, width, line):
+    """Return the three channels at a position, interpolated bilinearly between four pixels."""
+    left, top = tl.floor(x - 0.5), tl.floor(y - 0.5)
+    right_share, lower_share = x - 0.5 - left, y - 0.5 - top
+    first_column, first_row = left.to(tl.int32), top.to(tl.int32)
+    column, left_share = _held(first_column, width, 1 - right_share)
+    next_column, right_share = _held(first_column + 1, width, right_share)
+    row, upper_share = _held(first_row, height, 1 - lower_share)
+    next_row, lower_share = _held(first_row + 1, height, lower_share)
+    row, next_row, column, next_column = row * line, next_row * line, 3 * column, 3 * next_column
+    r0, g0, b0 = _fetch(photo_pointer, row + column)
+    r1, g1, b1 = _fetch(photo_pointer, row + next_column)
+    r2, g2, b2 = _fetch(photo_pointer, next_row + column)
+    r3, g3, b3 = _fetch(photo_pointer, next_row + next_column)
+    upper_left, upper_right = left_share * upper_share, right_share * upper_share
+    lower_left, lower_right = left_share * lower_share, right_share * lower_share
+    red = upper_left * r0 + upper_right * r1 + lower_left * r2 + lower_right * r3
+    green = upper_left * g0 + upper_right * g1 + lower_left * g2 + lower_right * g3
+    blue = upper_left * b0 + upper_right * b1 + lower_left * b2 + lower_right * b3
+    return red, green, blue
+
+
+@triton.jit
 def _sample_kernel(
     pixels_pointer, longs_pointer, words_pointer, floats_pointer, output_pointer, out_size,
     MODE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sample every photo of a batch.
-
-    Args:
-        pixels_pointer: uint8, all photos, each [height, width, 3], starting at the offset in its job.
-        longs_pointer: int64 [N, 11], the jobs; value 0 is the offset.
-        words_pointer: int32 [N, 22], the same bytes; values 2 and 3 are height and width.
-        floats_pointer: float32 [N, 22], the same bytes; values 4 to 9 are the geometry and 10 to 21 the colour matrix,
-            row by row.
-        output_pointer: [N, out_size, out_size, 3], float32, float16 or bfloat16, contiguous.
-        out_size: side of the output in pixels.
-        MODE: 0 interpolates, 1 integrates over a box, 2 samples the nearest pixel.
-        COLUMNS: the smallest power of two that is at least `out_size`.
-        BLOCK: output pixels per program.
+    """Sample every photo of a batch; the module's docstring describes the parameters.
 
     One program covers BLOCK pixels of one output: part of a row, or several rows. This needs no division by `out_size`.
     """
@@ -128,23 +149,7 @@ def _sample_kernel(
         area = 1.0 / (box_width * box_height)
         red, green, blue = red * area, green * area, blue * area
     else:
-        left, top = tl.floor(x - 0.5), tl.floor(y - 0.5)
-        right_share, lower_share = x - 0.5 - left, y - 0.5 - top
-        first_column, first_row = left.to(tl.int32), top.to(tl.int32)
-        column, left_share = _held(first_column, width, 1 - right_share)
-        next_column, right_share = _held(first_column + 1, width, right_share)
-        row, upper_share = _held(first_row, height, 1 - lower_share)
-        next_row, lower_share = _held(first_row + 1, height, lower_share)
-        row, next_row, column, next_column = row * line, next_row * line, 3 * column, 3 * next_column
-        r0, g0, b0 = _fetch(photo_pointer, row + column)
-        r1, g1, b1 = _fetch(photo_pointer, row + next_column)
-        r2, g2, b2 = _fetch(photo_pointer, next_row + column)
-        r3, g3, b3 = _fetch(photo_pointer, next_row + next_column)
-        upper_left, upper_right = left_share * upper_share, right_share * upper_share
-        lower_left, lower_right = left_share * lower_share, right_share * lower_share
-        red = upper_left * r0 + upper_right * r1 + lower_left * r2 + lower_right * r3
-        green = upper_left * g0 + upper_right * g1 + lower_left * g2 + lower_right * g3
-        blue = upper_left * b0 + upper_right * b1 + lower_left * b2 + lower_right * b3
+        red, green, blue = _interpolate(photo_pointer, x, y, height, width, line)
 
     colour = floats_pointer + photo * 22 + 10
     out0 = tl.load(colour) * red + tl.load(colour + 1) * green + tl.load(colour + 2) * blue + tl.load(colour + 3)

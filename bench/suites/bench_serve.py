@@ -106,9 +106,9 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
 
     async def client(number: int, http: httpx.AsyncClient) -> None:
         nonlocal faults, refused
-        probability = random.Random(number)
+        generator = random.Random(number)
         while True:
-            name, began = probability.choice(names), time.perf_counter()
+            name, began = generator.choice(names), time.perf_counter()
             answer = await http.post("/v1/screen", files={"photo": (name, data[name])})
             if answer.status_code == 503:
                 refused += 1

@@ -54,7 +54,7 @@ class PatientBootstrap:
             order: order in which to return the photos; None keeps the original order.
         """
         number = self._number if order is None else self._number[order]
-        probability = np.random.default_rng(self._seed)
+        generator = np.random.default_rng(self._seed)
         at_once = max(1, _MAX_AT_ONCE // max(1, len(number)))
         counts = np.ones((1, self.patients))
         left = self._resamples
@@ -66,7 +66,7 @@ class PatientBootstrap:
             left -= draws
             counts = np.empty((draws, self.patients))
             for row in counts:
-                row[:] = np.bincount(probability.integers(0, self.patients, self.patients), minlength=self.patients)
+                row[:] = np.bincount(generator.integers(0, self.patients, self.patients), minlength=self.patients)
 
     def values(
         self, statistics: Callable[[Floats], dict[str, Floats]], order: NDArray[np.int64] | None = None

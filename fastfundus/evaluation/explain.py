@@ -137,7 +137,7 @@ def faithfulness(
         steps: number of points per curve, not counting its start.
         seed: random seed of the baseline order.
     """
-    probability = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     found: dict[str, list[float]] = {name: [] for name in Faithfulness.__dataclass_fields__}
     for photo, hot in zip(photos, heat, strict=True):
         cells = cv2.resize(hot, (CELLS, CELLS), interpolation=cv2.INTER_AREA if len(hot) > CELLS else cv2.INTER_LINEAR)
@@ -145,7 +145,7 @@ def faithfulness(
         covered[:] = _typical(photo)
         covered[photo.max(axis=2) == 0] = 0
         blurred = cv2.GaussianBlur(photo, (0, 0), len(photo) / 16)
-        orders = {"": np.argsort(-cells.ravel(), kind="stable"), "random_": probability.permutation(CELLS * CELLS)}
+        orders = {"": np.argsort(-cells.ravel(), kind="stable"), "random_": generator.permutation(CELLS * CELLS)}
         for prefix, order in orders.items():
             for name, start, end in (("deletion", photo, covered), ("insertion", blurred, photo)):
                 curve = explainer.probabilities(_between(start, end, order, steps))[:, label]

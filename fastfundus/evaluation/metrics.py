@@ -201,8 +201,8 @@ def quadratic_kappa(truth: NDArray[np.int64], given: NDArray[np.int64], grades: 
     cost = np.square(np.subtract.outer(np.arange(grades), np.arange(grades)))
     expected = table.sum(axis=2)[:, :, None] * table.sum(axis=1)[:, None, :]
     with np.errstate(invalid="ignore", divide="ignore"):
-        probability = (expected * cost).sum(axis=(1, 2)) / table.sum(axis=(1, 2))
-        return np.asarray(1 - (table * cost).sum(axis=(1, 2)) / probability)
+        by_chance = (expected * cost).sum(axis=(1, 2)) / table.sum(axis=(1, 2))
+        return np.asarray(1 - (table * cost).sum(axis=(1, 2)) / by_chance)
 
 
 def overall_metrics(

@@ -24,7 +24,7 @@ class Drift:
     what: str
     index: float
     """Population stability index: the sum over bins of (share - expected) x ln(share / expected)."""
-    probability: float
+    expected_index: float
     """Expected index of photos drawn from the reference itself."""
     shares: list[float]
     """Share of the photos in each bin of the reference."""
@@ -34,7 +34,7 @@ class Drift:
     @property
     def verdict(self) -> str:
         """Verbal verdict on the index."""
-        excess = self.index - self.probability
+        excess = self.index - self.expected_index
         if excess < _ALIKE:
             return "alike"
         return "shifted" if excess < _SHIFTED else "very different: inspect the photos and evaluate the model on them"
@@ -60,8 +60,8 @@ def drift_of(what: str, values: NDArray[np.float64], reference: dict[str, Any] |
     wanted = np.maximum(expected, 0.5 / reference["photos"])
     index = float(((seen - wanted) * np.log(seen / wanted)).sum())
     # Twice the divergence of two samples of one distribution is chi-squared; its mean is the degrees of freedom.
-    probability = (len(shares) - 1) * (1 / len(values) + 1 / reference["photos"])
-    return Drift(what, index, probability, shares.tolist(), expected.tolist(), len(values))
+    expected_index = (len(shares) - 1) * (1 / len(values) + 1 / reference["photos"])
+    return Drift(what, index, expected_index, shares.tolist(), expected.tolist(), len(values))
 
 
 def _shares(values: NDArray[np.float64], edges: NDArray[np.float64]) -> NDArray[np.float64]:

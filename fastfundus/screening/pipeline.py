@@ -137,10 +137,7 @@ def screen_photos(
         return thread.submit(scorer.score, images) if images else None
 
     try:
-        waiting: deque[PendingPhoto] = deque()
         under_way: deque[_Group] = deque()
-        inputs = iter(photos)
-        window = 3 * batch_size + 2 * decode_pool.decoders
 
         def give() -> Iterator[ScreenedPhoto]:
             group = under_way.popleft()
@@ -150,24 +147,7 @@ def screen_photos(
             timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu
             yield from _rows(group, iter(answers), bundle, policy)
 
-        taken = 0
-        while True:
-            while len(waiting) < window and (source := next(inputs, None)) is not None:
-                waiting.append(decode_pool.begin(source))
-            if not waiting:
-                break
-            group, ready = [], 0
-            while waiting and ready < batch_size:
-                pending = waiting.popleft()
-                prepared = decode_pool.take(pending)
-                ready += prepared.status is Status.OK
-                group.append((pending.source, prepared))
-                taken += 1
-                # The end of a block ends every group, so that a series of unusable files does not grow without bound.
-                if taken % BLOCK == 0:
-                    break
-                if (source := next(inputs, None)) is not None:
-                    waiting.append(decode_pool.begin(source))
+        for group in _prepared_groups(photos, decode_pool, batch_size):
             under_way.append(_Group(group, begin_scoring(group)))
             # One batch is in the engine while the next is collected.
             if len(under_way) > 1:
@@ -179,6 +159,34 @@ def screen_photos(
         thread.shutdown(wait=True, cancel_futures=True)
         if engine is None:
             loaded.close()
+
+
+def _prepared_groups(
+    photos: Sequence[SourcePhoto], decode_pool: DecodePool, batch_size: int
+) -> Iterator[list[tuple[SourcePhoto, PreparedPhoto]]]:
+    """Yield the photos in groups with at most `batch_size` usable ones each, while the pool prepares those ahead."""
+    waiting: deque[PendingPhoto] = deque()
+    inputs = iter(photos)
+    window, taken = 3 * batch_size + 2 * decode_pool.decoders, 0
+    while True:
+        while len(waiting) < window and (source := next(inputs, None)) is not None:
+            waiting.append(decode_pool.begin(source))
+        if not waiting:
+            return
+        group: list[tuple[SourcePhoto, PreparedPhoto]] = []
+        ready = 0
+        while waiting and ready < batch_size:
+            pending = waiting.popleft()
+            prepared = decode_pool.take(pending)
+            ready += prepared.status is Status.OK
+            group.append((pending.source, prepared))
+            taken += 1
+            # The end of a block ends every group, so that a series of unusable files does not grow without bound.
+            if taken % BLOCK == 0:
+                break
+            if (source := next(inputs, None)) is not None:
+                waiting.append(decode_pool.begin(source))
+        yield group
 
 
 @dataclass(frozen=True, slots=True)

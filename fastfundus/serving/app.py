@@ -122,6 +122,18 @@ def create_app(
     if hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
+    _add_guard(app, token, metrics)
+    _add_screening(app, bundle, limits, metrics, state)
+    _add_status(app, bundle, limits, metrics, state)
+    for path, (name, kind) in _PAGE.items():
+        content = resources.files("fastfundus.serving").joinpath(name).read_bytes()
+        app.add_api_route(path, _constant(content, kind), include_in_schema=False)
+    return app
+
+
+def _add_guard(app: FastAPI, token: str | None, metrics: Metrics) -> None:
+    """Check tokens, set security headers, and record the outcome of every request."""
+
     @app.middleware("http")
     async def guard(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
         began = time.perf_counter()
@@ -136,6 +148,10 @@ def create_app(
         if request.url.path == "/v1/screen":
             metrics.answered(response.status_code, time.perf_counter() - began)
         return response
+
+
+def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, state: dict[str, Service]) -> None:
+    """Add the route that screens photos."""
 
     @app.post("/v1/screen")
     async def screen(request: Request, pictures: bool = False) -> ScreenResponse:
@@ -166,16 +182,20 @@ def create_app(
             results=results,
         )
 
+
+def _add_status(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, state: dict[str, Service]) -> None:
+    """Add the routes that describe the server."""
+
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Return whether the server can screen photos."""
         service = state["service"]
-        summary = {"status": service.fault or "ok", "version": __version__, "bundle": bundle.fingerprint}
-        summary |= {"backend": bundle.backend, "precision": bundle.precision}
-        return JSONResponse(summary, 503 if service.fault else 200)
+        health = {"status": service.fault or "ok", "version": __version__, "bundle": bundle.fingerprint}
+        health |= {"backend": bundle.backend, "precision": bundle.precision}
+        return JSONResponse(health, 503 if service.fault else 200)
 
     @app.get("/v1/about")
-    async def metadata() -> dict[str, Any]:
+    async def about() -> dict[str, Any]:
         """Return the bundle that screens photos, its thresholds, and the limits."""
         return {
             "version": __version__,
@@ -190,11 +210,6 @@ def create_app(
     async def show_metrics() -> Response:
         """Return metrics in the Prometheus text format."""
         return Response(metrics.text(state["service"]), media_type=metrics.media_type)
-
-    for path, (name, kind) in _PAGE.items():
-        content = resources.files("fastfundus.serving").joinpath(name).read_bytes()
-        app.add_api_route(path, _constant(content, kind), include_in_schema=False)
-    return app
 
 
 def _has_token(request: Request, token: str) -> bool:

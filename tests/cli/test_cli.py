@@ -102,7 +102,10 @@ def test_errors_are_one_line_and_exit_1(trained: Trained, broken_photos: Path, t
         (("screen", tmp_path, broken_photos, "--output", tmp_path / "o"), "not an engine bundle"),
         (("screen", trained.bundle.path, tmp_path / "gone", "--output", tmp_path / "o"), "does not exist"),
         (("train", tmp_path, "--output", trained.run, "--resume", "--epochs", 3), "loop.epochs cannot change"),
-        (("demo", "--output", broken_photos, "--overwrite"), "is not empty; add --overwrite if a demo made it"),
+        (
+            ("demo", "--output", broken_photos, "--overwrite"),
+            "is not empty; add --overwrite if it is the output of a demo",
+        ),
     ]
     for arguments, text in cases:
         result = run(*arguments)
@@ -172,7 +175,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> N
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in err
-    assert f"go on with: fastfundus train {cache} --output {output} --resume" in err
+    assert f"continue with: fastfundus train {cache} --output {output} --resume" in err
     done = pl.read_csv(output / "metrics.csv")["epoch"].max()
     process = start("train", cache, "--output", output, "--resume")
     deadline = time.monotonic() + 120

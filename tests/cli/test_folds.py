@@ -11,7 +11,7 @@ import pytest
 
 from fastfundus.data import PhotoCache
 from fastfundus.evaluation.metrics import auroc
-from fastfundus.training.trainer import Interrupted
+from fastfundus.training.trainer import Interrupted, Trainer
 from tests.cli.test_cli import run
 
 OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds", 3)
@@ -20,22 +20,22 @@ OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds"
 def test_folds_are_trained_pooled_and_resumed(
     cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fastfundus.training.trainer as loop
+    trained = []
 
-    real, trained = loop.train, []
+    class Stopping(Trainer):
+        def __init__(self, photos, folder, settings, **options):  # type: ignore[no-untyped-def]
+            trained.append((folder.name, settings.data.fold, options["resume"]))
+            if len(trained) == 2:
+                raise Interrupted("stopped in epoch 1")
+            super().__init__(photos, folder, settings, **options)
 
-    def stopping(photos, folder, settings, **options):  # type: ignore[no-untyped-def]
-        trained.append((folder.name, settings.data.fold, options["resume"]))
-        if len(trained) == 2:
-            raise Interrupted("stopped in epoch 1")
-        return real(photos, folder, settings, **options)
-
-    monkeypatch.setattr(loop, "train", stopping)
+    monkeypatch.setattr("fastfundus.workflow.train.Trainer", Stopping)
     command = ("train", cache.path, "--output", tmp_path / "runs")
     stopped = run(*command, *OPTIONS)
     assert stopped.exit_code == 1
     assert (
-        f"go on with: fastfundus train {cache.path} --output {tmp_path / 'runs'} --folds 3 --resume" in stopped.stderr
+        f"continue with: fastfundus train {cache.path} --output {tmp_path / 'runs'} --folds 3 --resume"
+        in stopped.stderr
     )
     done = run(*command, "--folds", 3, "--resume", "--json")
     assert done.exit_code == 0, done.output
@@ -78,7 +78,7 @@ def test_a_fixed_split_cannot_be_dealt_again(cache: PhotoCache, tmp_path: Path) 
     config.write_text(f'[data]\nsplit_file = "{split}"\n')
     result = run("train", cache.path, "--output", tmp_path / "runs", *OPTIONS, "--config", config)
     assert result.exit_code == 1
-    assert "--folds deals patients, but the label file or data.split_file fixes a split" in result.stderr
+    assert "--folds assigns patients to folds, but the label file or data.split_file fixes a split" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 

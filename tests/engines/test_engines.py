@@ -135,7 +135,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     order depends on the fifth digit, so integers would flip decisions and reorder photos. Separate tests cover flips
     and AUROC.
     """
-    monkeypatch.setattr(parity, "MOST_AUROC_LOSS", 0.2)
+    monkeypatch.setattr(parity, "MAX_AUROC_LOSS", 0.2)
     real = building.read_operating_point
 
     def moved(run: Run) -> Any:
@@ -150,7 +150,7 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_builds_measures_and_keeps_the_fastest(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "LEAST_SPEEDUP", 1000.0)
+    monkeypatch.setattr(parity, "MIN_SPEEDUP", 1000.0)
     bundle, report = build_engine(Run.open(trained.run), tmp_path / "bundle")
     tried = bundle.metadata["tried"]
     assert tuple(entry["precision"] for entry in tried) == precisions()
@@ -393,7 +393,7 @@ def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatc
 @pytest.mark.usefixtures("coarse")
 def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build an int8 engine calibrated on the training photos, with the minimum speedup disabled."""
-    monkeypatch.setattr(parity, "LEAST_SPEEDUP", 0.0)
+    monkeypatch.setattr(parity, "MIN_SPEEDUP", 0.0)
     bundle, report = build_engine(Run.open(trained.run), tmp_path / "bundle", precision="int8")
     assert report.passed
     assert report.speedup

@@ -126,7 +126,7 @@ def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pyte
 
     patients = [str(n // 2) for n in range(50)]
     whole = np.concatenate(list(PatientBootstrap(patients, 100, 3).weights()))
-    monkeypatch.setattr(bootstrap, "_MOST_AT_ONCE", 350)
+    monkeypatch.setattr(bootstrap, "_MAX_AT_ONCE", 350)
     parts = list(PatientBootstrap(patients, 100, 3).weights())
     assert len(parts) > 10
     np.testing.assert_array_equal(np.concatenate(parts), whole)

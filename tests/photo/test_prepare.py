@@ -192,7 +192,7 @@ def test_landscapes_are_no_fundus(tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 @pytest.mark.parametrize(
-    ("pattern", "least_ok"),
+    ("pattern", "min_ok"),
     [
         ("dr/images/*.jpg", 0.99),
         ("fullres_dr/*.jpg", 1.0),

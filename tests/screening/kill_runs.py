@@ -41,11 +41,11 @@ def main(bundle: Path, source: Path, work: Path, kills: int, seed: int) -> None:
     assert os.waitpid(child(bundle, source, work / "whole"), 0)[1] == 0
     seconds = time.monotonic() - began
     whole = {name: (work / "whole" / name).read_bytes() for name in SAME}
-    probability = random.Random(seed)
+    generator = random.Random(seed)
     killed = finished = 0
     while killed < kills:
         pid = child(bundle, source, work / "torn")
-        time.sleep(probability.uniform(0.1, 0.9) * seconds)
+        time.sleep(generator.uniform(0.1, 0.9) * seconds)
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         killed += os.WIFSIGNALED(status)

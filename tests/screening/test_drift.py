@@ -15,21 +15,19 @@ def test_index_by_hand() -> None:
     assert drift is not None
     assert drift.shares == [0.8, 0.2]
     assert drift.index == pytest.approx(0.3 * np.log(1.6) + 0.3 * np.log(2.5))
-    assert drift.probability == pytest.approx(0.02)
+    assert drift.expected_index == pytest.approx(0.02)
     assert drift.verdict.startswith("very different")
 
 
 def test_samples_of_one_distribution_are_alike() -> None:
-    probability = np.random.default_rng(3)
-    found = [
-        drift_of("scores", probability.beta(1, 4, 400), reference_of(probability.beta(1, 4, 300))) for _ in range(200)
-    ]
+    generator = np.random.default_rng(3)
+    found = [drift_of("scores", generator.beta(1, 4, 400), reference_of(generator.beta(1, 4, 300))) for _ in range(200)]
     drifts = [drift for drift in found if drift is not None]
     # About one in a hundred may be called shifted by chance.
     assert sum(drift.verdict != "alike" for drift in drifts) <= 4
     # The mean of 200 has a standard error of 2.5 %, and the formula is exact only for large samples.
-    assert np.mean([drift.index for drift in drifts]) == pytest.approx(drifts[0].probability, rel=0.15)
-    moved = drift_of("scores", probability.beta(2, 3, 400), reference_of(probability.beta(1, 4, 300)))
+    assert np.mean([drift.index for drift in drifts]) == pytest.approx(drifts[0].expected_index, rel=0.15)
+    moved = drift_of("scores", generator.beta(2, 3, 400), reference_of(generator.beta(1, 4, 300)))
     assert moved is not None
     assert moved.verdict.startswith("very different")
 

@@ -76,10 +76,10 @@ def test_64_concurrent_clients_get_their_own_answers(trained: Trained, photo_fol
     address = start().base_url
 
     async def client(number: int) -> int:
-        probability, wrong = random.Random(number), 0
+        generator, wrong = random.Random(number), 0
         async with httpx.AsyncClient(base_url=address, timeout=60, trust_env=False) as http:
             for _ in range(4):
-                chosen = probability.sample(sorted(files), probability.choice([1, 1, 2, 3]))
+                chosen = generator.sample(sorted(files), generator.choice([1, 1, 2, 3]))
                 sent = [("photo", (name, files[name])) for name in chosen]
                 answer = await http.post("/v1/screen", files=sent)
                 while answer.status_code == 503:

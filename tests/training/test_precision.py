@@ -105,7 +105,7 @@ def test_a_run_keeps_its_precision_on_another_processor(  # type: ignore[no-unty
     assert any(line.startswith("training in float32: this processor has no fast") for line in notes.lines)
     assert "amp = false" in (run / "config.toml").read_text()
     capability(bfloat16=True)
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="different settings"):
         Trainer(cache, run, replace(config, loop=replace(config.loop, amp=True)), resume=True).fit()
     notes = Notes()
     Trainer(cache, run, config, resume=True, observer=notes).fit()

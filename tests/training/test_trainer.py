@@ -226,7 +226,9 @@ def test_patience_ends_a_run_that_no_longer_improves(cache: PhotoCache, tmp_path
     history = pl.read_csv(tmp_path / "run" / "metrics.csv")
     best = int(history["epoch"][int(history["val_auroc"].arg_max())])
     assert len(history) == best + 2 < 50
-    assert any(f"no better validation auroc since epoch {best} (loop.patience is 2)" in line for line in heard.lines)
+    assert any(
+        f"validation auroc has not improved since epoch {best} (loop.patience is 2)" in line for line in heard.lines
+    )
     # The last line of every run compares the throughput with and without data loading.
     assert re.fullmatch(r"[\d.]+ images/s with data loading, [\d.]+ without: \d+% of .*", heard.lines[-1])
     # Resuming a run that has ended changes nothing.
@@ -243,7 +245,7 @@ def test_non_finite_loss_stops_the_run(cache: PhotoCache, tmp_path: Path, monkey
         return logits.mean() * (math.nan if len(taken) == 3 else 0.0)
 
     monkeypatch.setitem(loss.LOSSES, "sigmoid", spoilt)
-    with pytest.raises(FastFundusError, match=r"loss of epoch 2 is nan, seen after step 1 of 2.*last.ckpt is of"):
+    with pytest.raises(FastFundusError, match=r"loss of epoch 2 is nan, detected after step 1 of 2.*last.ckpt is from"):
         Trainer(cache, tmp_path / "run", settings(batch_size=6)).fit()
     # No further step was taken, and the last good checkpoint still exists.
     assert len(taken) == 3
