@@ -137,7 +137,7 @@ def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trai
     from fastfundus.workflow.build_engine import build_engine
 
     folder = tmp_path_factory.mktemp("trained")
-    settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
+    settings = {"model": {"backbone": "test_resnet"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
     Trainer(cache, folder / "run", TrainConfig.from_dict(settings)).fit()
     run = Run.open(folder / "run")
     fit_operating_point(run, cache)

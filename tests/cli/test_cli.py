@@ -73,7 +73,7 @@ def test_the_whole_way(photo_folder: Path, broken_photos: Path, tmp_path: Path) 
     cache, run_folder, bundle, out = (tmp_path / name for name in ("cache", "run", "bundle", "out"))
     steps: list[tuple[object, ...]] = [
         ("prepare", photo_folder, "--labels", photo_folder / "labels.csv", "--output", cache, "--size", 64),
-        ("train", cache, "--output", run_folder, "--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--amp"),
+        ("train", cache, "--output", run_folder, "--backbone", "test_resnet", "--epochs", 1, "--batch-size", 8),
         ("evaluate", run_folder, cache, "--output", tmp_path / "evaluation"),
         # After one epoch all photos have similar scores: bfloat16 may flip a decision, and the gate would refuse it.
         ("build-engine", run_folder, "--output", bundle, "--precision", "fp32"),
@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> N
     metadata = json.loads((trained.bundle.path / "bundle.json").read_text())
     (cache,) = metadata["provenance"]["parity_photos"]
     output = tmp_path / "run"
-    process = start("train", cache, "--output", output, "--backbone", "resnet18", "--epochs", 400, "--batch-size", 4)
+    process = start("train", cache, "--output", output, "--backbone", "test_resnet", "--epochs", 400, "--batch-size", 4)
     deadline = time.monotonic() + 120
     while not (output / "metrics.csv").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]

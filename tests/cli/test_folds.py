@@ -14,7 +14,7 @@ from fastfundus.evaluation.metrics import auroc
 from fastfundus.training.trainer import Interrupted, Trainer
 from tests.cli.test_cli import run
 
-OPTIONS = ("--backbone", "resnet18", "--epochs", 1, "--batch-size", 8, "--folds", 3)
+OPTIONS = ("--backbone", "test_resnet", "--epochs", 1, "--batch-size", 8, "--folds", 3)
 
 
 def test_folds_are_trained_pooled_and_resumed(

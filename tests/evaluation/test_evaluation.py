@@ -142,7 +142,7 @@ def test_vessels_by_group_and_against_another_run(vessel_cache: PhotoCache, tmp_
     runs = []
     for seed in (0, 1):
         settings = {
-            "task": "vessels", "model": {"backbone": "resnet18"},
+            "task": "vessels", "model": {"backbone": "test_resnet"},
             "loop": {"epochs": 1, "batch_size": 4, "tile": 96, "tiles": 2, "seed": seed},
             "data": {"split": "holdout", "test_share": 0.5, "val_share": 0.2},
         }  # fmt: skip

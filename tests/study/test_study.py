@@ -236,7 +236,7 @@ folds = 3
 [tasks.vessels]
 caches = ["free"]
 config.task = "vessels"
-config.model.backbone = "resnet18"
+config.model.backbone = "test_resnet"
 config.loop.epochs = 1
 config.loop.tile = 96
 config.loop.tiles = 1
@@ -277,7 +277,7 @@ def test_upstream_photos_are_excluded_from_external_tests(done: Path, caches: Pa
     again = ("--init", done / "upstream" / "fundus", "--backbone", "test_resnet", "--epochs", "1")
     result = run("train", caches / "upstream", "--output", tmp_path / "run", "--fold", "1", *again)
     assert result.exit_code == 0, result.output
-    assert "test photos were learned from by" in result.output
+    assert "test photos were learned by" in result.output
     result = run("evaluate", tmp_path / "run", caches / "upstream", "--output", tmp_path / "own")
     assert "overestimates performance" in result.output
 

@@ -96,7 +96,7 @@ class StopAfterStep(Notes):
 def test_a_run_keeps_its_precision_on_another_processor(  # type: ignore[no-untyped-def]
     cache: PhotoCache, tmp_path: Path, capability
 ) -> None:
-    plain = {"model": {"backbone": "resnet18"}, "data": {"folds": 3}, "loop": {"epochs": 1, "batch_size": 8}}
+    plain = {"model": {"backbone": "test_resnet"}, "data": {"folds": 3}, "loop": {"epochs": 1, "batch_size": 8}}
     config, run = TrainConfig.from_dict(plain), tmp_path / "run"
     capability(bfloat16=False)
     notes = StopAfterStep()
@@ -118,7 +118,7 @@ def test_a_run_keeps_its_precision_on_another_processor(  # type: ignore[no-unty
 def test_resuming_bfloat16_without_native_support_is_reported(  # type: ignore[no-untyped-def]
     cache: PhotoCache, tmp_path: Path, capability
 ) -> None:
-    plain = {"model": {"backbone": "resnet18"}, "data": {"folds": 3}, "loop": {"epochs": 1, "batch_size": 8}}
+    plain = {"model": {"backbone": "test_resnet"}, "data": {"folds": 3}, "loop": {"epochs": 1, "batch_size": 8}}
     config = TrainConfig.from_dict(plain)
     capability(bfloat16=True)
     with pytest.raises(Interrupted):

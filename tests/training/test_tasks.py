@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastfundus.config import ModelConfig, OptimizerConfig, TrainConfig
 from fastfundus.data import PhotoCache, build_cache, list_photos
+from fastfundus.data.joined_cache import open_caches
 from fastfundus.data.masks import native_map, native_masks
 from fastfundus.errors import CheckpointError, ConfigError, DataError
 from fastfundus.evaluation.folds import pool_folds
@@ -51,7 +52,7 @@ def labelled(cache: PhotoCache) -> PhotoCache:
 
 def config(task: str, **sections: dict[str, object]) -> TrainConfig:
     plain: dict[str, dict[str, object]] = {
-        "model": {"backbone": "resnet18"},
+        "model": {"backbone": "test_resnet"},
         "data": {"folds": 3},
         "loop": {"epochs": 2, "batch_size": 8},
     }
@@ -128,7 +129,7 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
         replace(photo, columns={k: v for k, v in photo.columns.items() if k != "drusen"}) for photo in listing.photos
     ]
     build_cache(others[:20], second, cache.spec, source=listing.root)
-    both = PhotoCache.open(cache.path, second)
+    both = open_caches(cache.path, second)
     assert len(both.manifest) == len(both.photos) == len(cache.manifest) + 20
     assert both.paths == (cache.path, second)
     np.testing.assert_array_equal(both.photos[len(cache.manifest) + 3], PhotoCache.open(second).photos[3])
@@ -144,12 +145,12 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
     fit_operating_point(run, both)
     assert measure(run, both).which == "test patients"
     with pytest.raises(DataError, match="is given twice"):
-        PhotoCache.open(cache.path, cache.path)
+        open_caches(cache.path, cache.path)
     wrong = tmp_path / "wrong"
     text = [replace(photo, columns={"exudates": "yes"}) for photo in listing.photos]
     build_cache(text[:2], wrong, cache.spec, source=listing.root)
     with pytest.raises(DataError, match="column 'exudates' is String here but Float64 elsewhere; rename one"):
-        PhotoCache.open(cache.path, wrong)
+        open_caches(cache.path, wrong)
 
 
 def test_linear_probe_trains_only_the_head(cache: PhotoCache, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_vessels_end_to_end(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     write_run_page(run, vessel_cache)
     assert "Lowest Dice" in (run.path / "run.html").read_text()
     # Initialised from another vessel run, every tensor is loaded, not only the encoder.
-    again, report = create_segmenter(ModelConfig(backbone="resnet18", init=str(run.path)), 1)
+    again, report = create_segmenter(ModelConfig(backbone="test_resnet", init=str(run.path)), 1)
     assert (report.loaded, report.fresh) == (len(again.state_dict()), ())
 
     # The engine gives the maps of the evaluation; 216 is not a multiple of the network's stride.
@@ -325,7 +326,7 @@ def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> No
     assert pooled["out_of_fold"]["labels"]["vessel"]["dice"]["value"] == pytest.approx(table["dice"].mean())
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "convnext_atto"])
 def test_encoder_loads_every_tensor(backbone: str, tmp_path: Path) -> None:
     classifier, _ = create_model(ModelConfig(backbone=backbone), 1)
     torch.save(classifier.state_dict(), tmp_path / "w.pth")
@@ -333,7 +334,7 @@ def test_encoder_loads_every_tensor(backbone: str, tmp_path: Path) -> None:
     model, report = create_segmenter(ModelConfig(backbone=backbone, init=str(tmp_path / "w.pth")), 1)
     names = [name for name in model.state_dict() if name.startswith("encoder.")]
     assert report.loaded == len(names)
-    assert {name.split(".")[0] for name in report.unused} == {"fc" if backbone == "resnet18" else "head"}
+    assert {name.split(".")[0] for name in report.unused} == {"fc" if backbone == "test_resnet" else "head"}
     ours = {(*tuple(value.shape), float(value.double().sum())) for value in classifier.state_dict().values()}
     assert all((*tuple(v.shape), float(v.double().sum())) in ours for k, v in model.state_dict().items() if k in names)
     with pytest.raises(CheckpointError, match="of the encoder are missing or differ in shape"):

@@ -37,7 +37,7 @@ from tests.conftest import Trained
 
 
 def settings(**loop: object) -> TrainConfig:
-    plain = {"model": {"backbone": "resnet18", "drop_rate": 0.2}, "data": {"folds": 3}}
+    plain = {"model": {"backbone": "test_resnet", "drop_rate": 0.2}, "data": {"folds": 3}}
     return TrainConfig.from_dict({**plain, "loop": {"epochs": 3, "batch_size": 4, **loop}})
 
 
@@ -273,11 +273,11 @@ def test_overfits_a_small_set(cache: PhotoCache, tmp_path: Path) -> None:
             self.losses.append(result.train_loss)
 
     plain = {
-        "model": {"backbone": "resnet18"},
+        "model": {"backbone": "test_resnet"},
         "data": {"folds": 3},
         "augment": {"scale": 1.0, "rotate_degrees": 0.0, "flip_horizontal": False, "brightness": 0.0, "contrast": 0.0},
-        "optimizer": {"learning_rate": 2e-3, "weight_decay": 0.0, "warmup_epochs": 2.0},
-        "loop": {"epochs": 20, "batch_size": 16},
+        "optimizer": {"learning_rate": 4e-3, "weight_decay": 0.0, "warmup_epochs": 2.0},
+        "loop": {"epochs": 30, "batch_size": 16},
     }
     keep = Keep()
     Trainer(cache, tmp_path / "run", TrainConfig.from_dict(plain), observer=keep).fit()
