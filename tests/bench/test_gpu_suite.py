@@ -41,7 +41,7 @@ def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     assert {result["tests"][name] for name in ("failures", "errors", "skipped")} == {0}
     assert result["copy_gb_per_s"] > 0
     found = {case["case"]["name"]: case for part in whole.values() for case in part["cases"]}
-    assert len(found) == 10
+    assert len(found) == 9
     for name, case in found.items():
         assert "failed" not in case, case
         for variant, row in case["variants"].items():

@@ -34,7 +34,7 @@ def test_init_from_scratch() -> None:
 
 
 def test_init_from_a_run_loads_every_tensor(trained: Trained) -> None:
-    model, report = create_model(ModelConfig(**SMALL, init=str(trained.run)), 1)
+    model, report = create_model(ModelConfig(backbone="test_resnet", init=str(trained.run)), 1)
     state = load_state(trained.run)
     assert report.loaded == len(state)
     assert report.fresh == ()
