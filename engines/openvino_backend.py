@@ -12,7 +12,7 @@ from fastfundus.engines.openvino_core import shared_core
 from fastfundus.engines.quantize import quantize_openvino
 from fastfundus.engines.runtime import Blueprint, Engine
 from fastfundus.errors import BundleError
-from fastfundus.machine import cpu_quota, usable_cores
+from fastfundus.machine import cpu_computes_bfloat16, cpu_quota, usable_cores
 
 __all__ = ["PACKAGE", "OpenVinoEngine", "build", "load", "precisions"]
 
@@ -28,7 +28,8 @@ def precisions() -> tuple[str, ...]:
 
 
 def _has_bf16() -> bool:
-    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    # OpenVINO reports the processor's units, but its kernels respect a limit set by ONEDNN_MAX_CPU_ISA.
+    return cpu_computes_bfloat16() and "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def load(folder: Path, metadata: dict[str, Any]) -> OpenVinoEngine:

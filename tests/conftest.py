@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Set before torch is imported: workers that each used all cores would slow one another down.
     _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+    # Threads of the tests that need all cores must not spin while they wait.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import cv2
 import numpy as np

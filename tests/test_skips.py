@@ -31,7 +31,7 @@ def test_plain():
 @pytest.mark.parametrize(
     ("required", "processes", "named"),
     [
-        ("", "1", []),
+        ("", "0", []),
         ("FASTFUNDUS_REQUIRE_KERNELS", "1", ["test_kernel"]),
         ("FASTFUNDUS_REQUIRE_GPU", "0", ["test_kernel", "test_on_a_gpu"]),
     ],

@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from fastfundus.data.source import SourceList
-    from fastfundus.screening.run import BlockMaker, ScreeningRun
+    from fastfundus.screening.run import ScreeningRun
 
 
 @click.command()
@@ -80,37 +80,26 @@ def screen(
       fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --min-images 2 --both-eyes
     """
     from fastfundus.cli.console import quiet_decoders, remarks, screening_progress
-    from fastfundus.data.source import list_photos
-    from fastfundus.engines.bundle import Bundle
-    from fastfundus.errors import ConfigError
     from fastfundus.screening.policy import ScreenPolicy
-    from fastfundus.screening.run import screen_to_folder
+    from fastfundus.workflow.screen import screen_sources
 
-    if ray and decode == "dali":
-        raise ConfigError("--ray and --decode dali cannot be combined; give only one of them")
-    if resume and overwrite:
-        raise ConfigError("--resume continues existing results, --overwrite deletes them; give only one of them")
     quiet_decoders()
     policy = ScreenPolicy(abstain=abstain, least_images=least_images, unusable=unusable, both_eyes=both_eyes)  # type: ignore[arg-type]
-    opened = Bundle.open(bundle)
-    if backend:
-        opened = opened.using(backend)
-    # Every picture is an input here, including the masks and additional pictures of a public data set.
-    listing = list_photos(sources, adapter="folder")
-    make_blocks = None
-    if ray:
-        from fastfundus.screening.ray_runner import ray_blocks
-
-        make_blocks = ray_blocks(ray)
-    elif decode == "dali":
-        make_blocks = _dali()
-    remarks(listing.notes)
     with screening_progress() as progress:
         try:
-            run = screen_to_folder(
-                listing, opened, output, sources=sources, policy=policy, resume=resume, overwrite=overwrite,
-                make_blocks=make_blocks, decode=decode, on_progress=progress,
-            )  # fmt: skip
+            run, listing = screen_sources(
+                sources,
+                bundle,
+                output,
+                policy=policy,
+                resume=resume,
+                overwrite=overwrite,
+                backend=backend,
+                decode=decode,  # type: ignore[arg-type]
+                ray=ray,
+                on_listed=lambda listing: remarks(listing.notes),
+                on_progress=progress,
+            )
         except KeyboardInterrupt:
             raise click.ClickException(
                 f"interrupted; {output} has the results so far; repeat the command with --resume to continue"
@@ -123,16 +112,6 @@ def screen(
         faults.append(f"{failed} photos failed in the engine and have no decision, see results.csv; screen them again")
     if faults:
         raise click.ClickException("\n".join(faults))
-
-
-def _dali() -> BlockMaker:
-    from fastfundus.errors import require
-
-    torch = require("torch", extra="train")
-    require("nvidia.dali", extra="dali")
-    from fastfundus.dali.screen import dali_blocks
-
-    return dali_blocks(0 if torch.cuda.is_available() else None)
 
 
 def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:

@@ -31,7 +31,11 @@ __all__ = [
     "validation_scores",
 ]
 
-_STEPS_BETWEEN_LOOKS = 32
+_STEPS_BETWEEN_CHECKS = 32
+"""Steps between copies of the running loss from a GPU."""
+_MAX_STEPS = 5
+_ABOUT_S = 4.0
+"""Approximate duration of the measurement of throughput in seconds; at least two steps are taken."""
 
 
 class RunningLoss:
@@ -63,7 +67,7 @@ class RunningLoss:
             if not math.isfinite(self._copy[0].item()):
                 return True
             self._copy = None
-        if self._copy is None and self._since >= _STEPS_BETWEEN_LOOKS:
+        if self._copy is None and self._since >= _STEPS_BETWEEN_CHECKS:
             self._since = 0
             there = torch.empty((), dtype=torch.float64, pin_memory=True)
             there.copy_(self._sum, non_blocking=True)
@@ -75,11 +79,6 @@ class RunningLoss:
     def total(self) -> float:
         """Return the sum; waits for the device."""
         return float(self._sum.item())
-
-
-_MAX_STEPS = 5
-_ABOUT_S = 4.0
-"""Approximate duration of the measurement in seconds; at least two steps are taken."""
 
 
 @dataclass(slots=True)

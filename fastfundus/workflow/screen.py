@@ -1,19 +1,19 @@
-"""From photos and a bundle to one record per photo."""
+"""From photos and a bundle to one result row per photo."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastfundus.data.source import list_photos
+from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
-from fastfundus.errors import DataError
+from fastfundus.errors import ConfigError, DataError, require
 from fastfundus.screening.pipeline import Timing
 from fastfundus.screening.policy import ScreenPolicy
-from fastfundus.screening.run import rows_of
+from fastfundus.screening.run import BlockMaker, Progress, ScreeningRun, rows_of, screen_to_folder
 
-__all__ = ["screen"]
+__all__ = ["screen", "screen_sources"]
 
 
 def screen(
@@ -49,3 +49,81 @@ def screen(
         raise DataError("; ".join(["some inputs could not be listed", *listing.lost]))
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
     return rows_of(listing.photos, opened, policy or ScreenPolicy(), timing or Timing())
+
+
+def screen_sources(
+    sources: Sequence[Path],
+    bundle: str | Path | Bundle,
+    output: str | Path,
+    *,
+    policy: ScreenPolicy | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    backend: str | None = None,
+    decode: Literal["cpu", "dali"] = "cpu",
+    ray: str | None = None,
+    on_listed: Callable[[SourceList], None] = lambda listing: None,
+    on_progress: Progress = lambda done, total, timing: None,
+) -> tuple[ScreeningRun, SourceList]:
+    """Screen every photo of some sources into a results folder; see `screening.run.screen_to_folder`.
+
+    Args:
+        sources: folders, photos, or CSV files with a column `file`.
+        bundle: the bundle to screen with, or its path.
+        output: the results folder.
+        policy: the decision policy; None uses the default policy.
+        resume: continue an interrupted run.
+        overwrite: replace existing results.
+        backend: run the bundle's graph in float32 on this runtime, instead of the verified engine.
+        decode: decoder; "dali" decodes on the GPU.
+        ray: address of a Ray cluster to run on.
+        on_listed: called with the inputs before they are screened.
+        on_progress: see `screening.run.Progress`.
+
+    Returns:
+        The outcome, and the inputs with those that could not be listed.
+
+    Raises:
+        ConfigError: options exclude each other, or `output` contains other results.
+        DataError: a source does not exist, `output` cannot be written to, or another process is using it.
+        BundleError: the bundle cannot be used on this machine, or its engine fails on every photo.
+        MissingDependency: DALI or Ray is not installed.
+    """
+    if ray and decode == "dali":
+        raise ConfigError("--ray and --decode dali cannot be combined; give only one of them")
+    if resume and overwrite:
+        raise ConfigError("--resume continues existing results, --overwrite deletes them; give only one of them")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+    if backend:
+        opened = opened.using(backend)
+    # Every picture is an input here, including the masks and additional pictures of a public data set.
+    listing = list_photos(list(sources), adapter="folder")
+    on_listed(listing)
+    run = screen_to_folder(
+        listing,
+        opened,
+        Path(output),
+        sources=sources,
+        policy=policy,
+        resume=resume,
+        overwrite=overwrite,
+        make_blocks=_block_maker(decode, ray),
+        decode=decode,
+        on_progress=on_progress,
+    )
+    return run, listing
+
+
+def _block_maker(decode: str, ray: str | None) -> BlockMaker | None:
+    """Return what screens the blocks of a run; None screens them on this machine."""
+    if ray:
+        from fastfundus.screening.ray_runner import ray_blocks
+
+        return ray_blocks(ray)
+    if decode != "dali":
+        return None
+    torch = require("torch", extra="train")
+    require("nvidia.dali", extra="dali")
+    from fastfundus.dali.screen import dali_blocks
+
+    return dali_blocks(0 if torch.cuda.is_available() else None)

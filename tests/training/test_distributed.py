@@ -23,11 +23,11 @@ from tests.conftest import Trained
 # A network without batch statistics, because each process would compute those of its own share; float32, so that only
 # the order of summation differs; a small learning rate, because AdamW divides gradients by their own magnitude.
 SETTINGS = {
-    "model": {"backbone": "convnext_atto"},
+    "model": {"backbone": "test_convnext"},
     "data": {"folds": 3},
     "loss": {"positive_weight": 0},
     "optimizer": {"learning_rate": 1e-4},
-    "loop": {"epochs": 2, "batch_size": 8, "amp": False, "sampler": "balanced"},
+    "loop": {"epochs": 4, "batch_size": 4, "accumulate": 2, "amp": False, "sampler": "balanced"},
 }
 
 
@@ -47,27 +47,32 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_processes_train_as_one(cache: PhotoCache, tmp_path: Path) -> None:
-    """Accumulate two parts per step; each part is divided between the processes."""
-    settings = TrainConfig.from_dict({**SETTINGS, "loop": {**SETTINGS["loop"], "accumulate": 2, "batch_size": 4}})  # type: ignore[dict-item]
-    file = tmp_path / "run.toml"
-    file.write_text(to_toml(settings.to_dict()))
-    command = torchrun("train", cache.path, "--output", tmp_path / "two", "--config", file)
+@pytest.fixture(scope="module")
+def two(cache: PhotoCache, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, not interrupted."""
+    output = tmp_path_factory.mktemp("two") / "two"
+    command = torchrun("train", cache.path, "--output", output, "--config", config)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     # Only one process prints.
     assert done.stdout.count("best epoch") == 1
-    assert done.stderr.count("epoch 1/2") == 1
-    Trainer(cache, tmp_path / "one", settings).fit()
-    one, two = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("one", "two"))
+    assert done.stderr.count("epoch 1/4") == 1
+    return output
+
+
+def test_two_processes_train_as_one(cache: PhotoCache, two: Path, config: Path, tmp_path: Path) -> None:
+    """Accumulate two parts per step; each part is divided between the processes."""
+    Trainer(cache, tmp_path / "one", TrainConfig.from_toml(config)).fit()
+    paths = tmp_path / "one", two
+    one, two_state = (torch.load(path / "last.ckpt", weights_only=True) for path in paths)
     for name, value in one["model"].items():
         # Gradients are summed in another order, which AdamW's first steps amplify to at most 1e-4, their learning rate.
-        torch.testing.assert_close(two["model"][name], value, rtol=0, atol=2e-5, msg=name)
-    metrics = [pl.read_csv(tmp_path / name / "metrics.csv").drop("images_per_s", "seconds") for name in ("one", "two")]
+        torch.testing.assert_close(two_state["model"][name], value, rtol=0, atol=2e-5, msg=name)
+    metrics = [pl.read_csv(path / "metrics.csv").drop("images_per_s", "seconds") for path in paths]
     for left, right in zip(*(table.rows() for table in metrics), strict=True):
         # Each validation photo counts once: a duplicate among 16 photos would change the AUROC.
         assert left == pytest.approx(right, rel=1e-4)
-    assert len(two["state"]["rng"]) == 2
+    assert len(two_state["state"]["rng"]) == 2
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
@@ -120,13 +125,11 @@ with join_processes() as world:
 
 
 @pytest.mark.slow
-def test_elastic_restart_after_a_killed_process(cache: PhotoCache, config: Path, tmp_path: Path) -> None:
+def test_elastic_restart_after_a_killed_process(cache: PhotoCache, config: Path, two: Path, tmp_path: Path) -> None:
     """torchrun restarts both processes, and they resume from the last checkpoint."""
     output = tmp_path / "run"
-    # Long enough that it is still training when one process is killed.
-    command = torchrun(
-        "train", cache.path, "--output", output, "--config", config, "--epochs", 4, "--batch-size", 4, restarts=1
-    )
+    # Four epochs are long enough that it is still training when one process is killed after the first.
+    command = torchrun("train", cache.path, "--output", output, "--config", config, restarts=1)
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (output / "last.ckpt").exists() and time.monotonic() < deadline:
@@ -141,10 +144,7 @@ def test_elastic_restart_after_a_killed_process(cache: PhotoCache, config: Path,
     history = pl.read_csv(output / "metrics.csv")
     assert history["epoch"].to_list() == list(range(1, 5))
     # No step is lost or repeated: the weights equal those of an uninterrupted run.
-    whole = torchrun("train", cache.path, "--output", tmp_path / "whole", "--config", config, "--epochs", 4,
-                     "--batch-size", 4)  # fmt: skip
-    subprocess.run(whole, env=environment(), check=True, capture_output=True, timeout=240)
-    killed, never = (torch.load(path / "last.ckpt", weights_only=True) for path in (output, tmp_path / "whole"))
+    killed, never = (torch.load(path / "last.ckpt", weights_only=True) for path in (output, two))
     assert all(torch.equal(value, killed["model"][name]) for name, value in never["model"].items())
 
 

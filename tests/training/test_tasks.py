@@ -326,7 +326,7 @@ def test_vessel_folds_are_pooled(vessel_cache: PhotoCache, tmp_path: Path) -> No
     assert pooled["out_of_fold"]["labels"]["vessel"]["dice"]["value"] == pytest.approx(table["dice"].mean())
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "convnext_atto"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
 def test_encoder_loads_every_tensor(backbone: str, tmp_path: Path) -> None:
     classifier, _ = create_model(ModelConfig(backbone=backbone), 1)
     torch.save(classifier.state_dict(), tmp_path / "w.pth")
