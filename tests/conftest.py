@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,25 +76,43 @@ def real_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write small synthetic photos of 24 patients, with labels."""
-    from fastfundus.synthetic import write_dataset
-
-    folder = tmp_path_factory.mktemp("photos")
-    write_dataset(folder, 24, seed=5, poor_share=0.0, long_sides=(320,), workers=1)
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that is filled once for all workers of a run: the first to need it does the work."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / f"shared_{name}"
+    with (shared / f"shared_{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "complete").touch()
     return folder
 
 
 @pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of 24 synthetic patients with labels, in small frames."""
+    from fastfundus.synthetic import write_dataset
+
+    def make(folder: Path) -> None:
+        write_dataset(folder / "photos", 24, seed=5, poor_share=0.0, long_sides=(320,), workers=1)
+
+    return made_once(tmp_path_factory, "photos", make) / "photos"
+
+
+@pytest.fixture(scope="session")
 def cache(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PhotoCache:
-    """Prepare the photos of `photo_folder` at 64 px."""
-    from fastfundus.data import build_cache, list_photos
+    """The photos of `photo_folder` at 64 px."""
+    from fastfundus.data import PhotoCache, build_cache, list_photos
     from fastfundus.spec import PreprocessSpec
 
-    listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
-    output = tmp_path_factory.mktemp("cache") / "cache"
-    return build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)
+    def make(folder: Path) -> None:
+        listing = list_photos(photo_folder, labels=photo_folder / "labels.csv")
+        build_cache(listing.photos, folder / "cache", PreprocessSpec(size=64), source=listing.root)
+
+    return PhotoCache.open(made_once(tmp_path_factory, "cache", make) / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -133,34 +151,35 @@ class Trained:
 def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train a model for two epochs: it has learned nothing useful, but all files of the run are real."""
     from fastfundus.config import TrainConfig
+    from fastfundus.engines.bundle import Bundle
     from fastfundus.evaluation.operating_point import fit_operating_point
     from fastfundus.training.run import Run
     from fastfundus.training.trainer import Trainer
     from fastfundus.workflow.build_engine import build_engine
 
-    folder = tmp_path_factory.mktemp("trained")
     settings = {"model": {"backbone": "test_resnet"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
-    Trainer(cache, folder / "run", TrainConfig.from_dict(settings)).fit()
-    run = Run.open(folder / "run")
-    fit_operating_point(run, cache)
-    bundle, _ = build_engine(run, folder / "bundle", precision="fp32")
-    return Trained(run.path, bundle)
+
+    def make(folder: Path) -> None:
+        Trainer(cache, folder / "run", TrainConfig.from_dict(settings)).fit()
+        fit_operating_point(Run.open(folder / "run"), cache)
+        build_engine(folder / "run", folder / "bundle", precision="fp32")
+
+    folder = made_once(tmp_path_factory, "trained", make)
+    return Trained(folder / "run", Bundle.open(folder / "bundle"))
 
 
 @pytest.fixture(scope="session")
 def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that builds the bundle of a backend, once for all tests because compilation is slow."""
-
-    from fastfundus.training.run import Run
     from fastfundus.workflow.build_engine import build_engine
 
-    @functools.cache
     def build(backend: str) -> Path:
-        output = tmp_path_factory.mktemp(backend) / "bundle"
-        bundle, report = build_engine(Run.open(trained.run), output, backend=backend, precision="fp32")
-        assert report.passed
-        assert bundle.metadata["tried"] == [report.to_dict()]
-        return output
+        def make(folder: Path) -> None:
+            bundle, report = build_engine(trained.run, folder / "bundle", backend=backend, precision="fp32")
+            assert report.passed
+            assert bundle.metadata["tried"] == [report.to_dict()]
+
+        return made_once(tmp_path_factory, backend, make) / "bundle"
 
     return build
 

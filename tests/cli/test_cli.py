@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> N
     metadata = json.loads((trained.bundle.path / "bundle.json").read_text())
     (cache,) = metadata["provenance"]["parity_photos"]
     output = tmp_path / "run"
-    process = start("train", cache, "--output", output, "--backbone", "test_resnet", "--epochs", 400, "--batch-size", 4)
+    process = start("train", cache, "--output", output, "--backbone", "test_resnet", "--epochs", 12, "--batch-size", 4)
     deadline = time.monotonic() + 120
     while not (output / "metrics.csv").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -177,22 +177,18 @@ def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> N
     assert "Traceback" not in err
     assert f"continue with: fastfundus train {cache} --output {output} --resume" in err
     done = pl.read_csv(output / "metrics.csv")["epoch"].max()
-    process = start("train", cache, "--output", output, "--resume")
-    deadline = time.monotonic() + 120
-    while pl.read_csv(output / "metrics.csv")["epoch"].max() == done and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert "resuming after epoch" in err
-    assert pl.read_csv(output / "metrics.csv")["epoch"].max() > done
+    assert done < 12
+    resumed = run("train", cache, "--output", output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resuming after epoch" in resumed.stderr
+    assert pl.read_csv(output / "metrics.csv")["epoch"].to_list() == list(range(1, 13))
 
 
 def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path) -> None:
     many = tmp_path / "many"
     many.mkdir()
     for path in (photo_folder / "images").iterdir():
-        for copy in range(60):
+        for copy in range(30):
             shutil.copy(path, many / f"{copy}_{path.name}")
     output = tmp_path / "cache"
     process = start("prepare", many, "--output", output, "--size", 64)
@@ -208,7 +204,7 @@ def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path
     assert "Traceback" not in err
     assert not output.exists()
     kept = len(journal.read_text().splitlines())
-    assert 0 < kept < 48 * 60
+    assert 0 < kept < 48 * 30
     result = run("prepare", many, "--output", output, "--size", 64)
     assert result.exit_code == 0
-    assert len(pl.read_parquet(output / "manifest.parquet")) == 48 * 60
+    assert len(pl.read_parquet(output / "manifest.parquet")) == 48 * 30
