@@ -27,10 +27,10 @@ bench: $(VENV)/.installed-dev  ## against peers, interleaved (an hour; SUITES="s
 bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under load (twenty minutes)
 	@$(BIN)/python -W ignore -m bench.suites.bench_serve && $(BIN)/python -m bench.tables.report
 
-bench-cost: $(VENV)/.installed-dev  ## scaling, and the cost model where it was not fitted (ten minutes); needs FASTFUNDUS_DATA
+bench-cost: $(VENV)/.installed-dev  ## scaling, and a check of the cost model on unseen networks and photos (ten minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -W ignore -m bench.suites.bench_cost && $(BIN)/python -m bench.tables.report
 
-parity: $(VENV)/.installed-dev  ## what each executor makes of the same photos (ten minutes); needs FASTFUNDUS_DATA
+parity: $(VENV)/.installed-dev  ## differences between executors on the same photos (ten minutes); needs FASTFUNDUS_DATA
 	@TRITON_INTERPRET=1 $(BIN)/python -m bench.evidence.parity && $(BIN)/python -m bench.tables.report
 
 kernels:  ## the CUDA kernels, by nvcc, into csrc/build
@@ -39,7 +39,7 @@ kernels:  ## the CUDA kernels, by nvcc, into csrc/build
 wheel: $(VENV)/.installed-dev  ## sdist, and a wheel built from that sdist, in dist/
 	@rm -rf dist build && $(BIN)/python -m build --outdir dist .
 
-fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 a test
+fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 per test
 	@FASTFUNDUS_FUZZ_EXAMPLES=$(or $(EXAMPLES),3000) $(BIN)/python -m pytest tests/photo/test_fuzz.py $(ARGS)
 
 photos: $(VENV)/.installed-dev  ## field and quality on drawn and real photographs; needs FASTFUNDUS_DATA
@@ -54,14 +54,15 @@ transfer: $(VENV)/.installed-dev  ## upstream, then DR and vessels, from both st
 study: $(VENV)/.installed-dev  ## the paper's question on real photographs (an hour); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.evidence.study && $(BIN)/python -m bench.tables.report
 
-# A stamp an extra: the virtual environment is made once and grows when pyproject.toml changes.
+# One stamp file per extra: the virtual environment is made once and grows when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing fastfundus[$*] into $(VENV) (a minute or two the first time)"
 	@$(PIP) --editable '.[$*]'
 	@touch $@
 
-# TensorRT's own bindings, two versions beside each other, to hold our calls against; nothing runs in them.
+# TensorRT's own bindings, two versions beside each other, against which our calls are checked; they are never
+# executed.
 TENSORRT_VERSIONS := tests/engines/tensorrt_versions.txt
 $(VENV)/.installed-bindings: $(TENSORRT_VERSIONS) | $(VENV)/.installed-dev
 	@for version in $$(cat $(TENSORRT_VERSIONS)); do rm -rf $(VENV)/tensorrt/$$version && $(PIP) --no-deps \

@@ -52,7 +52,7 @@ class Bundle:
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
+    def open(cls, path: str | Path) -> Bundle:
         """Open a bundle and check every file against its hash.
 
         Args:
@@ -61,6 +61,7 @@ class Bundle:
         Raises:
             BundleError: if it is not a bundle, its schema is not supported, or a file is missing or modified.
         """
+        path = Path(path)
         if is_archive(path):
             unpacked = Unpacked(path)
             return cls._read(path, unpacked.folder, unpacked)

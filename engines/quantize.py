@@ -30,7 +30,7 @@ the float32 model."""
 MAX_DRIFT = 0.04
 """Largest allowed |dp| on calibration photos. Above it, layers are restored to floating point, worst first. Unseen
 photos differ by more; the parity gate allows them 0.1."""
-_JUDGED = 48
+_PROBES = 48
 """Number of photos on which drift is measured. Each restored layer costs another pass over them."""
 _MAX_LAYERS_BACK = 8
 
@@ -57,7 +57,7 @@ def quantize_openvino(model: Any, photos: NDArray[np.uint8]) -> tuple[Any, dict[
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
     chosen = photos[:MAX_CALIBRATION_PHOTOS]
-    probes = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _JUDGED)).astype(int)]
+    probes = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), _PROBES)).astype(int)]
     reference = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     expected = [reference(photo[None])[0] for photo in probes]
     drifts: list[float] = []

@@ -31,7 +31,7 @@ __all__ = [
 
 BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt")
 """Names of the available backends. Each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
-`build(blueprint, folder, precision)` and `load(folder, about)`."""
+`build(blueprint, folder, precision)` and `load(folder, metadata)`."""
 GRAPH = "model.onnx"
 """File name of the ONNX graph in every bundle, whatever its backend."""
 INPUT, OUTPUT = "photos", "probabilities"

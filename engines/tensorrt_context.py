@@ -49,7 +49,7 @@ class ExecutionContext:
         self._contexts: list[Any] = []
         self._device_photos = cuda.mem_alloc(self._photos.nbytes)
         self._device_answers = cuda.mem_alloc(self._answers.nbytes)
-        # Profiles of one slot never run concurrently, so they share working memory.
+        # Profiles of one context never run concurrently, so they share working memory.
         self._memory = cuda.mem_alloc(max(1, memory))
         self._stream = cuda.Stream()
         self._frames = self._jobs = np.empty(0, np.uint8)

@@ -19,9 +19,9 @@ from fastfundus.engines.tensorrt_context import ExecutionContext
 from fastfundus.errors import BundleError, require
 from fastfundus.kernels.jobs import pack_jobs
 
-__all__ = ["SLOTS", "TensorRtEngine"]
+__all__ = ["CONTEXTS", "TensorRtEngine"]
 
-SLOTS = 2
+CONTEXTS = 2
 """Number of batches in flight: one is copied while the other is computed."""
 
 
@@ -53,7 +53,7 @@ class TensorRtEngine(Engine):
         self._cuda, self._logger = cuda, message_logger(trt)
         cuda.init()
         self._context = cuda.Device(0).retain_primary_context()
-        self._slots: list[ExecutionContext] = []
+        self._contexts: list[ExecutionContext] = []
         self._sampler: CudaSampler | None = None
         try:
             with current(self._context, cuda=self._cuda):
@@ -91,25 +91,25 @@ class TensorRtEngine(Engine):
         answer = tuple(engine.get_tensor_shape(OUTPUT))[1:]
         memory = max(int(engine.get_device_memory_size_for_profile_v2(p)) for p in range(len(ranges)))
         photo = (size, size, 3)
-        for _ in range(SLOTS):
-            slot = ExecutionContext(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
-            self._slots.append(slot)
-            if not slot.record():
+        for _ in range(CONTEXTS):
+            context = ExecutionContext(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
+            self._contexts.append(context)
+            if not context.record():
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); rebuild it")
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         rows = [slice(start, start + self._batch) for start in range(0, len(photos), self._batch)]
-        return self._dealt(len(photos), rows, lambda slot, part: slot.start(photos[part]))
+        return self._run_batches(len(photos), rows, lambda context, part: context.start(photos[part]))
 
     def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
         start = int(photos.__cuda_array_interface__["data"][0])
         rows = [slice(first, min(first + self._batch, len(photos))) for first in range(0, len(photos), self._batch)]
         photo = 3 * self._size**2
 
-        def begin(slot: ExecutionContext, part: slice) -> bool:
-            return slot.start_device(start + part.start * photo, part.stop - part.start)
+        def begin(context: ExecutionContext, part: slice) -> bool:
+            return context.start_device(start + part.start * photo, part.stop - part.start)
 
-        return self._dealt(len(photos), rows, begin)
+        return self._run_batches(len(photos), rows, begin)
 
     def infer_frames(self, frames: Sequence[NDArray[np.uint8]], geometry: NDArray[np.float32]) -> NDArray[np.float32]:
         """Score decoded photos, which the csrc kernel crops and resizes on the GPU with exact area averaging.
@@ -137,45 +137,45 @@ class TensorRtEngine(Engine):
         colour = np.tile(np.eye(4, dtype=np.float32)[:3], (len(frames), 1, 1))
         rows = [slice(start, start + self._batch) for start in range(0, len(frames), self._batch)]
 
-        def start(slot: ExecutionContext, part: slice) -> bool:
+        def start(context: ExecutionContext, part: slice) -> bool:
             lengths = np.array([frame.nbytes for frame in frames[part]], np.int64)
             ends = lengths.cumsum()
             jobs, mode = pack_jobs(
                 ends - lengths, sizes[part], geometry[part], colour[part], out_size=self._size, available=int(ends[-1])
             )
             assert self._sampler is not None
-            return slot.start_frames(self._sampler, frames[part], jobs, mode, self._size)
+            return context.start_frames(self._sampler, frames[part], jobs, mode, self._size)
 
         if self._sampler is None:
             self._sampler = CudaSampler()
-        return self._checked(self._dealt(len(frames), rows, start))
+        return self._checked(self._run_batches(len(frames), rows, start))
 
-    def _dealt(
+    def _run_batches(
         self, count: int, rows: list[slice], start: Callable[[ExecutionContext, slice], bool]
     ) -> NDArray[np.float32]:
-        """Run the batches on the slots in turn, and collect each result before its slot is reused."""
-        result = np.full((count, *self._slots[0].answer), np.nan, np.float32)
+        """Run the batches on the contexts in turn, and collect each result before its context is reused."""
+        result = np.full((count, *self._contexts[0].answer), np.nan, np.float32)
         with current(self._context, cuda=self._cuda):
             waiting: list[tuple[ExecutionContext, slice]] = []
             for number, part in enumerate(rows):
-                if len(waiting) == SLOTS:
-                    slot, where = waiting.pop(0)
-                    slot.collect(result[where])
-                slot = self._slots[number % SLOTS]
-                if not start(slot, part):
+                if len(waiting) == CONTEXTS:
+                    context, where = waiting.pop(0)
+                    context.collect(result[where])
+                context = self._contexts[number % CONTEXTS]
+                if not start(context, part):
                     raise BundleError(
                         f"{self.name}: TensorRT could not run the engine ({self._logger.last()}); load it again"
                     )
-                waiting.append((slot, part))
-            for slot, where in waiting:
-                slot.collect(result[where])
+                waiting.append((context, part))
+            for context, where in waiting:
+                context.collect(result[where])
         return result
 
     def _free(self) -> None:
         with current(self._context, cuda=self._cuda):
-            for slot in self._slots:
-                slot.free()
-            self._slots = []
+            for context in self._contexts:
+                context.free()
+            self._contexts = []
             if self._sampler is not None:
                 self._sampler.close()
                 self._sampler = None

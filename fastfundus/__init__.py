@@ -20,6 +20,7 @@ from fastfundus.errors import (
     ConfigError,
     DataError,
     FastFundusError,
+    GateRefused,
     MissingDependency,
     PhotoError,
     SpecMismatch,
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
     from fastfundus.data.cache import PhotoCache
     from fastfundus.engines.bundle import Bundle
     from fastfundus.screening.policy import ScreenPolicy
+    from fastfundus.training.interrupt import Interrupted
+    from fastfundus.training.observer import Observer
     from fastfundus.training.run import Run
     from fastfundus.workflow.build_engine import build_engine
     from fastfundus.workflow.evaluate import evaluate
     from fastfundus.workflow.explain import explain
     from fastfundus.workflow.prepare import prepare
-    from fastfundus.workflow.screen import screen
-    from fastfundus.workflow.train import train
+    from fastfundus.workflow.screen import screen, screen_sources
+    from fastfundus.workflow.train import ThresholdTargets, read_recipe, train
 
 __all__ = [
     "Bundle",
@@ -46,7 +49,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FastFundusError",
+    "GateRefused",
+    "Interrupted",
     "MissingDependency",
+    "Observer",
     "PhotoCache",
     "PhotoError",
     "PreprocessSpec",
@@ -54,13 +60,16 @@ __all__ = [
     "ScreenPolicy",
     "SpecMismatch",
     "Status",
+    "ThresholdTargets",
     "TrainConfig",
     "__version__",
     "build_engine",
     "evaluate",
     "explain",
     "prepare",
+    "read_recipe",
     "screen",
+    "screen_sources",
     "train",
 ]
 
@@ -68,14 +77,19 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Bundle": "engines.bundle",
+    "Interrupted": "training.interrupt",
+    "Observer": "training.observer",
     "PhotoCache": "data.cache",
     "Run": "training.run",
     "ScreenPolicy": "screening.policy",
+    "ThresholdTargets": "workflow.train",
     "build_engine": "workflow.build_engine",
     "evaluate": "workflow.evaluate",
     "explain": "workflow.explain",
     "prepare": "workflow.prepare",
+    "read_recipe": "workflow.train",
     "screen": "workflow.screen",
+    "screen_sources": "workflow.screen",
     "train": "workflow.train",
 }
 """Modules of the names that are loaded on first use."""
@@ -92,4 +106,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -36,8 +36,8 @@ __all__ = [
     "to_toml",
 ]
 
-Task = Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"]
-TASKS: tuple[str, ...] = typing.get_args(Task)
+TaskName = Literal["abnormality", "multiclass", "multilabel", "ordinal", "vessels"]
+TASKS: tuple[str, ...] = typing.get_args(TaskName)
 """Names of the tasks."""
 _Config = TypeVar("_Config")
 
@@ -252,7 +252,7 @@ class LoopConfig:
 class TrainConfig:
     """Configuration of a training run."""
 
-    task: Task = "abnormality"
+    task: TaskName = "abnormality"
     """"abnormality": probability that the eye is abnormal; "multiclass": one of several classes; "multilabel": any of
     several findings, each with known or unknown labels; "ordinal": a grade from 0; "vessels": a map of the vessels."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -277,20 +277,20 @@ class TrainConfig:
         return cls.from_dict({"optimizer" if key == "optimiser" else key: value for key, value in plain.items()})
 
     @classmethod
-    def from_run(cls, folder: Path) -> TrainConfig:
+    def from_run(cls, folder: str | Path) -> TrainConfig:
         """Read the config.toml of a run folder.
 
         Raises:
             ConfigError: it is missing, or was edited and is invalid.
         """
-        path = folder / "config.toml"
+        path = Path(folder) / "config.toml"
         try:
             return cls.from_stored(read_toml(path))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
-    def from_toml(cls, path: Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    def from_toml(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
         """Read a TOML file.
 
         Args:
@@ -311,14 +311,14 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file to plain data.
 
     Raises:
         ConfigError: it cannot be read, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -379,13 +379,13 @@ def _read(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a list of names, got {value!r}")
         return tuple(value)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return _read_union(kind, value, name)
+        return _read_choice(kind, value, name)
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
     return value
 
 
-def _read_union(kind: Any, value: Any, name: str) -> Any:
+def _read_choice(kind: Any, value: Any, name: str) -> Any:
     """Read a setting that is a boolean or one of several words."""
     words = [word for part in typing.get_args(kind) for word in typing.get_args(part)]
     if type(value) is bool or value in words:

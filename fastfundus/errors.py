@@ -8,7 +8,7 @@
     ├── SpecMismatch          two parts were made with different preprocessing
     ├── BundleError           an engine bundle is damaged, too new, or for another machine
     ├── GateRefused           an engine differs from its model by more than the gate allows
-    └── MissingDependency     an optional package is not installed; the message tells how to install it
+    └── MissingDependency     an optional package is not installed; the message states how to install it
 
 Messages state what failed, the value, what is allowed and the next step, in that order. The command line prints them
 on one line and exits with 1.

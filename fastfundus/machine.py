@@ -1,4 +1,4 @@
-"""What this process may use of the machine: instructions, cores, memory. In a container that is less than there is."""
+"""Instructions, cores and memory that this process may use; containers may allow less than the host has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["available_memory", "cpu_computes_bfloat16", "cpu_features", "cpu_quo
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _BF16_LIMITS = ("DEFAULT", "ALL", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_")
-"""How values of ONEDNN_MAX_CPU_ISA begin that leave bfloat16 instructions in use."""
+"""Prefixes of ONEDNN_MAX_CPU_ISA values that leave bfloat16 enabled."""
 _UNLIMITED = 1 << 60
 """Version 1 of cgroups spells "no limit" as a number of bytes above this one."""
 

@@ -16,7 +16,7 @@ __all__ = [
     "Status",
     "identity",
     "interval_text",
-    "told_name",
+    "utf8_name",
 ]
 
 PHOTO_SUFFIXES = frozenset(
@@ -121,7 +121,7 @@ def interval_text(entry: dict[str, float | None]) -> str:
     return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
-def told_name(name: str) -> str:
+def utf8_name(name: str) -> str:
     r"""Return a file name that can be written to a UTF-8 file: bytes that are not valid UTF-8 become \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 

@@ -42,8 +42,8 @@ def cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "fastfundus"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    metadata = folder.stat()
-    if metadata.st_uid != os.getuid() or metadata.st_mode & 0o022:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
         # Libraries in this folder are loaded and executed.
         raise PermissionError(f"{folder} is owned or writable by others: run chmod go-w on it, or set XDG_CACHE_HOME")
     return folder

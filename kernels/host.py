@@ -77,8 +77,8 @@ def load() -> _Loaded:
     try:
         return _Loaded(HostLibrary(cached_build(compiler, FLAGS, SOURCE, ".so")), "")
     except (OSError, subprocess.SubprocessError) as error:
-        summary = getattr(error, "stderr", "") or str(error)
-        return _Loaded(None, f"{compiler} cannot compile {SOURCE.name}: {summary.strip()[:500]}")
+        reason = getattr(error, "stderr", "") or str(error)
+        return _Loaded(None, f"{compiler} cannot compile {SOURCE.name}: {reason.strip()[:500]}")
 
 
 def in_parallel(job: Callable[[int], None], count: int, threads: int) -> None:

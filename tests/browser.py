@@ -108,12 +108,12 @@ def open_browser(profile: Path) -> Iterator[Page]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        summary, deadline = profile / "DevToolsActivePort", time.monotonic() + _START_S
-        while not (summary.is_file() and summary.read_text().count("\n")):
+        port_file, deadline = profile / "DevToolsActivePort", time.monotonic() + _START_S
+        while not (port_file.is_file() and port_file.read_text().count("\n")):
             assert time.monotonic() < deadline, "the browser did not start"
             assert process.poll() is None, "the browser exited"
             time.sleep(0.05)
-        port = summary.read_text().splitlines()[0]
+        port = port_file.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=_ANSWER_S) as answer:
             tabs = json.load(answer)
         page = Page(next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"))

@@ -60,7 +60,7 @@ def test_usable_cores(monkeypatch: pytest.MonkeyPatch, quota: float | None, core
     assert machine.usable_cores.__wrapped__() == cores
 
 
-def test_available_memory_is_the_smaller_of_machine_and_container(tmp_path: Path) -> None:
+def test_available_memory_respects_the_container_limit(tmp_path: Path) -> None:
     proc, groups = tmp_path / "proc", tmp_path / "cg"
     assert machine.available_memory(proc, groups) is None
     write(proc, {"meminfo": "MemTotal: 9 kB\nMemAvailable:   4096 kB\n", "self/cgroup": "0::/\n"})

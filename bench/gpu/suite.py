@@ -1,7 +1,7 @@
 """Kernels measured against the copy bandwidth of the same run; called by `gpu_suite.sh` after the tests.
 
-Each case knows the bytes that it must move at least: the source pixels under its outputs, each read once, and the
-outputs, each written once. The time for these bytes at copy bandwidth is the limit. Kernels, the CUDA twin and peers
+Each case knows the minimum bytes it must move: the source pixels under its outputs, each read once, and the outputs,
+each written once. The time for these bytes at copy bandwidth is the limit. Kernels, the CUDA twin and peers
 are interleaved, every timed output is compared, and a case with a wrong output is reported without a time.
 """
 
@@ -29,7 +29,7 @@ from fastfundus.kernels.ops import DTYPES, packed
 
 @dataclass(frozen=True)
 class Inputs:
-    """Photos and matrices for sampling, and the bytes that it must move at least."""
+    """Photos and matrices for sampling, and the minimum bytes it must move."""
 
     name: str
     pixels: Tensor
@@ -219,6 +219,7 @@ def main() -> int:
     found: list[dict[str, Any]] = []
 
     def measure(name: str, job: Callable[..., tuple[Case, list[Variant]]], *arguments: Any, rounds: int) -> None:
+        torch.manual_seed(0)  # some variants draw random augmentations
         try:
             found.append(measured(name, lambda: compare(*job(*arguments), rounds=rounds, device=device.type)))
         except ImportError as error:

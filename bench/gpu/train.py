@@ -99,9 +99,12 @@ def measure(backbone: str, size: int, batch: int, device: torch.device, *, dry_r
     spec = PreprocessSpec(size=size)
     photos = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     rows = np.arange(count)
-    feeds = {RESIDENT: PhotoLoader(photos, rows, device, room=photos.nbytes), PINNED: PhotoLoader(photos, rows, device)}
+    loaders = {
+        RESIDENT: PhotoLoader(photos, rows, device, free_bytes=photos.nbytes),
+        PINNED: PhotoLoader(photos, rows, device),
+    }
     channels_last = "vit" not in backbone
-    streams = {name: fed(loader, count, spec, batch, device, channels_last) for name, loader in feeds.items()}
+    streams = {name: fed(loader, count, spec, batch, device, channels_last) for name, loader in loaders.items()}
     still = next(streams[RESIDENT])
     eager, _ = stepper(backbone, size, device, compiled=False, channels_last=False, dry_run=dry_run)
     ours, model = stepper(backbone, size, device, compiled=True, channels_last=channels_last, dry_run=dry_run)

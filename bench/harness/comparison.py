@@ -49,7 +49,7 @@ class Case:
     units: int
     """Photos per call."""
     bytes: int = 0
-    """Bytes that one call must move at least."""
+    """Minimum bytes that one call must move."""
     bytes_how: str = ""
     """How `bytes` is calculated, in words."""
     flops: float = 0.0

@@ -105,7 +105,9 @@ def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
         kinds = [kind_of(path.read_bytes(), bundle.spec) for path in cameras]
         mean = PhotoKind(*(float(np.mean([getattr(kind, name) for kind in kinds])) for name in asdict(kinds[0])))
         gflop = float(bundle.metadata["gflop"])
-        summary = predict(Machine(CORES), prepare_s=cost.seconds(mean), megabytes=mean.megabytes, engine_s=rate * gflop)
+        prediction = predict(
+            Machine(CORES), prepare_s=cost.seconds(mean), megabytes=mean.megabytes, engine_s=rate * gflop
+        )
         measured, _ = screen_rate(photos, bundle, 2 * seconds)
         checks.append(
             {
@@ -115,14 +117,14 @@ def predictions(folder: Path, precision: str, seconds: float) -> dict[str, Any]:
                 "cost": asdict(cost),
                 "fit": fit,
                 "photos": asdict(mean),
-                "predicted": asdict(summary),
+                "predicted": asdict(prediction),
                 "measured": asdict(measured),
                 "prepare": {"predicted_s": cost.seconds(mean),
                             "measured_s": prepare_rate(photos, bundle.spec, seconds).core_seconds},
                 "engine": {"predicted_s": rate * gflop, "measured_s": engine_seconds(bundle, seconds)},
             }
         )  # fmt: skip
-        print(backbone, size, precision, summary.photos_per_s, measured.photos_per_s, flush=True)
+        print(backbone, size, precision, prediction.photos_per_s, measured.photos_per_s, flush=True)
     return {"s_per_gflop": rate, "fitted_on": rows, "checks": checks}
 
 

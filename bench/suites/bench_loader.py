@@ -51,7 +51,7 @@ Batches = Iterable[torch.Tensor]
 HABIT = "torchvision v2, DataLoader"
 
 
-def summary(batches: Batches, photos: int) -> np.ndarray:
+def channel_statistics(batches: Batches, photos: int) -> np.ndarray:
     """Return mean and standard deviation of each channel over an epoch, or infinity if photos were lost."""
     count, sums, squares = 0, torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
     for batch in batches:
@@ -227,9 +227,9 @@ def decoding(paths: list[Path]) -> Limit:
 
 
 def peer(make: Callable[..., Callable[[], Batches]], arguments: Sequence[Any], photos: int) -> Callable[[], np.ndarray]:
-    """Build a loader in the process where this is called, and return a job that applies `summary` to its batches."""
+    """Build a loader in the process where this is called, and return a job that calls `channel_statistics`."""
     way = make(*arguments)
-    return lambda: summary(way(), photos)
+    return lambda: channel_statistics(way(), photos)
 
 
 def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Case, list[Variant]]:
@@ -251,11 +251,15 @@ def loader_case(folder: Path, size: int, photos: int, *, here: bool) -> tuple[Ca
     loader, stream = by_cache(cache), by_stream(cache, None)
     by_dali_too = by_stream(cache, DaliDecoder(device_id=None, batch_size=BATCH))
     ways: list[tuple[str, Callable[[], Any], str]] = [
-        (CACHE_LOADER, lambda: summary(loader(), photos), "as in `train`, prepared once"),
-        ("FastFundus, from files", lambda: summary(stream(), photos), "libjpeg-turbo, same augmentation kernel"),
+        (CACHE_LOADER, lambda: channel_statistics(loader(), photos), "as in `train`, prepared once"),
+        (
+            "FastFundus, from files",
+            lambda: channel_statistics(stream(), photos),
+            "libjpeg-turbo, same augmentation kernel",
+        ),
         (
             "FastFundus, from files by DALI",
-            lambda: summary(by_dali_too(), photos),
+            lambda: channel_statistics(by_dali_too(), photos),
             "DALI's CPU decoder, same augmentation kernel",
         ),
         (HABIT, own(by_workers, TorchvisionRead), "Pillow, uint8 until normalisation, one worker per core"),

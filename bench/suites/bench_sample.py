@@ -149,11 +149,11 @@ def minifying(height: int, width: int, size: int, count: int) -> tuple[Case, lis
         return [cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA) for square in squares]
 
     bytes_ = count * (3 * side * side + 12 * size * size)
-    metadata = Case(
+    case = Case(
         f"{width}x{height} to {size} px", f"central squares of {count} decoded photos", count, bytes_,
         "3 bytes read per pixel of the central square, 12 written per output pixel", limit=copy_limit(bytes_),
     )  # fmt: skip
-    return metadata, [
+    return case, [
         # In grey levels: float32 positions lose precision at thousands of pixels.
         Variant("FastFundus", lambda: sample_ragged(*given), True, "", 0.05, lambda got, _: farthest(got, want)),
         # OpenCV rounds to whole grey levels.

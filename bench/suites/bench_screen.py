@@ -101,8 +101,8 @@ def by_peers(backbone: str, paths: list[Path], size: int, batch: int, workers: i
 def prepared(photos: list[SourcePhoto], spec: PreprocessSpec) -> np.ndarray:
     """Read and prepare photos on all cores without an engine; uint8 [N, S, S, 3]."""
     decode_pool = DecodePool(spec)
-    slots = [decode_pool.begin(photo) for photo in photos]
-    images = [decode_pool.take(slot).image for slot in slots]
+    pending = [decode_pool.begin(photo) for photo in photos]
+    images = [decode_pool.take(photo).image for photo in pending]
     decode_pool.close()
     assert all(image is not None for image in images), "not every photo was prepared"
     return np.stack([image for image in images if image is not None])

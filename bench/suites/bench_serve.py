@@ -116,8 +116,8 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
                 continue
             latencies.append(time.perf_counter() - began)
             row = answer.json()["results"][0] if answer.status_code == 200 else {}
-            summary = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
-            faults += row.get("file") != name or summary != expected[name]
+            outcome = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
+            faults += row.get("file") != name or outcome != expected[name]
             # Checked only after an answer, so that each client gets at least one, however slow the machine is.
             if time.monotonic() >= until:
                 break
@@ -146,8 +146,8 @@ def run_command(*arguments: object) -> tuple[float, float, str]:
         while process.poll() is None:
             # The figure that the system reports after exit would start from the memory of the parent process.
             with contextlib.suppress(OSError, TypeError):
-                summary = Path(f"/proc/{process.pid}/status").read_text()
-                highest = max(highest, int(re.search(r"VmHWM:\s+(\d+) kB", summary)[1]))  # type: ignore[index]
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                highest = max(highest, int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]))  # type: ignore[index]
             time.sleep(0.05)
         seconds = time.perf_counter() - began
         if process.returncode:

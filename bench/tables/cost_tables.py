@@ -8,7 +8,7 @@ from bench.tables.case_tables import provenance
 from bench.tables.labels import label
 from bench.tables.model_tables import SCREEN_BEST, SCREEN_PEERS
 
-__all__ = ["cost_table", "fleet_table", "serve_table"]
+__all__ = ["cluster_table", "cost_table", "serve_table"]
 
 # Assumptions, not measurements: typical prices of rented machines and object storage in 2026.
 CORE_HOUR, GB_MONTH = 0.04, 0.02
@@ -96,7 +96,7 @@ def serve_table(result: dict[str, Any]) -> str:
     )
 
 
-def fleet_table(result: dict[str, Any], long_run: dict[str, Any]) -> str:
+def cluster_table(result: dict[str, Any], long_run: dict[str, Any]) -> str:
     """Return nodes, storage and cost for a hundred million photos, from the measured rates, as Markdown.
 
     Args:

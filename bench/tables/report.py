@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import RESULTS, ROOT
 from bench.tables.case_tables import loader_table, prepare_table, sample_table
-from bench.tables.cost_tables import cost_table, fleet_table, serve_table
+from bench.tables.cost_tables import cluster_table, cost_table, serve_table
 from bench.tables.labels import label
 from bench.tables.model_tables import engine_table, screen_table, train_table
 from bench.tables.plots import draw_speed
@@ -103,8 +103,8 @@ def parity_table(result: dict[str, Any]) -> str:
     for part, entry in result["parts"].items():
         for name, row in entry["rows"].items():
             cells = [row[f"grey_levels_{key}"] for key in ("mean", "worst_photo", "most")]
-            summary = " | ".join(f"{cell:.2g}" for cell in [*cells, row["probability_most"]])
-            lines.append(f"| {entry['photos']} {label(part)} | {label(name)} | {summary} |")
+            values = " | ".join(f"{cell:.2g}" for cell in [*cells, row["probability_most"]])
+            lines.append(f"| {entry['photos']} {label(part)} | {label(name)} | {values} |")
     return "\n".join(
         [
             *lines,
@@ -230,7 +230,7 @@ def draw() -> None:
         files = sorted(source.parent.glob(source.name))
         if files:
             _put(file, marker, table(json.loads(files[-1].read_text())))
-    _put(screening, "fleet", fleet_table(newest(RESULTS, "screen"), newest(RESULTS, "serve")))
+    _put(screening, "fleet", cluster_table(newest(RESULTS, "screen"), newest(RESULTS, "serve")))
     _put(README, "targets", targets_table(RESULTS))
     draw_speed(RESULTS, root / "docs" / "speed.svg")
 

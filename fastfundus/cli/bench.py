@@ -172,18 +172,18 @@ def _predicted(
     from fastfundus.sizing.cost import Machine, predict
 
     if "prepare" not in found or "engine" not in found:
-        raise ConfigError("--predict needs all measurements; omit the argument, or give all")
+        raise ConfigError("--predict needs all measurements; omit SUITE or use all")
     if found["backend"] == "tensorrt" and not gpu_rate:
         gpu_rate = found["engine"]["photos_per_s"]
     machine = Machine(cores or found["cores"], gpus, storage)
-    summary = predict(
+    prediction = predict(
         machine,
         prepare_s=found["cores"] / found["prepare"]["photos_per_s"],
         megabytes=found["megabytes"],
         engine_s=found["cores"] / found["engine"]["photos_per_s"],
         gpu_images_per_s=gpu_rate,
     )
-    return {"machine": asdict(machine), **asdict(summary), "photos_per_hour": summary.photos_per_s * 3600}
+    return {"machine": asdict(machine), **asdict(prediction), "photos_per_hour": prediction.photos_per_s * 3600}
 
 
 def _say(found: dict[str, Any]) -> None:
@@ -209,10 +209,10 @@ def _say(found: dict[str, Any]) -> None:
         click.echo(f"{title:28} {rate:8.1f} photos/s ({entry['least']:.1f} to {entry['most']:.1f}){further}")
     if "prediction" not in found:
         return
-    summary, machine = found["prediction"], found["prediction"]["machine"]
+    prediction, machine = found["prediction"], found["prediction"]["machine"]
     gpus = f" and {machine['gpus']} GPUs" if machine["gpus"] else ""
-    stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in summary["stages"].items())
+    stages = ", ".join(f"{name} {rate:,.0f}" for name, rate in prediction["stages"].items())
     click.echo(
-        f"{machine['cores']} cores{gpus}: {summary['photos_per_hour']:,.0f} photos per hour; bottleneck: "
-        f"{summary['limit']} (photos/s of each stage alone: {stages})"
+        f"{machine['cores']} cores{gpus}: {prediction['photos_per_hour']:,.0f} photos per hour; bottleneck: "
+        f"{prediction['limit']} (photos/s of each stage alone: {stages})"
     )

@@ -49,7 +49,7 @@ def info(folder: Path, as_json: bool) -> None:
             "values": {f"{value:g}" if isinstance(value, float) else value: n for value, n in counts[:8]},
             "distinct": len(counts),
         }
-    metadata: dict[str, Any] = {
+    overview: dict[str, Any] = {
         "cache": str(folder),
         "photos": len(table),
         "status": dict(table["status"].value_counts(sort=True).rows()),
@@ -67,15 +67,15 @@ def info(folder: Path, as_json: bool) -> None:
         "bytes_on_disk": on_disk,
     }
     if as_json:
-        click.echo(json.dumps(metadata))
+        click.echo(json.dumps(overview))
         return
-    click.echo(f"{folder}: {metadata['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
+    click.echo(f"{folder}: {overview['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
     for name in ("status", "eyes", "cameras", "field_shapes"):
-        if metadata[name]:
-            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in metadata[name].items()))
-    hashed = ", hashed" if metadata["patients_hashed"] else ""
-    click.echo(f"patients: {metadata['patients']}{hashed}; {metadata['patients_unknown']} photos of unknown patients")
-    click.echo(f"pairs of duplicates or near duplicates across patients: {metadata['duplicate_pairs']}")
+        if overview[name]:
+            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in overview[name].items()))
+    hashed = ", hashed" if overview["patients_hashed"] else ""
+    click.echo(f"patients: {overview['patients']}{hashed}; {overview['patients_unknown']} photos of unknown patients")
+    click.echo(f"pairs of duplicates or near duplicates across patients: {overview['duplicate_pairs']}")
     for name, entry in labels.items():
         values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
         more = f", ... ({entry['distinct']} values)" if entry["distinct"] > 8 else ""

@@ -27,13 +27,13 @@ def remark(text: str) -> None:
     click.echo(text, err=True)
 
 
-def remarks(notes: Iterable[str], *, most: int = 20) -> None:
-    """Write notes to stderr, one per line; of more than `most`, only count the rest."""
+def remarks(notes: Iterable[str], *, limit: int = 20) -> None:
+    """Write notes to stderr, one per line; of more than `limit`, only count the rest."""
     notes = list(notes)
-    for note in notes[:most]:
+    for note in notes[:limit]:
         remark(f"note: {note}")
-    if len(notes) > most:
-        remark(f"note: and {len(notes) - most} more")
+    if len(notes) > limit:
+        remark(f"note: and {len(notes) - limit} more")
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def read_salt(path: Path | None) -> bytes | None:
     """Read the salt for hashing patients.
 
     Raises:
-        ConfigError: the file cannot be read, or the salt is too short to be secure.
+        ConfigError: the file cannot be read.
     """
     if path is None:
         return None
@@ -98,9 +98,4 @@ def read_salt(path: Path | None) -> bytes | None:
         salt = path.read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"--patient-salt {path}: cannot be read ({error.strerror})") from None
-    if len(salt) < 16:
-        raise ConfigError(
-            f"--patient-salt {path}: a salt of {len(salt)} bytes is too easy to guess; at least 16 bytes are needed, "
-            "such as the output of: openssl rand -hex 32"
-        )
     return salt

@@ -77,7 +77,7 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
         write_dataset(clinic, 30, seed=6, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
         _break_some(clinic / "images")
     with _timed("prepare", times):
-        cache = prepare(photos, output / "cache", labels=photos / "labels.csv", size=144)
+        cache = prepare(photos, output / "cache", labels=photos / "labels.csv", size=144, backend="cpu")
     with _timed("train --amp", times):
         settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": epochs}, "optimizer": {"learning_rate": 2e-3}}
         with TrainingBar(epochs) as bar:

@@ -75,7 +75,7 @@ def train(
 
     \b
     Example:
-      fastfundus train cache/ --output run/ --task abnormality --amp
+      fastfundus train cache/ --output run/ --task abnormality
       fastfundus train cache/ --output runs/ --recipe dr_grading --init upstream/ --folds 5
       torchrun --nproc-per-node 8 -m fastfundus train cache/ --output run/ --recipe upstream
     """
@@ -84,7 +84,7 @@ def train(
     require("torch", extra="train")
     from fastfundus.data.joined_cache import open_caches
     from fastfundus.training.distributed import join_processes, was_restarted
-    from fastfundus.workflow.train import Targets, train_folds, train_run
+    from fastfundus.workflow.train import ThresholdTargets, train_folds, train_run
 
     if folds is not None and flags["fold"] is not None:
         raise click.UsageError("give --fold or --folds, not both")
@@ -101,26 +101,26 @@ def train(
     settings = _settings(flags, recipe, config, started if resume else None)
     if resume and folds and settings.data.folds != folds:
         raise ConfigError(f"{output} was started with --folds {settings.data.folds}; give the same number")
-    cache, targets = open_caches(*caches), Targets(target_sensitivity, target_specificity)
+    cache, targets = open_caches(*caches), ThresholdTargets(target_sensitivity, target_specificity)
     again = f"fastfundus train {' '.join(map(str, caches))} --output {output}{f' --folds {folds}' if folds else ''}"
-    with join_processes() as world, _progress(settings, f"{again} --resume") as observers:
-        if folds is None:
-            document = train_run(
-                cache, output, settings, resume=resume_now, targets=targets, observer=observers(""), world=world
-            )
-            if world.leads:
-                _print_run(output, settings, document, as_json)
-            return
-        pooled = train_folds(
-            cache, output, settings, folds, resume=resume_now, targets=targets, observers=observers, world=world
-        )
+    with join_processes() as world:
+        options: dict[str, Any] = {"resume": resume_now, "targets": targets, "world": world}
+        # The bar ends before results are printed: on a terminal it would be drawn over them.
+        with _progress(settings, f"{again} --resume") as observers:
+            if folds is None:
+                document = train_run(cache, output, settings, observer=observers(""), **options)
+            else:
+                document = train_folds(cache, output, settings, folds, observers=observers, **options)
         if world.leads:
-            _print_folds(output, pooled, as_json)
+            if folds is None:
+                _print_run(output, settings, document, as_json)
+            else:
+                _print_folds(output, document, as_json)
 
 
 @contextmanager
 def _progress(settings: TrainConfig, again: str) -> Iterator[Any]:
-    """Yield a function that makes a progress bar for a run; turn an interruption into a hint how to continue."""
+    """Yield a function that returns the progress bar of a run; if interrupted, report how to continue."""
     from fastfundus.cli.console import remark
     from fastfundus.cli.training_progress import TrainingBar
     from fastfundus.training.trainer import Interrupted

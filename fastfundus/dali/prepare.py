@@ -115,7 +115,7 @@ class DaliPreparer:
         plans = [plan_decode(files[n].header, min_side(self.spec)) for n in positions]
         pictures = _shrunk(photos, [plan.divisor for plan in plans])
         shapes = [tuple(shape) for shape in photos.sizes.tolist()]
-        seen = list(pool.map(self._look, (files[n] for n in positions), plans, shapes, pictures))
+        seen = list(pool.map(self._find_crop, (files[n] for n in positions), plans, shapes, pictures))
         crops = {place: crop for place, crop in enumerate(seen) if isinstance(crop, _Crop)}
         kept = _cut(photos, crops, self.spec.size)
         images = kept.cpu().numpy()
@@ -136,7 +136,7 @@ class DaliPreparer:
             kept[round_fields] &= torch.from_numpy(round_mask(self.spec.size)).to(kept.device)
         return results, {positions[place]: kept[row] for row, place in enumerate(crops)}
 
-    def _look(
+    def _find_crop(
         self, file: _Sound, plan: DecodePlan, shape: tuple[int, ...], picture: NDArray[np.uint8]
     ) -> _Crop | PreparedPhoto | None:
         """Return the crop of a photo, or the result of a rejected photo; None if it needs the CPU decoder."""

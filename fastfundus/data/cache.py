@@ -80,12 +80,13 @@ class PhotoCache:
     """Identifier of the salt used to hash patients; None if they are not hashed."""
 
     @classmethod
-    def open(cls, path: Path) -> PhotoCache:
+    def open(cls, path: str | Path) -> PhotoCache:
         """Open a cache; `joined_cache.open_caches` opens several as one.
 
         Raises:
             DataError: the folder is not a cache, or is incomplete, damaged or of another version of FastFundus.
         """
+        path = Path(path)
         if not (path / "spec.json").is_file():
             unfinished = partial_folder(path).is_dir()
             hint = (

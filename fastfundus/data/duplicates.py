@@ -95,7 +95,7 @@ def usable_hashes(manifest: pl.DataFrame) -> tuple[NDArray[np.int64], NDArray[np
     usable = manifest["look"].is_not_null() & (manifest["status"] == "ok")
     rows = np.flatnonzero(usable.to_numpy())
     rows = rows[np.sort(np.unique(manifest["sha256"].to_numpy()[rows], return_index=True)[1])]
-    hashes = [np.frombuffer(bytes.fromhex(look), np.uint8) for look in manifest["look"].gather(rows)]
+    hashes = [np.frombuffer(bytes.fromhex(code), np.uint8) for code in manifest["look"].gather(rows)]
     return rows, np.stack(hashes) if hashes else np.empty((0, 32), np.uint8)
 
 

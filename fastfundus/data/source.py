@@ -14,7 +14,7 @@ from fastfundus.data.adapters import ADAPTERS, adapter_named, detect_adapter, li
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.labels import LabelRow, LabelTable, normal_eye, read_labels
 from fastfundus.errors import DataError
-from fastfundus.records import NORMAL_NAMES, PHOTO_SUFFIXES, SourcePhoto, told_name
+from fastfundus.records import NORMAL_NAMES, PHOTO_SUFFIXES, SourcePhoto, utf8_name
 
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
@@ -121,7 +121,7 @@ def _common_root(paths: list[Path]) -> Path:
 
 
 def _name(path: Path, root: Path) -> str:
-    return told_name(Path(os.path.relpath(path, root)).as_posix())
+    return utf8_name(Path(os.path.relpath(path, root)).as_posix())
 
 
 def _lines(path: Path) -> list[Path]:

@@ -25,12 +25,12 @@ from fastfundus.training.predict import predict_logits
 from fastfundus.training.run import Run
 from fastfundus.training.tasks.targets import Targets, both_classes, finding_outputs, read_targets, usable_rows
 
-__all__ = ["fit_grading", "measure_grading"]
+__all__ = ["fit_classification", "measure_classification"]
 
 _WITHOUT_POSITIVES = 0.5
 
 
-def fit_grading(
+def fit_classification(
     run: Run, cache: PhotoCache, *, target_sensitivity: float = 0.90, target_specificity: float | None = None
 ) -> dict[str, Any]:
     """Fit temperatures and thresholds of a run that outputs probabilities; see `fit_operating_point`."""
@@ -113,7 +113,7 @@ def _measured(
     return Measured(labels, {name: value.to_dict() for name, value in overall.items()}, table, which)
 
 
-def measure_grading(
+def measure_classification(
     run: Run, cache: PhotoCache, *, prevalence: float | None = None, label_map: LabelMap | None = None
 ) -> Measured:
     """Measure a run that outputs probabilities; see `measure`."""

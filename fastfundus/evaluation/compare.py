@@ -164,8 +164,8 @@ def compare_means(
 def _difference(values: Floats) -> PairedDifference:
     """Return the difference, interval and p-value from a difference and its resamples, [1 + resamples]."""
     drawn = values[1:][np.isfinite(values[1:])]
-    least = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = min(1.0, 2 * float(least + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
+    minimum = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p = min(1.0, 2 * float(minimum + 1) / (len(drawn) + 1)) if len(drawn) else float("nan")
     known = interval(values)
     return PairedDifference(known.value, known.low, known.high, p)
 
@@ -204,9 +204,9 @@ def compare_predictions(
     both = first.join(second, on=["path", "sha256"], how="inner", suffix="_second")
     if not len(both):
         raise DataError("the two runs were not measured on any common photo; evaluate both on the same cache")
-    metadata = {"photos": len(both), "left_out": len(first) + len(second) - 2 * len(both)}
+    counts = {"photos": len(both), "left_out": len(first) + len(second) - 2 * len(both)}
     if "dice" in first.columns and "dice" in second.columns:
-        return metadata | {"labels": {"vessel": _vessels(both)}}
+        return counts | {"labels": {"vessel": _vessels(both)}}
     outputs = [name for name in thresholds if {f"p_{name}", f"p_{name}_second"} <= set(both.columns)]
     if not outputs:
         raise DataError(f"the two runs have no output in common; the first has {', '.join(thresholds)}")
@@ -230,7 +230,7 @@ def compare_predictions(
     adjusted = holm([float("nan") if p is None else p for p in values])
     for entry, p in zip(by_output.values(), adjusted, strict=True):
         entry["auroc"]["p_holm"] = p if np.isfinite(p) else None
-    return metadata | {"labels": by_output}
+    return counts | {"labels": by_output}
 
 
 def _vessels(both: pl.DataFrame) -> dict[str, Any]:

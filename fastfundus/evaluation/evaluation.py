@@ -2,7 +2,7 @@
 
 metrics.json      all results as plain data
 predictions.csv   labels and predictions of every photo
-model_card.md     see `card`; only for runs that output probabilities
+model_card.md     see `model_card`; only for runs that output probabilities
 evaluation.html   the same results as a page, with curves
 """
 
@@ -111,7 +111,7 @@ def write_evaluation(run: Run, measured: Measured, document: dict[str, Any], out
         prevalence=prevalence_of(document["labels"]),
         figures=[(title, draw(table, known), said) for title, draw, said in _CURVES] if known else [],
         groups=[_group_table(column, outputs) for column, outputs in document.get("subgroups", {}).items()],
-        least=MIN_PATIENTS,
+        min_patients=MIN_PATIENTS,
         differences=list(differences(document.get("against"))),
     )  # fmt: skip
 

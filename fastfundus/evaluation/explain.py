@@ -1,4 +1,4 @@
-"""Heatmaps of where a run looks, by two methods, and measures of their faithfulness."""
+"""Heatmaps of image regions that a run relies on, by two methods, and measures of their faithfulness."""
 
 from __future__ import annotations
 

@@ -103,5 +103,5 @@ def _together(task: str, outputs: Sequence[str], pooled: pl.DataFrame) -> dict[s
 
 
 def _vessels_together(pooled: pl.DataFrame) -> dict[str, Any]:
-    metadata = {"photos": len(pooled), "patients": pooled["patient"].n_unique()}
-    return {"labels": {"vessel": metadata | vessel_means(pooled)}, "overall": {}}
+    counts = {"photos": len(pooled), "patients": pooled["patient"].n_unique()}
+    return {"labels": {"vessel": counts | vessel_means(pooled)}, "overall": {}}

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import ConfigError
-from fastfundus.evaluation.classification import fit_grading, measure_grading
+from fastfundus.evaluation.classification import fit_classification, measure_classification
 from fastfundus.evaluation.label_map import LabelMap
 from fastfundus.evaluation.locked_run import Measured
 from fastfundus.evaluation.segmentation import fit_vessels, measure_vessels
@@ -35,7 +35,7 @@ def fit_operating_point(
     """
     if run.config.task == "vessels":
         return fit_vessels(run, cache)
-    return fit_grading(run, cache, target_sensitivity=target_sensitivity, target_specificity=target_specificity)
+    return fit_classification(run, cache, target_sensitivity=target_sensitivity, target_specificity=target_specificity)
 
 
 def measure(
@@ -54,7 +54,7 @@ def measure(
         ConfigError: `prevalence` or `label_map` was given for a vessel run.
     """
     if run.config.task != "vessels":
-        return measure_grading(run, cache, prevalence=prevalence, label_map=label_map)
+        return measure_classification(run, cache, prevalence=prevalence, label_map=label_map)
     if prevalence or label_map:
         raise ConfigError("--prevalence and --map apply only to runs that output probabilities, not to vessel runs")
     return measure_vessels(run, cache)

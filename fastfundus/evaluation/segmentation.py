@@ -54,7 +54,7 @@ def centreline_dice(called: NDArray[np.bool_], vessels: NDArray[np.bool_]) -> fl
 def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
     """Fit the threshold with the best mean Dice on validation; see `fit_operating_point`."""
     sides = rows_by_split(run, cache)
-    val = _judged(run, cache, sides["val"])
+    val = _predicted(run, cache, sides["val"])
     dices = np.stack([photo.dices for photo in val])
 
     def statistics(weights: Floats) -> dict[str, Floats]:
@@ -71,7 +71,7 @@ def fit_vessels(run: Run, cache: PhotoCache) -> dict[str, Any]:
     threshold = found.value
     measured = {
         "val": _measured(cache, val, threshold, "val"),
-        "test": _measured(cache, _judged(run, cache, sides["test"], threshold), threshold, "test"),
+        "test": _measured(cache, _predicted(run, cache, sides["test"], threshold), threshold, "test"),
     }
     return write_operating_point(run, {"vessel": point}, measured)
 
@@ -80,7 +80,7 @@ def measure_vessels(run: Run, cache: PhotoCache) -> Measured:
     """Measure a vessel run; see `measure`."""
     threshold = float(read_operating_point(run)["labels"]["vessel"]["threshold"])
     rows, which = rows_to_measure(run, cache, photos_with_masks(cache.manifest, mask_column(run.config)))
-    return _measured(cache, _judged(run, cache, rows, threshold), threshold, which)
+    return _measured(cache, _predicted(run, cache, rows, threshold), threshold, which)
 
 
 def _place(threshold: float) -> int:
@@ -114,7 +114,7 @@ class _Photo:
             self.centrelines, self._maps = centreline_dice(reached > _place(threshold), vessels), None
 
 
-def _judged(run: Run, cache: PhotoCache, rows: NDArray[np.int64], threshold: float | None = None) -> list[_Photo]:
+def _predicted(run: Run, cache: PhotoCache, rows: NDArray[np.int64], threshold: float | None = None) -> list[_Photo]:
     maps = vessel_maps(run.load_model(), cache.photos, rows, cache.spec)
     photos = []
     for row, probabilities in zip(rows.tolist(), maps, strict=True):

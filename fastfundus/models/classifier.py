@@ -47,8 +47,8 @@ class InitReport:
         return f"from {self.source} ({'; '.join(parts)})"
 
 
-def _named(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _named(names: tuple[str, ...], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def check_backbone(name: str) -> None:

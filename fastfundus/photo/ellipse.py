@@ -139,12 +139,12 @@ def agreement(mask: NDArray[np.uint8], oval: Oval) -> float:
     height, width = mask.shape
     half = np.array([oval.half_width, oval.half_height])
     # [2, A, 2]: inner and outer side of the edge at each angle, as x, y.
-    rim = np.floor([oval.x, oval.y] + _SIDES * (half * _DIRECTIONS)).astype(np.intp)
+    edge = np.floor([oval.x, oval.y] + _SIDES * (half * _DIRECTIONS)).astype(np.intp)
     # Both sides must be visible: the inner one may not be if the centre is outside the image.
-    visible = ((rim >= 0) & (rim < (width, height))).all(axis=(0, 2))
+    visible = ((edge >= 0) & (edge < (width, height))).all(axis=(0, 2))
     if visible.sum() < 24:
         return 0.0
-    lit_inside, lit_outside = mask[rim[:, visible, 1], rim[:, visible, 0]] > 0
+    lit_inside, lit_outside = mask[edge[:, visible, 1], edge[:, visible, 0]] > 0
     agree = float(np.mean(lit_inside & ~lit_outside))
     disc = np.zeros_like(mask)
     axes = tuple(round(1.04 * value * 16) for value in half)

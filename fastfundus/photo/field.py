@@ -66,9 +66,9 @@ class Field:
         lit = np.zeros(len(rows), np.bool_)
         lit[inside] = self.mask[rows[inside], columns[inside]] > 0
         shares = {side: float(lit[where].mean()) for side, where in _SIDES.items()}
-        least = min(shares.values())
+        minimum = min(shares.values())
         # An obstruction on one side extends into its neighbours, so name only the worst sides.
-        sides = tuple(side for side, share in shares.items() if share < 0.6 and share < least + 0.25)
+        sides = tuple(side for side, share in shares.items() if share < 0.6 and share < minimum + 0.25)
         return float(lit.mean()), sides if len(sides) <= 2 else ()
 
 

@@ -23,10 +23,10 @@ def read_photo(path: Path) -> bytes:
     try:
         # Open without blocking: opening a pipe without a writer would hang, and reading a device might never end.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
-            metadata = os.fstat(file.fileno())
-            if not stat.S_ISREG(metadata.st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise PhotoError(Status.UNREADABLE, "cannot be read: not a regular file")
-            if metadata.st_size > MAX_BYTES:
+            if status.st_size > MAX_BYTES:
                 raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MAX_BYTES >> 20} MiB")
             data = file.readall()
     except IsADirectoryError:

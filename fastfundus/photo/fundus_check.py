@@ -44,11 +44,11 @@ def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
     # Exclude dark pixels, whose colour is not meaningful.
     lit = cv2.inRange(value, 16, 255)
     share = retinal_share(planes, lit if field is None else cv2.bitwise_and(lit, field.mask))
-    rim = field is not None and field.shape != "irregular" and field.circle.confidence >= 0.7
-    if share < (0.3 if rim else 0.6):
+    edge = field is not None and field.shape != "irregular" and field.circle.confidence >= 0.7
+    if share < (0.3 if edge else 0.6):
         raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
-    if not rim:
-        _judge_without_rim(small)
+    if not edge:
+        _check_without_edge(small)
 
 
 def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -> float:
@@ -73,7 +73,7 @@ def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -
     return 1 - cv2.countNonZero(cv2.bitwise_and(lit, cv2.bitwise_or(bluish, greenish))) / count
 
 
-def _judge_without_rim(small: NDArray[np.uint8]) -> None:
+def _check_without_edge(small: NDArray[np.uint8]) -> None:
     """Check an image without a round field: a retina cropped inside its field, a montage, or a half-hidden field.
 
     How much of the retina is hidden is left to the quality check.

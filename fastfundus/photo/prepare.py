@@ -139,10 +139,10 @@ def plan_for_crop(header: PhotoHeader, plan: DecodePlan, side: int, spec: Prepro
     Returns:
         A plan that decodes the photo at a larger scale, or `plan` itself if the crop is large enough.
     """
-    least = min_side(spec)
-    if side >= least or plan.divisor == 1:
+    minimum = min_side(spec)
+    if side >= minimum or plan.divisor == 1:
         return plan
-    return plan_decode(header, least * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
+    return plan_decode(header, minimum * min(header.width, header.height) // max(1, side * plan.divisor) + 1)
 
 
 def known_of(data: bytes) -> PreparedPhoto:
@@ -219,8 +219,8 @@ def decode_at(data: bytes, min_side: int) -> NDArray[np.uint8]:
     return _decode(data, photo, header, plan_decode(header, min_side))[0]
 
 
-def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:
-    """Decode a photo in any supported format, reduced by a factor of at most `most`.
+def decode_reduced(data: bytes, max_factor: float) -> tuple[NDArray[np.uint8], int]:
+    """Decode a photo in any supported format, reduced by a factor of at most `max_factor`.
 
     Returns:
         uint8 [H, W, 3] upright RGB, and the reduction factor along each axis.
@@ -229,7 +229,7 @@ def decode_reduced(data: bytes, most: float) -> tuple[NDArray[np.uint8], int]:
         PhotoError: The photo cannot be decoded.
     """
     photo, header = _opened(data)
-    plan = plan_decode(header, math.ceil(min(header.width, header.height) / max(1.0, most)))
+    plan = plan_decode(header, math.ceil(min(header.width, header.height) / max(1.0, max_factor)))
     return _decode(data, photo, header, plan)[0], plan.divisor
 
 

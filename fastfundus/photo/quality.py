@@ -2,7 +2,7 @@
 
 Quality is measured on the square crop resized to 256 pixels, so that the score does not depend on the camera's
 resolution. The rule is deliberately lenient: it rejects photos that no reader could grade, and leaves doubtful ones to
-the reader. The limits were set by looking at the photographs closest to them; `make photos` publishes the photos that
+the reader. The limits were set by inspecting the photographs closest to them; `make photos` publishes the photos that
 they reject.
 """
 

@@ -21,7 +21,8 @@ from typing import Any
 import polars as pl
 
 from fastfundus.data.journal import mend_lines
-from fastfundus.errors import DataError
+from fastfundus.errors import DataError, PhotoError
+from fastfundus.photo.file import read_photo
 from fastfundus.records import Status
 from fastfundus.screening.policy import RETAKE, ScreenPolicy
 from fastfundus.screening.results import eye_table, patient_table
@@ -120,21 +121,21 @@ def verify(output: Path, *, files: bool = False) -> Verification:
     found = Verification()
     results = pl.read_parquet(output / "results.parquet")
     rows = results.iter_rows(named=True)
-    chain, metadata, ended = _START, None, False
+    chain, start, ended = _START, None, False
     policy = ScreenPolicy()
     for number, line in enumerate(_lines(log), 1):
-        summary = line.pop("chain")
+        recorded = line.pop("chain")
         chain_here = _link(chain, line)
-        if chain_here != summary:
+        if chain_here != recorded:
             found.note(f"audit.jsonl, line {number}: the chain breaks; this line or an earlier one was modified")
-        chain = summary
+        chain = recorded
         if line["event"] == "start":
-            metadata, policy = line, ScreenPolicy(**line["policy"])
+            start, policy = line, ScreenPolicy(**line["policy"])
         elif line["event"] == "photo":
             found.rows += 1
-            if metadata is None:
+            if start is None:
                 raise DataError("has a photo event before the start event; the log was modified", path=log, row=number)
-            _check_photo(line, next(rows, None), metadata, policy, found, number)
+            _check_photo(line, next(rows, None), start, policy, found, number)
         elif line["event"] == "end":
             ended = True
     if not ended:
@@ -142,15 +143,15 @@ def verify(output: Path, *, files: bool = False) -> Verification:
     if found.rows != len(results):
         found.note(f"results.parquet has {len(results)} rows, audit.jsonl {found.rows}")
     _check_tables(output, results, policy, found)
-    if files and metadata is not None:
-        _check_files(results, Path(metadata["root"]), found)
+    if files and start is not None:
+        _check_files(results, Path(start["root"]), found)
     return found
 
 
 def _check_photo(
     line: dict[str, Any],
     row: dict[str, Any] | None,
-    metadata: dict[str, Any],
+    start: dict[str, Any],
     policy: ScreenPolicy,
     found: Verification,
     number: int,
@@ -160,16 +161,16 @@ def _check_photo(
     if row is not None:
         shown = {name: value for name, value in row.items() if name != "bundle"}
         differing = [name for name in shown if not _same(shown[name], noted.get(name))]
-        if differing or row["bundle"] != metadata["bundle"]:
+        if differing or row["bundle"] != start["bundle"]:
             found.note(f"{place}: differs from results.parquet in {', '.join(differing or ['bundle'])}")
     expected = RETAKE if noted["status"] == Status.UNGRADABLE.value else None
     if noted["status"] == Status.OK.value:
-        probabilities = {name: noted.get(f"p_{name}") for name in metadata["findings"]}
+        probabilities = {name: noted.get(f"p_{name}") for name in start["findings"]}
         if any(value is None for value in probabilities.values()):
             found.note(f"{place}: the status is ok, but a probability is missing")
             return
         expected = policy.decide(
-            {name: float(value or 0) for name, value in probabilities.items()}, metadata["thresholds"]
+            {name: float(value or 0) for name, value in probabilities.items()}, start["thresholds"]
         )
     if noted["decision"] != expected:
         found.note(f"{place}: the decision is {noted['decision']}, its probabilities and thresholds give {expected}")
@@ -193,9 +194,6 @@ def _check_tables(output: Path, results: pl.DataFrame, policy: ScreenPolicy, fou
 
 
 def _check_files(results: pl.DataFrame, root: Path, found: Verification) -> None:
-    from fastfundus.errors import PhotoError
-    from fastfundus.photo.file import read_photo
-
     for name, sha in _hashed(results.select("path", "sha256").iter_rows()):
         path = root / name
         if not path.is_file():

@@ -20,7 +20,7 @@ __all__ = ["HANG_S", "DecodePool", "PendingPhoto"]
 HANG_S = 60.0
 """Seconds after which reading or decoding a photo is abandoned. The slowest intact photos take two seconds."""
 _MAX_HUNG = 8
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 class PendingPhoto:
@@ -105,9 +105,9 @@ class DecodePool:
         """Wait for a photo and return it.
 
         Raises:
-            FastFundusError: so many photos hang that the storage or the decoder must be at fault.
+            FastFundusError: too many photos hang; the storage or the decoder is at fault.
         """
-        while not pending.done.wait(_LOOK_S):
+        while not pending.done.wait(_POLL_S):
             self.poll(pending)
         return pending.prepared
 
@@ -169,7 +169,7 @@ class DecodePool:
             pending.stage = "decode"
             while not self._closed:
                 with contextlib.suppress(Full):
-                    self._to_decode.put((pending, data), timeout=_LOOK_S)
+                    self._to_decode.put((pending, data), timeout=_POLL_S)
                     break
 
     def _decode(self) -> None:

@@ -32,19 +32,19 @@ from fastfundus.screening.pipeline import BLOCK
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.results import eye_table, patient_table, results_table
 
-__all__ = ["FILES", "Store", "file_stamp", "parquet_bytes"]
+__all__ = ["FILES", "Store", "input_stamp", "parquet_bytes"]
 
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
 """Files of a finished results folder, besides masks."""
 _FOLDERS = ("progress", "masks")
-_TOLD: dict[str, Any] = {
+_SOURCE: dict[str, Any] = {
     "name": pl.String, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String, "camera": pl.String,
     "issue": pl.String,
 }  # fmt: skip
-_INPUTS = {**_TOLD, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
+_INPUTS = {**_SOURCE, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
 
 
-def file_stamp(path: Path) -> tuple[int, int]:
+def input_stamp(path: Path) -> tuple[int, int]:
     """Return the size in bytes and the modification time in ns of a file, or (-1, -1) if it does not exist."""
     try:
         facts = path.stat()
@@ -134,8 +134,8 @@ class Store:
         if not path.is_file():
             return None
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            return {"identity": summary["identity"], "finished": summary["finished"]}
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return {"identity": state["identity"], "finished": state["finished"]}
         except (ValueError, KeyError, TypeError):
             raise DataError("was not written by a screening run; choose another --output", path=path) from None
 
@@ -166,8 +166,8 @@ class Store:
                 path.unlink()
 
     def _note(self, finished: str | None) -> None:
-        summary = {"identity": self.identity, "finished": finished}
-        _put(self.output / "run.json", (json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        state = {"identity": self.identity, "finished": finished}
+        _put(self.output / "run.json", (json.dumps(state, indent=1, ensure_ascii=False) + "\n").encode())
 
     @property
     def blocks(self) -> int:
@@ -195,7 +195,7 @@ class Store:
         return self._blocks / f"{block:08d}.parquet"
 
     def stamps(self) -> Iterator[tuple[int, int]]:
-        """Yield the `file_stamp` of each input, recorded before the first one was read."""
+        """Yield the `input_stamp` of each input, recorded before the first one was read."""
         columns = ["bytes", "mtime_ns"]
         yield from pl.read_parquet(self.output / "progress" / "inputs.parquet", columns=columns).iter_rows()
 
@@ -238,14 +238,14 @@ def parquet_bytes(table: pl.DataFrame) -> bytes:
 
 def _pack(photos: list[SourcePhoto]) -> bytes:
     # Build columns: row dictionaries of a million inputs would temporarily take a gigabyte.
-    columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _TOLD}
+    columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _SOURCE}
     # File names are bytes and not necessarily UTF-8.
     columns["path"] = [os.fsencode(photo.path) for photo in photos]
-    stamps = [file_stamp(photo.path) for photo in photos]
+    stamps = [input_stamp(photo.path) for photo in photos]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
     return parquet_bytes(pl.DataFrame(columns, schema=_INPUTS))
 
 
 def _unpack(path: Path) -> list[SourcePhoto]:
-    rows = pl.read_parquet(path, columns=[*_TOLD, "path"]).iter_rows(named=True)
+    rows = pl.read_parquet(path, columns=[*_SOURCE, "path"]).iter_rows(named=True)
     return [SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}) for row in rows]

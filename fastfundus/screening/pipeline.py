@@ -118,7 +118,7 @@ def screen_photos(
         hang_s: timeout in seconds after which reading or decoding a photo is abandoned.
 
     Raises:
-        BundleError: the engine fails on everything.
+        BundleError: the engine fails on every photo.
         FastFundusError: the storage hangs.
     """
     policy = policy or ScreenPolicy()

@@ -65,10 +65,10 @@ def ray_blocks(address: str) -> BlockMaker:
             )
             timing.engines = workers
             for row in done.iter_rows():
-                summary = row["timing"]
+                totals = row["timing"]
                 for name in _SUMS:
-                    setattr(timing, name, getattr(timing, name) + summary[name])
-                timing.workers, timing.readers = workers * summary["workers"], workers * summary["readers"]
+                    setattr(timing, name, getattr(timing, name) + totals[name])
+                timing.workers, timing.readers = workers * totals["workers"], workers * totals["readers"]
                 timing.wall = time.perf_counter() - began
                 rows = pl.read_parquet(io.BytesIO(row["rows"])).to_dicts()
                 on_rows(len(rows))
@@ -102,8 +102,8 @@ class _Worker:
         timing = Timing()
         photos = pickle.loads(item["photos"])
         rows = list(rows_of(photos, self.bundle, self.policy, timing, engine=self.engine))
-        summary = {name: getattr(timing, name) for name in (*_SUMS, "workers", "readers")}
-        return {"block": item["block"], "rows": parquet_bytes(results_table(rows, self.bundle)), "timing": summary}
+        totals = {name: getattr(timing, name) for name in (*_SUMS, "workers", "readers")}
+        return {"block": item["block"], "rows": parquet_bytes(results_table(rows, self.bundle)), "timing": totals}
 
 
 def _packed(bundle: Bundle) -> bytes:

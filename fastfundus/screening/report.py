@@ -145,8 +145,8 @@ def _drifts(results: pl.DataFrame, scored: pl.DataFrame, bundle: Bundle) -> list
     """Compare scores and quality with the reference in the bundle, if it has one."""
     reference = bundle.metadata.get("reference") or {"scores": {}, "quality": None}
     found = [
-        drift_of(f"probability of {name}", scored[f"p_{name}"].to_numpy(), summary)
-        for name, summary in reference["scores"].items()
+        drift_of(f"probability of {name}", scored[f"p_{name}"].to_numpy(), known)
+        for name, known in reference["scores"].items()
     ]
     found.append(drift_of("quality", results["quality"].drop_nulls().to_numpy(), reference["quality"]))
     return [drift for drift in found if drift is not None]

@@ -19,7 +19,7 @@ from fastfundus.errors import ConfigError, DataError, FastFundusError
 from fastfundus.records import SourcePhoto
 from fastfundus.screening.audit import AuditLog
 from fastfundus.screening.masks import write_masks
-from fastfundus.screening.output import Store, file_stamp
+from fastfundus.screening.output import Store, input_stamp
 from fastfundus.screening.pipeline import BLOCK, ScreenedPhoto, Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.report import write_report
@@ -80,7 +80,7 @@ def screen_to_folder(
         ConfigError: `output` contains other results or a run with other settings, or masks would be written among the
             photos.
         DataError: `output` cannot be written to, or another process is using it.
-        BundleError: the engine fails on everything.
+        BundleError: the engine fails on every photo.
     """
     policy = policy or ScreenPolicy()
     if makes_maps(bundle) and any(output.resolve().is_relative_to(source.resolve()) for source in sources):
@@ -164,7 +164,7 @@ def _run(
 
     try:
         if audit.empty:
-            audit.write("start", **_about(store, listing))
+            audit.write("start", **_start_event(store, listing))
         else:
             audit.write("resume", done=resumed)
         _catch_up(audit, store)
@@ -192,7 +192,7 @@ def _run(
     return ScreeningRun(results, timing, store.output / "report.html", resumed, notes)
 
 
-def _about(store: Store, listing: SourceList) -> dict[str, Any]:
+def _start_event(store: Store, listing: SourceList) -> dict[str, Any]:
     """Return what the log must contain for its decisions to be reproducible."""
     bundle = store.bundle
     return {
@@ -217,7 +217,7 @@ def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
     vanished: list[str] = []
     changed: list[str] = []
     for photo, before in zip(store.photos, store.stamps(), strict=True):
-        now = file_stamp(photo.path)
+        now = input_stamp(photo.path)
         if now != before:
             (vanished if now[0] < 0 else changed).append(photo.name)
     known = {photo.path for photo in store.photos}

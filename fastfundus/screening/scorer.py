@@ -41,7 +41,7 @@ class Scorer:
         """Return the answer for each photo, uint8 [S, S, 3].
 
         Raises:
-            BundleError: so many photos failed in a row that the engine must be at fault.
+            BundleError: too many photos fail in a row; the engine is at fault.
         """
         began = time.perf_counter()
         try:

@@ -40,9 +40,9 @@ async def read_photos(request: Request, max_bytes: int) -> list[tuple[str, bytes
     data = b"".join([chunk async for chunk in _bounded(request, max_bytes)])
     if not data:
         raise HTTPException(400, "the body is empty; send a photo")
-    summary = Message()
-    summary["content-disposition"] = request.headers.get("content-disposition", "inline")
-    return [(unquote(summary.get_filename() or "photo"), data)]
+    header = Message()
+    header["content-disposition"] = request.headers.get("content-disposition", "inline")
+    return [(unquote(header.get_filename() or "photo"), data)]
 
 
 async def _parts(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:

@@ -34,10 +34,10 @@ class Metrics:
             "fastfundus_batch_photos", "Photos per engine call.", buckets=_SIZES, registry=registry
         )
         self._under_way = Gauge("fastfundus_photos_under_way", "Photos in progress.", registry=registry)
-        metadata = Gauge(
+        info = Gauge(
             "fastfundus_info", "Server version.", ["version", "bundle", "backend", "precision"], registry=registry
         )
-        metadata.labels(__version__, bundle.fingerprint, bundle.backend, bundle.precision).set(1)
+        info.labels(__version__, bundle.fingerprint, bundle.backend, bundle.precision).set(1)
 
     def answered(self, code: int, seconds: float) -> None:
         """Count a request and its duration in seconds."""

@@ -57,11 +57,11 @@ async function send(file) {
   }
   if (!answer.ok) {
     if (answer.status === 401) one("need").hidden = false;
-    const told = await answer.json().catch(() => ({ detail: answer.statusText }));
-    throw new Error(`${file.name}: ${told.detail}`);
+    const reply = await answer.json().catch(() => ({ detail: answer.statusText }));
+    throw new Error(`${file.name}: ${reply.detail}`);
   }
-  const told = await answer.json();
-  for (const photo of told.results) show(photo, told);
+  const reply = await answer.json();
+  for (const photo of reply.results) show(photo, reply);
 }
 
 async function work() {
@@ -91,6 +91,6 @@ for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop
 drop.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });
 one("form").addEventListener("submit", (event) => { event.preventDefault(); token = one("token").value.trim(); one("need").hidden = true; work(); });
 
-fetch("healthz").then((answer) => answer.json()).then((told) => {
-  one("about").textContent = `version ${told.version} · engine ${told.backend} ${told.precision} · bundle ${told.bundle.slice(0, 12)}`;
+fetch("healthz").then((answer) => answer.json()).then((reply) => {
+  one("about").textContent = `version ${reply.version} · engine ${reply.backend} ${reply.precision} · bundle ${reply.bundle.slice(0, 12)}`;
 }).catch(() => say("The server does not respond.", true));

@@ -31,7 +31,7 @@ __all__ = ["MAX_AT_ONCE", "Busy", "Service"]
 
 MAX_AT_ONCE = 32
 """Maximum number of photos per engine call."""
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _THUMB_PX = 384
 
 
@@ -123,7 +123,7 @@ class Service:
         pending = self._decode_pool.begin(source, data, on_done=lambda: self._tell(done.set))
         while not pending.done.is_set():
             try:
-                await asyncio.wait_for(done.wait(), _LOOK_S)
+                await asyncio.wait_for(done.wait(), _POLL_S)
             except TimeoutError:
                 try:
                     self._decode_pool.poll(pending)

@@ -121,7 +121,7 @@ def _write_prepare(folder: Path, name: str, bundle: Bundle) -> None:
 def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
     for source, target in serving.files.items():
         shutil.copy(bundle.folder / source, folder / "1" / target)
-    most = serving.batches[-1]
+    max_batch = serving.batches[-1]
     warm = {
         "inputs": [
             {"key": INPUT, "value": {**_typed("TYPE_UINT8", _photo_dims(bundle)), "random_data": True}}
@@ -133,7 +133,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
         {
             "name": name,
             "backend": serving.backend,
-            "max_batch_size": most,
+            "max_batch_size": max_batch,
             "input": [_photos(bundle)],
             "output": [_probabilities(bundle) | {"label_filename": "labels.txt"}],
             "instance_group": [{"count": 1, "kind": _Word(serving.kind)}],
@@ -141,7 +141,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
                 "preferred_batch_size": [batch for batch in serving.batches if batch > 1],
                 "max_queue_delay_microseconds": _DELAY_US,
             },
-            "model_warmup": [{"name": f"batch of {count}"} | warm | {"batch_size": count} for count in {1, most}],
+            "model_warmup": [{"name": f"batch of {count}"} | warm | {"batch_size": count} for count in {1, max_batch}],
             "parameters": _parameters(serving.parameters),
         },
     )
@@ -150,7 +150,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
 def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in bundle.labels))
     # The server needs a version folder, and version control does not keep empty ones.
-    (folder / "1" / "README").write_text("An ensemble has no files of its own.\n")
+    (folder / "1" / "README").write_text("An ensemble has no model files.\n")
     steps = [
         {
             "model_name": f"{name}_prepare",

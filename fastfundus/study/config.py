@@ -93,8 +93,8 @@ class StudyConfig:
     @classmethod
     def _from(cls, plain: dict[str, Any], base: Path) -> StudyConfig:
         check_keys(plain, ("study", "upstream", "tasks", "inits"), "")
-        metadata = plain.get("study", {})
-        check_keys(metadata, ("folds", "fractions", "seeds"), "study.")
+        grid = plain.get("study", {})
+        check_keys(grid, ("folds", "fractions", "seeds"), "study.")
         upstream = {name: _part(value, base, f"upstream.{name}") for name, value in plain.get("upstream", {}).items()}
         tasks = {name: _part(value, base, f"tasks.{name}") for name, value in plain.get("tasks", {}).items()}
         inits = plain.get("inits", {"scratch": "scratch"})
@@ -112,8 +112,8 @@ class StudyConfig:
                 raise ConfigError(f"{name!r} names a folder: use only letters, digits and _-+. and no leading dot")
         inits = {name: _where(value, base) for name, value in inits.items()}
         study = cls(
-            int(metadata.get("folds", 5)), tuple(sorted(map(float, metadata.get("fractions", [1.0])))),
-            tuple(map(int, metadata.get("seeds", [0]))), upstream, tasks, inits, fingerprint_of(plain),
+            int(grid.get("folds", 5)), tuple(sorted(map(float, grid.get("fractions", [1.0])))),
+            tuple(map(int, grid.get("seeds", [0]))), upstream, tasks, inits, fingerprint_of(_first_spelling(plain)),
         )  # fmt: skip
         for cell in study.cells():
             study.settings(cell, "scratch")
@@ -151,6 +151,13 @@ def _part(table: Any, base: Path, name: str) -> Part:
     config = table.get("config", {})
     TrainConfig.from_dict(config)
     return Part(tuple((base / cache).resolve() for cache in caches), config)
+
+
+def _first_spelling(plain: Any) -> Any:
+    """Return a study file as version 0.1 spelled it, so that studies begun with that version can be continued."""
+    if not isinstance(plain, dict):
+        return plain
+    return {"optimiser" if key == "optimizer" else key: _first_spelling(value) for key, value in plain.items()}
 
 
 def _where(init: str, base: Path) -> str:

@@ -4,7 +4,7 @@ study.toml         configuration of the study
 environment.json   versions and machine; each run also has its own
 upstream/          runs that other runs start from
 cells/             one run per cell, with its exact split; `error.txt` if it failed
-cells.csv          one row per cell and output; table.csv, table.md, table.tex, study.html: see `study_tables`
+cells.csv          one row per cell and output; table.csv, table.md, table.tex, study.html: see `tables`
 """
 
 from __future__ import annotations
@@ -114,13 +114,13 @@ def _do(jobs: dict[Job, str], runner: Runner, say: Callable[[str], None]) -> dic
 
 
 def _require_same(study: StudyConfig, file: Path, output: Path) -> None:
-    kept, summary = output / "study.toml", output / "study.fingerprint"
-    if not summary.exists():
+    kept, fingerprint_file = output / "study.toml", output / "study.fingerprint"
+    if not fingerprint_file.exists():
         shutil.copyfile(file, kept)
-        summary.write_text(study.fingerprint + "\n")
-        metadata = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        (output / "environment.json").write_text(json.dumps(metadata, indent=1) + "\n")
-    elif summary.read_text().strip() != study.fingerprint:
+        fingerprint_file.write_text(study.fingerprint + "\n")
+        environment = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        (output / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    elif fingerprint_file.read_text().strip() != study.fingerprint:
         raise ConfigError(f"{output} already contains another study, kept as {kept}; choose another --output")
 
 

@@ -66,14 +66,14 @@ def _cells(results: Sequence[CellResult]) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
     for result in results:
         cell = result.cell
-        metadata = {name: getattr(cell, name) for name in ("task", "init", "fraction", "seed", "fold")}
+        identity = {name: getattr(cell, name) for name in ("task", "init", "fraction", "seed", "fold")}
         if result.error:
-            rows.append(metadata | {"error": result.error})
+            rows.append(identity | {"error": result.error})
             continue
         for name, point in read_operating_point(Run.open(result.path))["labels"].items():
             figure = "dice" if "dice" in point["test"] else "auroc"
             value = point["test"][figure]["value"]
-            rows.append(metadata | {"output": name, "figure": figure, "value": value, "error": None})
+            rows.append(identity | {"output": name, "figure": figure, "value": value, "error": None})
     schema = {"task": pl.String, "init": pl.String, "fraction": pl.Float64, "seed": pl.Int64, "fold": pl.Int64,
               "output": pl.String, "figure": pl.String, "value": pl.Float64, "error": pl.String}  # fmt: skip
     return pl.DataFrame(rows, schema=schema)

@@ -193,10 +193,10 @@ def ray_runner(address: str) -> Iterator[Runner]:
                         raise Interrupted("stopped")
                     for reference in ready:
                         try:
-                            summary = ray.get(reference)
+                            outcome = ray.get(reference)
                         except ray.exceptions.RayError as error:
-                            summary = f"its process ended ({str(error).splitlines()[0]})"
-                        yield running.pop(reference), summary
+                            outcome = f"its process ended ({str(error).splitlines()[0]})"
+                        yield running.pop(reference), outcome
 
         yield run
 

@@ -90,7 +90,7 @@ def restore_checkpoint(
     # Runs of version 0.1 spelled it differently.
     optimizer.load_state_dict(saved["optimizer"] if "optimizer" in saved else saved["optimiser"])
     state = TrainState(**saved["state"])
-    # With a different number of processes, dropout is drawn anew: each process is already seeded by its rank.
+    # With a different number of processes, dropout is reseeded: each process is already seeded by its rank.
     if len(state.rng) == world.size:
         torch.set_rng_state(state.rng[world.rank])
     return state

@@ -14,6 +14,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.models.classifier import set_training, uses_channels_last
 from fastfundus.models.flops import count_flops
+from fastfundus.photo.memory import keep_memory
 from fastfundus.training.distributed import World
 from fastfundus.training.memory import input_side, training_bytes
 from fastfundus.training.optimizer import build_optimizer
@@ -93,6 +94,8 @@ def estimate_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[
         DataError: the labels or patients do not allow training.
         ConfigError: settings do not match the labels, or each other.
     """
+    # As in training: batches need megabytes of fresh memory each.
+    keep_memory()
     device = World().device()
     loop, precision = resolve_precision(config.loop, device)
     config = replace(config, loop=loop)

@@ -45,8 +45,8 @@ def _whole_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np
 def balanced_order(strata: NDArray[np.int64], batch_size: int, *, seed: int, epoch: int) -> list[NDArray[np.int64]]:
     """Shuffle an epoch into whole batches in which all classes occur equally often over the epoch.
 
-    Each class is traversed in shuffled order, repeatedly if it is rare: no photo is drawn more than once more often
-    than another of its class. Like `epoch_order`, the result depends on seed and epoch only, so that ranks agree on it.
+    Each class is traversed in shuffled order, repeatedly if it is rare: draw counts within a class differ by at most
+    one. Like `epoch_order`, the result depends on seed and epoch only, so that ranks agree on it.
 
     Args:
         strata: [N] class of each photo.
@@ -78,16 +78,18 @@ class PhotoLoader:
         photos: uint8 [*, S, S, 3], the cache.
         rows: [N] rows that will be requested.
         device: device of the model.
-        room: bytes of GPU memory that photos may fill; 0 reads them batch by batch.
+        free_bytes: bytes of GPU memory that photos may fill; 0 reads them batch by batch.
     """
 
-    def __init__(self, photos: PhotoArray, rows: NDArray[np.int64], device: torch.device, *, room: int = 0) -> None:
+    def __init__(
+        self, photos: PhotoArray, rows: NDArray[np.int64], device: torch.device, *, free_bytes: int = 0
+    ) -> None:
         self._photos, self._device = photos, device
         self._side = photos.shape[1]
         self._bytes = 3 * self._side**2
         self._place: dict[int, int] = {}
         self._pixels: Tensor | None = None
-        self.resident = 0 < len(rows) * self._bytes <= room
+        self.resident = 0 < len(rows) * self._bytes <= free_bytes
         if self.resident:
             self._place = {int(row): place for place, row in enumerate(rows)}
             self._pixels = torch.empty(len(rows) * self._bytes, dtype=torch.uint8, device=device)
@@ -155,13 +157,13 @@ class PhotoLoader:
             self._pinned[turn][1].synchronize()  # this buffer's last copy, usually long finished
         # The stream selects its GPU; a new thread starts on the first one.
         with torch.cuda.stream(self._stream):
-            room = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
-            if len(room) < needed:
-                room = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-            copied = self._read(rows, room[:needed]).to(self._device, non_blocking=True)
+            buffer = self._pinned[turn][0] if turn in self._pinned else torch.empty(0)
+            if len(buffer) < needed:
+                buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+            copied = self._read(rows, buffer[:needed]).to(self._device, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        self._pinned[turn] = room, event
+        self._pinned[turn] = buffer, event
         return copied, event
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, and the moving average of the weights that it trains."""
+"""The optimizer, and the moving average of the trained weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number format that a model trains in, chosen by what the device computes natively.
+"""Training precision, chosen by what the device computes natively.
 
 A processor or GPU without bfloat16 units emulates it: results are the same, but training takes several times as long
 as in float32. The choice is made by capability rather than by trial, so that equal devices always choose alike.

@@ -71,12 +71,13 @@ class Run:
     """Name and value of the best checkpoint's validation score."""
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: str | Path) -> Run:
         """Read the description of a run from its best checkpoint.
 
         Raises:
             CheckpointError: there is none, or it was not written by this version of FastFundus.
         """
+        path = Path(path)
         file = path / "best.safetensors"
         if not file.is_file():
             started = (path / "last.ckpt").is_file()
@@ -143,7 +144,7 @@ def save_best(
 
 @contextmanager
 def run_file(file: Path) -> Iterator[Path]:
-    """Write a file of a run atomically, like `atomic_write`, with an error that tells how to continue.
+    """Write a file of a run atomically, like `atomic_write`, with an error that states how to continue.
 
     Raises:
         CheckpointError: the file could not be written, such as on a full disk; the old file is kept.

@@ -78,6 +78,7 @@ class Trainer:
         self.observer = observer if observer and self.world.leads else Observer()
         self.device = torch.device(device) if device else self.world.device()
         self.state, self.throughput = TrainState(), Throughput()
+        self.running_loss = RunningLoss(self.device)
         limit_threads()
         self.config, precision = self._resolve_precision(config, resume)
         self.task = create_task(cache, self.config, self.observer.say)
@@ -231,9 +232,9 @@ class Trainer:
         """Take one step.
 
         Args:
-            parts: this process's share of the batch, in pieces whose gradients are accumulated.
+            parts: parts of this process's share of the batch, whose gradients are accumulated.
             count: number of photos of the batch, over all processes.
-            pieces: number of parts.
+            pieces: number of these parts.
         """
         state = self.state
         self.running_loss.add(self.step(parts, count, self.rate(state.epoch * self.steps + state.step), pieces=pieces))

@@ -1,4 +1,4 @@
-"""From a run to an inference engine that has proved to give the same answers."""
+"""Build an inference engine from a run, verified to give the same answers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build_engine(
 
     Raises:
         CheckpointError: the cache contains no photo that the run has not trained on, or the run is incomplete.
-        BundleError: no engine passes the gate.
+        GateRefused: no engine passes the gate.
         MissingDependency: the backend is not installed.
 
     Example:
@@ -64,8 +64,8 @@ def build_engine(
     """
     run = run if isinstance(run, Run) else Run.open(Path(run))
     photos = _open_for(run, [Path(cache)] if cache else list(run.caches))
-    teaching = _open_for(run, [Path(calibration)]) if calibration else photos
-    chosen, teachers = _choose_photos(run, photos, teaching)
+    ranges = _open_for(run, [Path(calibration)]) if calibration else photos
+    chosen, calibration_rows = _choose_photos(run, photos, ranges)
     point = read_operating_point(run)
     labels, maps = point["labels"], run.config.task == "vessels"
     model = ScreeningModel(
@@ -83,12 +83,12 @@ def build_engine(
         # Hash of weights and thresholds, by which a bundle is traced to the operating point that was locked.
         "lock": point["lock"],
         "parity_photos": [str(path.absolute()) for path in photos.paths],
-        "calibration_photos": [str(path.absolute()) for path in teaching.paths],
+        "calibration_photos": [str(path.absolute()) for path in ranges.paths],
     }
     data = ParityData(
         np.ascontiguousarray(photos.photos[chosen]),
         _truth(run, photos, chosen),
-        np.ascontiguousarray(teaching.photos[teachers]),
+        np.ascontiguousarray(ranges.photos[calibration_rows]),
     )
     return build_bundle(
         model,
@@ -104,8 +104,10 @@ def build_engine(
     )
 
 
-def _choose_photos(run: Run, photos: PhotoCache, teaching: PhotoCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the rows of `photos` to verify the engine on, and the rows of `teaching` to calibrate it on."""
+def _choose_photos(
+    run: Run, photos: PhotoCache, calibration: PhotoCache
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows of `photos` to verify the engine on, and the rows of `calibration` to calibrate it on."""
     splits = pl.read_parquet(run.path / "splits.parquet")
     learned = splits.filter(pl.col("split") == "train")["sha256"]
     usable = pl.col("status") == "ok"
@@ -115,13 +117,13 @@ def _choose_photos(run: Run, photos: PhotoCache, teaching: PhotoCache) -> tuple[
             f"{photos.path} contains no photo that {run.path} has not trained on; give others with --cache"
         )
     chosen = _spread(rows, MAX_PARITY_MAPS if run.config.task == "vessels" else MAX_PARITY_PHOTOS)
-    if teaching is photos:
+    if calibration is photos:
         return chosen, _spread(
             _rows(photos, usable & pl.col("sha256").is_in(learned.implode())), MAX_CALIBRATION_PHOTOS
         )
     # Never calibrate on the photos that verify the engine.
     known = photos.manifest["sha256"].gather(chosen)
-    pool = _rows(teaching, usable & ~pl.col("sha256").is_in(known.implode()))
+    pool = _rows(calibration, usable & ~pl.col("sha256").is_in(known.implode()))
     return chosen, _spread(pool, MAX_CALIBRATION_PHOTOS)
 
 

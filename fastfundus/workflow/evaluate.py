@@ -1,4 +1,4 @@
-"""From a run to its metrics on photos that it has not learned from."""
+"""Evaluate a run on photos that it has not learned from."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfundus.data.joined_cache import open_caches
+from fastfundus.data.cache import PhotoCache
 from fastfundus.evaluation.evaluation import evaluate_run, write_evaluation
 from fastfundus.evaluation.locked_run import Measured
 from fastfundus.training.run import Run
+from fastfundus.workflow.train import open_any
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
     run: str | Path | Run,
-    caches: str | Path | Sequence[str | Path],
+    caches: str | Path | PhotoCache | Sequence[str | Path],
     output: str | Path | None = None,
     *,
     rules: Sequence[str] = (),
@@ -28,8 +29,8 @@ def evaluate(
 
     Args:
         run: the run, or its folder.
-        caches: one cache or several. In the run's own cache, its test patients are used; in any other, all photos
-            except byte-identical copies of photos that the run has learned from.
+        caches: one cache, opened or not, or several. In the run's own cache, its test patients are used; in any other,
+            all photos except byte-identical copies of photos that the run has learned from.
         output: folder for metrics.json, predictions.csv, model_card.md and evaluation.html; None writes nothing.
         rules: definitions of outputs by labels of another data set, such as "abnormal=dr_grade>=1".
         by: columns of the manifest by which subgroups are reported.
@@ -44,11 +45,10 @@ def evaluate(
         SpecMismatch: a cache has another preprocessing than the run.
         CheckpointError: the run is incomplete, or was changed after its thresholds were locked.
     """
-    paths = [caches] if isinstance(caches, str | Path) else list(caches)
     opened = _opened(run)
     measured, document = evaluate_run(
         opened,
-        open_caches(*map(Path, paths)),
+        open_any(caches),
         by=tuple(by),
         against=_opened(against) if against else None,
         prevalence=prevalence,

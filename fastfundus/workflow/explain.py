@@ -1,4 +1,4 @@
-"""From a run and photos to heatmaps of the regions that the run relies on."""
+"""Draw heatmaps of the image regions that a run relies on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From camera files to a photo cache."""
+"""Prepare camera files for training: decode every photo once, into a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from fastfundus.data.build import build_cache
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.source import SourceList, list_photos
-from fastfundus.errors import DataError, require
+from fastfundus.errors import ConfigError, DataError, require
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["prepare", "prepare_listing"]
 
 Decoder = Literal["auto", "cpu", "dali"]
+MIN_SALT_BYTES = 16
 
 
 def prepare(
@@ -51,6 +52,7 @@ def prepare(
     Raises:
         DataError: the source cannot be read; or, after the cache was written, some inputs could not be listed.
         SpecMismatch: `output` is a cache with another preprocessing.
+        ConfigError: the salt is too short.
         MissingDependency: the decoder is not installed.
 
     Example:
@@ -86,6 +88,11 @@ def prepare_listing(
         patient_salt: secret with which patient identifiers are hashed.
         on_photo: called with the status of each photo.
     """
+    if patient_salt is not None and len(patient_salt) < MIN_SALT_BYTES:
+        raise ConfigError(
+            f"a patient salt of {len(patient_salt)} bytes is too easy to guess; at least {MIN_SALT_BYTES} bytes are "
+            "needed, such as the output of: openssl rand -hex 32"
+        )
     spec = PreprocessSpec(size=size)
     group, preparer = 1, None
     if backend == "dali" or (backend == "auto" and _gpu_decodes()):

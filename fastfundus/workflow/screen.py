@@ -1,4 +1,4 @@
-"""From photos and a bundle to one result row per photo."""
+"""Screen photos with a bundle: one result row per photo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a photo cache to a trained, calibrated and measured run."""
+"""Train a model on a photo cache, calibrate it, and measure it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fastfundus.evaluation.locked_run import is_locked
 from fastfundus.evaluation.operating_point import fit_operating_point
 from fastfundus.evaluation.page import write_run_page
 from fastfundus.photo.memory import keep_memory
-from fastfundus.training.distributed import World
+from fastfundus.training.distributed import World, join_processes, was_restarted
 from fastfundus.training.observer import Observer
 from fastfundus.training.run import Run
 from fastfundus.training.trainer import Trainer
 
-__all__ = ["Targets", "read_recipe", "train", "train_folds", "train_run"]
+__all__ = ["ThresholdTargets", "open_any", "read_recipe", "train", "train_folds", "train_run"]
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
-    """What thresholds are chosen for, on validation."""
+class ThresholdTargets:
+    """Target for the selection of thresholds on validation."""
 
     sensitivity: float = 0.90
     specificity: float | None = None
@@ -50,24 +50,24 @@ def read_recipe(name: str, overrides: dict[str, Any] | None = None) -> TrainConf
 
 
 def train(
-    caches: str | Path | Sequence[str | Path],
+    caches: str | Path | PhotoCache | Sequence[str | Path],
     output: str | Path,
     config: TrainConfig | None = None,
     *,
     folds: int | None = None,
     resume: bool = False,
-    targets: Targets | None = None,
+    targets: ThresholdTargets | None = None,
     observer: Observer | None = None,
 ) -> Run | list[Run]:
     """Train a model, fit its temperature and thresholds on validation, and measure it once on the test patients.
 
     Args:
-        caches: one cache, or several to train on together.
+        caches: one cache, opened or not, or several to train on together.
         output: the run folder; with `folds`, a folder for one run per fold.
-        config: configuration; None uses the defaults. A resumed run uses its own.
+        config: configuration; None uses the defaults. It must be None when resuming: a run keeps its own.
         folds: train this many folds one after the other and pool their predictions.
         resume: continue an interrupted run.
-        targets: what thresholds are chosen for.
+        targets: target for the selection of thresholds.
         observer: receives progress callbacks.
 
     Returns:
@@ -82,16 +82,33 @@ def train(
     Example:
         >>> run = fastfundus.train("cache/", "run/", TrainConfig.from_dict({"model": {"backbone": "resnet18"}}))
     """
-    paths = [caches] if isinstance(caches, str | Path) else list(caches)
-    cache, folder = open_caches(*map(Path, paths)), Path(output)
+    cache, folder, seen = open_any(caches), Path(output), observer or Observer()
+    started = folder / "fold0" if folds else folder
     if resume:
-        config = TrainConfig.from_run(folder / "fold0" if folds else folder)
-    config, observer = config or TrainConfig(), observer or Observer()
-    if folds is None:
-        train_run(cache, folder, config, resume=resume, targets=targets, observer=observer)
-        return Run.open(folder)
-    train_folds(cache, folder, config, folds, resume=resume, targets=targets, observers=lambda name: observer)
-    return [Run.open(folder / f"fold{number}") for number in range(folds)]
+        if config is not None:
+            raise ConfigError("config cannot change when resuming; omit it, or start a new run")
+        config = TrainConfig.from_run(started)
+        if folds and config.data.folds != folds:
+            raise ConfigError(f"{folder} was started with {config.data.folds} folds, not {folds}; give the same number")
+    config = config or TrainConfig()
+    # Processes that torchrun restarts run the same call again; the run knows where to continue.
+    resume = resume or (was_restarted() and (started / "last.ckpt").is_file())
+    with join_processes() as world:
+        options: dict[str, Any] = {"resume": resume, "targets": targets, "world": world}
+        if folds is None:
+            train_run(cache, folder, config, observer=seen, **options)
+            world.wait()
+            return Run.open(folder)
+        train_folds(cache, folder, config, folds, observers=lambda name: seen, **options)
+        world.wait()
+        return [Run.open(folder / f"fold{number}") for number in range(folds)]
+
+
+def open_any(caches: str | Path | PhotoCache | Sequence[str | Path]) -> PhotoCache:
+    """Return a cache that may be open already, or open one or several by path."""
+    if isinstance(caches, PhotoCache):
+        return caches
+    return open_caches(*map(Path, [caches] if isinstance(caches, str | Path) else caches))
 
 
 def train_run(
@@ -100,7 +117,7 @@ def train_run(
     config: TrainConfig,
     *,
     resume: bool = False,
-    targets: Targets | None = None,
+    targets: ThresholdTargets | None = None,
     observer: Observer | None = None,
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -111,7 +128,7 @@ def train_run(
         folder: the run folder.
         config: configuration.
         resume: continue an interrupted run.
-        targets: what thresholds are chosen for.
+        targets: target for the selection of thresholds.
         observer: receives progress callbacks.
         world: the processes that train together.
 
@@ -120,7 +137,7 @@ def train_run(
     """
     # Batches need megabytes of fresh memory each; page faults would cost as much as filling it.
     keep_memory()
-    world, targets = world or World(), targets or Targets()
+    world, targets = world or World(), targets or ThresholdTargets()
     Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
     if not world.leads:
         return {}
@@ -139,7 +156,7 @@ def train_folds(
     folds: int,
     *,
     resume: bool = False,
-    targets: Targets | None = None,
+    targets: ThresholdTargets | None = None,
     observers: Callable[[str], Observer] = lambda name: Observer(),
     world: World | None = None,
 ) -> dict[str, Any]:
@@ -151,7 +168,7 @@ def train_folds(
         config: configuration; its fold settings are replaced.
         folds: number of folds.
         resume: continue: completed folds are kept.
-        targets: what thresholds are chosen for.
+        targets: target for the selection of thresholds.
         observers: called with the name of each fold that is trained, returns its observer.
         world: the processes that train together.
 
@@ -172,7 +189,7 @@ def train_folds(
         if world.gather(resume and is_locked(fold))[0]:
             continue
         part = replace(config, data=replace(config.data, split="folds", folds=folds, fold=number))
-        observer = observers(f"fold {number} of {folds}")
+        observer = observers(f"fold {number} of {folds}") if world.leads else Observer()
         resumed = resume and (fold / "last.ckpt").is_file()
         train_run(cache, fold, part, resume=resumed, targets=targets, observer=observer, world=world)
     if not world.leads:

@@ -36,9 +36,9 @@ def test_other_networks_are_predicted_and_measured(
     (check,) = found["checks"]
     assert check["gflop"] == found["fitted_on"][0]["gflop"] > 0
     assert check["engine"]["predicted_s"] == pytest.approx(found["s_per_gflop"] * check["gflop"])
-    summary = check["predicted"]["photos_per_s"]
+    predicted = check["predicted"]["photos_per_s"]
     expected = bench_cost.CORES / (check["prepare"]["predicted_s"] + check["engine"]["predicted_s"])
-    assert summary == pytest.approx(expected)
+    assert predicted == pytest.approx(expected)
     assert check["measured"]["photos_per_s"] > 0
     assert json.dumps(found), "plain data"
 

@@ -121,8 +121,8 @@ def test_a_stopped_part_keeps_finished_cases(tmp_path: Path, monkeypatch: pytest
         gpu_train.run_cases("train", measure, cases, cases[0])
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("train_h200_")
-    summary = [found.get("failed") for found in json.loads(path.read_text())["cases"]]
-    assert summary == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
+    failures = [found.get("failed") for found in json.loads(path.read_text())["cases"]]
+    assert failures == [None, "out of memory", "not measured: no time was left", "not measured: no time was left"]
 
 
 def test_parts_of_different_runs_are_not_merged(tmp_path: Path) -> None:

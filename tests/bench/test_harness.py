@@ -113,18 +113,18 @@ class Counting:
 
     def __init__(self, first: int) -> None:
         self.count = first
-        self.summary: list[str] = []
+        self.calls: list[str] = []
 
     def begin(self) -> None:
-        self.summary.append("begin")
+        self.calls.append("begin")
 
     def end(self) -> None:
-        self.summary.append("end")
+        self.calls.append("end")
 
     def __call__(self) -> tuple[int, int, list[str]]:
         self.count += 1
         time.sleep(0.02)
-        return os.getpid(), self.count, list(self.summary)
+        return os.getpid(), self.count, list(self.calls)
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -133,10 +133,10 @@ def test_own_process(here: bool) -> None:
     for count in (6, 7):
         with job.within():
             timed = job()
-        process, counted, summary = timed.result
+        process, counted, calls = timed.result
         assert (process == os.getpid()) is here
         assert counted == count, "built once"
-        assert summary == ["begin", *["end", "begin"] * (count - 6)]
+        assert calls == ["begin", *["end", "begin"] * (count - 6)]
         assert timed.ms >= 20
     other = Variant("other", lambda: 7, True, distance=lambda *_: 0.0)
     found = compare(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.tables.case_tables import loader_table, prepare_table, sample_table
-from bench.tables.cost_tables import fleet_table, serve_table
+from bench.tables.cost_tables import cluster_table, serve_table
 from bench.tables.labels import label
 from bench.tables.model_tables import SCREEN_PEERS, engine_table, screen_table, train_table
 from bench.tables.report import PACKAGES, RESULTS, condense
@@ -66,13 +66,13 @@ def test_training_is_compared_with_its_step() -> None:
     assert f"{step / ours:.0%}" in train_table(result("train"))
 
 
-def test_the_server_and_the_fleet() -> None:
+def test_the_server_and_the_cluster() -> None:
     assert "0 lost or mixed up" in serve_table(result("serve"))
     screen = result("screen")
-    fleet = fleet_table(screen, result("serve"))
+    cluster = cluster_table(screen, result("serve"))
     rate = screen["cases"][0]["variants"]["screen, bf16"]["photos_per_s"] / screen["machine"]["cores"]
-    assert f"| screen, bf16 | {rate:.2f} | {1e8 / rate / 3600:,.0f} |" in fleet
-    assert "extrapolated" in fleet
+    assert f"| screen, bf16 | {rate:.2f} | {1e8 / rate / 3600:,.0f} |" in cluster
+    assert "extrapolated" in cluster
 
 
 def test_a_run_without_timing_is_refused(tmp_path: Path) -> None:

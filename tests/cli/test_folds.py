@@ -71,7 +71,7 @@ def test_folds_are_trained_pooled_and_resumed(
     assert "every photo once: AUROC " in text.stdout
 
 
-def test_a_fixed_split_cannot_be_dealt_again(cache: PhotoCache, tmp_path: Path) -> None:
+def test_a_fixed_split_cannot_be_split_again(cache: PhotoCache, tmp_path: Path) -> None:
     split = tmp_path / "split.csv"
     assert run("cache", "split", cache.path, "--folds", 3, "--output", split).exit_code == 0
     config = tmp_path / "run.toml"
@@ -90,7 +90,7 @@ def test_a_fixed_split_cannot_be_dealt_again(cache: PhotoCache, tmp_path: Path) 
         (("--folds", 4, "--resume"), 1, "config.toml: cannot be read"),
     ],
 )
-def test_wrong_use_is_said(
+def test_wrong_use_is_reported(
     cache: PhotoCache, tmp_path: Path, options: tuple[object, ...], code: int, message: str
 ) -> None:
     result = run("train", cache.path, "--output", tmp_path / "runs", *options)

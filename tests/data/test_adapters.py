@@ -399,7 +399,7 @@ def test_every_adapter_has_a_test() -> None:
     assert len(ADAPTERS) == 21
 
 
-def test_contradictions_and_odd_values_are_unknown_and_said(tmp_path: Path) -> None:
+def test_contradictions_and_odd_values_are_noted_as_unknown(tmp_path: Path) -> None:
     tree(tmp_path, ["train/10_left.jpeg", "train/11_left.jpeg"])
     text(tmp_path, "trainLabels.csv", "image,level\n10_left,0\n11_left,7\n")
     text(tmp_path, "testLabels.csv", "image,level\n10_left,3\n")

@@ -131,10 +131,10 @@ def test_looks_by_hand() -> None:
     # Brightness and illumination have little influence.
     ramp = np.linspace(0.8, 1, 200)[None, :, None]
     assert np.mean(local_contrast((image * ramp).astype(np.uint8)) * detail) > 0.95
-    look = np.frombuffer(perceptual_hash(image), np.uint8)[None]
+    packed = np.frombuffer(perceptual_hash(image), np.uint8)[None]
     turned = np.frombuffer(perceptual_hash(np.ascontiguousarray(image[:, ::-1])), np.uint8)[None]
-    assert np.unpackbits(flipped_hashes(look) ^ turned).sum() <= 4
-    np.testing.assert_array_equal(flipped_hashes(flipped_hashes(look)), look)
+    assert np.unpackbits(flipped_hashes(packed) ^ turned).sum() <= 4
+    np.testing.assert_array_equal(flipped_hashes(flipped_hashes(packed)), packed)
     assert not local_contrast(np.zeros((200, 200, 3), np.uint8)).any()
 
 
@@ -167,7 +167,7 @@ def test_near_pairs_of_many_photos_in_bounded_time() -> None:
 
 
 @pytest.mark.real_data
-def test_real_photos_are_told_apart(real_data: Path, tmp_path: Path) -> None:
+def test_real_photos_are_distinguished(real_data: Path, tmp_path: Path) -> None:
     """Re-encoded photos of ODIR are recognised as copies; different eyes are not."""
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -46,7 +46,7 @@ def test_names_are_text_not_markup(photo_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_circle_is_drawn_on_the_rim(cache: PhotoCache, tmp_path: Path) -> None:
-    write_preview(cache, tmp_path / "preview.html", most=1)
+    write_preview(cache, tmp_path / "preview.html", limit=1)
     shown = pictures((tmp_path / "preview.html").read_text())
     assert len(shown) == 2
     photo, crop = shown
@@ -59,10 +59,10 @@ def test_the_circle_is_drawn_on_the_rim(cache: PhotoCache, tmp_path: Path) -> No
 
 
 def test_many_photos_are_a_choice(cache: PhotoCache, tmp_path: Path) -> None:
-    assert write_preview(cache, tmp_path / "preview.html", most=12) == 12
+    assert write_preview(cache, tmp_path / "preview.html", limit=12) == 12
     page = (tmp_path / "preview.html").read_text()
     assert "12 of them are shown" in page
     assert len(re.findall("<figure", page)) == 12
     again = tmp_path / "again.html"
-    write_preview(cache, again, most=12)
+    write_preview(cache, again, limit=12)
     assert again.read_text() == page

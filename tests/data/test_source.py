@@ -153,14 +153,14 @@ def test_nothing_and_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shut_folders")
-def test_a_folder_that_cannot_be_searched_is_lost_and_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_searched_is_lost_and_reported(tmp_path: Path) -> None:
     touch(tmp_path, "open/a.jpg", "shut/b.jpg")
     listing = list_photos(tmp_path)
     assert [photo.name for photo in listing.photos] == ["open/a.jpg"]
     assert "shut: cannot be searched" in listing.lost[0]
 
 
-def test_links_to_folders_are_not_followed_and_said(tmp_path: Path) -> None:
+def test_links_to_folders_are_reported_but_not_followed(tmp_path: Path) -> None:
     touch(tmp_path, "photos/a.jpg", "elsewhere/b.jpg")
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     listing = list_photos(tmp_path / "photos")

@@ -71,7 +71,7 @@ def test_fixed_splits_are_kept() -> None:
     assert got == ["train", "train", "val", "val", "test", "test", "excluded", "excluded"]
 
 
-def test_a_side_that_a_fixed_split_lacks_is_dealt_from_training() -> None:
+def test_missing_sides_are_drawn_from_training() -> None:
     table, labels = many(100)
     sides = ["test" if patient in table["patient"][:40].to_list() else "train" for patient in table["patient"]]
     fixed = table.with_columns(split=pl.Series(sides))

@@ -408,9 +408,9 @@ def test_building_and_running_report_to_nobody(trained: Trained, tmp_path: Path)
 import sys, openvino_telemetry
 import numpy as np
 from pathlib import Path
-def told(*arguments, **named):
+def refuse(*arguments, **named):
     raise SystemExit("telemetry was started")
-openvino_telemetry.Telemetry.__init__ = told
+openvino_telemetry.Telemetry.__init__ = refuse
 from fastfundus.engines import openvino_backend
 from fastfundus.engines.runtime import Blueprint
 photos = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)

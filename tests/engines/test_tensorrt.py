@@ -101,7 +101,7 @@ assert logger.last() == "TensorRT gave no reason"
 logger.log(trt.ILogger.Severity.ERROR, "bad\\n thing")
 assert logger.last() == "bad thing"
 seen = []
-monitor = _monitor(trt, lambda *told: seen.append(told))
+monitor = _monitor(trt, lambda *event: seen.append(event))
 monitor.phase_start("tactics", None, 2)
 assert monitor.step_complete("tactics", 0)
 monitor.phase_finish("tactics")
@@ -331,14 +331,14 @@ def test_profiles_leave_no_batch_out() -> None:
 
 
 def test_a_plan_is_built_as_asked(world: World, graph: bytes) -> None:
-    summary: list[tuple[str, int, int]] = []
-    plan = planned(world, graph, PlanOptions(), progress=lambda *step: summary.append(step))
+    seen: list[tuple[str, int, int]] = []
+    plan = planned(world, graph, PlanOptions(), progress=lambda *step: seen.append(step))
     assert world.flags == {"no TF32"}
     assert not world.portable
     assert world.profiles == [(1, 1, 1), (2, 8, 8), (9, 64, 64)]
     assert json.loads(plan.layers) == {"Layers": ["one"]}
-    assert summary[0] == ("Building Engine", 0, 3)
-    assert summary[-1] == ("Building Engine", 3, 3)
+    assert seen[0] == ("Building Engine", 0, 3)
+    assert seen[-1] == ("Building Engine", 3, 3)
     planned(world, graph, PlanOptions((2,), portable=True, weightless=True), exact=False)
     assert world.flags == {"no TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT_IDENTICAL"}
     assert world.portable
@@ -370,23 +370,23 @@ def test_timings_are_kept_by_device_and_version(world: World, graph: bytes, tmp_
         ("load", r"cannot load the engine it built \(Version tag does not match\)"),
     ],
 )
-def test_refusals_of_the_builder_are_told(world: World, graph: bytes, what: str, say: str) -> None:
+def test_refusals_of_the_builder_are_reported(world: World, graph: bytes, what: str, say: str) -> None:
     world.refuse = what
     with pytest.raises(BundleError, match=say):
         planned(world, graph, PlanOptions())
 
 
 def test_ctrl_c_stops_the_builder(world: World, graph: bytes) -> None:
-    summary = []
+    seen = []
 
     def progress(phase: str, step: int, steps: int) -> None:
-        summary.append(step)
+        seen.append(step)
         if step == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         planned(world, graph, PlanOptions(), progress=progress)
-    assert summary == [0, 1], "the builder continued"
+    assert seen == [0, 1], "the builder continued"
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def photos() -> np.ndarray:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12, 23])
 def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, photos: np.ndarray, count: int) -> None:
-    """Batches of 1 and 4 are recorded; 2, 3 and the rest of 5 are not; 8, 12 and 23 alternate between both slots."""
+    """Batches of 1 and 4 are recorded; 2, 3 and the rest of 5 are not; 8, 12 and 23 alternate between both contexts."""
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, {"photos": photos[:count]})
     engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions((1, 4))).data, 64, "bundle")
@@ -494,7 +494,7 @@ def test_two_engines_share_the_context(world: World, graph: bytes, photos: np.nd
     assert not world.gpu.retained
 
 
-def test_what_fails_on_the_gpu_is_told_and_leaves_nothing(world: World, graph: bytes, photos: np.ndarray) -> None:
+def test_gpu_failures_are_reported_and_leave_nothing(world: World, graph: bytes, photos: np.ndarray) -> None:
     plan = planned(world, graph, PlanOptions((4,))).data
     for refuse, say in (
         ("load", r"bundle: TensorRT .* cannot load the engine \(Version tag does not match\); .*--backend openvino"),

@@ -177,12 +177,12 @@ def test_true_heatmaps_are_faithful_and_wrong_ones_are_not(
 ) -> None:
     photos, _ = with_exudates
     heat = yellow.explain(photos).heat[:, 0]
-    summary = faithfulness(yellow, photos, heat, 0)
-    assert summary.deletion.mean() < summary.random_deletion.mean() - 0.02
-    assert summary.insertion.mean() > summary.random_insertion.mean() + 0.02
+    right = faithfulness(yellow, photos, heat, 0)
+    assert right.deletion.mean() < right.random_deletion.mean() - 0.02
+    assert right.insertion.mean() > right.random_insertion.mean() + 0.02
     wrong = faithfulness(yellow, photos, heat.max() - heat, 0)
-    assert wrong.deletion.mean() > summary.deletion.mean()
-    assert wrong.insertion.mean() < summary.insertion.mean()
+    assert wrong.deletion.mean() > right.deletion.mean()
+    assert wrong.insertion.mean() < right.insertion.mean()
 
 
 def test_outcomes_show_the_surest_and_the_worst() -> None:
@@ -224,7 +224,7 @@ def test_a_cache_gets_sheets_by_outcome(trained: Trained, cache: PhotoCache, tmp
     page = (tmp_path / "explain.html").read_text()
     for outcome in OUTCOMES:
         assert f"<h2>{outcome}</h2>" in page
-    summary = json.loads((tmp_path / "faithfulness.json").read_text())
-    assert set(summary) in ({"deletion", "insertion", "random_deletion", "random_insertion"}, set())
+    recorded = json.loads((tmp_path / "faithfulness.json").read_text())
+    assert set(recorded) in ({"deletion", "insertion", "random_deletion", "random_insertion"}, set())
     refused = run("explain", trained.run, cache.path, "--output", tmp_path, "--label", "abnormall")
     assert "'abnormall' is not an output of the run; did you mean 'abnormal'?" in refused.output

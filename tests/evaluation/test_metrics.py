@@ -141,7 +141,7 @@ def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pyte
     )
 
 
-def test_intervals_cover_the_truth_and_know_of_patients() -> None:
+def test_intervals_cover_the_truth_and_resample_patients() -> None:
     """Simulate 60 studies; per-photo intervals would be too narrow, because the photos of a patient are identical."""
     truth, covered, widths = 0.7602, 0, []  # P(N(1, 1) > N(0, 1))
     for seed in range(60):
@@ -173,7 +173,7 @@ def threshold_of(predicted: np.ndarray, labels: np.ndarray, target: float, of: s
 
 
 @pytest.mark.parametrize("of", ["sensitivity", "specificity"])
-def test_threshold_interval_is_that_of_thresholds_chosen_anew(of: str) -> None:
+def test_threshold_interval_is_that_of_refitted_thresholds(of: str) -> None:
     """Compare with the spread of thresholds over simulated validation sets with two photos per patient."""
     thresholds, spans = [], []
     for seed in range(150):
@@ -191,7 +191,7 @@ def test_threshold_interval_is_that_of_thresholds_chosen_anew(of: str) -> None:
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])
-def test_specificity_threshold_is_the_lowest_that_reaches_its_target(target: float) -> None:
+def test_specificity_threshold_is_the_lowest_that_suffices(target: float) -> None:
     rng = np.random.default_rng(3)
     labels = (rng.uniform(size=300) < 0.3).astype(float)
     predicted = np.round(1 / (1 + np.exp(-rng.normal(labels, 1.0))), 2)

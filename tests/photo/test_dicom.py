@@ -248,7 +248,7 @@ def test_an_unknown_compression_is_unsupported(rgb: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("element", ["Rows", "Columns", "PhotometricInterpretation", "SamplesPerPixel"])
-def test_a_missing_element_is_told(rgb: np.ndarray, element: str) -> None:
+def test_a_missing_element_is_reported(rgb: np.ndarray, element: str) -> None:
     """Regression test; found by fuzzing."""
     result = prepare_bytes(dicom(rgb.tobytes(), **{element: None}), SPEC)
     assert result.status in (Status.UNREADABLE, Status.UNSUPPORTED)

@@ -102,13 +102,13 @@ class Server:
         return got
 
     @staticmethod
-    def _check(declared: Any, tensors: dict[str, np.ndarray], most: int) -> None:
+    def _check(declared: Any, tensors: dict[str, np.ndarray], max_batch: int) -> None:
         assert {entry.name for entry in declared} == set(tensors)
         for entry in declared:
             tensor = tensors[entry.name]
             assert tensor.dtype == TYPES[model_config_pb2.DataType.Name(entry.data_type)]
             assert tensor.shape[1:] == tuple(entry.dims)
-            assert 1 <= len(tensor) <= most
+            assert 1 <= len(tensor) <= max_batch
 
     @staticmethod
     def _python(folder: Path, config: Any) -> Callable[..., dict[str, np.ndarray]]:

@@ -51,10 +51,10 @@ def test_no_cost_is_negative() -> None:
 
 def test_predictions_by_hand() -> None:
     # 4 cores, 20 ms to prepare and 60 ms in the engine: 50 photos/s in total.
-    summary = predict(Machine(4), prepare_s=0.02, megabytes=1.0, engine_s=0.06)
-    assert summary.photos_per_s == pytest.approx(50)
-    assert summary.stages == pytest.approx({"preparing": 200, "engine": 4 / 0.06})
-    assert summary.limit == "engine"
+    prediction = predict(Machine(4), prepare_s=0.02, megabytes=1.0, engine_s=0.06)
+    assert prediction.photos_per_s == pytest.approx(50)
+    assert prediction.stages == pytest.approx({"preparing": 200, "engine": 4 / 0.06})
+    assert prediction.limit == "engine"
     # Storage of 30 MB/s and photos of 1 MB.
     slow = predict(Machine(4, storage_mb_per_s=30), prepare_s=0.02, megabytes=1.0, engine_s=0.06)
     assert (slow.photos_per_s, slow.limit) == (30, "storage")
@@ -123,11 +123,11 @@ def test_the_command_measures_and_predicts(trained: Trained, photo_folder: Path)
     result = run(*common, "--predict", "--cores", "64", "--storage", "500", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
-    summary, cores = found["prediction"], found["cores"]
+    prediction, cores = found["prediction"], found["cores"]
     expected = 64 / (cores / found["prepare"]["photos_per_s"] + cores / found["engine"]["photos_per_s"])
-    assert summary["photos_per_s"] == pytest.approx(min(expected, 500 / found["megabytes"]))
-    assert summary["photos_per_hour"] == pytest.approx(3600 * summary["photos_per_s"])
-    assert set(summary["stages"]) == {"preparing", "engine", "storage"}
+    assert prediction["photos_per_s"] == pytest.approx(min(expected, 500 / found["megabytes"]))
+    assert prediction["photos_per_hour"] == pytest.approx(3600 * prediction["photos_per_s"])
+    assert set(prediction["stages"]) == {"preparing", "engine", "storage"}
     spoken = run(*common, "--predict")
     for said in ("reading, decoding, cropping", "GFLOP/s", "of both in sequence", "photos per hour"):
         assert said in spoken.output

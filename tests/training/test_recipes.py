@@ -56,7 +56,7 @@ def test_estimated_memory_is_close_to_a_real_step() -> None:
     """Compare with the peak that the allocator counts in a real step, plus the parameters and the optimizer's state."""
     model = timm.create_model("resnet18", num_classes=1)
     config = TrainConfig.from_dict({"loop": {"batch_size": 4, "amp": False}})
-    summary = training_bytes(config, model, 64, torch.device("cpu"))
+    estimate = training_bytes(config, model, 64, torch.device("cpu"))
     step = TrainStep(
         model, model, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=False),
         nn.functional.binary_cross_entropy_with_logits, clip_norm=1.0, device=torch.device("cpu"),
@@ -74,7 +74,7 @@ def test_estimated_memory_is_close_to_a_real_step() -> None:
     held = sum(value.numel() * 4 for value in [*model.parameters(), *averaged.module.parameters()])
     held += sum(v.numel() * 4 for state in step.optimizer.state.values() for v in state.values() if v.numel() > 1)
     # The estimate has a margin of a quarter; the gradients are in the profiler's peak.
-    assert 0.8 < summary / (held + peak) < 1.6
+    assert 0.8 < estimate / (held + peak) < 1.6
 
 
 @pytest.mark.parametrize(

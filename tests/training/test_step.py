@@ -176,11 +176,11 @@ def test_resident_photos_give_the_same_batches(cache: PhotoCache) -> None:
     """Keep the photos in the memory of the device, as on a GPU that has room for them; here the device is the CPU."""
     rows = np.array([5, 2, 9])
     transforms = fixed_transforms(cache.spec, 2)
-    loaders = [PhotoLoader(cache.photos, rows, torch.device("cpu"), room=room) for room in (0, 3 * 64 * 64 * 3)]
+    loaders = [PhotoLoader(cache.photos, rows, torch.device("cpu"), free_bytes=free) for free in (0, 3 * 64 * 64 * 3)]
     assert [loader.resident for loader in loaders] == [False, True]
     batches = [loader.begin(np.array([9, 5]), transforms, 48)() for loader in loaders]
     assert torch.equal(*batches)
-    assert not PhotoLoader(cache.photos, rows, torch.device("cpu"), room=3 * 64 * 64 * 3 - 1).resident
+    assert not PhotoLoader(cache.photos, rows, torch.device("cpu"), free_bytes=3 * 64 * 64 * 3 - 1).resident
 
 
 def test_pinned_buffers_are_not_overwritten_during_copies(cache: PhotoCache, monkeypatch: pytest.MonkeyPatch) -> None:

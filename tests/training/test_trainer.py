@@ -121,7 +121,7 @@ def test_resume_after_sigkill_is_bit_for_bit(cache: PhotoCache, whole_run: Path,
         next(line for line in killed.stderr if line.startswith("epoch 1/3"))
         killed.kill()
     assert not (tmp_path / "parts" / "operating_point.json").exists()
-    subprocess.run([*command, str(tmp_path / "parts"), "--resume"], check=True, capture_output=True, timeout=120)
+    Trainer(cache, tmp_path / "parts", TrainConfig.from_run(tmp_path / "parts"), resume=True).fit()
     states = [torch.load(run / "last.ckpt", weights_only=True) for run in (whole_run, tmp_path / "parts")]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name

@@ -56,13 +56,13 @@ def odir_labels(keywords: str) -> dict[str, Any]:
 def _odir_eyes(cells: Mapping[str, str], groups: Groups) -> Iterator[tuple[str, dict[str, Any]]]:
     """Split a row, which describes a patient, into its eyes: labels N to O are per patient, keywords per eye."""
     row = {name.strip().lower(): text.strip() for name, text in cells.items()}
-    metadata = {"patient": row.get("id"), "age": float(row["patient age"]) if row.get("patient age") else None}
-    metadata["sex"] = {"male": "M", "female": "F"}.get(row.get("patient sex", "").lower())
+    patient = {"patient": row.get("id"), "age": float(row["patient age"]) if row.get("patient age") else None}
+    patient["sex"] = {"male": "M", "female": "F"}.get(row.get("patient sex", "").lower())
     for eye, letter in (("left", "L"), ("right", "R")):
         file = row.get(f"{eye}-fundus", "")
         if file:
             keywords = row.get(f"{eye}-diagnostic keywords", "")
-            yield file.rsplit(".", 1)[0], {**metadata, "eye": letter, "keywords": keywords, **odir_labels(keywords)}
+            yield file.rsplit(".", 1)[0], {**patient, "eye": letter, "keywords": keywords, **odir_labels(keywords)}
 
 
 def _jsiec_classes() -> dict[str, dict[str, float | str | None]]:

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
 from fastfundus.data.labels import UNKNOWN, normal_eye, value_of
 from fastfundus.errors import DataError, require
-from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, told_name
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, utf8_name
 
 __all__ = ["detect_adapter", "list_with_adapter"]
 
@@ -84,7 +84,7 @@ def _photo(root: Path, path: str, groups: Groups, columns: dict[str, Any]) -> So
     patient = groups.get("patient") if patient is None else str(patient)
     eye = normal_eye(columns.pop("eye", None) or groups.get("eye"))
     camera = columns.pop("camera", None)
-    name = told_name(path)
+    name = utf8_name(path)
     return SourcePhoto(
         path=root / path,
         name=name,

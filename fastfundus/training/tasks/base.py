@@ -49,7 +49,7 @@ class Task(Protocol):
         """Return the loss: a function of logits and ground truth that returns a scalar."""
         ...
 
-    def load(self, device: torch.device, room: int) -> bool:
+    def load(self, device: torch.device, free_bytes: int) -> bool:
         """Prepare to make batches, and return whether the photos are now in device memory."""
         ...
 

@@ -89,9 +89,9 @@ class ClassificationTask:
             known=known_labels(self._truth, self._kind),
         )
 
-    def load(self, device: torch.device, room: int) -> bool:
+    def load(self, device: torch.device, free_bytes: int) -> bool:
         """Create the loader."""
-        self._loader = PhotoLoader(self._cache.photos, self._rows, device, room=room)
+        self._loader = PhotoLoader(self._cache.photos, self._rows, device, free_bytes=free_bytes)
         return self._loader.resident
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:

@@ -72,10 +72,10 @@ def class_loss(
     The arguments are those of `binary_loss`, but `truth` sums to 1 over the classes and smoothing is spread over all of
     them. The focal weight is (1 - p)^gamma, with p the probability of the true class.
     """
-    probabilities = functional.log_softmax(logits, dim=1)
-    loss = -probabilities * (truth * (1 - smoothing) + smoothing / logits.shape[1])
+    log_probabilities = functional.log_softmax(logits, dim=1)
+    loss = -log_probabilities * (truth * (1 - smoothing) + smoothing / logits.shape[1])
     if gamma > 0:
-        loss = loss * (1 - probabilities.exp()) ** gamma
+        loss = loss * (1 - log_probabilities.exp()) ** gamma
     loss = loss * weight
     return loss.sum() / len(logits)
 

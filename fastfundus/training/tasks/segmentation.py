@@ -89,12 +89,12 @@ class SegmentationTask:
         """Return the weighted sum of cross-entropy and Dice loss."""
         return partial(vessel_loss, dice=self._config.loss.dice, weight=self._config.loss.positive_weight)
 
-    def load(self, device: torch.device, room: int) -> bool:
+    def load(self, device: torch.device, free_bytes: int) -> bool:
         """Create the loaders of photos and masks."""
         # Masks take as much memory as photos.
-        self._loader = PhotoLoader(self._cache.photos, self._rows, device, room=room // 2)
+        self._loader = PhotoLoader(self._cache.photos, self._rows, device, free_bytes=free_bytes // 2)
         places = np.arange(len(self._rows))
-        self._mask_loader = PhotoLoader(self._masks, places, device, room=room // 2)
+        self._mask_loader = PhotoLoader(self._masks, places, device, free_bytes=free_bytes // 2)
         return self._loader.resident
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:

@@ -133,10 +133,10 @@ def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple
         have = label_columns(manifest)
         said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
         raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); select a column with --label")
-    truth, summary = _yes_or_no(manifest, label), label
+    truth, description = _yes_or_no(manifest, label), label
     if label == "normal":
-        truth, summary = 1 - truth, "1 - normal"
-    return Targets(truth[:, None], ("abnormal",), summary)
+        truth, description = 1 - truth, "1 - normal"
+    return Targets(truth[:, None], ("abnormal",), description)
 
 
 def _multilabel(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
