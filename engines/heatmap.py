@@ -11,6 +11,7 @@ from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.openvino_core import shared_core
 from fastfundus.engines.runtime import FEATURES, GRAPH
 from fastfundus.errors import BundleError
+from fastfundus.machine import cpu_computes_bfloat16
 
 __all__ = ["HEATMAP", "METHOD", "Heatmapper"]
 
@@ -36,9 +37,9 @@ class Heatmapper:
             graph = core.read_model(bundle.folder / GRAPH)
             graph.add_outputs(FEATURES)
             graph.reshape([1, bundle.spec.size, bundle.spec.size, 3])
-            # Match the precision of a float32 engine; for other engines, OpenVINO chooses the fastest.
+            # Match the precision of a float32 engine; for other engines, OpenVINO chooses the fastest that is native.
             config = {"PERFORMANCE_HINT": "LATENCY"}
-            if bundle.precision == "fp32":
+            if bundle.precision == "fp32" or not cpu_computes_bfloat16():
                 config["INFERENCE_PRECISION_HINT"] = "f32"
             self._features: Any = core.compile_model(graph, "CPU", config)
             self._heat: Any = core.compile_model(bundle.folder / HEATMAP, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -39,7 +39,7 @@ def _break_some(folder: Path) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output of an earlier demo.")
 @click.option("--patients", type=click.IntRange(40, 5000), default=300, show_default=True, help="Patients to train on.")
-@click.option("--epochs", type=click.IntRange(1, 1000), default=22, show_default=True)
+@click.option("--epochs", type=click.IntRange(1, 1000), default=14, show_default=True)
 def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
     r"""Run the whole workflow on synthetic photos: prepare, train, build-engine, screen, report.
 
@@ -77,9 +77,13 @@ def demo(output: Path, overwrite: bool, patients: int, epochs: int) -> None:
         write_dataset(clinic, 30, seed=6, abnormal_share=0.3, poor_share=0.12, long_sides=(1024, 1536, 2048))
         _break_some(clinic / "images")
     with _timed("prepare", times):
-        cache = prepare(photos, output / "cache", labels=photos / "labels.csv", size=144, backend="cpu")
+        cache = prepare(photos, output / "cache", labels=photos / "labels.csv", size=112, backend="cpu")
     with _timed("train --amp", times):
-        settings = {"model": {"backbone": "resnet18"}, "loop": {"epochs": epochs}, "optimizer": {"learning_rate": 2e-3}}
+        settings = {
+            "model": {"backbone": "resnet10t"},
+            "loop": {"epochs": epochs},
+            "optimizer": {"learning_rate": 3e-3},
+        }
         with TrainingBar(epochs) as bar:
             point = train_run(cache, run_path, TrainConfig.from_dict(settings), observer=bar)["labels"]["abnormal"]
     with _timed("build-engine", times):
