@@ -106,7 +106,7 @@ def test_a_salt_must_keep_a_secret(photo_folder: Path, tmp_path: Path) -> None:
     arguments = ("prepare", photo_folder, "--output", tmp_path / "cache", "--size", 64, "--patient-salt", salt)
     result = run(*arguments)
     assert result.exit_code == 1
-    assert "a salt of 5 bytes is too easy to guess" in result.stderr
+    assert "a patient salt of 5 bytes is too easy to guess" in result.stderr
     salt.write_text("0123456789abcdef0123456789abcdef\n")
     assert run(*arguments).exit_code == 0
     manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
