@@ -14,7 +14,7 @@ import torch
 from fastfundus.config import LoopConfig
 from fastfundus.machine import cpu_computes_bfloat16
 
-__all__ = ["autocast_dtype", "describe_precision", "emulated", "native_dtypes", "resolve_precision"]
+__all__ = ["autocast_dtype", "describe_precision", "native_dtypes", "resolve_precision"]
 
 HalfType = Literal["bfloat16", "float16"]
 
@@ -56,13 +56,9 @@ def resolve_precision(loop: LoopConfig, device: torch.device) -> tuple[LoopConfi
         return loop, "float32"
     if loop.amp_dtype == "auto":
         loop = replace(loop, amp_dtype=native[0] if native else "bfloat16")
-    slow = f", which {where} only emulates, several times slower than float32" if emulated(loop, device) else ""
-    return loop, f"{loop.amp_dtype} AMP{slow}"
-
-
-def emulated(loop: LoopConfig, device: torch.device) -> bool:
-    """Return whether resolved settings ask for a type that the device does not compute natively."""
-    return loop.amp is True and loop.amp_dtype not in native_dtypes(device)
+    emulated = loop.amp_dtype not in native
+    slow = f", which {where} only emulates, several times slower than float32" if emulated else ""
+    return loop, describe_precision(loop) + slow
 
 
 def autocast_dtype(loop: LoopConfig) -> torch.dtype | None:

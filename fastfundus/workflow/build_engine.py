@@ -26,6 +26,7 @@ from fastfundus.screening.drift import reference_of
 from fastfundus.training.run import Run
 from fastfundus.training.tasks.segmentation import mask_column, masks_in_cache
 from fastfundus.training.tasks.targets import read_targets
+from fastfundus.workflow.inputs import open_any_run
 
 __all__ = ["build_engine"]
 
@@ -62,7 +63,7 @@ def build_engine(
     Example:
         >>> bundle, report = fastfundus.build_engine("run/", "bundle.zip")
     """
-    run = run if isinstance(run, Run) else Run.open(Path(run))
+    run = open_any_run(run)
     photos = _open_for(run, [Path(cache)] if cache else list(run.caches))
     ranges = _open_for(run, [Path(calibration)]) if calibration else photos
     chosen, calibration_rows = _choose_photos(run, photos, ranges)

@@ -10,7 +10,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.evaluation.evaluation import evaluate_run, write_evaluation
 from fastfundus.evaluation.locked_run import Measured
 from fastfundus.training.run import Run
-from fastfundus.workflow.train import open_any
+from fastfundus.workflow.inputs import open_any_caches, open_any_run
 
 __all__ = ["evaluate"]
 
@@ -45,19 +45,15 @@ def evaluate(
         SpecMismatch: a cache has another preprocessing than the run.
         CheckpointError: the run is incomplete, or was changed after its thresholds were locked.
     """
-    opened = _opened(run)
+    opened = open_any_run(run)
     measured, document = evaluate_run(
         opened,
-        open_any(caches),
+        open_any_caches(caches),
         by=tuple(by),
-        against=_opened(against) if against else None,
+        against=open_any_run(against) if against else None,
         prevalence=prevalence,
         rules=tuple(rules),
     )
     if output is not None:
         write_evaluation(opened, measured, document, Path(output))
     return measured, document
-
-
-def _opened(run: str | Path | Run) -> Run:
-    return run if isinstance(run, Run) else Run.open(Path(run))

@@ -13,6 +13,7 @@ from fastfundus.evaluation.explain import Explainer
 from fastfundus.evaluation.heatmap_pages import explain_cache, explain_photos
 from fastfundus.training.run import Run
 from fastfundus.training.tasks.targets import finding_outputs
+from fastfundus.workflow.inputs import open_any_run
 
 __all__ = ["explain"]
 
@@ -47,7 +48,7 @@ def explain(
         ConfigError: the run outputs maps, or has no output `label`.
         DataError: a source does not exist or contains nothing.
     """
-    opened = run if isinstance(run, Run) else Run.open(Path(run))
+    opened = open_any_run(run)
     if opened.config.task == "vessels":
         raise ConfigError(
             "runs that map vessels need no heatmap, because their output is a map; screen photos with their bundle"

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
-from fastfundus.data.joined_cache import open_caches
 from fastfundus.data.split import SIDES
 from fastfundus.errors import ConfigError
 from fastfundus.evaluation.folds import pool_folds
@@ -22,8 +21,9 @@ from fastfundus.training.distributed import World, join_processes, was_restarted
 from fastfundus.training.observer import Observer
 from fastfundus.training.run import Run
 from fastfundus.training.trainer import Trainer
+from fastfundus.workflow.inputs import open_any_caches
 
-__all__ = ["ThresholdTargets", "open_any", "read_recipe", "train", "train_folds", "train_run"]
+__all__ = ["ThresholdTargets", "read_recipe", "train", "train_folds", "train_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def train(
     Example:
         >>> run = fastfundus.train("cache/", "run/", TrainConfig.from_dict({"model": {"backbone": "resnet18"}}))
     """
-    cache, folder, seen = open_any(caches), Path(output), observer or Observer()
+    cache, folder, seen = open_any_caches(caches), Path(output), observer or Observer()
     started = folder / "fold0" if folds else folder
     if resume:
         if config is not None:
@@ -102,13 +102,6 @@ def train(
         train_folds(cache, folder, config, folds, observers=lambda name: seen, **options)
         world.wait()
         return [Run.open(folder / f"fold{number}") for number in range(folds)]
-
-
-def open_any(caches: str | Path | PhotoCache | Sequence[str | Path]) -> PhotoCache:
-    """Return a cache that may be open already, or open one or several by path."""
-    if isinstance(caches, PhotoCache):
-        return caches
-    return open_caches(*map(Path, [caches] if isinstance(caches, str | Path) else caches))
 
 
 def train_run(
