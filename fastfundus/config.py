@@ -53,8 +53,13 @@ class ModelConfig:
 
     backbone: str = "resnet50"
     """timm model name. The paper uses ResNet-50; "resnet18" trains four times faster."""
-    init: str = "scratch"
-    """Initial weights: "scratch", "imagenet" (timm's, from its hub), or the path of a run or weights file."""
+    init: str = "auto"
+    """Initial weights: "scratch"; "imagenet", weights on this machine or from timm's hub; "hf_hub:owner/name", a timm
+    model on the Hugging Face hub; or the path of a run or weights file. "auto" is "imagenet" if this machine has such
+    weights, and "scratch" otherwise; it never downloads. The choice is stored with the run."""
+    normalisation: Literal["auto", "imagenet", "inception", "clip"] = "auto"
+    """Mean and standard deviation that the initial weights expect, by their name in timm ("inception": 0.5 and 0.5).
+    "auto" takes those of the weights, which timm and earlier runs state; other files are taken to expect "imagenet"."""
     drop_rate: float = 0.0
     """Dropout before the head, 0 to 0.9. Increase it if the validation loss rises while the training loss falls."""
     freeze: bool = False
@@ -150,8 +155,8 @@ class AugmentConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay to zero, and a moving average of the weights."""
 
-    learning_rate: float = 1e-3
-    """Peak learning rate. For pretrained weights, try 1e-4."""
+    learning_rate: float | Literal["auto"] = "auto"
+    """Peak learning rate. "auto" is 1e-3 from scratch, and 3e-4 from pretrained weights."""
     weight_decay: float = 0.02
     """Decoupled weight decay; not applied to biases and normalisation layers."""
     warmup_epochs: float = 1.0
@@ -160,17 +165,19 @@ class OptimizerConfig:
     """Largest gradient norm; larger gradients are scaled down."""
     ema_decay: float = 0.995
     """Decay per step of the averaged weights, which are validated and saved as best; 0 disables averaging."""
-    layer_decay: float = 1.0
+    layer_decay: float | Literal["auto"] = "auto"
     """Factor by which each layer's learning rate is lower than that of the layer above it, 0.3 to 1 (off), so that
     early layers of a pretrained backbone change less. RETFound fine-tunes its ViT with 0.65."""
 
     def __post_init__(self) -> None:
-        _check_range("optimizer.learning_rate", self.learning_rate, 1e-8, 10)
+        if self.learning_rate != "auto":
+            _check_range("optimizer.learning_rate", self.learning_rate, 1e-8, 10)
         _check_range("optimizer.weight_decay", self.weight_decay, 0, 1)
         _check_range("optimizer.warmup_epochs", self.warmup_epochs, 0, 1000)
         _check_range("optimizer.clip_norm", self.clip_norm, 1e-6, 1e6)
         _check_range("optimizer.ema_decay", self.ema_decay, 0, 0.99999)
-        _check_range("optimizer.layer_decay", self.layer_decay, 0.3, 1)
+        if self.layer_decay != "auto":
+            _check_range("optimizer.layer_decay", self.layer_decay, 0.3, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -386,11 +393,15 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 
 def _read_choice(kind: Any, value: Any, name: str) -> Any:
-    """Read a setting that is a boolean or one of several words."""
+    """Read a setting that is one of several words, or else a boolean or a number."""
     words = [word for part in typing.get_args(kind) for word in typing.get_args(part)]
-    if type(value) is bool or value in words:
+    number = float in typing.get_args(kind)
+    if (type(value) is bool and not number) or (type(value) is str and value in words):
         return value
-    raise ConfigError(f"{name} must be true, false or {' or '.join(map(json.dumps, words))}, got {value!r}")
+    if number and type(value) in (int, float):
+        return float(value)
+    others = "a number" if number else "true, false"
+    raise ConfigError(f"{name} must be {others} or {' or '.join(map(json.dumps, words))}, got {value!r}")
 
 
 def to_toml(plain: dict[str, Any]) -> str:

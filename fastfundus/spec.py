@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from fastfundus.errors import ConfigError, SpecMismatch, close_matches
 
-__all__ = ["PreprocessSpec", "fingerprint_of"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PreprocessSpec", "fingerprint_of"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Mean and standard deviation of R, G and B in 0 to 1. Source: ImageNet training set, as in torchvision's weights."""
 
 
 def fingerprint_of(value: Any) -> str:
@@ -22,8 +26,9 @@ def fingerprint_of(value: Any) -> str:
 class PreprocessSpec:
     """Field detection, crop, size and normalisation of one photo.
 
-    Specs with equal fields have equal fingerprints. Caches, checkpoints, bundles and results store the fingerprint, and
-    parts with different fingerprints refuse to work together.
+    Specs with equal fields have equal fingerprints. Checkpoints, bundles and results store the fingerprint, and parts
+    with different fingerprints refuse to work together. Mean and standard deviation belong to the model: a cache stores
+    the pixels before normalisation and serves models with any of them, see `pixels`.
     """
 
     version: int = 2
@@ -39,10 +44,10 @@ class PreprocessSpec:
     """Blacken everything outside the field circle and its margin, so that burned-in text cannot become a feature."""
     filter: Literal["area"] = "area"
     """Resampling filter: area average when shrinking, bilinear when enlarging."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from RGB in 0 to 1. Source: ImageNet training set, as in torchvision's published weights."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divides RGB in 0 to 1 after the mean is subtracted. Source: see `mean`."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from RGB in 0 to 1, as the model's weights expect."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divides RGB in 0 to 1 after the mean is subtracted, likewise."""
 
     def __post_init__(self) -> None:
         if self.version != 2:
@@ -71,6 +76,10 @@ class PreprocessSpec:
         plain = asdict(self)
         return plain | {"mean": list(self.mean), "std": list(self.std)}
 
+    def to_pixels_dict(self) -> dict[str, Any]:
+        """Return what `to_dict` does without mean and std, as a cache stores it."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("mean", "std")}
+
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> PreprocessSpec:
         """Read plain data.
@@ -89,8 +98,13 @@ class PreprocessSpec:
         """64 hex digits that identify this preprocessing."""
         return fingerprint_of(self.to_dict())
 
+    @property
+    def pixels(self) -> PreprocessSpec:
+        """The same preprocessing up to, but without, normalisation: mean and std have their defaults."""
+        return replace(self, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
     def require_same(self, other: PreprocessSpec, *, mine: str, theirs: str) -> None:
-        """Raise an error if two parts were preprocessed differently.
+        """Raise an error if the pixels of two parts were prepared differently; normalisation may differ.
 
         Args:
             other: spec of the other part.
@@ -98,11 +112,11 @@ class PreprocessSpec:
             theirs: description of the part that `other` belongs to.
 
         Raises:
-            SpecMismatch: the fingerprints differ; the message lists the fields that differ.
+            SpecMismatch: the pixels differ; the message lists the fields that differ.
         """
-        if self.fingerprint == other.fingerprint:
+        if self.pixels == other.pixels:
             return
-        here, there = self.to_dict(), other.to_dict()
+        here, there = self.to_pixels_dict(), other.to_pixels_dict()
         different = ", ".join(f"{key} {here[key]} / {there[key]}" for key in here if here[key] != there[key])
         raise SpecMismatch(
             f"{mine} and {theirs} were preprocessed differently ({different}); "

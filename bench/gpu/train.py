@@ -61,8 +61,9 @@ def stepper(
         forward = torch.compile(model, fullgraph=True, dynamic=False, **how)  # type: ignore[call-overload]
     averaged = AveragedModel(model, 0.999)
     graphs = compiled and not dry_run
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=1e-3, layer_decay=1.0))
     step = TrainStep(
-        model, forward, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"),
+        model, forward, optimizer, LoopConfig(amp=True, amp_dtype="bfloat16"),
         binary_loss,
         clip_norm=1.0, device=device, graphs=graphs,
     )  # fmt: skip

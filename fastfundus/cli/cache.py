@@ -61,7 +61,7 @@ def info(folder: Path, as_json: bool) -> None:
         "field_shapes": dict(used["field_shape"].fill_null("whole frame").value_counts(sort=True).rows()),
         "duplicate_pairs": len(opened.duplicates()),
         "labels": labels,
-        "spec": opened.spec.to_dict(),
+        "spec": opened.spec.to_pixels_dict(),
         "fingerprint": opened.spec.fingerprint,
         "source": str(opened.source),
         "bytes_on_disk": on_disk,

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 @click.option("--task", type=click.Choice(TASKS), help="What to learn  [default: abnormality]")
 @click.option("--label", "labels", multiple=True, help="Manifest column to learn; repeat it for multilabel.")
 @click.option("--backbone", help="timm model name  [default: resnet50]")
-@click.option("--init", help="Initial weights: scratch, imagenet, a run folder or a weights file  [default: scratch]")
+@click.option(
+    "--init",
+    help="Initial weights: scratch, imagenet, a run folder, a weights file or hf_hub:OWNER/NAME  [default: imagenet if "
+    "this machine has such weights]",
+)
 @click.option("--epochs", type=int, help="Passes over the training photos  [default: 30]")
 @click.option("--batch-size", type=int, help="Photos per step, over all processes  [default: 32]")
-@click.option("--learning-rate", type=float, help="Peak learning rate  [default: 0.001]")
+@click.option("--learning-rate", type=float, help="Peak learning rate  [default: by the initial weights]")
 @click.option("--fold", type=int, help="Fold to test on  [default: 0]")
 @click.option("--folds", type=click.IntRange(3, 100), help="Cross-validate: train this many folds and pool them.")
 @click.option("--label-fraction", type=float, help="Share of the training patients to learn from  [default: 1]")

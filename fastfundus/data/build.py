@@ -190,8 +190,8 @@ class _Build:
         write_manifest(self.partial / "manifest.parquet", self.photos, self._rows())
         metadata = {
             "schema": SCHEMA,
-            "spec": self.spec.to_dict(),
-            "fingerprint": self.spec.fingerprint,
+            "spec": self.spec.to_pixels_dict(),
+            "fingerprint": self.spec.pixels.fingerprint,
             "source": str(source.absolute()),
             "photos_per_file": photos_per_file(self.spec.size),
             "salted": self.salted,
@@ -242,7 +242,7 @@ class _Build:
 
     def _fingerprint(self) -> str:
         """Hash everything the build depends on, incrementally, so that a list of millions is not copied."""
-        digest = hashlib.sha256(f"{SCHEMA} {self.spec.fingerprint} {self.salted} {self.extends}".encode())
+        digest = hashlib.sha256(f"{SCHEMA} {self.spec.pixels.fingerprint} {self.salted} {self.extends}".encode())
         for photo, row in zip(self.photos, self.source_rows.tolist(), strict=True):
             # A reused row implies that its file is unchanged, so it needs no new stamp.
             seen = file_stamp(photo.path) if row < 0 else ()
@@ -264,13 +264,13 @@ class _Build:
 
 def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:
     """Return the existing cache to bring up to date, or None."""
-    atomic_write = _replaced_folder(output)
-    if not output.exists() and atomic_write.exists():
+    older = _replaced_folder(output)
+    if not output.exists() and older.exists():
         # A previous build was killed between its two renames: restore the old cache. The new one is complete but not
         # yet in place.
-        atomic_write.rename(output)
-    elif atomic_write.exists():
-        shutil.rmtree(atomic_write)
+        older.rename(output)
+    elif older.exists():
+        shutil.rmtree(older)
     if not output.exists():
         return None
     if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):

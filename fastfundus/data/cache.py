@@ -70,6 +70,7 @@ class PhotoCache:
 
     path: Path
     spec: PreprocessSpec
+    """How the pixels were prepared; mean and std have no meaning here."""
     photos: PhotoArray
     """[N, S, S, 3] uint8 RGB, memory-mapped, read-only."""
     manifest: pl.DataFrame
@@ -101,7 +102,8 @@ class PhotoCache:
                 f"has schema {metadata.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",
                 path=path,
             )
-        spec = PreprocessSpec.from_dict(metadata["spec"])
+        # Caches of earlier versions also stored a mean and std, which belong to the model.
+        spec = PreprocessSpec.from_dict(metadata["spec"]).pixels
         try:
             manifest = pl.read_parquet(path / "manifest.parquet", memory_map=False)
             photos = open_photos(path, len(manifest), spec.size, metadata["photos_per_file"])

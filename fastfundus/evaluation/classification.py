@@ -39,7 +39,7 @@ def fit_classification(
     targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
     model = run.load_model()
     logits = {
-        name: predict_logits(model, cache.photos, rows, cache.spec).astype(np.float64) for name, rows in sides.items()
+        name: predict_logits(model, cache.photos, rows, run.spec).astype(np.float64) for name, rows in sides.items()
     }
     val = targets.truth[sides["val"]]
     patients = cache.manifest["patient"].gather(sides["val"]).to_numpy()
@@ -126,7 +126,7 @@ def measure_classification(
     if not any(both_classes(column) for column in targets.truth[rows].T):
         raise DataError("no output has both classes in the photos to evaluate; add photos", path=cache.path)
     temperatures = np.array([points[name]["temperature"] for name in run.labels])
-    logits = predict_logits(run.load_model(), cache.photos, rows, cache.spec).astype(np.float64)
+    logits = predict_logits(run.load_model(), cache.photos, rows, run.spec).astype(np.float64)
     predicted = probabilities(logits / temperatures, ACTIVATIONS[run.config.task])
     thresholds = [points[name]["threshold"] for name in run.labels]
     return _measured(run, cache, rows, predicted, targets, thresholds, which, prevalence)

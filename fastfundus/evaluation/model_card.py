@@ -86,7 +86,8 @@ def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
     model = run.config.model
     yield "network", model.backbone
-    yield "initial weights", model.init
+    facts = [run.provenance[key] for key in ("origin", "license") if key in run.provenance]
+    yield "initial weights", f"{model.init} ({', '.join(facts)})" if facts else model.init
     yield "task", f"{run.config.task}: {', '.join(run.labels)}"
     yield "best epoch", f"{run.epoch}, with {run.score[0]} {run.score[1]:.4f} on validation"
     yield "SHA-256 of the weights", f"`{weights_hash(run)}`"

@@ -115,7 +115,7 @@ class _Photo:
 
 
 def _predicted(run: Run, cache: PhotoCache, rows: NDArray[np.int64], threshold: float | None = None) -> list[_Photo]:
-    maps = vessel_maps(run.load_model(), cache.photos, rows, cache.spec)
+    maps = vessel_maps(run.load_model(), cache.photos, rows, run.spec)
     photos = []
     for row, probabilities in zip(rows.tolist(), maps, strict=True):
         vessels, inside = native_masks(cache, row, mask_column(run.config))

@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.models.foreign import read_foreign
+from fastfundus.models.foreign import resample_positions
+from fastfundus.models.initial import InitReport, load_state, stated_normalisation
+from fastfundus.models.pretrained import download_weights, find_weights, is_hub_name
 
 __all__ = [
-    "InitReport",
     "check_backbone",
     "create_model",
-    "load_state",
-    "load_timm",
+    "set_prior",
     "set_training",
     "uses_channels_last",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class InitReport:
-    """The origin of a model's initial weights."""
-
-    source: str
-    """"scratch", "imagenet" or a path."""
-    loaded: int
-    """Number of tensors loaded from the source."""
-    fresh: tuple[str, ...]
-    """Randomly initialised tensors: the head, unless the source has a matching one."""
-    unused: tuple[str, ...] = ()
-    """Tensors of the source that were not loaded: those of another head, or not part of the model."""
-
-    def __str__(self) -> str:
-        if self.source == "scratch":
-            return "from scratch"
-        parts = [f"{self.loaded} tensors"]
-        parts += [f"randomly initialised: {', '.join(self.fresh)}"] if self.fresh else []
-        parts += [f"not used: {_named(self.unused)}"] if self.unused else []
-        return f"from {self.source} ({'; '.join(parts)})"
-
-
-def _named(names: tuple[str, ...], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def check_backbone(name: str) -> None:
@@ -62,62 +38,109 @@ def check_backbone(name: str) -> None:
         raise ConfigError(f"model.backbone {name!r} is not a timm model; similar names: {', '.join(close)}")
 
 
-def create_model(config: ModelConfig, outputs: int) -> tuple[nn.Module, InitReport]:
+def create_model(config: ModelConfig, outputs: int, *, size: int | None = None) -> tuple[nn.Module, InitReport]:
     """Build a classifier and load its initial weights.
 
+    The head starts with weights of zero, unless the source has a matching one: every photo begins with a probability
+    of one half (or 1 / C), whatever the backbone. timm draws the heads of some families from (-1, 1), which starts
+    training at several times that loss and spoils pretrained features within the first steps.
+
     Args:
-        config: backbone, init and dropout.
+        config: backbone, init and dropout; init "auto" counts as resolved to "scratch", see `resolve_init`.
         outputs: number of logits per photo.
+        size: side of the photos in pixels, for transformers built for a single size; None keeps their own.
 
     Returns:
         A module that maps float [N, 3, S, S] to logits [N, outputs], and a report on the origin of its weights.
 
     Raises:
-        ConfigError: timm has no such backbone.
+        ConfigError: timm has no such backbone, or it does not accept photos of this size.
         CheckpointError: the file given as init is missing or does not match, or the hub is unreachable.
     """
     check_backbone(config.backbone)
-    if config.init == "imagenet":
-        model = load_timm(config.backbone, num_classes=outputs, drop_rate=config.drop_rate)
-        classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
-        head = tuple(name for name, _ in classifier.named_parameters())
-        return model, InitReport("imagenet", len(model.state_dict()) - len(head), head)
-    model = timm.create_model(config.backbone, pretrained=False, num_classes=outputs, drop_rate=config.drop_rate)
-    if config.init == "scratch":
-        return model, InitReport("scratch", 0, ())
-    state = load_state(Path(config.init))
-    return model, _take_over(model, state, config.init)
+    options: dict[str, Any] = {"drop_rate": config.drop_rate} | fixed_size_options(config.backbone, size)
+    if config.init == "imagenet" or is_hub_name(config.init):
+        return _from_published(config, outputs, options)
+    create = partial(timm.create_model, config.backbone, num_classes=outputs, **options)
+    model = _sized_model(config.backbone, options, create)
+    if config.init in ("auto", "scratch"):
+        _zero_head(model)
+        return model, InitReport("scratch", 0, (), normalisation=stated_normalisation(config))
+    return model, _take_over(model, load_state(Path(config.init)), config)
 
 
-def load_timm(backbone: str, **options: Any) -> nn.Module:
-    """Create a timm model with its published weights, from the hub or its local cache.
+def _from_published(config: ModelConfig, outputs: int, options: dict[str, Any]) -> tuple[nn.Module, InitReport]:
+    weights = None if is_hub_name(config.init) else find_weights(config.backbone)
+    name = config.init if is_hub_name(config.init) else config.backbone
+    load = partial(weights.create, config.backbone) if weights else partial(download_weights, name)
+    model = _sized_model(config.backbone, options, partial(load, **options))
+    model.reset_classifier(outputs)  # type: ignore[operator]
+    published: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    head = _zero_head(model)
+    origin = weights.origin if weights else f"hub ({published.get('hf_hub_id') or published.get('url')})"
+    return model, InitReport(
+        config.init,
+        len(model.state_dict()) - len(head),
+        head,
+        normalisation=stated_normalisation(config, published),
+        origin=origin,
+        license=weights.license if weights else published.get("license") or "unknown",
+        sha256=weights.sha256 if weights else "",
+    )
 
-    Raises:
-        CheckpointError: timm has no weights for this backbone, or the hub is unreachable.
-    """
-    known = timm.list_pretrained(f"{backbone}*")
-    if not any(name.split(".")[0] == backbone.split(".")[0] for name in known):
-        raise CheckpointError(
-            f"timm has no published weights for {backbone}; choose another model.backbone, or set model.init to a file"
-        )
+
+def fixed_size_options(backbone: str, size: int | None) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model` for photos of a size that the backbone was not published for."""
+    published = timm.get_pretrained_cfg(backbone.split("/")[-1], allow_unregistered=True)
+    if size is None or published is None or not published.fixed_input_size or published.input_size[-1] == size:
+        return {}
+    return {"img_size": size}
+
+
+def _sized_model(backbone: str, options: dict[str, Any], create: Callable[[], nn.Module]) -> nn.Module:
+    """Create a model; if it is built for another size than published, check that it accepts photos of that size."""
+    if "img_size" not in options:
+        return create()
+    size = options["img_size"]
     try:
-        return timm.create_model(backbone, pretrained=True, **options)
-    except Exception as error:
-        # The hub client raises its own errors and those of urllib, ssl and requests; all mean that the download failed.
-        raise CheckpointError(
-            f"cannot download the ImageNet weights of {backbone} ({type(error).__name__}); on a machine without "
-            f"network access, copy timm's .safetensors file (timm/{known[0]} on huggingface.co) to it and set "
-            "model.init to its path"
+        model = create()
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+        if size % patch[0]:
+            raise ValueError(f"{size} is not a multiple of its patches of {patch[0]} pixels")
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        # timm's families refuse sizes with different errors.
+        own = timm.get_pretrained_cfg(backbone.split("/")[-1]).input_size[-1]
+        raise ConfigError(
+            f"{backbone} does not accept photos of {size} pixels ({str(error).splitlines()[0][:150]}); prepare a cache "
+            f"with --size {own}, or choose a convolutional backbone"
         ) from None
+    return model.train()
 
 
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Read weights from a run folder, or from any file that `read_foreign` supports, without running code from it.
+def _zero_head(model: nn.Module) -> tuple[str, ...]:
+    """Set the weights and biases of the head to zero, and return their names."""
+    names = []
+    for part in _head_names(model):
+        for name, parameter in model.get_submodule(part).named_parameters():
+            nn.init.zeros_(parameter)
+            names.append(f"{part}.{name}")
+    return tuple(names)
 
-    Raises:
-        CheckpointError: the file is missing or contains no plain tensors.
+
+def set_prior(model: nn.Module, bias: Tensor) -> None:
+    """Set the bias of a head of zeros, so that training starts from the prevalence of rare outputs.
+
+    Args:
+        model: a classifier from `create_model`.
+        bias: float [L] logits.
     """
-    return read_foreign(path / "best.safetensors" if path.is_dir() else path)[0]
+    for part in _head_names(model):
+        head = model.get_submodule(part)
+        if getattr(head, "bias", None) is not None:
+            with torch.no_grad():
+                head.bias.copy_(bias)  # type: ignore[operator]
 
 
 def set_training(model: nn.Module, *, freeze: bool) -> None:
@@ -139,10 +162,13 @@ def set_training(model: nn.Module, *, freeze: bool) -> None:
         head.train()
 
 
-def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitReport:
+def _take_over(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) -> InitReport:
     """Load every tensor with a matching name and shape; only tensors of the head may be missing or differ in shape."""
-    wanted = model.state_dict()
+    source, wanted = config.init, model.state_dict()
     head = {name for name in wanted if any(name.startswith(f"{part}.") for part in _head_names(model))}
+    place = wanted.get("pos_embed")
+    if place is not None and "pos_embed" in state and state["pos_embed"].shape != place.shape:
+        state = state | {"pos_embed": resample_positions(state["pos_embed"], place.shape[1], source)}
     fitting = {name: value for name, value in state.items() if name in wanted and wanted[name].shape == value.shape}
     missing = [name for name in wanted if name not in fitting and name not in head]
     if missing:
@@ -150,9 +176,27 @@ def _take_over(model: nn.Module, state: dict[str, Tensor], source: str) -> InitR
             f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are missing or differ in shape, "
             f"such as {missing[0]}; is it the same model.backbone?"
         )
-    model.load_state_dict(wanted | fitting)
+    # A head of which only a part matches would be a mixture of two.
     fresh = tuple(sorted(name for name in head if name not in fitting))
-    return InitReport(source, len(fitting), fresh, tuple(name for name in state if name not in fitting))
+    if fresh:
+        _zero_head(model)
+        fitting = {name: value for name, value in fitting.items() if name not in head}
+        fresh = tuple(sorted(head))
+    model.load_state_dict(model.state_dict() | fitting)
+    # timm's own files have the head of ImageNet's 1000 classes; no other file says how it was trained.
+    published = model.pretrained_cfg if _has_published_head(model, state) else None
+    return InitReport(
+        source,
+        len(fitting),
+        fresh,
+        tuple(name for name in state if name not in fitting),
+        normalisation=stated_normalisation(config, published),
+    )
+
+
+def _has_published_head(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    classes = model.pretrained_cfg["num_classes"]  # type: ignore[index]
+    return any(f"{part}.weight" in state and len(state[f"{part}.weight"]) == classes for part in _head_names(model))
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

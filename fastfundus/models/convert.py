@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.files import atomic_write
 from fastfundus.models.classifier import check_backbone
-from fastfundus.models.foreign import read_foreign
+from fastfundus.models.foreign import read_foreign, resample_positions
 
 __all__ = ["ConvertReport", "convert_weights", "guess_backbone"]
 
@@ -110,7 +108,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
         if value.shape == place.shape:
             used.append(found)
         elif name == "pos_embed" and value.ndim == 3 and value.shape[-1] == place.shape[-1]:
-            value = _resampled(value, place.shape[1], path)
+            value = resample_positions(value, place.shape[1], str(path))
             reshaped.append(found)
         else:
             raise CheckpointError(
@@ -145,17 +143,3 @@ def _found(tensors: dict[str, Tensor], prefix: str, name: str) -> str | None:
         if candidate in tensors:
             return candidate
     return None
-
-
-def _resampled(value: Tensor, length: int, path: Path) -> Tensor:
-    """Resample the position embeddings of a square grid to another grid; keep those of the tokens before the grid."""
-    old, new = (int(count**0.5) for count in (value.shape[1], length))
-    extra = value.shape[1] - old * old
-    if length - new * new != extra:
-        raise CheckpointError(
-            f"{path}: its {value.shape[1]} position embeddings cannot be resampled to {length}: the number of tokens "
-            "before the grid differs"
-        )
-    grid = value[:, extra:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([value[:, :extra].float(), grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)

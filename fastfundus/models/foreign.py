@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastfundus.errors import CheckpointError
 
-__all__ = ["read_foreign"]
+__all__ = ["read_foreign", "resample_positions"]
 
 _NESTED = ("state_dict", "model_state_dict", "model", "model_ema", "teacher", "net")
 """Keys under which training programs store the weights, in the order in which they are tried."""
@@ -96,3 +97,31 @@ def _taken_apart(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[st
         if isinstance(inner, nn.Module):
             found |= _taken_apart(inner, f"{prefix}{name}.", depth + 1)
     return found
+
+
+def resample_positions(value: Tensor, length: int, source: str) -> Tensor:
+    """Resample position embeddings to another square grid of patches; keep those of the tokens before the grid.
+
+    Args:
+        value: [1, T, C], T tokens.
+        length: number of tokens wanted.
+        source: name of their file, for the error.
+
+    Returns:
+        float32 [1, length, C].
+
+    Raises:
+        CheckpointError: the number of tokens before the grid differs.
+
+    Source: bicubic with antialiasing, as in timm's `resample_abs_pos_embed`.
+    """
+    old, new = (int(count**0.5) for count in (value.shape[1], length))
+    extra = value.shape[1] - old * old
+    if length - new * new != extra:
+        raise CheckpointError(
+            f"{source}: its {value.shape[1]} position embeddings cannot be resampled to {length}: the number of tokens "
+            "before the grid differs"
+        )
+    grid = value[:, extra:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([value[:, :extra].float(), grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], dim=1)

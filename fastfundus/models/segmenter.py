@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.models.classifier import InitReport, check_backbone, load_state, load_timm
+from fastfundus.models.classifier import check_backbone, create_model
+from fastfundus.models.initial import InitReport, load_state, stated_normalisation
+from fastfundus.models.pretrained import is_hub_name
 
 __all__ = ["STRIDE_PX", "create_segmenter"]
 
@@ -54,13 +57,16 @@ def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, Init
             f"model.backbone {config.backbone!r} cannot be used as a U-Net encoder ({str(error).splitlines()[0]}); "
             "choose a convolutional one, such as resnet50 or convnext_tiny"
         ) from None
-    if config.init == "scratch":
-        return model, InitReport("scratch", 0, ())
-    state = load_timm(config.backbone).state_dict() if config.init == "imagenet" else load_state(Path(config.init))
+    if config.init in ("auto", "scratch"):
+        return model, InitReport("scratch", 0, (), normalisation=stated_normalisation(config))
     wanted = model.state_dict()
-    if all(name in state and state[name].shape == value.shape for name, value in wanted.items()):
-        model.load_state_dict({name: state[name] for name in wanted})
-        return model, InitReport(config.init, len(wanted), ())
+    if config.init != "imagenet" and not is_hub_name(config.init):
+        state = load_state(Path(config.init))
+        if all(name in state and state[name].shape == value.shape for name, value in wanted.items()):
+            model.load_state_dict({name: state[name] for name in wanted})
+            return model, InitReport(config.init, len(wanted), (), normalisation=stated_normalisation(config))
+    classifier, report = create_model(config, 1)
+    state = classifier.state_dict()
     taken = _encoder_names(state, wanted)
     missing = [name for name in wanted if name.startswith("encoder.") and name not in taken]
     if missing:
@@ -71,7 +77,8 @@ def create_segmenter(config: ModelConfig, outputs: int) -> tuple[nn.Module, Init
     model.load_state_dict(wanted | taken)
     used = {id(value) for value in taken.values()}
     unused = tuple(name for name, value in state.items() if id(value) not in used)
-    return model, InitReport(config.init, len(taken), ("decoder", "segmentation_head"), unused)
+    fresh = ("decoder", "segmentation_head")
+    return model, replace(report, loaded=len(taken), fresh=fresh, unused=report.unused + unused)
 
 
 def _encoder_names(state: dict[str, Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:

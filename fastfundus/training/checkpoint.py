@@ -12,6 +12,7 @@ import torch
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError, ConfigError
+from fastfundus.spec import IMAGENET_MEAN, IMAGENET_STD
 from fastfundus.training.distributed import World
 from fastfundus.training.optimizer import AveragedModel
 from fastfundus.training.run import SCHEMA, run_file
@@ -35,6 +36,11 @@ class TrainState:
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the float16 gradient scaler; empty if none is used."""
     history: list[dict[str, float]] = field(default_factory=list)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Normalisation that the initial weights expect; runs of version 0.1 always used ImageNet's."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    provenance: dict[str, str] = field(default_factory=dict)
+    """The origin of the initial weights; see `InitReport.provenance`."""
 
 
 def make_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from fastfundus.photo.memory import keep_memory
 from fastfundus.training.distributed import World
 from fastfundus.training.memory import input_side, training_bytes
 from fastfundus.training.optimizer import build_optimizer
-from fastfundus.training.precision import resolve_precision
+from fastfundus.training.precision import depthwise_in_float32
+from fastfundus.training.settings import resolve_settings
 from fastfundus.training.step import TrainStep
 from fastfundus.training.tasks.registry import create_task
 
@@ -97,11 +98,13 @@ def estimate_training(cache: PhotoCache, config: TrainConfig, *, say: Callable[[
     # As in training: batches need megabytes of fresh memory each.
     keep_memory()
     device = World().device()
-    loop, precision = resolve_precision(config.loop, device)
-    config = replace(config, loop=loop)
-    say(f"training in {precision}")
+    config, notes = resolve_settings(config, device)
+    for note in notes:
+        say(note)
     task = create_task(cache, config, say)
     model, _ = task.create(config.model)
+    if device.type == "cpu":
+        depthwise_in_float32(model)
     model = model.to(device)
     if uses_channels_last(config.loop.channels_last, model):
         model = model.to(memory_format=torch.channels_last)

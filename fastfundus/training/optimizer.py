@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -10,21 +11,45 @@ from torch import nn
 
 from fastfundus.config import OptimizerConfig
 
-__all__ = ["AveragedModel", "build_optimizer"]
+__all__ = ["AveragedModel", "build_optimizer", "peak_rate", "resolve_rates"]
+
+_SCRATCH_RATE = 1e-3
+_PRETRAINED_RATE = 3e-4
+_PRETRAINED_DECAY = 0.75
+
+
+def resolve_rates(config: OptimizerConfig, *, pretrained: bool) -> OptimizerConfig:
+    """Replace automatic settings: the rates that suit random weights would destroy pretrained features."""
+    rate, decay = config.learning_rate, config.layer_decay
+    if rate == "auto":
+        rate = _PRETRAINED_RATE if pretrained else _SCRATCH_RATE
+    if decay == "auto":
+        decay = _PRETRAINED_DECAY if pretrained else 1.0
+    return replace(config, learning_rate=rate, layer_decay=decay)
+
+
+def peak_rate(config: OptimizerConfig) -> float:
+    """Return the peak learning rate of settings that `resolve_rates` returned."""
+    if config.learning_rate == "auto":
+        raise ValueError("the learning rate is not resolved: call resolve_rates first")
+    return config.learning_rate
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW for the weights that are trained; biases and normalisation layers (1-d tensors) do not decay."""
-    if config.layer_decay < 1:
+    rate, decay = peak_rate(config), config.layer_decay
+    if decay == "auto":
+        raise ValueError("the layer decay is not resolved: call resolve_rates first")
+    if decay < 1:
         # timm knows the order of the layers of its backbones.
-        groups = param_groups_layer_decay(model, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
+        groups = param_groups_layer_decay(model, weight_decay=config.weight_decay, layer_decay=decay)
     else:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
         ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 class AveragedModel:

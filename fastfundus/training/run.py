@@ -20,7 +20,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Run:
     """Epoch of the best checkpoint, counted from 1."""
     score: tuple[str, float]
     """Name and value of the best checkpoint's validation score."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Source, origin, licence and SHA-256 of the initial weights, as far as known; empty for runs of version 0.1."""
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -99,13 +101,16 @@ class Run:
             raise CheckpointError(f"{file}: {error}") from None
         caches = tuple(map(Path, header["caches"]))
         name, score = header["score"]
-        return cls(path, config, spec, tuple(header["labels"]), caches, int(header["epoch"]), (name, float(score)))
+        labels, best = tuple(header["labels"]), (name, float(score))
+        return cls(path, config, spec, labels, caches, int(header["epoch"]), best, header.get("provenance", {}))
 
     def load_model(self) -> nn.Module:
         """Build the network with the best weights, in evaluation mode, float32 on the CPU."""
-        plain = ModelConfig(backbone=self.config.model.backbone)
-        create = create_segmenter if self.config.task == "vessels" else create_model
-        model, _ = create(plain, len(self.labels))
+        plain = ModelConfig(backbone=self.config.model.backbone, init="scratch")
+        vessels = self.config.task == "vessels"
+        create: Callable[..., Any] = create_segmenter if vessels else create_model
+        sized = {} if vessels else {"size": self.spec.size}
+        model, _ = create(plain, len(self.labels), **sized)
         model.load_state_dict(load_file(self.path / "best.safetensors"))
         return model.eval()
 
@@ -120,6 +125,7 @@ def save_best(
     caches: tuple[Path, ...],
     epoch: int,
     score: tuple[str, float],
+    provenance: dict[str, str],
 ) -> None:
     """Write `best.safetensors` with the description that `Run.open` reads.
 
@@ -135,6 +141,7 @@ def save_best(
         "caches": [str(cache.absolute()) for cache in caches],
         "epoch": epoch,
         "score": list(score),
+        "provenance": provenance,
     }
     # safetensors has a single memory layout: channels-last weights are written in the default order.
     state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}

@@ -28,10 +28,11 @@ from fastfundus.training.loader import balanced_order, epoch_order, split_batch
 from fastfundus.training.memory import free_gpu_bytes, memory_warnings
 from fastfundus.training.metrics import MetricsWriter, RunningLoss, Throughput, measure_resident_throughput
 from fastfundus.training.observer import EpochResult, Observer
-from fastfundus.training.optimizer import AveragedModel, build_optimizer
-from fastfundus.training.precision import resolve_precision
+from fastfundus.training.optimizer import AveragedModel, build_optimizer, peak_rate
+from fastfundus.training.precision import depthwise_in_float32
 from fastfundus.training.run import begin_run, save_best
 from fastfundus.training.schedule import learning_rate
+from fastfundus.training.settings import resolve_settings, settings_of_run
 from fastfundus.training.step import TrainStep
 from fastfundus.training.tasks.base import Batch
 from fastfundus.training.tasks.registry import create_task
@@ -80,33 +81,37 @@ class Trainer:
         self.state, self.throughput = TrainState(), Throughput()
         self.running_loss = RunningLoss(self.device)
         limit_threads()
-        self.config, precision = self._resolve_precision(config, resume)
+        self.config, notes = self._resolve(config, resume)
         self.task = create_task(cache, self.config, self.observer.say)
         counts = ", ".join(f"{name} {count}" for name, count in side_counts(self.task.splits["split"]).items())
         self.observer.say(
             f"learning {self.task.summary}: {len(self.task.splits)} of {len(cache.manifest)} photos are ok and "
             f"labelled; {counts}; {self.task.splits['patient'].n_unique()} patients"
         )
-        self._build_model()
+        self._build_model(resume)
         if resume:
             self.resume()
         else:
             self._begin()
-        self.observer.say(f"training in {precision}")
+        self.task.spec = replace(cache.spec, mean=self.state.mean, std=self.state.std)
+        for note in notes:
+            self.observer.say(note)
         self._build_step()
 
-    def _resolve_precision(self, config: TrainConfig, resume: bool) -> tuple[TrainConfig, str]:
-        """Make the precision definite: that of the resumed run, else the fastest of rank 0's device."""
-        if resume and config.loop.amp == "auto":
-            kept = TrainConfig.from_run(self.output).loop
-            config = replace(config, loop=replace(config.loop, amp=kept.amp, amp_dtype=kept.amp_dtype))
-        loop, description = self.world.gather(resolve_precision(config.loop, self.device))[0]
-        return replace(config, loop=loop), description
+    def _resolve(self, config: TrainConfig, resume: bool) -> tuple[TrainConfig, list[str]]:
+        """Make automatic settings definite: those of the resumed run, else what suits rank 0's machine and weights."""
+        if resume:
+            return settings_of_run(config, self.output, self.device)
+        return self.world.gather(resolve_settings(config, self.device))[0]
 
-    def _build_model(self) -> None:
+    def _build_model(self, resume: bool) -> None:
         config = self.config
         torch.manual_seed(config.loop.seed)
-        model, self.init = self.task.create(config.model)
+        # A resumed run has its weights in its checkpoint; their source may be gone.
+        initial = replace(config.model, init="scratch") if resume else config.model
+        model, self.init = self.task.create(initial)
+        if self.device.type == "cpu":
+            depthwise_in_float32(model)
         self.channels_last = uses_channels_last(config.loop.channels_last, model)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=layout)
@@ -117,6 +122,8 @@ class Trainer:
         torch.manual_seed(config.loop.seed + self.world.rank)
 
     def _begin(self) -> None:
+        self.state.mean, self.state.std = self.init.normalisation.mean, self.init.normalisation.std
+        self.state.provenance = self.init.provenance()
         self.world.wait()
         if self.world.leads:
             begin_run(self.output, self.config, self.task.splits, self.device, self.observer.say)
@@ -269,7 +276,8 @@ class Trainer:
                     self.output,
                     self.averaged.module,
                     config=self.config,
-                    spec=self.cache.spec,
+                    spec=self.task.spec,
+                    provenance=state.provenance,
                     labels=self.task.outputs,
                     caches=self.cache.paths,
                     epoch=result.epoch,
@@ -291,7 +299,7 @@ class Trainer:
         """Return the learning rate of a step, counted from 0 over the whole run."""
         config = self.config.optimizer
         total, warmup = self.steps * self.config.loop.epochs, round(self.steps * config.warmup_epochs)
-        return learning_rate(step, peak=config.learning_rate, warmup=warmup, total=total)
+        return learning_rate(step, peak=peak_rate(config), warmup=warmup, total=total)
 
     def _batches(self, parts: list[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
         batches = self.task.batches(parts, epoch, self.device)

@@ -80,6 +80,7 @@ def build_engine(
         "run": str(run.path.absolute()),
         "backbone": run.config.model.backbone,
         "config": run.config.to_dict(),
+        "initial_weights": run.provenance,
         "epoch": run.epoch,
         # Hash of weights and thresholds, by which a bundle is traced to the operating point that was locked.
         "lock": point["lock"],

@@ -55,7 +55,7 @@ def test_init_from_a_file_with_another_head(tmp_path: Path, form: str) -> None:
     model, report = create_model(ModelConfig(**SMALL, init=str(path)), 1)
     assert report.fresh == ("fc.bias", "fc.weight")
     assert set(report.unused) == {"fc.bias", "fc.weight"}
-    assert "randomly initialised: fc.bias, fc.weight; not used: fc." in str(report)
+    assert "initialised anew: fc.bias, fc.weight; not used: fc." in str(report)
     assert torch.equal(model.conv1.weight, other.conv1.weight)  # type: ignore[union-attr]
 
 
@@ -101,7 +101,7 @@ def test_imagenet_without_network_suggests_a_file(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(
-        CheckpointError, match=r"copy timm's .safetensors file \(timm/resnet18.* and set model.init to its path"
+        CheckpointError, match=r"copy model.safetensors of huggingface.co/timm/resnet18.* as resnet18.safe"
     ):
         create_model(ModelConfig(**SMALL, init="imagenet"), 1)
 

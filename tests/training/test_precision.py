@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfundus.config import LoopConfig, TrainConfig
 from fastfundus.data import PhotoCache
@@ -128,3 +131,34 @@ def test_resuming_bfloat16_without_native_support_is_reported(  # type: ignore[n
     notes = Notes()
     Trainer(cache, tmp_path / "run", config, resume=True, observer=notes).fit()
     assert any("bfloat16 AMP, which this processor only emulates" in line for line in notes.lines)
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "test_convnext"])
+def test_depthwise_convolutions_compute_in_float32_under_amp(backbone: str) -> None:
+    """Only under autocast: float32 results, names and copies of the network stay as they are."""
+    torch.manual_seed(0)
+    plain = timm.create_model(backbone, num_classes=1).eval()
+    changed = copy.deepcopy(plain)
+    precision.depthwise_in_float32(changed)
+    assert changed.state_dict().keys() == plain.state_dict().keys()
+    inputs, seen = torch.randn(2, 3, 64, 64), set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function is torch.ops.aten.convolution.default:
+                seen.add((args[8] > 1, args[0].dtype, args[1].dtype))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        assert torch.equal(changed(inputs), plain(inputs))
+        expected = plain(inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, again = changed(inputs), copy.deepcopy(changed)(inputs)
+            with Record():
+                changed(inputs)
+    half, full = torch.bfloat16, torch.float32
+    assert seen == {(True, full, full), (False, half, half)}, "only depthwise convolutions are in float32"
+    assert torch.equal(rounded, again)
+    # Two networks of bfloat16 layers: each is within a few of its 8-bit roundings of float32.
+    scale = float(expected.abs().max()) + 0.05
+    assert float((rounded.float() - expected).abs().max()) < 0.1 * scale

@@ -19,6 +19,8 @@ from fastfundus.training.optimizer import AveragedModel, build_optimizer
 from fastfundus.training.step import TrainStep
 from tests.cli.test_cli import run
 
+RATES = OptimizerConfig(learning_rate=1e-3, layer_decay=1.0)
+
 
 def test_every_recipe_is_listed_and_valid() -> None:
     files = {entry.name for entry in resources.files("fastfundus.recipes").iterdir() if entry.name.endswith(".toml")}
@@ -30,7 +32,7 @@ def test_every_recipe_is_listed_and_valid() -> None:
         assert timm.is_model(config.model.backbone)
         # Comments give the reasons for the settings.
         assert text.count("#") >= 6
-        assert config.model.init == "scratch", "a recipe cannot know the path of an upstream run"
+        assert config.model.init == "auto", "a recipe cannot know the path of an upstream run"
 
 
 def test_dry_run_estimates_the_cost_and_writes_nothing(cache: PhotoCache, tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_estimated_memory_is_close_to_a_real_step() -> None:
     config = TrainConfig.from_dict({"loop": {"batch_size": 4, "amp": False}})
     estimate = training_bytes(config, model, 64, torch.device("cpu"))
     step = TrainStep(
-        model, model, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=False),
+        model, model, build_optimizer(model, RATES), LoopConfig(amp=False),
         nn.functional.binary_cross_entropy_with_logits, clip_norm=1.0, device=torch.device("cpu"),
     )  # fmt: skip
     batch = [(torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.zeros(4, 1))]

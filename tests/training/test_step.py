@@ -25,6 +25,8 @@ from fastfundus.training.schedule import training_size
 from fastfundus.training.step import TrainStep
 from fastfundus.training.tasks.losses import binary_loss, vessel_loss
 
+RATES = OptimizerConfig(learning_rate=1e-3, layer_decay=1.0)
+
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +81,7 @@ def stepped(accumulate: int, *, count: int = 10, **loop: object) -> tuple[dict[s
     torch.manual_seed(0)
     model, inputs = Small(), torch.randn(count, 3, 8, 8)
     targets = (torch.rand(count, 1) < 0.5).float()
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_optimizer(model, RATES)
     config = LoopConfig(**{"amp": False, **loop})
     step = TrainStep(model, model, optimizer, config, binary_loss, clip_norm=1.0, device=torch.device("cpu"))
     parts = [(inputs[part], targets[part]) for part in split_batch(np.arange(count), accumulate)]
@@ -104,7 +106,7 @@ def test_float16_matches_float32_and_skips_overflows() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = LoopConfig(amp=True, amp_dtype="float16")
     step = TrainStep(
-        model, model, build_optimizer(model, OptimizerConfig()), config,
+        model, model, build_optimizer(model, RATES), config,
         lambda logits, targets: 1e30 * logits.mean(), clip_norm=1.0, device=torch.device("cpu"),
     )  # fmt: skip
     scale = step.scaler.get_scale()
@@ -243,7 +245,7 @@ def test_step_compiles_once_to_one_graph(backbone: str, maps: bool) -> None:
     forward = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     loss = partial(vessel_loss, dice=0.5) if maps else binary_loss
     step = TrainStep(
-        model, forward, build_optimizer(model, OptimizerConfig()), LoopConfig(amp=True, amp_dtype="bfloat16"), loss,
+        model, forward, build_optimizer(model, RATES), LoopConfig(amp=True, amp_dtype="bfloat16"), loss,
         clip_norm=1.0, device=torch.device("cpu"),
     )  # fmt: skip
     graphs = []

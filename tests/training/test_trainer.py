@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -28,9 +27,9 @@ from fastfundus.files import atomic_write
 from fastfundus.training.checkpoint import save_checkpoint
 from fastfundus.training.observer import EpochResult, Observer
 from fastfundus.training.optimizer import AveragedModel
-from fastfundus.training.precision import resolve_precision
 from fastfundus.training.run import Run, save_best
 from fastfundus.training.schedule import learning_rate
+from fastfundus.training.settings import resolve_settings
 from fastfundus.training.tasks import losses as loss
 from fastfundus.training.trainer import Interrupted, Trainer
 from tests.conftest import Trained
@@ -184,7 +183,7 @@ def test_a_full_disk_keeps_the_best_weights(trained: Trained, tmp_path: Path) ->
     before = (run.path / "best.safetensors").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    metadata = {"config": run.config, "spec": run.spec, "labels": run.labels, "caches": run.caches}
+    metadata = {"config": run.config, "spec": run.spec, "labels": run.labels, "caches": run.caches, "provenance": {}}
     try:
         with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be written .*free disk space"):
             save_best(run.path, run.load_model(), **metadata, epoch=9, score=("auroc", 0.9))
@@ -299,7 +298,10 @@ def test_a_run_folder_is_complete(cache: PhotoCache, tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     assert TrainConfig.from_toml(tmp_path / "run" / "config.toml") == run.config
     asked = settings(epochs=2)
-    assert run.config == replace(asked, loop=resolve_precision(asked.loop, torch.device("cpu"))[0])
+    assert run.config == resolve_settings(asked, torch.device("cpu"))[0]
+    assert run.config.model.init == "scratch"
+    assert any("no ImageNet weights of test_resnet on this machine: training from scratch" in text for text in said)
+    assert run.provenance == {"source": "scratch"}
     assert run.spec == cache.spec
     assert run.labels == ("abnormal",)
     splits = pl.read_parquet(tmp_path / "run" / "splits.parquet")

@@ -18,7 +18,8 @@ from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.leakage import pair_positions
 from fastfundus.data.split import assign_splits
-from fastfundus.models.classifier import InitReport
+from fastfundus.models.initial import InitReport
+from fastfundus.spec import PreprocessSpec
 from fastfundus.training.distributed import World
 
 __all__ = ["Batch", "Task", "assign_split"]
@@ -30,6 +31,8 @@ Batch = tuple[Tensor, Tensor]
 class Task(Protocol):
     """A task, as the trainer uses it."""
 
+    spec: PreprocessSpec
+    """Preprocessing of the photos; the trainer sets the normalisation that the model expects."""
     outputs: tuple[str, ...]
     """Names of the model's outputs."""
     splits: pl.DataFrame

@@ -14,7 +14,8 @@ from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import ConfigError, DataError
 from fastfundus.models.activation import ACTIVATIONS, probabilities
-from fastfundus.models.classifier import InitReport, create_model
+from fastfundus.models.classifier import create_model, set_prior
+from fastfundus.models.initial import InitReport
 from fastfundus.training.augment import draw_epoch
 from fastfundus.training.distributed import World
 from fastfundus.training.loader import PhotoLoader, prefetch
@@ -23,7 +24,7 @@ from fastfundus.training.precision import autocast_dtype
 from fastfundus.training.predict import predict_logits
 from fastfundus.training.schedule import training_size
 from fastfundus.training.tasks.base import Batch, assign_split
-from fastfundus.training.tasks.losses import LOSSES, known_labels, rarity_weight
+from fastfundus.training.tasks.losses import LOSSES, known_labels, prior_bias, rarity_weight
 from fastfundus.training.tasks.targets import finding_outputs, read_targets, usable_rows
 
 __all__ = ["ClassificationTask"]
@@ -50,7 +51,7 @@ class ClassificationTask:
             raise DataError(
                 "no photo has both status ok and a label; check these columns of the manifest", path=cache.path
             )
-        self._cache, self._config, self._kind = cache, config, ACTIVATIONS[config.task]
+        self._cache, self._config, self._kind, self.spec = cache, config, ACTIVATIONS[config.task], cache.spec
         self.outputs, self.summary = targets.outputs, targets.summary
         self.selection_metric = "qwk" if config.task == "ordinal" else "auroc"
         truth, strata = targets.truth[rows], targets.strata[rows]
@@ -65,13 +66,21 @@ class ClassificationTask:
 
     def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
         """Build the network."""
-        model, init = create_model(config, len(self.outputs))
+        model, init = create_model(config, len(self.outputs), size=self._cache.spec.size)
+        if init.fresh or init.source == "scratch":
+            set_prior(model, torch.from_numpy(self._prior()))
         first = self._config.loop.first_size
         if first < 1 and hasattr(model, "patch_embed"):
             raise ConfigError(
                 f"loop.first_size is {first}, but {config.backbone} accepts only one photo size; set it to 1"
             )
         return model, init
+
+    def _prior(self) -> NDArray[np.float32]:
+        # Weights and a balanced sampler make rare outputs as frequent as others.
+        if self._config.loss.positive_weight != 1 or self._config.loop.sampler == "balanced":
+            return np.zeros(len(self.outputs), np.float32)
+        return prior_bias(self._truth, self._kind)
 
     def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the loss of the head; a weight of 0 is replaced by one computed from the training photos."""
@@ -96,7 +105,7 @@ class ClassificationTask:
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
         """Yield batches, and prefetch the next one while the model trains."""
-        config, spec = self._config, self._cache.spec
+        config, spec = self._config, self.spec
         seed, count = config.loop.seed, len(self._rows)
         transforms = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
         size = training_size(epoch, epochs=config.loop.epochs, size=spec.size, first=config.loop.first_size)
@@ -119,9 +128,7 @@ class ClassificationTask:
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
         dtype = autocast_dtype(self._config.loop)
-        own = predict_logits(
-            model, self._cache.photos, self._val_rows[mine], self._cache.spec, dtype=dtype, device=device
-        )
+        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self.spec, dtype=dtype, device=device)
         logits = np.empty((len(self._val_rows), len(self.outputs)))
         for rank, values in enumerate(world.gather(own)):
             logits[rank :: world.size] = values

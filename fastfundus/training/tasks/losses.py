@@ -15,7 +15,16 @@ from torch.nn import functional
 
 from fastfundus.models.activation import Activation
 
-__all__ = ["LOSSES", "binary_loss", "class_loss", "grade_loss", "known_labels", "rarity_weight", "vessel_loss"]
+__all__ = [
+    "LOSSES",
+    "binary_loss",
+    "class_loss",
+    "grade_loss",
+    "known_labels",
+    "prior_bias",
+    "rarity_weight",
+    "vessel_loss",
+]
 
 
 def binary_loss(
@@ -137,6 +146,38 @@ def known_labels(truth: NDArray[np.float64], kind: Activation) -> float:
     if kind == "cumulative":
         return float(1 + truth[:, :-1].sum() / len(truth))
     return float(np.isfinite(truth).sum() / len(truth))
+
+
+_RARE = 0.1
+
+
+def prior_bias(truth: NDArray[np.float64], kind: Activation) -> NDArray[np.float32]:
+    """Return biases for which a head of zeros predicts the prevalence of rare outputs, and one half (1 / C) otherwise.
+
+    Without them, the first steps of training only learn that rare findings are rare.
+
+    Args:
+        truth: [N, L] labels of the training photos, 0, 1 or NaN.
+        kind: activation of the outputs.
+
+    Returns:
+        [L] logits. With "softmax", all are log prevalences if a class has less than half of an equal share; otherwise,
+        outputs (or steps of a grade) below 10 % or above 90 % get the logit of their prevalence.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
+    """
+    known = ~np.isnan(truth)
+    if kind == "cumulative":
+        # A step is known for the photos that reached the grade before.
+        known[:, 1:] &= truth[:, :-1] == 1
+    # One further photo of each kind, so that an output without positives has a finite bias.
+    share = (np.where(known, truth, 0).sum(axis=0) + 1) / (known.sum(axis=0) + 2)
+    if kind == "softmax":
+        share /= share.sum()
+        rare = share.min() < 0.5 / len(share)
+        return np.log(share).astype(np.float32) if rare else np.zeros(len(share), np.float32)
+    rare = (share < _RARE) | (share > 1 - _RARE)
+    return np.where(rare, np.log(share / (1 - share)), 0).astype(np.float32)
 
 
 def rarity_weight(truth: NDArray[np.float64], kind: Activation) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from fastfundus.data.masks import MASK_COLUMN, crop_transform, native_masks, pho
 from fastfundus.data.store import PhotoArray
 from fastfundus.errors import ConfigError
 from fastfundus.kernels.ops import sample
-from fastfundus.models.classifier import InitReport
+from fastfundus.models.initial import InitReport
 from fastfundus.models.segmenter import STRIDE_PX, create_segmenter
 from fastfundus.spec import PreprocessSpec
 from fastfundus.training.augment import Transforms, draw_epoch
@@ -68,7 +68,7 @@ class SegmentationTask:
             )
         if config.loss.positive_weight == 0:
             raise ConfigError("loss.positive_weight is 0, which vessels do not support; set it to a positive number")
-        self._cache, self._config, self.summary = cache, config, f"vessels from {column!r}"
+        self._cache, self._config, self.spec, self.summary = cache, config, cache.spec, f"vessels from {column!r}"
         self.splits = assign_split(cache, rows, None, config, {}, say)
         train, val = (rows[(self.splits["split"] == name).to_numpy()] for name in ("train", "val"))
         largest = int(cache.manifest["window_side_px"].gather(rows).max())  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class SegmentationTask:
 
     def batches(self, parts: list[NDArray[np.int64]], epoch: int, device: torch.device) -> Generator[Batch]:
         """Yield batches of tiles, and prefetch the next one while the model trains."""
-        config, spec, tile = self._config, self._cache.spec, self._config.loop.tile
+        config, spec, tile = self._config, self.spec, self._config.loop.tile
         seed, count = config.loop.seed, len(self.strata)
         transforms = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
         # Output positions are first shifted to the tile's random place in the augmented photo.
@@ -124,7 +124,7 @@ class SegmentationTask:
             model,
             self._cache.photos,
             self._val_rows[mine],
-            self._cache.spec,
+            self.spec,
             dtype=autocast_dtype(self._config.loop),
             device=device,
         )
