@@ -1,8 +1,9 @@
-"""Check that an image is a colour fundus photograph, by its colours and the shape of its lit region."""
+"""Check that an image is a colour fundus photograph: by its colours, its texture, and the shape of its lit region."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,17 +13,31 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.field import Field
 from fastfundus.records import Status
 
-__all__ = ["judge_kind", "retinal_share"]
+__all__ = ["Texture", "judge_kind", "measure_texture", "retinal_share"]
 
 _BLACK = 12
 """An image whose brightest parts stay below this grey level is black."""
+_MAX_EXCESS_ROUND = 0.8
+_MAX_EXCESS = 0.0
+"""Limits of `Texture.excess` for a round field on a dark frame, which is evidence in itself, and without one. Of 4,100
+public photographs of retinas, one of severe myopia comes closest to the first; 99.7 % of 900 squares cut out of their
+fields stay below the second. Of 640 photographs of animals, people, buildings and landscapes, none does."""
+_MAX_CONTRAST = 0.2
+"""Limit of `Texture.contrast` without a round field: all of those squares stay below it."""
+_MIN_TINT = 0.25
+"""Limit of `Texture.tint`: 0.32 or more in those retinas, below 0.27 in half of those photographs."""
+_LOGS = np.log(np.arange(256) + 16).astype(np.float32)
+"""Logarithm of a grey level; the offset keeps the noise of dark pixels from counting as contrast."""
+_INNER = np.ones((15, 15), np.uint8)
+"""Keeps 7 pixels of distance from the edge of the field, whose gradient is not the retina's."""
 
 
 def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
     """Reject images that are not colour fundus photographs.
 
-    A round field on a dark frame is evidence of a fundus camera, so its colours only need to be plausible. An image
-    without a field edge (a retina cropped inside its field, a montage, a landscape) must be reddish nearly everywhere.
+    A round field on a dark frame is evidence of a fundus camera, so its colours and texture only need to be plausible.
+    An image without a field edge (a retina cropped inside its field, a montage, a landscape) must be reddish nearly
+    everywhere, and as smooth as a retina.
 
     Args:
         small: uint8 [h, w, 3] RGB from `shrink`.
@@ -49,6 +64,7 @@ def judge_kind(small: NDArray[np.uint8], field: Field | None) -> None:
         raise PhotoError(Status.NOT_FUNDUS, "the colours are not those of a retina")
     if not edge:
         _check_without_edge(small)
+    _check_texture(small, field, edge)
 
 
 def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -> float:
@@ -71,6 +87,81 @@ def retinal_share(planes: Sequence[NDArray[np.uint8]], lit: NDArray[np.uint8]) -
     bluish = cv2.compare(cv2.convertScaleAbs(blue, alpha=0.95), red, cv2.CMP_GE)
     greenish = cv2.compare(cv2.convertScaleAbs(green, alpha=0.87), red, cv2.CMP_GE)
     return 1 - cv2.countNonZero(cv2.bitwise_and(lit, cv2.bitwise_or(bluish, greenish))) / count
+
+
+class Texture(NamedTuple):
+    """How sharp the edges of an image are, by colour."""
+
+    excess: float
+    """How much sharper its edges are in red than those of a retina of its colour could be: ln r + 3.2 - 1.25 ln(R/G) -
+    0.6 ln(G/B), with r the 95th percentile of the gradient of ln R per pixel, and medians of the ratios where they are
+    above 1."""
+    contrast: float
+    """95th percentile of the gradient of ln G per pixel."""
+    tint: float
+    """95th percentile of the gradient of ln(R/G), as a share of that of ln G: near 0 if edges are equally strong in all
+    colours, as where a picture of light and shade was coloured."""
+
+
+def measure_texture(small: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> Texture | None:
+    """Measure the texture of an image.
+
+    Red light passes through blood and pigment: in the red channel, vessels and lesions are faint, and the retina is
+    smooth whatever its disease. The edges of everyday things are as sharp in red as in other colours. Where atrophy
+    bares the sclera, red contrast is higher, but so is redness elsewhere.
+
+    Args:
+        small: uint8 [h, w, 3] RGB from `shrink`.
+        mask: uint8 [h, w], 255 inside the field; None uses the whole image.
+
+    Returns:
+        The texture, or None if too little of the field is visible to tell.
+    """
+    inner = None
+    if mask is not None:
+        inner = cv2.erode(mask, _INNER, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    quarter = (max(1, small.shape[1] // 4), max(1, small.shape[0] // 4))
+    colours = cv2.resize(small, quarter, interpolation=cv2.INTER_AREA).reshape(-1, 3)
+    if inner is not None:
+        colours = colours[cv2.resize(inner, quarter, interpolation=cv2.INTER_NEAREST).ravel() > 0]
+        inner = inner[1:-1, 1:-1] > 0
+    if len(colours) < 20:
+        return None
+    red, green = (
+        cv2.GaussianBlur(cv2.LUT(cv2.extractChannel(small, channel), _LOGS), (5, 5), 1.0) for channel in (0, 1)
+    )
+    in_red, in_green, in_tint = (_sharpness(plane, inner) for plane in (red, green, cv2.subtract(red, green)))
+    logs = _LOGS[colours]
+    redness, yellowness = np.median(logs[:, 0] - logs[:, 1]), np.median(logs[:, 1] - logs[:, 2])
+    excess = np.log(in_red + 1e-3) + 3.2 - 1.25 * max(redness, 0) - 0.6 * max(yellowness, 0)
+    return Texture(float(excess), in_green, in_tint / (in_green + 1e-4))
+
+
+def _sharpness(plane: NDArray[np.float32], inner: NDArray[np.bool_] | None) -> float:
+    """Return the 95th percentile of the gradient per pixel, where `inner` [h - 2, w - 2] is True."""
+    across = cv2.subtract(plane[1:-1, 2:], plane[1:-1, :-2])
+    down = cv2.subtract(plane[2:, 1:-1], plane[:-2, 1:-1])
+    slope = cv2.magnitude(across, down)
+    slopes = slope.ravel() if inner is None else slope[inner]
+    if not len(slopes):
+        return 0.0
+    place = int(0.95 * len(slopes))
+    return float(np.partition(slopes, place)[place]) / 2
+
+
+def _check_texture(small: NDArray[np.uint8], field: Field | None, edge: bool) -> None:
+    """Check the texture of an image, more strictly without the edge of a round field.
+
+    Raises:
+        PhotoError: The image is not a retina (`not_fundus`).
+    """
+    texture = measure_texture(small, None if field is None else field.mask)
+    if texture is None:
+        return
+    if texture.excess > (_MAX_EXCESS_ROUND if edge else _MAX_EXCESS) or (not edge and texture.contrast > _MAX_CONTRAST):
+        raise PhotoError(Status.NOT_FUNDUS, "its edges are sharper than those of a retina")
+    if texture.tint < _MIN_TINT:
+        raise PhotoError(Status.NOT_FUNDUS, "its edges are as strong in red as in green, unlike those of a retina")
 
 
 def _check_without_edge(small: NDArray[np.uint8]) -> None:
