@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.config import DataConfig
+from fastfundus.data.deal import deal_groups, group_photos
 from fastfundus.data.duplicates import same_bytes
 from fastfundus.errors import DataError
 
@@ -21,7 +21,6 @@ __all__ = [
     "SIDES",
     "SplitAssignment",
     "assign_splits",
-    "group_photos",
     "read_split_file",
     "side_counts",
     "write_split_file",
@@ -46,34 +45,6 @@ def side_counts(names: Iterable[str]) -> dict[str, int]:
     """Count the photos on each side."""
     counts = Counter(names)
     return {side: counts[side] for side in SIDES}
-
-
-def group_photos(
-    patients: Sequence[str], hashes: Sequence[str], pairs: Iterable[tuple[int, int]] = ()
-) -> NDArray[np.int64]:
-    """Number the groups of photos that must stay together.
-
-    Args:
-        patients: [N] patient of each photo.
-        hashes: [N] sha256 of each photo; patients that share a file are merged into one group.
-        pairs: positions of near duplicates; their patients are merged too.
-
-    Returns:
-        [N] group numbers, counted from 0 in order of appearance.
-    """
-    parent: dict[str, str] = {}
-
-    def root(node: str) -> str:
-        while parent.setdefault(node, node) != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-
-    for patient, sha in zip(patients, hashes, strict=True):
-        parent[root(f"patient {patient}")] = root(f"bytes {sha}")
-    for a, b in pairs:
-        parent[root(f"patient {patients[a]}")] = root(f"patient {patients[b]}")
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(root(f"patient {patient}"), len(numbers)) for patient in patients])
 
 
 def assign_splits(
@@ -119,12 +90,13 @@ def assign_splits(
         )
     if config.label_fraction < 1:
         split.notes.append(_forget_labels(manifest, strata, split, config, pairs))
+    names = np.array(split.names)
     for wanted in SIDES:
-        seen = {int(value) for value, name in zip(strata, split.names, strict=True) if name == wanted}
-        if not seen or (classes is not None and len(seen) < 2):
+        seen = np.unique(strata[names == wanted])
+        if not len(seen) or (classes is not None and len(seen) < 2):
             raise DataError(
-                f"the {wanted} split has {'photos of one class only' if seen else 'no photos'}: each split needs at "
-                "least two classes; add photos, or change data.folds or data.split_seed"
+                f"the {wanted} split has {'photos of one class only' if len(seen) else 'no photos'}: each split needs "
+                "at least two classes; add photos, or change data.folds or data.split_seed"
             )
     return split
 
@@ -240,29 +212,17 @@ def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -
 
 
 def _deal(groups: NDArray[np.int64], strata: NDArray[np.int64], config: DataConfig) -> list[str]:
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    count = len(set(groups.tolist()))
+    count = int(groups.max()) + 1 if len(groups) else 0
     parts = config.folds if config.split == "folds" else min(_DEALS, count)
     if count < max(parts, 3):
         raise DataError(f"{count} patients cannot fill {max(parts, 3)} folds; add patients or lower data.folds")
-    splitter = StratifiedGroupKFold(parts, shuffle=True, random_state=config.split_seed)
-    try:
-        with warnings.catch_warnings():
-            # The caller reports a split with a single class in clearer terms.
-            warnings.simplefilter("ignore", UserWarning)
-            folds = [test for _, test in splitter.split(np.zeros(len(strata)), strata, groups)]
-    except ValueError as error:
-        raise DataError(f"the photos cannot be divided into {parts} folds: {error}; add photos") from None
-    names = np.full(len(strata), "train", dtype=object)
+    fold = deal_groups(groups, strata, parts, config.split_seed)
     if config.split == "folds":
-        names[folds[(config.fold + 1) % parts]] = "val"
-        names[folds[config.fold]] = "test"
+        sides = np.where(fold == config.fold, 2, np.where(fold == (config.fold + 1) % parts, 1, 0))
     else:
         test, val = (max(1, round(parts * share)) for share in (config.test_share, config.val_share))
-        names[np.concatenate(folds[:test])] = "test"
-        names[np.concatenate(folds[test : test + val])] = "val"
-    return [str(name) for name in names]
+        sides = np.where(fold < test, 2, np.where(fold < test + val, 1, 0))
+    return [SIDES[side] for side in sides.tolist()]
 
 
 def _check_patients(manifest: pl.DataFrame, names: list[str]) -> None:

@@ -82,7 +82,7 @@ class Trainer:
         self.running_loss = RunningLoss(self.device)
         limit_threads()
         self.config, notes = self._resolve(config, resume)
-        self.task = create_task(cache, self.config, self.observer.say)
+        self.task = create_task(cache, self._task_config(resume), self.observer.say)
         counts = ", ".join(f"{name} {count}" for name, count in side_counts(self.task.splits["split"]).items())
         self.observer.say(
             f"learning {self.task.summary}: {len(self.task.splits)} of {len(cache.manifest)} photos are ok and "
@@ -103,6 +103,13 @@ class Trainer:
         if resume:
             return settings_of_run(config, self.output, self.device)
         return self.world.gather(resolve_settings(config, self.device))[0]
+
+    def _task_config(self, resume: bool) -> TrainConfig:
+        """Return the configuration for the task: a resumed run keeps its split, whatever deals patients by now."""
+        if not resume:
+            return self.config
+        file = str(self.output / "splits.parquet")
+        return replace(self.config, data=replace(self.config.data, split_file=file, label_fraction=1.0))
 
     def _build_model(self, resume: bool) -> None:
         config = self.config

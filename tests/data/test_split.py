@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from fastfundus.config import DataConfig
-from fastfundus.data.split import assign_splits, group_photos, read_split_file, write_split_file
+from fastfundus.data.deal import deal_groups, group_photos
+from fastfundus.data.split import assign_splits, read_split_file, write_split_file
 from fastfundus.errors import DataError
 
 
@@ -34,6 +37,46 @@ def many(patients: int = 60) -> tuple[pl.DataFrame, np.ndarray]:
     rng = np.random.default_rng(0)
     names = [f"p{index // 2}" for index in range(2 * patients)]
     return manifest(names), (rng.uniform(size=2 * patients) < 0.3).astype(float)
+
+
+def largest_spread(fold: np.ndarray, strata: np.ndarray) -> float:
+    """Return the largest standard deviation over five folds of the share of a class."""
+    table = np.zeros((5, strata.max() + 1))
+    np.add.at(table, (fold, strata), 1)
+    return float((table / np.maximum(table.sum(axis=0), 1)).std(axis=0).max())
+
+
+@pytest.mark.parametrize(
+    ("photos", "classes", "each"), [(60, 2, 2), (300, 2, 2), (1601, 2, 2), (4000, 8, 2), (4000, 5, 6), (3000, 10, 3)]
+)
+def test_folds_are_as_balanced_as_those_of_scikit_learn(photos: int, classes: int, each: int) -> None:
+    generator = np.random.default_rng(photos + classes)
+    groups = np.unique(generator.integers(0, photos // each, photos), return_inverse=True)[1]
+    strata = generator.choice(classes, photos, p=generator.dirichlet(np.ones(classes)))
+    ours = deal_groups(groups, strata, 5, seed=0)
+    peer = np.empty(photos, np.int64)
+    splitter = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        # It warns of classes with fewer photos than folds.
+        warnings.simplefilter("ignore", UserWarning)
+        for number, (_, test) in enumerate(splitter.split(np.zeros(photos), strata, groups)):
+            peer[test] = number
+    counts = np.bincount(strata)
+    # One photo of the rarest class is the step in which either can differ.
+    assert largest_spread(ours, strata) <= largest_spread(peer, strata) + 0.5 / counts[counts > 0].min()
+    assert np.ptp(np.bincount(ours, minlength=5)) <= max(np.ptp(np.bincount(peer, minlength=5)), 2 * each)
+    assert len(np.unique(groups * 5 + ours)) == groups.max() + 1, "a group is never divided"
+
+
+def test_half_a_million_photos_are_dealt_at_once() -> None:
+    """Folds of interchangeable patients differ by a few photos."""
+    generator = np.random.default_rng(0)
+    groups = np.unique(generator.integers(0, 250_000, 500_000), return_inverse=True)[1]
+    strata = (generator.random(500_000) < 0.1).astype(np.int64)
+    fold = deal_groups(groups, strata, 5, seed=0)
+    assert np.ptp(np.bincount(fold)) < 20
+    assert largest_spread(fold, strata) < 1e-3
+    assert not np.array_equal(fold, deal_groups(groups, strata, 5, seed=1))
 
 
 def test_equal_bytes_tie_patients_together() -> None:

@@ -276,7 +276,7 @@ def test_overfits_a_small_set(cache: PhotoCache, tmp_path: Path) -> None:
         "data": {"folds": 3},
         "augment": {"scale": 1.0, "rotate_degrees": 0.0, "flip_horizontal": False, "brightness": 0.0, "contrast": 0.0},
         "optimizer": {"learning_rate": 4e-3, "weight_decay": 0.0, "warmup_epochs": 2.0},
-        "loop": {"epochs": 30, "batch_size": 16},
+        "loop": {"epochs": 40, "batch_size": 16},
     }
     keep = Keep()
     Trainer(cache, tmp_path / "run", TrainConfig.from_dict(plain), observer=keep).fit()
@@ -363,3 +363,21 @@ def test_averaged_model_by_hand() -> None:
     for _ in range(200):
         averaged.update(model)
     assert averaged.module.weight.item() == pytest.approx(11.0, abs=1e-3)
+
+
+def test_a_resumed_run_keeps_its_split(cache: PhotoCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its patients were dealt by another version: the stored split counts, also for a share of the labels."""
+    from fastfundus.data import split
+
+    deal = split.deal_groups
+    config = TrainConfig.from_dict({**settings().to_dict(), "data": {"folds": 3, "label_fraction": 0.6}})
+    with monkeypatch.context() as other:
+        other.setattr(split, "deal_groups", lambda groups, strata, parts, seed: deal(groups, strata, parts, seed + 5))
+        with pytest.raises(Interrupted):
+            Trainer(cache, tmp_path / "run", config, observer=StopAt(1, 1)).fit()
+    stored = pl.read_parquet(tmp_path / "run" / "splits.parquet")
+    trainer = Trainer(cache, tmp_path / "run", config, resume=True)
+    assert trainer.task.splits.equals(stored)
+    fresh = Trainer(cache, tmp_path / "other", config)
+    assert not fresh.task.splits.equals(stored)
+    trainer.fit()
