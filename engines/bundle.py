@@ -123,6 +123,11 @@ class Bundle:
             unpacked,
         )
 
+    @property
+    def guarded(self) -> bool:
+        """True if the engine also says how unfamiliar a photo is; bundles of version 0.1 have no guard."""
+        return self.metadata.get("guard") is not None
+
     def threshold_of(self, label: str) -> float:
         """Return the probability at or above which a label is positive."""
         return self.thresholds[self.labels.index(label)]

@@ -34,7 +34,8 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class ScreeningModel(nn.Module):
     """Network combined with its normalisation and calibration.
 
-    Maps uint8 photos [N, S, S, 3] to float32 probabilities [N, L], or [N, L, S, S] for networks that output maps.
+    Maps uint8 photos [N, S, S, 3] to float32 probabilities [N, L], or [N, L, S, S] for networks that output maps. With
+    a guard, another column [N, L + 1] says how unfamiliar the photo is.
 
     Args:
         network: network from normalised photos [N, 3, S, S] to logits [N, L] or [N, L, S, S].
@@ -43,6 +44,7 @@ class ScreeningModel(nn.Module):
         activation: function that turns logits into probabilities.
         stride: for networks that output maps, the number that the sides of their input must be a multiple of. Inputs
             are padded with black at the right and bottom, and outputs are cropped back. 1 means no padding.
+        guard: maps the network's penultimate features [N, F] to [N, 1], 0 to 1; if given, this is one more column.
     """
 
     scale: Tensor
@@ -56,11 +58,12 @@ class ScreeningModel(nn.Module):
         temperatures: list[float],
         activation: Activation = "sigmoid",
         stride: int = 1,
+        guard: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.activation, self.size, self.added = activation, spec.size, -spec.size % stride
         self.dtype = torch.float32
-        self.network = network
+        self.network, self.guard = network, guard
         mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
         # (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", 1 / (255 * std))
@@ -74,7 +77,18 @@ class ScreeningModel(nn.Module):
 
     def forward(self, photos: Tensor) -> Tensor:
         """Normalise the photos, run the network and calibrate its logits."""
-        return self.calibrate(self.network(self.normalise(photos)))
+        inputs = self.normalise(photos)
+        if self.guard is None:
+            return self.calibrate(self.network(inputs))
+        return self.from_features(self.network.forward_features(inputs))  # type: ignore[operator]
+
+    def from_features(self, features: Tensor) -> Tensor:
+        """Return the outputs from the network's final features."""
+        network: Any = self.network
+        probabilities = self.calibrate(network.forward_head(features))
+        if self.guard is None:
+            return probabilities
+        return torch.cat([probabilities, self.guard(network.forward_head(features, pre_logits=True))], dim=1)
 
     def normalise(self, photos: Tensor) -> Tensor:
         """Convert photos to network inputs [N, 3, S, S] in the dtype of the network."""
@@ -118,7 +132,7 @@ class FeatureTap(nn.Module):
         """Return the probabilities and the features [N, C, h, w]."""
         network: Any = self.model.network
         features = network.forward_features(self.model.normalise(photos))
-        return self.model.calibrate(network.forward_head(features)), features
+        return self.model.from_features(features), features
 
 
 def to_onnx(module: nn.Module, example: Tensor, given: str, gives: list[str], **options: Any) -> onnx.ModelProto:

@@ -69,13 +69,17 @@ class Engine(ABC):
     def __init__(self, size: int, name: str) -> None:
         self._size, self.name = size, name
         self._process, self._open = os.getpid(), True
+        self.guarded = False
+        """True if the engine has a guard; set by `load_backend`."""
 
-    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, photos: NDArray[np.uint8], *, guard: bool = False) -> NDArray[np.float32]:
         """Score photos.
 
         Args:
             photos: uint8 [N, S, S, 3] RGB, prepared according to the bundle's spec; N is at least 1, without an upper
                 limit.
+            guard: also return the last column of an engine with a guard: how unfamiliar each photo is, 0 to 1, above
+                one half beyond the locked limit.
 
         Returns:
             float32 probabilities from 0 to 1, [N, L], or [N, L, S, S] for bundles that output maps.
@@ -91,14 +95,15 @@ class Engine(ABC):
             raise ValueError(
                 f"photos must be uint8 [N, {size}, {size}, 3] with N >= 1, got {photos.dtype} {photos.shape}"
             )
-        return self._checked(self._run(photos))
+        return self._answers(self._run(photos), guard)
 
-    def infer_on_device(self, photos: Any) -> NDArray[np.float32]:
+    def infer_on_device(self, photos: Any, *, guard: bool = False) -> NDArray[np.float32]:
         """Score photos that are already on the engine's device, without copying them to the host.
 
         Args:
             photos: same as for `infer`, contiguous, as a torch tensor or any object with `__cuda_array_interface__`.
                 All work that writes to it must have completed.
+            guard: as for `infer`.
 
         Returns:
             Probabilities on the host; see `infer`.
@@ -111,7 +116,7 @@ class Engine(ABC):
         shape, kind = tuple(photos.shape), str(photos.dtype).removeprefix("torch.")
         if kind != "uint8" or len(shape) != 4 or shape[1:] != (self._size, self._size, 3) or not shape[0]:
             raise ValueError(f"photos must be uint8 [N, {self._size}, {self._size}, 3] with N >= 1, got {kind} {shape}")
-        return self._checked(self._run_on_device(photos))
+        return self._answers(self._run_on_device(photos), guard)
 
     def _require_usable(self) -> None:
         """Raise if the engine was closed, or if this process is a fork of the one that loaded it."""
@@ -123,6 +128,10 @@ class Engine(ABC):
                 f"{self.name}: the engine was loaded by process {self._process}, and this process is a fork of it; "
                 "load the bundle in this process, or start the process with the 'spawn' method"
             )
+
+    def _answers(self, raw: NDArray[np.float32], guard: bool) -> NDArray[np.float32]:
+        checked = self._checked(raw)
+        return checked if guard or not self.guarded else np.ascontiguousarray(checked[:, :-1])
 
     def _checked(self, answers: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the answers, or raise if any is not a probability."""
@@ -214,4 +223,5 @@ def load_backend(name: str, folder: Path, metadata: dict[str, Any]) -> Engine:
             "FastFundus, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
         )
     engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, metadata)
+    engine.guarded = metadata.get("guard") is not None
     return engine

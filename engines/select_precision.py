@@ -16,6 +16,7 @@ from fastfundus.engines.export import ScreeningModel, check_graph
 from fastfundus.engines.parity import ParityReport, compare
 from fastfundus.engines.runtime import GRAPH, Blueprint, Engine, load_backend
 from fastfundus.errors import BundleError
+from fastfundus.records import GUARD_LIMIT
 from fastfundus.spec import PreprocessSpec
 
 __all__ = ["EIGHT_BITS", "ParityData", "PrecisionSearch"]
@@ -61,10 +62,16 @@ class PrecisionSearch:
             "spec_fingerprint": spec.fingerprint,
             "labels": labels,
             "output": "maps" if self.expected.ndim > 2 else "probabilities",
+            "guard": None if model.guard is None else {"limit": model.guard.limit},
         }
         some = slice(0, _GRAPH_PHOTOS)
         self.graph_difference = check_graph(self.blueprint.graph, self.photos[some], self.expected[some])
         self.thresholds = np.array([float(entry["threshold"]) for entry in labels.values()])
+        if model.guard is not None:
+            # The engine must also agree on which photos are unfamiliar; there is no ground truth for that.
+            self.thresholds = np.append(self.thresholds, GUARD_LIMIT)
+            unknown = np.full((len(self.photos), 1), np.nan)
+            self.truth = None if self.truth is None else np.concatenate([self.truth, unknown], axis=1)
         self.built: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, ParityReport] = {}
 
@@ -135,7 +142,7 @@ def _run_torch(model: ScreeningModel, photos: NDArray[np.uint8]) -> tuple[NDArra
 def _run_engine(engine: Engine, photos: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
     engine.infer(photos[:4])  # the first call allocates
     began = time.perf_counter()
-    got = np.concatenate([engine.infer(photos[start : start + 32]) for start in range(0, len(photos), 32)])
+    got = np.concatenate([engine.infer(photos[start : start + 32], guard=True) for start in range(0, len(photos), 32)])
     return got, len(photos) / (time.perf_counter() - began)
 
 

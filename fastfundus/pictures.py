@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,6 +55,9 @@ def as_svg(
         width_in: total width in inches; pages scale the picture to their own width.
         height_in: height in inches.
     """
+    # Imported only when needed: it would delay the first result of a screening by a quarter of a second.
+    import matplotlib
+
     matplotlib.use("svg")
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "GUARD_LIMIT",
     "NORMAL_NAMES",
     "PHOTO_SUFFIXES",
     "FieldCircle",
@@ -44,6 +45,10 @@ NORMAL_NAMES = frozenset({"normal", "healthy", "nodr", "no_dr", "no dr", "negati
 """Lower-case label and class names that mean that nothing was found."""
 
 
+GUARD_LIMIT = 0.5
+"""The value of an engine's guard for a photo exactly at the limit of what is familiar."""
+
+
 class Status(StrEnum):
     """Status of one input. Every input ends with exactly one."""
 
@@ -57,6 +62,9 @@ class Status(StrEnum):
     """Missing, empty, damaged, or not a picture."""
     UNSUPPORTED = "unsupported"
     """A valid picture of a type that cannot be screened: grey, CMYK, tiny, several frames."""
+    UNFAMILIAR = "unfamiliar"
+    """Passes as a fundus photograph, but is unlike those that the model learned from: no decision. Occurs only when
+    screening."""
     FAILED = "failed"
     """Valid, but the engine failed on it, also on its own: screen it again. Occurs only when screening."""
 

@@ -4,6 +4,7 @@
 
 Synthetic photos: error of the field circle, and number of refused photos per fault. Real photos (FASTFUNDUS_DATA):
 statuses by folder, agreement with DRIVE's field masks, and refusals among photos with and without an ODIR quality flag.
+Pictures of other things: those that scientific packages install, and those in the folder FASTFUNDUS_EVERYDAY, if set.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib as mpl
 import numpy as np
+import skimage
+import sklearn
 from PIL import Image
 
 from bench import RESULTS
 from bench.harness.machine import environment
 from bench.harness.real_photos import DATA, need
+from fastfundus.machine import usable_cores
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes, prepare_photo
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import CAMERAS, LESIONS, QUALITIES, draw_photo
 
 SPEC = PreprocessSpec(size=512)
 FOLDERS = (
-    "odir/images", "dr/images", "fullres_dr", "dme", "drive/images", "drishti/images", "hrf/images", "idrid/images",
-    "rfmid", "eyepacs", "hard", "exif", "dicom",
+    "odir/images", "odir_more/images", "dr/images", "fullres_dr", "dme", "drive/images", "drishti/images", "hrf/images",
+    "idrid/images", "rfmid", "eyepacs", "hard", "exif", "dicom",
 )  # fmt: skip
 PHOTOS = 120
 
@@ -117,10 +122,10 @@ def refused_faults() -> dict[str, Any]:
 
 def real_statuses() -> dict[str, Any]:
     """Count statuses, reasons and field shapes of all real photos, by folder."""
+    sets = {folder: sorted(path for path in (DATA / folder).iterdir() if path.suffix != ".csv") for folder in FOLDERS}
     found = {}
-    for folder in FOLDERS:
-        paths = sorted(path for path in (DATA / folder).iterdir() if path.suffix != ".csv")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+    for folder, paths in (sets | everyday_photos()).items():
+        with ThreadPoolExecutor(usable_cores()) as pool:
             results = list(pool.map(lambda path: prepare_photo(path, SPEC), paths))
         found[folder] = {
             "photos": len(results),
@@ -135,6 +140,22 @@ def real_statuses() -> dict[str, Any]:
         }
         if folder == "odir/images":
             found["odir by flag"] = _by_flag({path.name: result for path, result in zip(paths, results, strict=True)})
+    return found
+
+
+def everyday_photos() -> dict[str, list[Path]]:
+    """Return pictures of animals, people, buildings and other things that are not retinas, by origin."""
+    folders = [
+        Path(skimage.__file__).parent / "data",
+        Path(sklearn.__file__).parent / "datasets" / "images",
+        Path(mpl.get_data_path()) / "sample_data",
+    ]
+    pictures = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".png", ".jpg")]
+    # These two show retinas.
+    found = {"other things, packages": [path for path in pictures if path.stem not in ("retina", "microaneurysms")]}
+    if folder := os.environ.get("FASTFUNDUS_EVERYDAY"):
+        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        found[f"other things, {Path(folder).name}"] = files
     return found
 
 

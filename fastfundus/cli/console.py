@@ -16,7 +16,7 @@ from fastfundus.errors import ConfigError
 if TYPE_CHECKING:
     from fastfundus.screening.pipeline import Timing
 
-__all__ = ["progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
+__all__ = ["ProgressLines", "progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
 
 _LINE_S = 30.0
 """Seconds between progress lines if stderr is not a terminal, so that logs of a whole day stay readable."""
@@ -36,9 +36,64 @@ def remarks(notes: Iterable[str], *, limit: int = 20) -> None:
         remark(f"note: and {len(notes) - limit} more")
 
 
+class ProgressLines:
+    """Stands in for a rich progress bar where stderr is not a terminal: a line at intervals, with rate and time left.
+
+    Has the part of the interface of `rich.progress.Progress` that the commands use, for one task.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begin("")
+
+    def _begin(self, description: str) -> None:
+        self._description, self._done, self._total, self._extra = description, 0.0, 0.0, ""
+        self._began = self._latest = self._clock()
+
+    def add_task(self, description: str, *, total: float | None = None, **fields: str) -> int:
+        """Begin a task; `fields` are shown at the end of each line."""
+        self._begin(description)
+        self.update(0, total=total, **fields)
+        return 0
+
+    def advance(self, task: int, amount: float = 1) -> None:
+        """Add to what is done."""
+        self.update(task, completed=self._done + amount)
+
+    def update(
+        self,
+        task: int,
+        *,
+        description: str | None = None,
+        completed: float | None = None,
+        total: float | None = None,
+        **fields: str,
+    ) -> None:
+        """Set what is done, and write a line if the last one is old enough."""
+        if description is not None and description != self._description:
+            # A new epoch, for example: rate and time left are its own.
+            self._description, self._began, self._done = description, self._clock(), 0.0
+        self._done = self._done if completed is None else completed
+        self._total = self._total if total is None else total
+        self._extra = "".join(f", {text}" for text in fields.values() if text) or self._extra
+        now = self._clock()
+        if now - self._latest < _LINE_S or not self._done:
+            return
+        self._latest = now
+        rate = self._done / max(now - self._began, 1e-9)
+        of, left = "", ""
+        if self._total:
+            of = f" of {self._total:.0f}"
+            left = f", {timedelta(seconds=round((self._total - self._done) / rate))} left"
+        remark(f"{self._description}: {self._done:.0f}{of}, {rate:.3g}/s{left}{self._extra}")
+
+    def stop(self) -> None:
+        """Write no further lines."""
+
+
 @contextmanager
 def progress_bar(*extra: str) -> Iterator[Any]:
-    """Show a rich progress bar on stderr; it stays silent if stderr is not a terminal.
+    """Show a rich progress bar on stderr, or a line at intervals if stderr is not a terminal.
 
     Args:
         extra: names of text fields shown after the bar; set them with `update(task, name="text")`.
@@ -47,31 +102,24 @@ def progress_bar(*extra: str) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines()
+        return
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     columns += [TextColumn("{task.fields[" + name + "]}") for name in extra]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         yield progress
 
 
 @contextmanager
 def screening_progress() -> Iterator[Callable[[int, int, Timing], None]]:
     """Yield a progress callback for `screen_to_folder`: a bar with rate and bottleneck, or a line at intervals."""
-    latest = time.monotonic()
     with progress_bar("rate") as progress:
         task = progress.add_task("screening", total=None, rate="")
 
         def show(done: int, total: int, timing: Timing) -> None:
-            nonlocal latest
-            if not progress.disable:
-                rate = f"{timing.images_per_s:.1f} photos/s, bottleneck: {timing.limit}" if timing.photos else ""
-                progress.update(task, completed=done, total=total, rate=rate)
-            elif time.monotonic() - latest > _LINE_S and timing.photos:
-                latest = time.monotonic()
-                left = timedelta(seconds=round((total - done) / timing.images_per_s))
-                remark(
-                    f"{done} of {total} photos, {timing.images_per_s:.1f} photos/s, {left} left, "
-                    f"bottleneck: {timing.limit}"
-                )
+            rate = f"{timing.images_per_s:.1f} photos/s, bottleneck: {timing.limit}" if timing.photos else ""
+            progress.update(task, completed=done, total=total, rate=rate)
 
         yield show
 

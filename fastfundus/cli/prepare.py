@@ -104,7 +104,8 @@ def prepare(
             progress.stop()
             raise click.ClickException("interrupted; run the same command again to continue where it stopped") from None
     counts = {status.value: int((cache.manifest["status"] == status.value).sum()) for status in Status}
-    del counts[Status.FAILED.value]  # occurs only when screening
+    for status in (Status.FAILED, Status.UNFAMILIAR):
+        del counts[status.value]  # occur only when screening
     for row in cache.manifest.filter(cache.manifest["status"] != "ok").head(20).iter_rows(named=True):
         remark(f"{row['status']}: {row['path']}: {row['reason']}")
     unknown = int((~cache.manifest["patient_known"]).sum())

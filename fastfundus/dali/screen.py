@@ -118,4 +118,4 @@ class _Device:
         if batch.is_cuda:
             # The engine uses another stream than torch.
             torch.cuda.current_stream(self._device).synchronize()
-        return self._engine.infer_on_device(batch)
+        return self._engine.infer_on_device(batch, guard=True)

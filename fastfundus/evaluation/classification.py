@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import DataError
+from fastfundus.evaluation.guard import fit_guard
 from fastfundus.evaluation.label_map import LabelMap
 from fastfundus.evaluation.locked_run import (
     Measured,
@@ -74,7 +75,8 @@ def fit_classification(
     measured = {
         name: _measured(run, cache, rows, predicted[name], targets, thresholds, name) for name, rows in sides.items()
     }
-    return write_operating_point(run, labels, measured)
+    guard = fit_guard(run, cache, model, sides["val"])
+    return write_operating_point(run, labels, measured, guard)
 
 
 def _predictions(

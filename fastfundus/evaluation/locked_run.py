@@ -58,18 +58,26 @@ def weights_hash(run: Run) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lock(run: Run, labels: dict[str, dict[str, Any]]) -> str:
+def _lock(run: Run, labels: dict[str, dict[str, Any]], guard: dict[str, Any] | None) -> str:
     points = {name: {key: value for key, value in entry.items() if key not in _SIDES} for name, entry in labels.items()}
-    return fingerprint_of({"weights": weights_hash(run), "points": points})
+    # Runs of version 0.1 have no guard.
+    locked = {"weights": weights_hash(run), "points": points} | ({} if guard is None else {"guard": guard})
+    return fingerprint_of(locked)
 
 
-def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured: dict[str, Measured]) -> dict[str, Any]:
+def write_operating_point(
+    run: Run,
+    points: dict[str, dict[str, Any]],
+    measured: dict[str, Measured],
+    guard: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write `operating_point.json` and `predictions.parquet`.
 
     Args:
         run: the run to write into.
         points: fitted values by output.
         measured: results for "val" and "test" at these values.
+        guard: see `fit_guard`; None for runs that output maps.
 
     Returns:
         The content of operating_point.json.
@@ -79,8 +87,9 @@ def write_operating_point(run: Run, points: dict[str, dict[str, Any]], measured:
         name: point | {side: entry.labels[name] for side, entry in sides.items()} for name, point in points.items()
     }
     overall = {side: entry.overall for side, entry in sides.items()}
-    lock = _lock(run, labels)
+    lock = _lock(run, labels, guard)
     document = {"schema": SCHEMA, "task": run.config.task, "labels": labels, "overall": overall, "lock": lock}
+    document |= {} if guard is None else {"guard": guard}
     parts = [entry.predictions.with_columns(split=pl.lit(name)) for name, entry in measured.items()]
     with atomic_write(run.path / "predictions.parquet") as partial:
         pl.concat(parts).write_parquet(partial)
@@ -108,7 +117,7 @@ def read_operating_point(run: Run) -> dict[str, Any]:
     anew = f"remove {_FILE} and finish the run again: fastfundus train ... --resume"
     if document.get("schema") != SCHEMA:
         raise CheckpointError(f"{file} has schema {document.get('schema')}, this FastFundus reads {SCHEMA}; {anew}")
-    if document["lock"] != _lock(run, document["labels"]):
+    if document["lock"] != _lock(run, document["labels"], document.get("guard")):
         raise CheckpointError(
             f"{file}: the thresholds, the temperatures or the run's weights were changed after they were locked; {anew}"
         )

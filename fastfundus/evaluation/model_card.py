@@ -90,6 +90,9 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "initial weights", f"{model.init} ({', '.join(facts)})" if facts else model.init
     yield "task", f"{run.config.task}: {', '.join(run.labels)}"
     yield "best epoch", f"{run.epoch}, with {run.score[0]} {run.score[1]:.4f} on validation"
+    guard = read_operating_point(run).get("guard") or {"limit": None}
+    if guard["limit"]:
+        yield "guard", f"features farther than {guard['limit']:.1f} from those of training photos are unfamiliar"
     yield "SHA-256 of the weights", f"`{weights_hash(run)}`"
     yield "preprocessing fingerprint", f"`{run.spec.fingerprint}`"
     yield "software", f"FastFundus {__version__}"

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import cv2
 import numpy as np
@@ -23,7 +24,7 @@ from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto
-from fastfundus.records import SourcePhoto, Status
+from fastfundus.records import GUARD_LIMIT, SourcePhoto, Status
 from fastfundus.screening.decode_pool import HANG_S, DecodePool, PendingPhoto
 from fastfundus.screening.policy import RETAKE, ScreenPolicy
 from fastfundus.screening.scorer import Answer, Scorer
@@ -35,6 +36,9 @@ BLOCK = 512
 """Inputs whose rows are stored together: a crash loses at most one block, and no batch crosses its boundary."""
 
 
+_UNFAMILIAR = "unlike the photos that the model learned from: look at it"
+
+
 @dataclass(frozen=True, slots=True)
 class ScreenedPhoto:
     """The result of one input."""
@@ -42,7 +46,7 @@ class ScreenedPhoto:
     source: SourcePhoto
     prepared: PreparedPhoto
     status: Status
-    """The status from preparation, or `failed` if the engine could not score the photo."""
+    """The status from preparation, `unfamiliar` by the engine's guard, or `failed` if it could not score the photo."""
     reason: str
     answer: NDArray[np.float32] | None
     """Probabilities [L] or maps [L, S, S], by label of the bundle; None unless the status is `ok`."""
@@ -124,16 +128,24 @@ def screen_photos(
     policy = policy or ScreenPolicy()
     keep_memory()
     cv2.setNumThreads(1)  # there is already one decoding thread per core
-    loaded = engine or bundle.load()
+    # The engine runs in its own thread while this one collects the next batch. It is loaded there, too, while the first
+    # photos are decoded.
+    thread = ThreadPoolExecutor(1, "engine")
+    loading = None if engine else thread.submit(bundle.load)
     decode_pool = DecodePool(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = decode_pool.decoders, decode_pool.readers
     began, began_cpu = time.perf_counter(), time.process_time()
-    scorer = Scorer.of(loaded)
-    # The engine runs in its own thread while this one collects the next batch.
-    thread = ThreadPoolExecutor(1, "engine")
+
+    def infer(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return (loading.result() if loading else cast(Engine, engine)).infer(np.stack(images), guard=True)
+
+    scorer = Scorer(str(bundle.path), infer)
 
     def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
         images = [photo.image for _, photo in group if photo.status is Status.OK and photo.image is not None]
+        if loading:
+            # An engine that cannot be loaded ends the run; it is not the photos' fault.
+            loading.result()
         return thread.submit(scorer.score, images) if images else None
 
     try:
@@ -157,8 +169,8 @@ def screen_photos(
     finally:
         decode_pool.close()
         thread.shutdown(wait=True, cancel_futures=True)
-        if engine is None:
-            loaded.close()
+        if loading and not loading.cancelled() and not loading.exception():
+            loading.result().close()
 
 
 def _prepared_groups(
@@ -220,6 +232,10 @@ def make_result(
     if isinstance(answer, str):
         reason = f"the engine failed on this photo ({answer}); screen it again"
         return ScreenedPhoto(source, prepared, Status.FAILED, reason, None, None)
+    if answer is not None and bundle.guarded:
+        answer, unfamiliar = answer[:-1], float(answer[-1])
+        if unfamiliar > GUARD_LIMIT:
+            return ScreenedPhoto(source, prepared, Status.UNFAMILIAR, _UNFAMILIAR, None, None)
     decision = RETAKE if prepared.status is Status.UNGRADABLE else None
     if answer is not None and answer.ndim == 1:
         thresholds = {name: bundle.threshold_of(name) for name in bundle.findings}

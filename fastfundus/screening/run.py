@@ -199,6 +199,7 @@ def _start_event(store: Store, listing: SourceList) -> dict[str, Any]:
         **store.identity,
         "thresholds": dict(zip(bundle.labels, bundle.thresholds, strict=True)),
         "findings": list(bundle.findings),
+        "guard": bundle.metadata.get("guard"),
         "root": str(listing.root),
         "inputs": len(store.photos),
     }

@@ -15,7 +15,8 @@ from fastfundus.errors import BundleError
 __all__ = ["Answer", "Scorer"]
 
 Answer = NDArray[np.float32] | str
-"""Probabilities [L] or maps [L, S, S] of a photo, or the reason why there are none."""
+"""Probabilities [L], with the guard's value if there is one, or maps [L, S, S] of a photo, or the reason why there are
+none."""
 _MAX_FAILURES = 16
 
 
@@ -24,7 +25,8 @@ class Scorer:
 
     Args:
         name: name of the engine, for messages.
-        infer: scores a batch of photos in the form given to `score`, and returns [N, L] or [N, L, S, S].
+        infer: scores a batch of photos in the form given to `score`, and returns [N, L], with the guard's column if
+            there is one, or [N, L, S, S].
     """
 
     def __init__(self, name: str, infer: Callable[[Sequence[Any]], NDArray[np.float32]]) -> None:
@@ -35,7 +37,7 @@ class Scorer:
     @classmethod
     def of(cls, engine: Engine) -> Scorer:
         """Create a scorer for an engine and photos in host memory. The caller keeps ownership of the engine."""
-        return cls(engine.name, lambda images: engine.infer(np.stack(images)))
+        return cls(engine.name, lambda images: engine.infer(np.stack(images), guard=True))
 
     def score(self, images: Sequence[Any]) -> list[Answer]:
         """Return the answer for each photo, uint8 [S, S, 3].

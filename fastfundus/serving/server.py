@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fastfundus.errors import FastFundusError
 from fastfundus.serving.app import Limits
@@ -20,14 +20,16 @@ __all__ = ["LOOPBACK", "make_server", "serve"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS_S = 10.0
 """Timeout for request headers, in seconds: a client that trickles bytes must not hold a connection open."""
+_MAX_HEADER_BYTES = 64 * 1024
 _IDLE_S = 15
 _MAX_CONNECTIONS = 512
 
 
-class _Impatient(H11Protocol):
-    """HTTP/1.1 protocol that closes the connection if a client does not finish its headers in time."""
+class _Impatient(HttpToolsProtocol):
+    """HTTP/1.1 protocol that closes the connection if headers take too long or are too large."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,8 +40,15 @@ class _Impatient(H11Protocol):
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()
         super().data_received(data)
+        if self._deadline is None:
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+            return
+        # httptools itself would collect headers without end.
+        self._header_bytes += len(data)
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -56,6 +65,7 @@ class _Impatient(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+        self._header_bytes = 0
 
 
 class _Server(uvicorn.Server):
@@ -83,7 +93,7 @@ def make_server(app: Any, limits: Limits, *, host: str, port: int) -> uvicorn.Se
         port: port to listen on; 0 selects a free one.
     """
     config = uvicorn.Config(
-        app, host=host, port=port, http=_Impatient, ws="none", loop="asyncio", lifespan="on", log_level="info",
+        app, host=host, port=port, http=_Impatient, ws="none", loop="uvloop", lifespan="on", log_level="info",
         access_log=False, server_header=False, limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=round(limits.max_s) + 5,
     )  # fmt: skip

@@ -198,7 +198,7 @@ def _photos(bundle: Bundle) -> dict[str, Any]:
 
 def _probabilities(bundle: Bundle) -> dict[str, Any]:
     side = [bundle.spec.size] * 2 if bundle.metadata["output"] == "maps" else []
-    return {"name": OUTPUT, **_typed("TYPE_FP32", [len(bundle.labels), *side])}
+    return {"name": OUTPUT, **_typed("TYPE_FP32", [len(bundle.labels) + bundle.guarded, *side])}
 
 
 def _parameters(values: dict[str, str]) -> list[dict[str, Any]]:

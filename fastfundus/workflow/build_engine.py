@@ -19,6 +19,7 @@ from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.quantize import MAX_CALIBRATION_PHOTOS
 from fastfundus.engines.select_precision import ParityData
 from fastfundus.errors import CheckpointError, DataError
+from fastfundus.evaluation.guard import load_guard
 from fastfundus.evaluation.locked_run import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.models.segmenter import STRIDE_PX
@@ -75,6 +76,7 @@ def build_engine(
         [float(entry["temperature"]) for entry in labels.values()],
         ACTIVATIONS[run.config.task],
         STRIDE_PX if maps else 1,
+        load_guard(run, point.get("guard")),
     ).eval()
     provenance = {
         "run": str(run.path.absolute()),

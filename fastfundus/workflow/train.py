@@ -134,10 +134,14 @@ def train_run(
     Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
     if not world.leads:
         return {}
+    say = (observer or Observer()).say
+    say("fitting temperatures, thresholds and the guard on validation; measuring on test")
     run = Run.open(folder)
     document = fit_operating_point(
         run, cache, target_sensitivity=targets.sensitivity, target_specificity=targets.specificity
     )
+    if document.get("guard", {}).get("note"):
+        say(f"note: {document['guard']['note']}")
     write_run_page(run, cache)
     return document
 
