@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from fastfundus.engines.bundle import Bundle
-    from fastfundus.records import SourcePhoto
-
 _SUITES = ("prepare", "engine", "screen", "all")
-_SOME = 64
 
 
 @click.command()
@@ -71,119 +64,23 @@ def bench(
       fastfundus bench --bundle bundle/ --photos photos/ --predict --cores 64 --storage 1200
       fastfundus bench --bundle bundle/ --photos photos/ --predict --cores 64 --gpus 4 --gpu-rate 9000
     """
-    from tempfile import TemporaryDirectory
+    from fastfundus.workflow.bench import measure_machine
 
-    from fastfundus.engines.bundle import Bundle
-    from fastfundus.errors import ConfigError
-    from fastfundus.spec import PreprocessSpec
-
-    if (suite in ("engine", "screen") or predict) and bundle is None:
-        raise ConfigError(f"{'--predict' if predict else suite} needs an engine; add --bundle")
-    if not predict and (cores or gpus or gpu_rate or storage):
-        raise ConfigError("--cores, --gpus, --gpu-rate and --storage apply to --predict only; add it")
-    opened = Bundle.open(bundle) if bundle else None
-    with ExitStack() as stack:
-        if photos:
-            sources = _listed(photos)
-        else:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="fastfundus-")))
-            sources = _drawn(folder)
-        found = _measured(suite, opened, sources, opened.spec if opened else PreprocessSpec(), seconds)
-        if predict:
-            found["prediction"] = _predicted(found, cores, gpus, gpu_rate, storage)
+    found = measure_machine(
+        suite,  # type: ignore[arg-type]
+        bundle=bundle,
+        photos=photos,
+        seconds=seconds,
+        prediction=predict,
+        cores=cores,
+        gpus=gpus,
+        gpu_rate=gpu_rate,
+        storage=storage,
+    )
     if as_json:
         click.echo(json.dumps(found))
         return
     _say(found)
-
-
-def _listed(source: Path) -> list[SourcePhoto]:
-    """List photos spread evenly over a source, repeated if there are few."""
-    from fastfundus.data.source import list_photos
-
-    listing = list_photos([source], adapter="folder").photos
-    step = max(1, len(listing) // _SOME)
-    some = listing[::step][:_SOME]
-    return (some * -(-_SOME // 2 // len(some)))[: max(len(some), _SOME // 2)]
-
-
-def _drawn(folder: Path, count: int = 32, kinds: int = 4) -> list[SourcePhoto]:
-    """Draw a few photos of camera resolution into a folder, and list each of them several times."""
-    import cv2
-
-    from fastfundus.records import SourcePhoto
-    from fastfundus.synthetic import draw_photo
-
-    paths = []
-    for seed in range(kinds):
-        path = folder / f"{seed}.jpg"
-        image = draw_photo(seed, lesions=("exudates",), long_side=3456).image
-        cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
-        paths.append(path)
-    return [SourcePhoto(paths[number % kinds], f"{number}.jpg", f"p{number}") for number in range(count)]
-
-
-def _measured(
-    suite: str, bundle: Bundle | None, photos: list[SourcePhoto], spec: Any, seconds: float
-) -> dict[str, Any]:
-    import numpy as np
-
-    from fastfundus.errors import DataError, PhotoError
-    from fastfundus.machine import usable_cores
-    from fastfundus.sizing.cost import kind_of
-    from fastfundus.sizing.throughput import engine_rate, prepare_rate, screen_rate
-
-    known = {}
-    for path in {photo.path for photo in photos}:
-        # Inputs that are not photos cost next to nothing and would distort the rates.
-        with suppress(PhotoError, OSError):
-            known[path] = kind_of(path.read_bytes(), spec)
-    if not known:
-        raise DataError(f"none of the {len(photos)} inputs is a readable photo; the first is {photos[0].path}")
-    inputs, photos = len(photos), [photo for photo in photos if photo.path in known]
-    kinds = [known[photo.path] for photo in photos]
-    found: dict[str, Any] = {
-        "cores": usable_cores(),
-        "photos": len(photos),
-        "left_out": inputs - len(photos),
-        "size": spec.size,
-        "megapixels": float(np.mean([kind.megapixels for kind in kinds])),
-        "megabytes": float(np.mean([kind.megabytes for kind in kinds])),
-    }
-    if suite in ("prepare", "all"):
-        found["prepare"] = asdict(prepare_rate(photos, spec, seconds))
-    if bundle is None:
-        return found
-    found |= {"backend": bundle.backend, "precision": bundle.precision, "gflop": bundle.metadata.get("gflop")}
-    if suite in ("engine", "all"):
-        pixels = np.random.default_rng(0).integers(0, 256, (32, spec.size, spec.size, 3), dtype=np.uint8)
-        with bundle.load() as engine:
-            found["engine"] = asdict(engine_rate(engine, pixels, seconds))
-    if suite in ("screen", "all"):
-        rate, timing = screen_rate(photos, bundle, seconds)
-        found["screen"] = asdict(rate) | {"busy": timing.busy, "limit": timing.limit}
-    return found
-
-
-def _predicted(
-    found: dict[str, Any], cores: int | None, gpus: int, gpu_rate: float | None, storage: float | None
-) -> dict[str, Any]:
-    from fastfundus.errors import ConfigError
-    from fastfundus.sizing.cost import Machine, predict
-
-    if "prepare" not in found or "engine" not in found:
-        raise ConfigError("--predict needs all measurements; omit SUITE or use all")
-    if found["backend"] == "tensorrt" and not gpu_rate:
-        gpu_rate = found["engine"]["photos_per_s"]
-    machine = Machine(cores or found["cores"], gpus, storage)
-    prediction = predict(
-        machine,
-        prepare_s=found["cores"] / found["prepare"]["photos_per_s"],
-        megabytes=found["megabytes"],
-        engine_s=found["cores"] / found["engine"]["photos_per_s"],
-        gpu_images_per_s=gpu_rate,
-    )
-    return {"machine": asdict(machine), **asdict(prediction), "photos_per_hour": prediction.photos_per_s * 3600}
 
 
 def _say(found: dict[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fastfundus.config import TASKS
+
+if TYPE_CHECKING:
+    from fastfundus.workflow.cache import CacheAudit
 
 
 @click.group()
@@ -31,56 +34,25 @@ def info(folder: Path, as_json: bool) -> None:
     Example:
       fastfundus cache info cache/
     """
-    import polars as pl
+    from fastfundus.workflow.cache import MOST_VALUES, summarise_cache
 
-    from fastfundus.data import PhotoCache
-    from fastfundus.data.cache import MANIFEST_COLUMNS
-
-    opened = PhotoCache.open(folder)
-    table = opened.manifest
-    used = table.filter(pl.col("pixels_crc32").is_not_null())
-    on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-    labels: dict[str, dict[str, Any]] = {}
-    for name in table.columns[len(MANIFEST_COLUMNS) :]:
-        known = table[name].drop_nulls()
-        counts = known.value_counts(sort=True).rows()
-        labels[name] = {
-            "known": len(known),
-            "values": {f"{value:g}" if isinstance(value, float) else value: n for value, n in counts[:8]},
-            "distinct": len(counts),
-        }
-    overview: dict[str, Any] = {
-        "cache": str(folder),
-        "photos": len(table),
-        "status": dict(table["status"].value_counts(sort=True).rows()),
-        "patients": table["patient"].n_unique(),
-        "patients_unknown": int((~table["patient_known"]).sum()),
-        "patients_hashed": opened.salted is not None,
-        "eyes": dict(table.filter(pl.col("eye").is_not_null())["eye"].value_counts(sort=True).rows()),
-        "cameras": dict(table.filter(pl.col("camera").is_not_null())["camera"].value_counts(sort=True).rows()),
-        "field_shapes": dict(used["field_shape"].fill_null("whole frame").value_counts(sort=True).rows()),
-        "duplicate_pairs": len(opened.duplicates()),
-        "labels": labels,
-        "spec": opened.spec.to_pixels_dict(),
-        "fingerprint": opened.spec.fingerprint,
-        "source": str(opened.source),
-        "bytes_on_disk": on_disk,
-    }
+    overview = summarise_cache(folder)
     if as_json:
         click.echo(json.dumps(overview))
         return
-    click.echo(f"{folder}: {overview['photos']} photos at {opened.spec.size} px, {on_disk / 1e6:.1f} MB on disk")
+    size, on_disk = overview["spec"]["size"], overview["bytes_on_disk"]
+    click.echo(f"{folder}: {overview['photos']} photos at {size} px, {on_disk / 1e6:.1f} MB on disk")
     for name in ("status", "eyes", "cameras", "field_shapes"):
         if overview[name]:
             click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in overview[name].items()))
     hashed = ", hashed" if overview["patients_hashed"] else ""
     click.echo(f"patients: {overview['patients']}{hashed}; {overview['patients_unknown']} photos of unknown patients")
     click.echo(f"pairs of duplicates or near duplicates across patients: {overview['duplicate_pairs']}")
-    for name, entry in labels.items():
+    for name, entry in overview["labels"].items():
         values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
-        more = f", ... ({entry['distinct']} values)" if entry["distinct"] > 8 else ""
+        more = f", ... ({entry['distinct']} values)" if entry["distinct"] > MOST_VALUES else ""
         click.echo(f"label {name}: known for {entry['known']} photos; {values}{more}")
-    click.echo(f"prepared from {opened.source}; preprocessing {opened.spec.fingerprint[:12]}")
+    click.echo(f"prepared from {overview['source']}; preprocessing {overview['fingerprint'][:12]}")
 
 
 @cache.command()
@@ -97,16 +69,18 @@ def verify(folder: Path, sources: bool, as_json: bool) -> None:
       fastfundus cache verify cache/ --sources
     """
     from fastfundus.cli.console import progress_bar
-    from fastfundus.data import PhotoCache
+    from fastfundus.workflow.cache import verify_cache
 
-    opened = PhotoCache.open(folder)
-    with progress_bar() as progress:
-        task = progress.add_task("checking", total=len(opened.manifest))
-        faults = list(opened.verify(sources=sources, on_photo=lambda: progress.advance(task)))
+    with progress_bar() as bar:
+        task = bar.add_task("checking", total=None)
+        found = verify_cache(
+            folder, sources=sources, on_photo=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    faults = found["faults"]
     if as_json:
-        click.echo(json.dumps({"cache": str(folder), "photos": len(opened.manifest), "faults": faults}))
+        click.echo(json.dumps(found))
     elif not faults:
-        click.echo(f"{folder}: {len(opened.manifest)} photos match their checksums")
+        click.echo(f"{folder}: {found['photos']} photos match their checksums")
     if faults:
         raise click.ClickException("\n".join([f"{len(faults)} faults:", *faults[:50]]))
 
@@ -143,56 +117,36 @@ def audit(
       fastfundus cache audit cache/ --splits run/ --against pretraining_cache/
     """
     from fastfundus.cli.console import remark
-    from fastfundus.data import PhotoCache
-    from fastfundus.data.leakage import check_leakage, overlap
-    from fastfundus.data.split import read_split_file
-    from fastfundus.errors import DataError, close_matches
+    from fastfundus.workflow.cache import audit_cache
 
-    opened = PhotoCache.open(folder)
-    for label in labels:
-        if label not in opened.manifest.columns:
-            raise DataError(f"there is no label {label!r}{close_matches(label, opened.manifest.columns)}", path=folder)
-    names = None
-    if splits is not None:
-        splits = splits / "splits.parquet" if splits.is_dir() else splits
-        names = read_split_file(splits, opened.manifest)
-    found = check_leakage(opened, names, labels)
-    leaks = found.leaks
-    shared = {str(path): overlap(opened, PhotoCache.open(path)) for path in against}
-    if output is not None:
-        found.pairs.write_csv(output)
+    found = audit_cache(folder, splits=splits, against=against, labels=labels, output=output)
     if as_json:
-        document = {
-            "cache": str(folder),
-            "photos": found.photos,
-            "patients": found.patients,
-            "photos_of_unknown_patients": found.unknown_patients,
-            "pairs": found.pairs.to_dicts(),
-            "leaks": leaks.to_dicts(),
-            "shared": {path: table.to_dicts() for path, table in shared.items()},
-        }
-        click.echo(json.dumps(document))
+        click.echo(json.dumps({"cache": str(folder), **found.to_dict()}))
     else:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in found.pairs["kind"].value_counts(sort=True).rows()) or "none"
-        click.echo(f"{folder}: {found.photos} photos of {found.patients} patients; pairs across patients: {kinds}")
-        for row in found.pairs.head(20).iter_rows(named=True):
-            differ = ", labels differ" if row["labels_differ"] else ""
-            sides = f" ({row['split_a']} / {row['split_b']})" if names is not None else ""
-            click.echo(f"  {row['kind']} ({row['likeness']:.2f}{differ}): {row['path_a']} / {row['path_b']}{sides}")
-        if len(found.pairs) > 20:
-            click.echo(f"  and {len(found.pairs) - 20} more; write all of them with --output")
-        if names is not None:
-            click.echo(f"pairs on different sides of the split: {len(leaks)}")
-        for path, table in shared.items():
-            click.echo(f"photos shared with {path}: {len(table)}")
-            for row in table.head(20).iter_rows(named=True):
-                click.echo(f"  {row['kind']} ({row['likeness']:.2f}): {row['path_a']} / {row['path_b']}")
-    if found.unknown_patients:
-        remark(
-            f"note: the patient of {found.unknown_patients} photos is unknown: a split may separate a patient's eyes"
-        )
-    if len(leaks) or any(len(table) for table in shared.values()):
+        _print_audit(folder, found, with_split=splits is not None)
+    unknown = found.report.unknown_patients
+    if unknown:
+        remark(f"note: the patient of {unknown} photos is unknown: a split may separate a patient's eyes")
+    if found.leaking:
         raise click.ClickException("photos leak, see above; data.duplicates=together keeps duplicates on one side")
+
+
+def _print_audit(folder: Path, found: CacheAudit, *, with_split: bool) -> None:
+    report = found.report
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report.pairs["kind"].value_counts(sort=True).rows()) or "none"
+    click.echo(f"{folder}: {report.photos} photos of {report.patients} patients; pairs across patients: {kinds}")
+    for row in report.pairs.head(20).iter_rows(named=True):
+        differ = ", labels differ" if row["labels_differ"] else ""
+        sides = f" ({row['split_a']} / {row['split_b']})" if with_split else ""
+        click.echo(f"  {row['kind']} ({row['likeness']:.2f}{differ}): {row['path_a']} / {row['path_b']}{sides}")
+    if len(report.pairs) > 20:
+        click.echo(f"  and {len(report.pairs) - 20} more; write all of them with --output")
+    if with_split:
+        click.echo(f"pairs on different sides of the split: {len(report.leaks)}")
+    for path, table in found.shared.items():
+        click.echo(f"photos shared with {path}: {len(table)}")
+        for row in table.head(20).iter_rows(named=True):
+            click.echo(f"  {row['kind']} ({row['likeness']:.2f}): {row['path_a']} / {row['path_b']}")
 
 
 @cache.command()
@@ -226,37 +180,26 @@ def split(
       fastfundus cache split cache/ --holdout 0.2 0.1 --output split.csv
     """
     from fastfundus.cli.console import remark
-    from fastfundus.config import DataConfig
-    from fastfundus.data import PhotoCache
-    from fastfundus.data.leakage import pair_positions
-    from fastfundus.data.split import assign_splits, side_counts, write_split_file
     from fastfundus.errors import require
-    from fastfundus.training.tasks.targets import read_targets, usable_rows
+    from fastfundus.workflow.cache import split_cache
 
     require("sklearn", extra="train")
     if folds and holdout:
         raise click.UsageError("give --folds or --holdout, not both")
-    opened = PhotoCache.open(folder)
-    targets = read_targets(opened.manifest, task, labels)
-    rows = usable_rows(opened.manifest, targets)
-    shares = {"split": "holdout", "test_share": holdout[0], "val_share": holdout[1]} if holdout else {}
-    config = DataConfig(
-        folds=folds or 5,
+    done = split_cache(
+        folder,
+        output,
+        task=task,
+        labels=labels,
+        folds=folds,
         fold=fold,
-        split_seed=seed,
-        duplicates="ignore" if ignore_duplicates else "together",
-        **shares,  # type: ignore[arg-type]
+        holdout=holdout,
+        seed=seed,
+        ignore_duplicates=ignore_duplicates,
+        say=lambda note: remark(f"note: {note}"),
     )
-    part = opened.manifest[rows]
-    assigned = assign_splits(part, targets.strata[rows], config, pair_positions(opened, rows))
-    for note in assigned.notes:
-        remark(f"note: {note}")
-    write_split_file(output, part, assigned.names)
-    counts = ", ".join(f"{count} {side}" for side, count in side_counts(assigned.names).items())
-    click.echo(
-        f"{output}: {len(rows)} photos with a label ({targets.summary}) of {part['patient'].n_unique()} patients: "
-        f"{counts}"
-    )
+    counts = ", ".join(f"{count} {side}" for side, count in done.sides.items())
+    click.echo(f"{output}: {done.photos} photos with a label ({done.targets}) of {done.patients} patients: {counts}")
 
 
 @cache.command()
@@ -282,28 +225,12 @@ def augment(folder: Path, output: Path, config_file: Path | None, count: int, dr
     Example:
       fastfundus cache augment cache/ --config run.toml --output sheet.png
     """
-    import cv2
-    import numpy as np
-    import polars as pl
-
-    from fastfundus.config import TrainConfig
-    from fastfundus.data import PhotoCache
-    from fastfundus.errors import DataError, require
+    from fastfundus.errors import require
 
     require("torch", extra="train")
-    # Imported late, because it imports torch.
-    from fastfundus.training.augment import augmentation_sheet
+    from fastfundus.workflow.cache import draw_augmentations
 
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise click.UsageError(f"--output must end in .png, .jpg or .jpeg, got {output.name}")
-    opened = PhotoCache.open(folder)
-    config = TrainConfig.from_toml(config_file) if config_file else TrainConfig()
-    usable = opened.manifest.with_row_index("row").filter(pl.col("status") == "ok")["row"].to_numpy()
-    if not len(usable):
-        raise DataError("no photo has status ok", path=folder)
-    rows = np.sort(np.random.default_rng(seed).permutation(usable)[:count]).astype(np.int64)
-    sheet = augmentation_sheet(opened.photos, rows, opened.spec, config.augment, draws=draws, seed=seed)
-    written, encoded = cv2.imencode(output.suffix, sheet[..., ::-1])
-    assert written
-    output.write_bytes(encoded.tobytes())
-    click.echo(f"{output}: {len(rows)} photos, {draws} draws each, {sheet.shape[1]} x {sheet.shape[0]} pixels")
+    photos, width, height = draw_augmentations(folder, output, config=config_file, photos=count, draws=draws, seed=seed)
+    click.echo(f"{output}: {photos} photos, {draws} draws each, {width} x {height} pixels")

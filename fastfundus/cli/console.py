@@ -47,13 +47,15 @@ class ProgressLines:
         self._begin("")
 
     def _begin(self, description: str) -> None:
-        self._description, self._done, self._total, self._extra = description, 0.0, 0.0, ""
+        self._description, self._extra = description, ""
+        self._done = self._total = 0.0
         self._began = self._latest = self._clock()
 
     def add_task(self, description: str, *, total: float | None = None, **fields: str) -> int:
         """Begin a task; `fields` are shown at the end of each line."""
         self._begin(description)
-        self.update(0, total=total, **fields)
+        self._total = total or 0.0
+        self._extra = "".join(f", {text}" for text in fields.values() if text)
         return 0
 
     def advance(self, task: int, amount: float = 1) -> None:

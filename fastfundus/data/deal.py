@@ -82,7 +82,10 @@ def deal_groups(groups: NDArray[np.int64], strata: NDArray[np.int64], parts: int
     even = place < np.repeat(np.maximum(sizes // parts - _RESERVE, 0) * parts, sizes)
     fold = np.empty(count, np.int64)
     fold[order[even]] = place[even] % parts
-    _deal_remainder(order[~even], table, fold, parts)
+    rest = np.zeros(count, np.bool_)
+    rest[order[~even]] = True
+    # In random order: kind by kind, the first folds of a hold-out split would be of one class.
+    _deal_remainder(shuffled[rest[shuffled]], table, fold, parts)
     return fold[groups]
 
 

@@ -49,6 +49,9 @@ ALLOWED: dict[str, set[str]] = {
         "engines",
         "screening",
         "dali",
+        "kernels",
+        "sizing",
+        "synthetic",
     },
 }
 STANDARD_LIBRARY_ONLY = FOUNDATION
