@@ -157,7 +157,11 @@ def trained(cache: PhotoCache, tmp_path_factory: pytest.TempPathFactory) -> Trai
     from fastfundus.training.trainer import Trainer
     from fastfundus.workflow.build_engine import build_engine
 
-    settings = {"model": {"backbone": "test_resnet"}, "loop": {"epochs": 2, "batch_size": 8}, "data": {"folds": 3}}
+    settings = {
+        "model": {"backbone": "test_resnet"},
+        "data": {"folds": 3},
+        "loop": {"epochs": 2, "batch_size": 8},
+    }
 
     def make(folder: Path) -> None:
         Trainer(cache, folder / "run", TrainConfig.from_dict(settings)).fit()

@@ -152,7 +152,12 @@ def peer(cache: Path, backbone: str, size: int, batch: int, steps: int) -> Turns
 
 def ours(cache: PhotoCache, backbone: str, batch: int, steps: int, *, amp: bool, resident: bool) -> Turns:
     """Build a variant from the parts of the training loop: loader, step, averaged weights."""
-    settings = {"model": {"backbone": backbone}, "data": {"folds": 3}, "loop": {"batch_size": batch}}
+    settings = {
+        "model": {"backbone": backbone, "init": "scratch"},
+        "data": {"folds": 3},
+        "optimizer": {"learning_rate": 1e-3, "layer_decay": 1.0},
+        "loop": {"batch_size": batch},
+    }
     cpu, config = torch.device("cpu"), TrainConfig.from_dict(settings)
     loop, _ = resolve_precision(replace(config.loop, amp="auto" if amp else False), cpu)
     config = replace(config, loop=loop)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 __all__ = ["Guard", "GuardModel", "Penultimate", "fit_guard_model"]
 
 _COMPONENTS = 64
+_MIN_DEVIATION = 1e-3
+"""A smaller one would measure the rounding of 16-bit engines: a bfloat16 element of a unit vector is off by some 1e-4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def fit_guard_model(features: NDArray[np.float32]) -> GuardModel:
     values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
     # At least half of the photos' dimensions are left to the common variance, which would otherwise be that of noise.
     count = min(_COMPONENTS, len(values) - 1, len(unit) // 4)
-    rest = max(float(values[count:].mean()), 1e-12)
+    rest = max(float(values[count:].mean()), _MIN_DEVIATION**2)
     deviations = np.sqrt(np.append(np.maximum(values[:count], rest), rest))
     # Contiguous: safetensors writes the memory of an array, whatever its strides.
     components = np.ascontiguousarray(vectors[:, :count].T, np.float32)
@@ -69,28 +71,27 @@ class Guard(nn.Module):
 
     mean: Tensor
     components: Tensor
-    gain: Tensor
+    scale: Tensor
 
     def __init__(self, model: GuardModel, limit: float) -> None:
         super().__init__()
         self.limit = limit
-        # |c|^2 / rest^2 plus, along each component, what its own variance takes away from that.
-        rest = float(model.deviations[-1])
-        inverse = 1 / model.deviations[:-1].astype(np.float64) ** 2 - 1 / rest**2
         self.register_buffer("mean", torch.from_numpy(model.mean))
-        self.register_buffer("components", torch.from_numpy(np.ascontiguousarray(model.components.T)))
-        self.register_buffer("gain", torch.from_numpy(inverse.astype(np.float32)))
-        self.rest = 1 / rest**2
+        self.register_buffer("components", torch.from_numpy(model.components))
+        self.register_buffer("scale", torch.from_numpy(1 / model.deviations[:-1]))
+        self.rest = 1 / float(model.deviations[-1])
 
     def distance(self, features: Tensor) -> Tensor:
         """Return the Mahalanobis distance of features [N, F], [N, 1]."""
         features = features.float()
         unit = features / torch.clamp(torch.sqrt((features * features).sum(dim=1, keepdim=True)), min=1e-12)
         centred = unit - self.mean
-        along = centred @ self.components
-        squared = (centred * centred).sum(dim=1, keepdim=True) * self.rest
-        squared = squared + (along * along * self.gain).sum(dim=1, keepdim=True)
-        return torch.sqrt(torch.clamp(squared, min=0))
+        along = centred @ self.components.T
+        # What the components leave over, itself: as a difference of squares it would be lost in rounding.
+        over = (centred - along @ self.components) * self.rest
+        along = along * self.scale
+        squared = (along * along).sum(dim=1, keepdim=True) + (over * over).sum(dim=1, keepdim=True)
+        return torch.sqrt(squared)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return how unfamiliar features [N, F] are, [N, 1]."""

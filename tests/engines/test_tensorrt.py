@@ -525,7 +525,7 @@ def test_a_bundle_is_built_proven_and_loaded(
     from fastfundus.engines import parity
 
     # After two epochs the order of photos depends on the fifth digit; 8-bit engines are not faster on this double.
-    monkeypatch.setattr(parity, "MAX_AUROC_LOSS", 0.2)
+    monkeypatch.setattr(parity, "MAX_AUROC_LOSS", 0.3)
     monkeypatch.setattr(parity, "MIN_SPEEDUP", 0.0)
     monkeypatch.setattr(tensorrt_backend, "precisions", lambda: ("fp32", precision))
     loose = {name: parity.Gate(gate.probability, 1.0) for name, gate in parity.GATES.items()}

@@ -54,6 +54,7 @@ def config(task: str, **sections: dict[str, object]) -> TrainConfig:
     plain: dict[str, dict[str, object]] = {
         "model": {"backbone": "test_resnet"},
         "data": {"folds": 3},
+        "optimizer": {"learning_rate": 1e-2},
         "loop": {"epochs": 2, "batch_size": 8},
     }
     for name, values in sections.items():
