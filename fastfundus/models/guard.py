@@ -14,7 +14,7 @@ __all__ = ["Guard", "GuardModel", "Penultimate", "fit_guard_model"]
 
 _COMPONENTS = 64
 _MIN_DEVIATION = 1e-3
-"""A smaller one would measure the rounding of 16-bit engines: a bfloat16 element of a unit vector is off by some 1e-4."""
+"""A smaller one would measure the rounding of 16-bit engines: a bfloat16 element of a unit vector is off by 1e-4."""
 
 
 @dataclass(frozen=True, slots=True)
