@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pytest
 import timm
 import torch
@@ -20,11 +19,12 @@ from fastfundus.evaluation.guard import load_guard
 from fastfundus.evaluation.locked_run import read_operating_point, rows_by_split
 from fastfundus.evaluation.operating_point import fit_operating_point
 from fastfundus.models.guard import Guard, Penultimate, fit_guard_model
-from fastfundus.records import GUARD_LIMIT
-from fastfundus.screening.audit import verify
+from fastfundus.photo.prepare import PreparedPhoto
+from fastfundus.records import GUARD_LIMIT, SourcePhoto, Status
+from fastfundus.screening.pipeline import make_result
+from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.training.run import Run
 from fastfundus.workflow.build_engine import build_engine
-from fastfundus.workflow.screen import screen_sources
 from tests.conftest import Trained
 
 
@@ -148,27 +148,13 @@ def test_every_backend_has_the_guard(guarded: Run, guarded_bundle: Bundle, cache
             np.testing.assert_array_equal(engine.infer(photos), raw[:, :1])
 
 
-def test_an_unfamiliar_photo_gets_no_decision(guarded: Run, cache: PhotoCache, tmp_path: Path) -> None:
-    """A limit just above the photos that were learned from: the same photos in unusual colours lie beyond it."""
-    folder = tmp_path / "run"
-    shutil.copytree(guarded.path, folder)
-    (folder / "operating_point.json").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard_module, "MIN_GUARD_PHOTOS", 8)
-        patch.setattr(guard_module, "REFUSED_SHARE", 0.5)
-        fit_operating_point(Run.open(folder), cache)
-    bundle, _ = build_engine(folder, tmp_path / "bundle", precision="fp32")
-    results, _listing = screen_sources([cache.source], bundle, tmp_path / "results")
-    table = pl.read_parquet(tmp_path / "results" / "results.parquet")
-    unfamiliar = table.filter(pl.col("status") == "unfamiliar")
-    assert 0 < len(unfamiliar) < len(table)
-    assert unfamiliar["decision"].is_null().all()
-    assert unfamiliar["p_abnormal"].is_null().all()
-    assert set(unfamiliar["reason"]) == {"unlike the photos that the model learned from: look at it"}
-    assert table.filter(pl.col("status") == "ok")["decision"].is_not_null().all()
-    # An eye with such a photo is not negative.
-    eyes = pl.read_csv(tmp_path / "results" / "eyes.csv", infer_schema=False)
-    touched = eyes.join(unfamiliar.select("patient", "eye"), on=["patient", "eye"], how="semi", nulls_equal=True)
-    assert "negative" not in touched["decision"].to_list()
-    assert "unfamiliar" in results.report.read_text()
-    assert not verify(tmp_path / "results", files=True).faults
+def test_an_unfamiliar_photo_gets_no_decision(guarded_bundle: Bundle) -> None:
+    source, prepared = SourcePhoto(Path("a.jpg"), "a.jpg", "a.jpg"), PreparedPhoto(Status.OK, "")
+    far = make_result(source, prepared, np.array([0.9, 0.51], np.float32), guarded_bundle, ScreenPolicy())
+    assert (far.status, far.answer, far.decision) == (Status.UNFAMILIAR, None, None)
+    assert far.reason == "unlike the photos that the model learned from: look at it"
+    near = make_result(source, prepared, np.array([0.9, 0.49], np.float32), guarded_bundle, ScreenPolicy())
+    assert near.status is Status.OK
+    assert near.answer is not None
+    assert near.answer.tolist() == [np.float32(0.9)]
+    assert near.decision is not None
