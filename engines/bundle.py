@@ -10,7 +10,6 @@ engine.*       files of the backend
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 from fastfundus.engines.archive import Unpacked, is_archive
 from fastfundus.engines.runtime import GRAPH, Engine, load_backend
 from fastfundus.errors import BundleError, FastFundusError
+from fastfundus.files import hash_file
 from fastfundus.spec import PreprocessSpec, fingerprint_of
 
-__all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "hash_file", "write_bundle_json"]
+__all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
 
 SCHEMA = 3
 """Version of the bundle format."""
@@ -166,12 +166,6 @@ class Bundle:
         # Messages name the bundle, not the temporary folder.
         engine.name = str(self.path)
         return engine
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bundle_json(folder: Path, metadata: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
-"""Atomic writes of files. Standard library only."""
+"""Atomic writes and hashes of files. Standard library only."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "hash_file"]
 
 
 @contextmanager
@@ -23,3 +24,9 @@ def atomic_write(file: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

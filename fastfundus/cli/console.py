@@ -54,8 +54,7 @@ class ProgressLines:
     def add_task(self, description: str, *, total: float | None = None, **fields: str) -> int:
         """Begin a task; `fields` are shown at the end of each line."""
         self._begin(description)
-        self._total = total or 0.0
-        self._extra = "".join(f", {text}" for text in fields.values() if text)
+        self._total, self._extra = total or 0.0, _appended(fields)
         return 0
 
     def advance(self, task: int, amount: float = 1) -> None:
@@ -77,7 +76,7 @@ class ProgressLines:
             self._description, self._began, self._done = description, self._clock(), 0.0
         self._done = self._done if completed is None else completed
         self._total = self._total if total is None else total
-        self._extra = "".join(f", {text}" for text in fields.values() if text) or self._extra
+        self._extra = _appended(fields) or self._extra
         now = self._clock()
         if now - self._latest < _LINE_S or not self._done:
             return
@@ -91,6 +90,10 @@ class ProgressLines:
 
     def stop(self) -> None:
         """Write no further lines."""
+
+
+def _appended(fields: dict[str, str]) -> str:
+    return "".join(f", {text}" for text in fields.values() if text)
 
 
 @contextmanager

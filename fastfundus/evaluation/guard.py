@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import nn
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
+from fastfundus.files import hash_file
 from fastfundus.models.guard import Guard, GuardModel, Penultimate, fit_guard_model
 from fastfundus.training.predict import forward_batches
 from fastfundus.training.run import Run, run_file
@@ -59,7 +58,7 @@ def fit_guard(run: Run, cache: PhotoCache, model: nn.Module, validation: NDArray
         "limit": limit,
         "refused_share": REFUSED_SHARE,
         "photos": {"train": len(_some(training)), "val": len(distances)},
-        "sha256": _hash(run.path / _FILE),
+        "sha256": hash_file(run.path / _FILE),
         "note": None,
     }
 
@@ -87,7 +86,7 @@ def load_guard(run: Run, entry: dict[str, Any] | None) -> Guard | None:
     if entry is None or entry["limit"] is None:
         return None
     file = run.path / _FILE
-    if not file.is_file() or _hash(file) != entry["sha256"]:
+    if not file.is_file() or hash_file(file) != entry["sha256"]:
         raise CheckpointError(
             f"{file}: missing, or changed after it was locked; remove operating_point.json and finish the run again: "
             "fastfundus train ... --resume"
@@ -113,8 +112,3 @@ def _features(run: Run, cache: PhotoCache, model: nn.Module, rows: NDArray[np.in
         Penultimate(model), cache.photos, rows, run.spec, size=run.spec.size, batch_size=64, dtype=None, device="cpu"
     )
     return np.concatenate([batch.numpy() for batch in batches])
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

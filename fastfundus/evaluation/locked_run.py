@@ -8,7 +8,6 @@ predictions.parquet    predictions for every validation and test photo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
-from fastfundus.files import atomic_write
+from fastfundus.files import atomic_write, hash_file
 from fastfundus.spec import fingerprint_of
 from fastfundus.training.run import Run, learned_before, learned_photos
 
@@ -54,8 +53,7 @@ class Measured:
 
 def weights_hash(run: Run) -> str:
     """Return the SHA-256 of the best checkpoint as 64 hex digits."""
-    with (run.path / "best.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(run.path / "best.safetensors")
 
 
 def _lock(run: Run, labels: dict[str, dict[str, Any]], guard: dict[str, Any] | None) -> str:

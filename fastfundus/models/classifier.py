@@ -58,7 +58,7 @@ def create_model(config: ModelConfig, outputs: int, *, size: int | None = None) 
         CheckpointError: the file given as init is missing or does not match, or the hub is unreachable.
     """
     check_backbone(config.backbone)
-    options: dict[str, Any] = {"drop_rate": config.drop_rate} | fixed_size_options(config.backbone, size)
+    options: dict[str, Any] = {"drop_rate": config.drop_rate} | _fixed_size_options(config.backbone, size)
     if config.init == "imagenet" or is_hub_name(config.init):
         return _from_published(config, outputs, options)
     create = partial(timm.create_model, config.backbone, num_classes=outputs, **options)
@@ -89,7 +89,7 @@ def _from_published(config: ModelConfig, outputs: int, options: dict[str, Any]) 
     )
 
 
-def fixed_size_options(backbone: str, size: int | None) -> dict[str, Any]:
+def _fixed_size_options(backbone: str, size: int | None) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` for photos of a size that the backbone was not published for."""
     published = timm.get_pretrained_cfg(backbone.split("/")[-1], allow_unregistered=True)
     if size is None or published is None or not published.fixed_input_size or published.input_size[-1] == size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.files import atomic_write
+from fastfundus.files import atomic_write, hash_file
 from fastfundus.models.classifier import check_backbone
 from fastfundus.models.foreign import read_foreign, resample_positions
 
@@ -124,7 +123,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
         )
     known = {*used, *reshaped}
     report = ConvertReport(
-        path.name, hashlib.sha256(path.read_bytes()).hexdigest(), what, backbone, prefix, tuple(used), tuple(reshaped),
+        path.name, hash_file(path), what, backbone, prefix, tuple(used), tuple(reshaped),
         tuple(name for name in tensors if name not in known),
     )  # fmt: skip
     with atomic_write(output) as partial:

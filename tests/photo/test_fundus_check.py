@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bench.evidence import photos
 from fastfundus.photo import prepare_photo
 from fastfundus.photo.fundus_check import measure_texture
 from fastfundus.records import Status
@@ -23,21 +24,10 @@ Rgb = NDArray[np.uint8]
 
 def everyday_photos() -> dict[str, Rgb]:
     """Photographs and drawings that scikit-image, scikit-learn and Matplotlib install."""
-    import matplotlib as mpl
-    import skimage
-    import sklearn
-
-    folders = [
-        Path(skimage.__file__).parent / "data",
-        Path(sklearn.__file__).parent / "datasets" / "images",
-        Path(mpl.get_data_path()) / "sample_data",
-    ]
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in (".png", ".jpg")]
-    # One is a retina; "microaneurysms" is a detail of one.
-    files = [file for file in files if file.stem not in ("retina", "microaneurysms")]
-    photos = {file.name: cv2.imread(str(file), cv2.IMREAD_COLOR_RGB) for file in files}
-    assert {"coffee.png", "chelsea.png", "astronaut.png", "flower.jpg", "grace_hopper.jpg"} <= photos.keys()
-    return photos
+    files = photos.everyday_photos()["other things, packages"]
+    found = {file.name: cv2.imread(str(file), cv2.IMREAD_COLOR_RGB) for file in files}
+    assert {"coffee.png", "chelsea.png", "astronaut.png", "flower.jpg", "grace_hopper.jpg"} <= found.keys()
+    return found
 
 
 def cuts(photo: Rgb) -> list[Rgb]:
@@ -111,9 +101,9 @@ def test_retinas_are_accepted_in_any_position_and_colour(tmp_path: Path) -> None
 
 @pytest.mark.real_data
 def test_real_retinas_are_accepted_in_any_position_and_colour(real_data: Path, tmp_path: Path) -> None:
-    photos = sorted((real_data / "odir").rglob("*.jpg"))[::80] + sorted((real_data / "dr").rglob("*.jpg"))[::40]
+    paths = sorted((real_data / "odir").rglob("*.jpg"))[::80] + sorted((real_data / "dr").rglob("*.jpg"))[::40]
     refused, seen = [], 0
-    for path in photos:
+    for path in paths:
         if prepare_photo(path, SPEC).status is not Status.OK:
             continue
         photo = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
