@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,7 +34,7 @@ def info(folder: Path, as_json: bool) -> None:
     Example:
       fastfundus cache info cache/
     """
-    from fastfundus.workflow.cache import MOST_VALUES, summarise_cache
+    from fastfundus.workflow.cache import summarise_cache
 
     overview = summarise_cache(folder)
     if as_json:
@@ -42,17 +42,37 @@ def info(folder: Path, as_json: bool) -> None:
         return
     size, on_disk = overview["spec"]["size"], overview["bytes_on_disk"]
     click.echo(f"{folder}: {overview['photos']} photos at {size} px, {on_disk / 1e6:.1f} MB on disk")
-    for name in ("status", "eyes", "cameras", "field_shapes"):
+    for name in ("status", "cameras", "field_shapes"):
         if overview[name]:
-            click.echo(f"{name.replace('_', ' ')}: " + ", ".join(f"{n} {value}" for value, n in overview[name].items()))
-    hashed = ", hashed" if overview["patients_hashed"] else ""
-    click.echo(f"patients: {overview['patients']}{hashed}; {overview['patients_unknown']} photos of unknown patients")
+            click.echo(f"{name.replace('_', ' ')}: " + _counts(overview[name]))
     click.echo(f"pairs of duplicates or near duplicates across patients: {overview['duplicate_pairs']}")
+    for line in understood(overview):
+        click.echo(line)
+    click.echo(f"prepared from {overview['source']}; preprocessing {overview['fingerprint'][:12]}")
+
+
+def understood(overview: dict[str, Any]) -> list[str]:
+    """Return lines that say what was understood about patients, eyes, splits and labels, and from where."""
+    from fastfundus.workflow.cache import MOST_VALUES
+
+    origins = overview["origins"]
+
+    def line(name: str, text: str, role: str) -> str:
+        return f"{name}: {text}" + (f" (from {origins[role]})" if role in origins else "")
+
+    hashed = ", hashed" if overview["patients_hashed"] else ""
+    people = f"{overview['patients']} known{hashed}; {overview['patients_unknown']} photos of unknown patients"
+    lines = [line("patients", people, "patient"), line("eyes", _counts(overview["eyes"]), "eye")]
+    lines.append(line("splits", _counts(overview["splits"]) or "none given", "split"))
     for name, entry in overview["labels"].items():
         values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
         more = f", ... ({entry['distinct']} values)" if entry["distinct"] > MOST_VALUES else ""
-        click.echo(f"label {name}: known for {entry['known']} photos; {values}{more}")
-    click.echo(f"prepared from {overview['source']}; preprocessing {overview['fingerprint'][:12]}")
+        lines.append(line(f"label {name}", f"known for {entry['known']} photos; {values}{more}", "labels"))
+    return lines if overview["labels"] else [*lines, "labels: none"]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {value}" for value, n in counts.items())
 
 
 @cache.command()

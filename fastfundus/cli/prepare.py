@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+_MAX_SHOWN = 20
+
 
 def _list_adapters(context: click.Context) -> None:
     from fastfundus.data.adapters import ADAPTERS
@@ -22,7 +24,13 @@ def _list_adapters(context: click.Context) -> None:
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="CSV file with a column 'file' and labels; 'patient', 'eye', 'camera' and 'split' are recognised.",
+    help="CSV file or Excel workbook with a column that names the photos, and labels; columns of patient, eye, "
+    "camera and split are recognised under their usual names.",
+)
+@click.option(
+    "--eye-codes",
+    metavar="CODES",
+    help="Meaning of numbers in the column of eyes of the label file, such as 1=R,2=L.",
 )
 @click.option(
     "--adapter",
@@ -61,6 +69,7 @@ def prepare(
     source: Path,
     output: Path,
     labels: Path | None,
+    eye_codes: str | None,
     adapter: str,
     size: int,
     backend: str,
@@ -79,14 +88,21 @@ def prepare(
     Example:
       fastfundus prepare photos/ --labels labels.csv --output cache/ --preview
     """
+    from fastfundus.cli.cache import understood
     from fastfundus.cli.console import progress_bar, quiet_decoders, read_salt, remark, remarks
     from fastfundus.data.preview import write_preview
     from fastfundus.data.source import list_photos
+    from fastfundus.identifiers import parse_eye_codes
     from fastfundus.records import Status
+    from fastfundus.workflow.cache import summarise_cache
     from fastfundus.workflow.prepare import prepare_listing
 
     quiet_decoders()
-    listing = list_photos(source, labels=labels, adapter=adapter)
+    try:
+        codes = None if eye_codes is None else parse_eye_codes(eye_codes)
+    except ValueError as error:
+        raise click.UsageError(f"--eye-codes: {error}") from None
+    listing = list_photos(source, labels=labels, adapter=adapter, eye_codes=codes)
     remarks(listing.notes)
     with progress_bar() as progress:
         task = progress.add_task("preparing", total=len(listing.photos))
@@ -106,8 +122,13 @@ def prepare(
     counts = {status.value: int((cache.manifest["status"] == status.value).sum()) for status in Status}
     for status in (Status.FAILED, Status.UNFAMILIAR):
         del counts[status.value]  # occur only when screening
-    for row in cache.manifest.filter(cache.manifest["status"] != "ok").head(20).iter_rows(named=True):
+    unusable = cache.manifest.filter(cache.manifest["status"] != "ok")
+    for row in unusable.head(_MAX_SHOWN).iter_rows(named=True):
         remark(f"{row['status']}: {row['path']}: {row['reason']}")
+    if len(unusable) > _MAX_SHOWN:
+        remark(f"and {len(unusable) - _MAX_SHOWN} more that are not ok; all of them are in {output}/manifest.parquet")
+    for line in understood(summarise_cache(output)):
+        remark(line)
     unknown = int((~cache.manifest["patient_known"]).sum())
     if unknown:
         remark(f"note: the patient of {unknown} photos is unknown; splits treat each of them as a separate patient")

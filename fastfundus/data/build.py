@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,8 @@ from fastfundus.spec import PreprocessSpec
 
 __all__ = ["build_cache"]
 
+_MAX_NOTES = 100
+
 
 def build_cache(
     photos: Sequence[SourcePhoto],
@@ -48,6 +50,8 @@ def build_cache(
     prepare: Preparer | None = None,
     group: int = 1,
     patient_salt: bytes | None = None,
+    origins: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
     on_photo: Callable[[Status], None] = lambda status: None,
 ) -> PhotoCache:
     """Prepare photos and store them in a cache.
@@ -61,6 +65,8 @@ def build_cache(
         prepare: prepares `group` files per call, from `workers` threads; None prepares them one by one.
         group: number of files per call of `prepare`.
         patient_salt: replaces known patient identifiers by a keyed hash; None keeps them unchanged.
+        origins: where patients, eyes, splits and labels come from, to be kept with the cache.
+        notes: remarks on the listing, to be kept with the cache.
         on_photo: called with the status of each finished photo.
 
     Raises:
@@ -77,7 +83,7 @@ def build_cache(
             for status in build.done():
                 on_photo(status)
             _work(build, workers or usable_cores(), group, on_photo)
-            build.finish(source)
+            build.finish(source, origins or {}, notes)
         except OSError as error:
             raise not_written(output, error, build.finished) from error
         finally:
@@ -184,7 +190,7 @@ class _Build:
         self.finished += 1
         on_photo(Status(row["status"]))
 
-    def finish(self, source: Path) -> None:
+    def finish(self, source: Path, origins: Mapping[str, str], notes: Sequence[str]) -> None:
         """Write the manifest and the duplicates, and put the finished cache in place."""
         self.store.finish(len(self.photos))
         write_manifest(self.partial / "manifest.parquet", self.photos, self._rows())
@@ -195,6 +201,8 @@ class _Build:
             "source": str(source.absolute()),
             "photos_per_file": photos_per_file(self.spec.size),
             "salted": self.salted,
+            "origins": self._origins(origins),
+            "notes": list(notes[:_MAX_NOTES]),
         }
         (self.partial / "spec.json").write_text(json.dumps(metadata, indent=1) + "\n")
         where = self.output if self.extends else self.partial
@@ -206,6 +214,14 @@ class _Build:
             shutil.rmtree(self.partial)
         else:
             _move_into_place(self.partial, self.output)
+
+    def _origins(self, origins: Mapping[str, str]) -> dict[str, str]:
+        """Add DICOM as the origin of patients and eyes that the listing does not know."""
+        said = dict(origins)
+        if any(photo.path.suffix.lower() in ("", ".dcm", ".dicom") for photo in self.photos):
+            for role in ("patient", "eye"):
+                said[role] = f"{said[role]}, else DICOM" if role in said else "DICOM"
+        return said
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Yield the manifest columns of every photo, in order."""
@@ -315,16 +331,16 @@ def _order(
 
 
 def _move_into_place(partial: Path, output: Path) -> None:
-    atomic_write = _replaced_folder(output)
-    if atomic_write.exists():
-        shutil.rmtree(atomic_write)
+    replaced = _replaced_folder(output)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     if output.exists():
-        output.rename(atomic_write)
+        output.rename(replaced)
     partial.rename(output)
     for name in ("rows.jsonl", "build.json"):
         (output / name).unlink()
-    if atomic_write.exists():
-        shutil.rmtree(atomic_write)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _replaced_folder(output: Path) -> Path:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,10 @@ class PhotoCache:
     """Folder to which `path` in the manifest is relative."""
     salted: str | None = None
     """Identifier of the salt used to hash patients; None if they are not hashed."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where patients, eyes, splits and labels come from, by role; see `data.source.SourceList`."""
+    notes: tuple[str, ...] = ()
+    """Remarks made while the photos were listed."""
 
     @classmethod
     def open(cls, path: str | Path) -> PhotoCache:
@@ -109,7 +113,8 @@ class PhotoCache:
             photos = open_photos(path, len(manifest), spec.size, metadata["photos_per_file"])
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
-        return cls(path, spec, photos, manifest, Path(metadata["source"]), metadata["salted"])
+        origins, notes = metadata.get("origins", {}), tuple(metadata.get("notes", ()))
+        return cls(path, spec, photos, manifest, Path(metadata["source"]), metadata["salted"], origins, notes)
 
     @property
     def paths(self) -> tuple[Path, ...]:

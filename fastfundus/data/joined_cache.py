@@ -88,4 +88,4 @@ def join_caches(caches: Sequence[PhotoCache]) -> PhotoCache:
                 raise DataError(f"column {column!r} is {kind} here but {other} elsewhere; rename one", path=cache.path)
     manifest = pl.concat(tables, how="diagonal")
     photos = JoinedPhotos([cache.photos for cache in caches])
-    return JoinedCache(first.path, first.spec, photos, manifest, first.source, first.salted, tuple(caches))
+    return JoinedCache(first.path, first.spec, photos, manifest, first.source, first.salted, parts=tuple(caches))

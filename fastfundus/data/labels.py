@@ -1,24 +1,23 @@
-"""Reading of label CSV files, one row per photo. Faults are reported by file and line; no value is guessed."""
+"""Reading of label tables, one row per photo. Faults are reported by file and line; no value is guessed."""
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastfundus.data.roles import SPLITS, Roles, find_roles
+from fastfundus.data.tables import UNKNOWN, RawTable, read_cells
 from fastfundus.errors import DataError
+from fastfundus.identifiers import is_placeholder, normal_eye
 
-__all__ = ["FILE_COLUMNS", "UNKNOWN", "LabelRow", "LabelTable", "normal_eye", "read_labels", "value_of"]
+__all__ = ["LabelRow", "LabelTable", "read_labels", "value_of"]
 
-FILE_COLUMNS = ("file", "path", "image", "filename", "file_name", "image_path", "image_id", "id")
-"""Names of the column that identifies the photo, case-insensitive; the first one present is used."""
-UNKNOWN = frozenset({"", "nan", "na", "n/a", "none", "null", "?"})
-"""Lower-case texts that denote an unknown value."""
-_EYES = {"l": "L", "left": "L", "os": "L", "oi": "L", "og": "L", "r": "R", "right": "R", "od": "R"}
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,86 +43,128 @@ class LabelTable:
     rows: list[LabelRow]
     notes: list[str] = field(default_factory=list)
     """Handled faults to show to the user, one line each."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Header of the column that was read as "file", "patient", "eye", "split" and "camera", where there is one."""
 
 
-def normal_eye(text: str | None) -> str | None:
-    """Convert "left", "OS", "R", ... to "L" or "R", and anything else to None."""
-    return _EYES.get((text or "").strip().lower())
+def read_labels(path: Path, *, eye_codes: Mapping[str, str] | None = None) -> LabelTable:
+    """Read a label table: CSV with any common separator and encoding, or an Excel workbook.
 
+    Columns that name the file, patient, eye, split and camera are recognised by the names that people use
+    (`data.roles`); all others are kept as labels. Identical rows of one file are merged.
 
-def read_labels(path: Path) -> LabelTable:
-    """Read a label CSV.
-
-    The file column is one of `FILE_COLUMNS`. The columns `patient`, `eye`, `split` and `camera` are interpreted; all
-    others are kept as they are. If a file is listed more than once, its first row is kept and values on which the rows
-    disagree become unknown; both cases are noted.
+    Args:
+        path: the table.
+        eye_codes: "L" or "R" by cell text, for tables that code eyes by numbers.
 
     Raises:
-        DataError: the file cannot be read, has no header or no file column, or a row has the wrong number of cells.
+        DataError: the file cannot be read, has no header or no file column, a row has too many cells, or two rows of
+            one file disagree.
     """
-    try:
-        # utf-8-sig: spreadsheets write a byte order mark, which would otherwise become part of the first column name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror}); check the path", path=path) from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"is not a UTF-8 CSV file ({error}); save it as CSV UTF-8", path=path) from None
-    if not lines or not any(cell.strip() for cell in lines[0]):
-        raise DataError(
-            f"has no header; the first line must name the columns, including {FILE_COLUMNS[0]!r}", path=path
-        )
-    header = [cell.strip() for cell in lines[0]]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise DataError(f"has the column {repeated[0]!r} twice; rename one of them", path=path, row=1)
-    lower = [name.lower() for name in header]
-    file_column = next((lower.index(name) for name in FILE_COLUMNS if name in lower), None)
-    if file_column is None:
-        raise DataError(
-            f"has no column that identifies the photos; columns: {', '.join(header)}; "
-            f"rename the right one to {FILE_COLUMNS[0]!r}",
-            path=path,
-            row=1,
-        )
-    table = LabelTable(path, [])
-    for number, cells in enumerate(lines[1:], start=2):
-        if not any(cell.strip() for cell in cells):
+    raw = read_cells(path)
+    table = LabelTable(path, [], raw.notes)
+    header = _header(raw, path)
+    lines, cells = _body(raw, header, table)
+    roles = find_roles(header, cells, eye_codes=eye_codes, path=path)
+    table.notes += roles.notes
+    table.roles = {role: header[column] for role, column in roles.columns.items()}
+    files = [file.replace("\\", "/") for file in cells[roles.columns["file"]]]
+    patient, eye, split, camera = _special(cells, roles, table, eye_codes, lines)
+    taken = set(roles.columns.values())
+    labels = {
+        name: _values(cells[column], decimal_comma=raw.decimal_comma)
+        for column, name in enumerate(header)
+        if name and column not in taken
+    }
+    names = list(labels)
+    for index, values in enumerate(zip(*labels.values(), strict=True) if labels else [()] * len(files)):
+        if not files[index]:
+            table.notes.append(f"{path}, line {lines[index]}: no file name; row skipped")
             continue
-        if len(cells) != len(header):
-            raise DataError(
-                f"has {len(cells)} cells but the header has {len(header)}; quote commas", path=path, row=number
+        table.rows.append(
+            LabelRow(
+                lines[index], files[index], patient[index], eye[index], split[index], camera[index],
+                dict(zip(names, values, strict=True)),
             )
-        if not cells[file_column].strip():
-            table.notes.append(f"{path}, line {number}: no file name; row skipped")
-            continue
-        table.rows.append(_read_row(number, header, cells, file_column, table))
+        )  # fmt: skip
     _merge_repeats(table)
     _note_unknown(table)
     return table
 
 
-def _read_row(number: int, header: list[str], cells: list[str], file_column: int, table: LabelTable) -> LabelRow:
-    columns = {name: value_of(cell) for name, cell in zip(header, cells, strict=True)}
-    file = cells[file_column].strip()
-    del columns[header[file_column]]
-    special: dict[str, str | None] = {"patient": None, "eye": None, "split": None, "camera": None}
-    for name in list(columns):
-        if name.lower() in special:
-            text = cells[header.index(name)].strip()
-            special[name.lower()] = None if columns.pop(name) is None else text
-    split = special["split"]
-    if split is not None and split.lower() not in _SPLITS:
-        table.notes.append(f"{table.path}, line {number}: split {split!r} is not train, val or test; set to unknown")
-    return LabelRow(
-        line=number,
-        file=file.replace("\\", "/"),
-        patient=special["patient"],
-        eye=normal_eye(special["eye"]),
-        split=_SPLITS.get((split or "").lower()),
-        camera=special["camera"],
-        columns=columns,
-    )
+def _header(raw: RawTable, path: Path) -> list[str]:
+    if not raw.lines:
+        raise DataError("has no header; the first line must name the columns, including 'file'", path=path)
+    header = [cell.strip() for cell in raw.lines[0][1]]
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise DataError(f"has the column {repeated[0]!r} twice; rename one of them", path=path, row=raw.lines[0][0])
+    return header
+
+
+def _body(raw: RawTable, header: list[str], table: LabelTable) -> tuple[list[int], list[list[str]]]:
+    """Return the line numbers and the cells of each column, stripped; missing cells at the end of a row are empty."""
+    width, short, lines, rows = len(header), [], [], []
+    for number, cells in raw.lines[1:]:
+        if len(cells) > width:
+            if any(cell.strip() for cell in cells[width:]):
+                raise DataError(
+                    f"has {len(cells)} cells but the header has {width}; quote cells that contain the separator",
+                    path=table.path,
+                    row=number,
+                )
+            cells = cells[:width]
+        elif len(cells) < width:
+            short.append(number)
+            cells = [*cells, *[""] * (width - len(cells))]
+        lines.append(number)
+        rows.append(cells)
+    if short:
+        table.notes.append(
+            f"{table.path}: {len(short)} rows have fewer cells than the header, such as line {short[0]}; the missing "
+            "values are unknown"
+        )
+    columns = [list(map(str.strip, column)) for column in zip(*rows, strict=True)] if rows else [[] for _ in header]
+    unnamed = [column for column, name in enumerate(header) if not name and any(columns[column])]
+    if unnamed:
+        places = ", ".join(str(column + 1) for column in unnamed)
+        table.notes.append(f"{table.path}: columns without a name are not used: {places}")
+    return lines, columns
+
+
+def _special(
+    cells: list[list[str]], roles: Roles, table: LabelTable, eye_codes: Mapping[str, str] | None, lines: list[int]
+) -> tuple[list[str | None], ...]:
+    count = len(lines)
+
+    def texts(role: str) -> list[str | None]:
+        if role not in roles.columns:
+            return [None] * count
+        return [None if cell.lower() in UNKNOWN else cell for cell in cells[roles.columns[role]]]
+
+    patients = texts("patient")
+    placeholders = sum(1 for patient in patients if patient is not None and is_placeholder(patient))
+    if placeholders:
+        first = next(patient for patient in patients if patient is not None and is_placeholder(patient))
+        table.notes.append(
+            f"{table.path}: {first!r} in {placeholders} rows is a placeholder: these patients are unknown"
+        )
+        patients = [None if patient is None or is_placeholder(patient) else patient for patient in patients]
+    eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")]
+    splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
+    for line, text, split in zip(lines, texts("split"), splits, strict=True):
+        if text is not None and split is None:
+            table.notes.append(f"{table.path}, line {line}: split {text!r} is not train, val or test; set to unknown")
+    return patients, eyes, splits, texts("camera")
+
+
+def _values(cells: list[str], *, decimal_comma: bool) -> list[float | str | None]:
+    """Convert the cells of one column; columns of labels have few distinct cells."""
+    known: dict[str, float | str | None] = {}
+    for cell in set(cells):
+        number = cell.replace(",", ".") if decimal_comma and _DECIMAL_COMMA.fullmatch(cell) else cell
+        known[cell] = value_of(number)
+    return [known[cell] for cell in cells]
 
 
 def value_of(cell: str) -> float | str | None:
@@ -131,30 +172,37 @@ def value_of(cell: str) -> float | str | None:
     text = cell.strip()
     if text.lower() in UNKNOWN:
         return None
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if _NUMBER.fullmatch(text):
         number = float(text)
         return number if math.isfinite(number) else None
     return {"true": 1.0, "false": 0.0}.get(text.lower(), text)
 
 
 def _merge_repeats(table: LabelTable) -> None:
-    first: dict[str, int] = {}
-    merged: list[LabelRow] = []
+    first: dict[str, LabelRow] = {}
     for row in table.rows:
-        if row.file not in first:
-            first[row.file] = len(merged)
-            merged.append(row)
+        kept = first.setdefault(row.file, row)
+        if kept is row:
             continue
-        kept = merged[first[row.file]]
-        place = f"{table.path}, line {row.line}: {row.file} is already listed in line {kept.line}"
-        differing = [name for name, value in row.columns.items() if kept.columns[name] != value]
-        if differing:
-            columns = {name: None if name in differing else value for name, value in kept.columns.items()}
-            merged[first[row.file]] = replace(kept, columns=columns)
-            table.notes.append(f"{place} with different {', '.join(differing)}; set to unknown: delete the wrong row")
-        else:
-            table.notes.append(f"{place}; duplicate row ignored")
-    table.rows = merged
+        _require_agreement(kept, row, table.path)
+        table.notes.append(
+            f"{table.path}, line {row.line}: {row.file} is already listed in line {kept.line}; duplicate row ignored"
+        )
+    table.rows = list(first.values())
+
+
+def _require_agreement(kept: LabelRow, row: LabelRow, path: Path) -> None:
+    """Raise if two rows of one photo say different things: nothing tells which of them is right."""
+    pairs = {name: (kept.columns[name], row.columns[name]) for name in row.columns}
+    pairs |= {name: (getattr(kept, name), getattr(row, name)) for name in ("patient", "eye", "split", "camera")}
+    differing = [name for name, (one, other) in pairs.items() if one != other]
+    if differing:
+        name = differing[0]
+        raise DataError(
+            f"lines {kept.line} ({kept.file}) and {row.line} ({row.file}) describe the same photo with different "
+            f"{', '.join(differing[:5])} ({pairs[name][0]} and {pairs[name][1]}); delete or correct one of them",
+            path=path,
+        )
 
 
 def _note_unknown(table: LabelTable) -> None:
@@ -162,11 +210,13 @@ def _note_unknown(table: LabelTable) -> None:
     names = table.rows[0].columns if table.rows else {}
     for name in names:
         values = [row.columns[name] for row in table.rows]
+        if None not in values or not {value for value in values if value is not None} <= {0.0, 1.0}:
+            continue
         gaps = [row for row, value in zip(table.rows, values, strict=True) if value is None]
-        known = {value for value in values if value is not None}
-        if gaps and known and known <= {0.0, 1.0}:
-            where = ", ".join(f"{row.file} (line {row.line})" for row in gaps[:3])
-            more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
-            table.notes.append(
-                f"{table.path}: label {name!r} is unknown for {where}{more}; these photos are not used to train it"
-            )
+        if len(gaps) == len(values):
+            continue
+        where = ", ".join(f"{row.file} (line {row.line})" for row in gaps[:3])
+        more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
+        table.notes.append(
+            f"{table.path}: label {name!r} is unknown for {where}{more}; these photos are not used to train it"
+        )

@@ -1,28 +1,30 @@
-"""Listing of the photos in a folder, a folder of classes, a CSV or single files, each exactly once."""
+"""Listing of the photos in a folder, a folder of classes, a table or single files, each exactly once."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastfundus.data.adapters import ADAPTERS, adapter_named, detect_adapter, list_with_adapter
-from fastfundus.data.cache import MANIFEST_COLUMNS
-from fastfundus.data.labels import LabelRow, LabelTable, normal_eye, read_labels
+from fastfundus.data.classes import FolderLayout, is_normal_class, read_folders
+from fastfundus.data.files import find_files, is_photo, read_list
+from fastfundus.data.join import join_labels
+from fastfundus.data.people import note_crowded_patients, people_from_names
+from fastfundus.data.tables import TABLE_SUFFIXES
 from fastfundus.errors import DataError
-from fastfundus.records import NORMAL_NAMES, PHOTO_SUFFIXES, SourcePhoto, utf8_name
+from fastfundus.identifiers import EyeName
+from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, utf8_name
 
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
 
 LAYOUTS = ("auto", "folder", "classes", "csv")
-"""Layouts of a source: any folder of photos ("folder"), one sub-folder per class ("classes"), a label CSV ("csv"), or
-detected automatically ("auto"). The name of a public data set (`data.adapters.ADAPTERS`) may be given instead."""
-_NORMAL_CLASSES = NORMAL_NAMES | {"no_disease", "no disease", "0"}
-_EYE_IN_NAME = re.compile(r"^(?P<patient>.+?)[_\-. ](?P<eye>left|right|od|os|oi|og|l|r)(?:[_\-. ].*)?$", re.IGNORECASE)
+"""Layouts of a source: any folder of photos ("folder"), folders that name classes and splits ("classes"), a label table
+("csv"), or detected automatically ("auto"). The name of a public data set (`data.adapters.ADAPTERS`) may be given
+instead."""
 
 
 @dataclass(slots=True)
@@ -35,20 +37,30 @@ class SourceList:
     """Handled faults to show to the user, one line each."""
     lost: list[str] = field(default_factory=list)
     """Folders that could not be searched: inputs may be missing, so commands exit with status 1."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where patients, eyes, splits and labels come from, such as "column 'laterality' of labels.csv", by role."""
 
 
-def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, adapter: str = "auto") -> SourceList:
+def list_photos(
+    sources: Path | Iterable[Path],
+    *,
+    labels: Path | None = None,
+    adapter: str = "auto",
+    eye_codes: Mapping[str, str] | None = None,
+) -> SourceList:
     """List every input once.
 
     Args:
-        sources: folders (searched recursively), photos, CSV files that list photos, or .txt files with one path per
-            line, relative to the file. Other files named here are inputs regardless of their extension; in folders,
-            only files with an extension in `PHOTO_SUFFIXES` and DICOM files without one are.
-        labels: a label CSV whose file column is relative to the source or to the CSV, or is a unique file name.
+        sources: folders (searched recursively), photos, tables that list photos, or .txt files with one path per line,
+            relative to the file. Other files named here are inputs regardless of their extension; in folders, only
+            files with an extension in `PHOTO_SUFFIXES` and files whose first bytes are those of a picture are.
+        labels: a label table; see `data.match` for how its names denote photos.
         adapter: one of `LAYOUTS`, or the name of a public data set, which requires a single folder.
+        eye_codes: "L" or "R" by cell text, for label tables that code eyes by numbers.
 
     Raises:
-        DataError: a source does not exist, nothing was found, or a label file is invalid.
+        DataError: a source does not exist, nothing was found, a label file is invalid, or a name in it denotes several
+            photos.
         ConfigError: the adapter is unknown.
     """
     if adapter not in LAYOUTS:
@@ -56,38 +68,33 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
     paths = [sources] if isinstance(sources, Path) else list(sources)
     for path in paths:
         if not path.exists():
-            raise DataError("does not exist; give a folder, a photo or a CSV file", path=path)
-    paths = [named for path in paths for named in (_lines(path) if path.suffix.lower() == ".txt" else [path])]
-    listing = SourceList(_common_root(paths), [])
-    tables = [] if labels is None else [labels]
-    found: dict[str, Path] = {}
-    ignored: Counter[str] = Counter()
+            raise DataError("does not exist; give a folder, a photo or a table", path=path)
+    paths, notes = _expand_lists(paths)
+    listing = SourceList(_common_root(paths), [], notes)
     one_folder = len(paths) == 1 and paths[0].is_dir() and labels is None
     if adapter not in LAYOUTS and not one_folder:
         raise DataError(f"the adapter {adapter!r} reads a single folder with its own label files", path=paths[0])
+    tables = [path for path in paths if path.suffix.lower() in TABLE_SUFFIXES]
+    tables += [] if labels is None else [labels]
+    found: dict[str, Path] = {}
+    ignored: Counter[str] = Counter()
+    own = {_key(table) for table in tables}
     for path in paths:
         if path.is_dir():
-            files = list(_files(path, listing))
+            files = list(find_files(path, listing.notes, listing.lost))
             if one_folder and adapter not in ("folder", "classes", "csv") and _list_data_set(listing, files, adapter):
                 return listing
-            _take_photos(files, listing, found, ignored, own={_key(table) for table in tables})
-        elif path.suffix.lower() == ".csv":
-            tables.append(path)
-        else:
+            _take_photos(files, listing, found, ignored, own)
+        elif path.suffix.lower() not in TABLE_SUFFIXES:
             _add(path, listing, found)
     if ignored:
         kinds = ", ".join(f"{count} {suffix or '(no extension)'}" for suffix, count in sorted(ignored.items()))
-        listing.notes.append(f"skipped files without the extension of a photo: {kinds}")
-    base = _common_root(list(found.values())) if found else listing.root
-    photos = {key: _from_name(path, listing.root, base) for key, path in found.items()}
+        listing.notes.append(f"skipped files that are not photos: {kinds}")
     if adapter == "csv" and not tables:
         raise DataError("the adapter 'csv' needs a label file; give --labels FILE.csv")
+    photos = _photos(found, listing, adapter, has_tables=bool(tables))
     for table in tables:
-        _apply_labels(table, listing, photos)
-    if adapter == "classes" or (adapter == "auto" and not tables and _looks_like_classes(photos.values())):
-        photos = {key: _with_class(photo) for key, photo in photos.items()}
-        classes = sorted({str(photo.columns["class"]) for photo in photos.values()})
-        listing.notes.append(f"sub-folders interpreted as classes: {', '.join(classes)}")
+        join_labels(table, photos, listing.root, listing.notes, listing.origins, eye_codes=eye_codes)
     if not photos:
         raise DataError(f"contains no photos; known extensions: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
     return _finished(listing, photos.values())
@@ -95,7 +102,22 @@ def list_photos(sources: Path | Iterable[Path], *, labels: Path | None = None, a
 
 def _finished(listing: SourceList, photos: Iterable[SourcePhoto]) -> SourceList:
     listing.photos = sorted(_mark_split_patients(photos, listing), key=lambda photo: photo.name)
+    listing.notes += note_crowded_patients(listing.photos)
     return listing
+
+
+def _expand_lists(paths: list[Path]) -> tuple[list[Path], list[str]]:
+    """Replace list files by the paths in them."""
+    expanded: list[Path] = []
+    notes: list[str] = []
+    for path in paths:
+        if path.suffix.lower() == ".txt":
+            named, remarks = read_list(path)
+            expanded += named
+            notes += remarks
+        else:
+            expanded.append(path)
+    return expanded, notes
 
 
 def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool:
@@ -111,6 +133,7 @@ def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool
         listing.notes.append(f"looks like {chosen[0].title}, read as such; use --adapter folder to read plain files")
     photos, notes = list_with_adapter(listing.root, names, chosen[0])
     listing.notes += notes
+    listing.origins |= dict.fromkeys(("patient", "eye", "split", "labels"), f"the layout of {chosen[0].title}")
     _finished(listing, photos)
     return True
 
@@ -120,174 +143,100 @@ def _common_root(paths: list[Path]) -> Path:
     return Path(os.path.commonpath(folders)) if folders else Path.cwd()
 
 
-def _name(path: Path, root: Path) -> str:
-    return utf8_name(Path(os.path.relpath(path, root)).as_posix())
-
-
-def _lines(path: Path) -> list[Path]:
-    """Read the paths in a list file, ignoring empty lines and lines that begin with #."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", path=path) from None
-    named = [path.parent / line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not named:
-        raise DataError("names no photo; give one path per line", path=path)
-    return named
-
-
 def _key(path: Path) -> str:
     return os.path.normpath(path.absolute())
 
 
 def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
-    if _key(path) in found:
+    key = _key(path)
+    if key in found:
         listing.notes.append(f"{path}: given twice; it is kept as one row")
-    found[_key(path)] = path
+    found[key] = path
 
 
 def _take_photos(
     files: Iterable[Path], listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]
 ) -> None:
     for path in files:
-        if not path.name.startswith(".") and _is_photo_by_name(path):
+        if not path.name.startswith(".") and is_photo(path):
             _add(path, listing, found)
         elif _key(path) not in own:
             ignored[path.suffix.lower()] += 1
 
 
-def _is_photo_by_name(path: Path) -> bool:
-    """Return whether a file is a photo: by its extension, or as DICOM without one, as on exported study disks."""
-    # Photos may be gzipped, as in STARE.
-    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
-    # File names that are DICOM identifiers end in a number.
-    if (ending and not ending[1:].isdigit()) or path.name == "DICOMDIR":
-        return ending.lower() in PHOTO_SUFFIXES
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+def _photos(
+    found: Mapping[str, Path], listing: SourceList, adapter: str, *, has_tables: bool
+) -> dict[str, SourcePhoto]:
+    """Read everything that names and folders say about the photos found."""
+    root, base = str(listing.root), str(_common_root(list(found.values())) if found else listing.root)
+    names = {key: utf8_name(os.path.relpath(key, root).replace(os.sep, "/")) for key in found}
+    inner = {key: utf8_name(os.path.relpath(key, base).replace(os.sep, "/")) for key in found}
+    layout = FolderLayout()
+    if adapter == "classes" or (adapter == "auto" and not has_tables):
+        layout = read_folders(inner, require_classes=adapter == "classes")
+    listing.notes += layout.notes
+    people, notes = people_from_names(_without_layout(inner, layout))
+    listing.notes += notes
+    if any(person.patient or person.eye for person in people.values()):
+        listing.origins |= {"patient": "names of files and folders", "eye": "names of files and folders"}
+    listing.origins |= {"split": "folders"} if layout.splits else {}
+    listing.origins |= {"labels": "folders"} if layout.classes else {}
+    abnormal = any(is_normal_class(name) for name in set(layout.classes.values()))
+    return {key: _photo(found[key], names[key], people[key], layout, key, abnormal=abnormal) for key in found}
 
 
-def _files(folder: Path, listing: SourceList) -> Iterator[Path]:
-    """Yield every file below a folder, sorted; folders that cannot be searched are recorded as lost."""
+def _without_layout(inner: Mapping[str, str], layout: FolderLayout) -> Mapping[str, str]:
+    """Remove the folders of splits and classes from paths: a patient may have one eye in each class folder.
 
-    def complain(error: OSError) -> None:
-        listing.lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
-
-    for parent, folders, files in os.walk(folder, onerror=complain):
-        # Hidden folders contain thumbnails and trash; sorting makes runs reproducible.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # os.walk does not follow links to folders, which could form a cycle.
-        listing.notes += [
-            f"{Path(parent) / name}: links to folders are not followed; give the target to include its photos"
-            for name in folders
-            if os.path.islink(os.path.join(parent, name))
-        ]
-        yield from (Path(parent) / name for name in sorted(files))
-
-
-def _from_name(path: Path, root: Path, base: Path) -> SourcePhoto:
-    """Read patient and eye from names such as `123_left.jpg` or `Patient007_R.jpg`; `base` contains all photos."""
-    name = _name(path, root)
-    match = _EYE_IN_NAME.match(path.stem)
-    if match is None:
-        return SourcePhoto(path=path, name=name, patient=name)
-    # The folder is part of the patient identifier: numbering often restarts in every folder.
-    folder = _name(path.parent, base)
-    patient = match["patient"] if folder == "." else f"{folder}/{match['patient']}"
-    return SourcePhoto(path=path, name=name, patient=patient, patient_known=True, eye=normal_eye(match["eye"]))
+    Splits remain if the same file name occurs in several: then numbering restarts in each of them.
+    """
+    if not any(layout.used.values()):
+        return inner
+    plain = {key: name.split("/", layout.used[key])[-1] for key, name in inner.items()}
+    if layout.splits:
+        splits_of: dict[str, set[str]] = defaultdict(set)
+        for key, name in plain.items():
+            splits_of[name].add(layout.splits[key])
+        if any(len(splits) > 1 for splits in splits_of.values()):
+            return {key: f"{layout.splits[key]}/{name}" for key, name in plain.items()}
+    return plain
 
 
-def _apply_labels(table_path: Path, listing: SourceList, photos: dict[str, SourcePhoto]) -> None:
-    """Join a label file to the photos; rows without a photo become inputs with an issue."""
-    table = _without_clashes(read_labels(table_path))
-    listing.notes += table.notes
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for place in photos:
-        by_name[Path(place).name].append(place)
-    named: set[str] = set()
-    for row in table.rows:
-        candidates = [listing.root / row.file, table_path.parent / row.file]
-        key: str | None = next((_key(path) for path in candidates if _key(path) in photos or path.is_file()), None)
-        same_name = by_name.get(Path(row.file).name, [])
-        if key is None and len(same_name) == 1:
-            key = same_name[0]
-        issue = None
-        if key is None:
-            key = _key(candidates[0])
-            issue = f"named in {table_path.name}, line {row.line}, but missing; correct the name or delete the row"
-            if len(same_name) > 1:
-                issue = f"{table_path.name}, line {row.line}: {len(same_name)} files have this name; add the folder"
-        path = Path(key)
-        photo = photos.get(key) or _from_name(path, listing.root, listing.root)
-        photos[key] = replace(_with_row(photo, row), issue=issue)
-        named.add(key)
-    unnamed = [photo.name for key, photo in photos.items() if key not in named]
-    if unnamed:
-        listing.notes.append(
-            f"{table_path}: has no row for {len(unnamed)} of the photos found, such as {unnamed[0]}; labels unknown"
-        )
-
-
-def _without_clashes(table: LabelTable) -> LabelTable:
-    """Rename label columns that clash with manifest columns, such as `path`."""
-    clashes = [name for name in (table.rows[0].columns if table.rows else {}) if name in MANIFEST_COLUMNS]
-    for name in clashes:
-        table.notes.append(f"{table.path}: column {name!r} is stored as 'label_{name}': the manifest uses its name")
-    renamed = {name: f"label_{name}" for name in clashes}
-    for row in table.rows:
-        columns = {renamed.get(name, name): value for name, value in row.columns.items()}
-        row.columns.clear()
-        row.columns.update(columns)
-    return table
-
-
-def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
-    return replace(
-        photo,
-        patient=row.patient or photo.patient,
-        patient_known=photo.patient_known or row.patient is not None,
-        eye=row.eye or photo.eye,
-        split=row.split,
-        camera=row.camera,
-        columns={**photo.columns, **row.columns},
+def _photo(path: Path, name: str, person: EyeName, layout: FolderLayout, key: str, *, abnormal: bool) -> SourcePhoto:
+    columns: dict[str, Any] = {}
+    if layout.classes:
+        label = layout.classes.get(key)
+        columns["class"] = label
+        if abnormal and label is not None:
+            columns["abnormal"] = 0.0 if is_normal_class(label) else 1.0
+    return SourcePhoto(
+        path=path,
+        name=name,
+        patient=person.patient or name,
+        patient_known=person.patient is not None,
+        eye=person.eye,
+        split=layout.splits.get(key),
+        columns=columns,
     )
 
 
-def _looks_like_classes(photos: Iterable[SourcePhoto]) -> bool:
-    """Return whether all photos are in direct sub-folders, one of which has a name such as "normal"."""
-    parents = [Path(photo.name).parent.parts for photo in photos]
-    return bool(parents) and all(len(parts) == 1 for parts in parents) and any(_is_normal(p[0]) for p in parents)
-
-
-def _is_normal(name: str) -> bool:
-    return name.strip().lower() in _NORMAL_CLASSES
-
-
-def _with_class(photo: SourcePhoto) -> SourcePhoto:
-    name = Path(photo.name).parts[0] if len(Path(photo.name).parts) > 1 else ""
-    columns: dict[str, Any] = {**photo.columns, "class": name or None}
-    if name:
-        columns["abnormal"] = 0.0 if _is_normal(name) else 1.0
-    # A patient may have one eye in each class folder, so class folders are not part of the patient identifier.
-    patient = photo.patient.removeprefix(f"{name}/") if photo.patient_known else photo.patient
-    return replace(photo, columns=columns, patient=patient)
-
-
 def _mark_split_patients(photos: Iterable[SourcePhoto], listing: SourceList) -> list[SourcePhoto]:
-    """Exclude patients that the label file assigns to more than one split, and note them."""
+    """Exclude patients that are in more than one given split, and note them."""
     photos = list(photos)
     splits: dict[str, set[str]] = defaultdict(set)
     for photo in photos:
         if photo.split is not None:
             splits[photo.patient].add(photo.split)
     torn = {patient for patient, names in splits.items() if len(names) > 1}
+    if not torn:
+        return photos
+    files: dict[str, list[str]] = defaultdict(list)
+    for photo in photos:
+        if photo.patient in torn:
+            files[photo.patient].append(photo.name)
     for patient in sorted(torn):
-        files = [photo.name for photo in photos if photo.patient == patient]
         listing.notes.append(
-            f"patient {patient} is in {' and '.join(sorted(splits[patient]))} ({', '.join(files[:4])}): "
+            f"patient {patient} is in {' and '.join(sorted(splits[patient]))} ({', '.join(files[patient][:4])}): "
             "excluded from all splits; assign all photos of a patient to one split"
         )
     return [replace(photo, split="excluded") if photo.patient in torn else photo for photo in photos]

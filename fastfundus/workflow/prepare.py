@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,7 @@ def prepare(
     *,
     labels: str | Path | None = None,
     adapter: str = "auto",
+    eye_codes: Mapping[str, str] | None = None,
     size: int = 512,
     backend: Decoder = "auto",
     workers: int | None = None,
@@ -39,8 +40,9 @@ def prepare(
     Args:
         source: a folder, a folder with one subfolder per class, an unpacked public data set, or a CSV file of photos.
         output: the cache folder to create or extend.
-        labels: CSV file with a column `file` and labels.
+        labels: CSV file or Excel workbook with a column that names the photos, and labels.
         adapter: layout of the source; "auto" detects it.
+        eye_codes: "L" or "R" by cell text, for tables that code eyes by numbers, such as {"1": "R", "2": "L"}.
         size: side of the prepared photos in pixels.
         backend: decoder; "auto" uses DALI if there is a GPU and nvidia-dali is installed.
         workers: decoding threads; None uses one per core.
@@ -58,7 +60,7 @@ def prepare(
     Example:
         >>> cache = fastfundus.prepare("photos/", "cache/", labels="labels.csv")
     """
-    listing = list_photos(Path(source), labels=Path(labels) if labels else None, adapter=adapter)
+    listing = list_photos(Path(source), labels=Path(labels) if labels else None, adapter=adapter, eye_codes=eye_codes)
     cache = prepare_listing(
         listing, Path(output), size=size, backend=backend, workers=workers, patient_salt=patient_salt
     )
@@ -108,6 +110,8 @@ def prepare_listing(
         prepare=preparer,
         group=group,
         patient_salt=patient_salt,
+        origins=listing.origins,
+        notes=listing.notes,
         on_photo=on_photo,
     )
 

@@ -111,7 +111,7 @@ def test_a_salt_must_keep_a_secret(photo_folder: Path, tmp_path: Path) -> None:
     assert run(*arguments).exit_code == 0
     manifest = pl.read_parquet(tmp_path / "cache" / "manifest.parquet")
     assert not manifest["patient"].str.contains("p000").any()
-    assert "patients: 24, hashed" in run("cache", "info", tmp_path / "cache").stdout
+    assert "patients: 24 known, hashed" in run("cache", "info", tmp_path / "cache").stdout
 
 
 def test_augment_draws_a_sheet(folder: Path, tmp_path: Path) -> None:

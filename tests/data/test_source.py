@@ -100,12 +100,13 @@ def test_a_named_photo_that_is_not_there_becomes_an_input(tmp_path: Path) -> Non
     assert "labels.csv, line 3" in gone.issue
 
 
-def test_repeated_and_contradictory_rows(tmp_path: Path) -> None:
-    text = "file,abnormal\na.jpg,1\nb.jpg,0\na.jpg,1\nb.jpg,1\n"
-    labels = read_labels(table(tmp_path, text))
-    assert [(row.file, row.columns["abnormal"]) for row in labels.rows] == [("a.jpg", 1.0), ("b.jpg", None)]
+def test_identical_rows_are_merged_and_contradictory_ones_refused(tmp_path: Path) -> None:
+    labels = read_labels(table(tmp_path, "file,abnormal\na.jpg,1\nb.jpg,0\na.jpg,1\n"))
+    assert [(row.file, row.columns["abnormal"]) for row in labels.rows] == [("a.jpg", 1.0), ("b.jpg", 0.0)]
     assert "line 4: a.jpg is already listed in line 2; duplicate row ignored" in labels.notes[0]
-    assert "line 5: b.jpg is already listed in line 3 with different abnormal" in labels.notes[1]
+    message = r"lines 2 \(a.jpg\) and 4 \(a.jpg\) describe the same photo with different abnormal \(1.0 and 0.0\)"
+    with pytest.raises(DataError, match=message):
+        read_labels(table(tmp_path, "file,abnormal\na.jpg,1\nb.jpg,0\na.jpg,0\n"))
 
 
 @pytest.mark.parametrize("unknown", ["", "NaN", "nan", "NA", "null", "?", "1e999"])
@@ -127,8 +128,8 @@ def test_a_patient_in_two_splits_is_taken_out_and_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no header"),
-        ("name,abnormal\na.jpg,1\n", "no column that identifies the photos; columns: name, abnormal"),
-        ("file,abnormal\na.jpg\n", "line 2: has 1 cells but the header has 2"),
+        ("who,abnormal\na.jpg,1\n", "no column that identifies the photos; columns: who, abnormal"),
+        ("file,abnormal\na.jpg,1,0\n", "line 2: has 3 cells but the header has 2"),
         ("file,abnormal,abnormal\na.jpg,1,0\n", "has the column 'abnormal' twice"),
     ],
 )

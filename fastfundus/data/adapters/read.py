@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections import Counter
@@ -13,8 +12,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from fastfundus.data.adapters.entry import Adapter, Column, Groups, Table
-from fastfundus.data.labels import UNKNOWN, normal_eye, value_of
-from fastfundus.errors import DataError, require
+from fastfundus.data.labels import value_of
+from fastfundus.data.tables import UNKNOWN, read_cells
+from fastfundus.errors import DataError
+from fastfundus.identifiers import normal_eye
 from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, utf8_name
 
 __all__ = ["detect_adapter", "list_with_adapter"]
@@ -200,40 +201,16 @@ def _plain(header: str | None) -> str:
 
 def _read_cells(path: Path, table: Table) -> Iterable[tuple[int, dict[str, str]]]:
     """Yield the rows of a CSV, text or Excel file as dictionaries of text, with their line numbers."""
-    if path.suffix.lower() in (".xlsx", ".xls"):
-        lines = _read_excel(path)
-    else:
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                delimiter = table.delimiter
-                if delimiter == " ":
-                    lines = [line.split() for line in file]
-                else:
-                    lines = list(csv.reader(file, delimiter=delimiter))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"cannot be read ({error}); obtain it again", path=path) from None
-    start = 0
-    header = list(table.header)
+    # A table in text keeps the separator of its release; some are edited in a spreadsheet, which writes another.
+    lines = read_cells(path, delimiter=table.delimiter if table.header or table.delimiter == " " else None).lines
+    header, start = list(table.header), 0
     if not header:
         # Excel files may have titles above the header, which is the first line that contains the key or a column.
         wanted = {_plain(name) for name in (*table.key, *(h for c in table.columns for h in c.headers))} - {""}
-        start = next((n for n, line in enumerate(lines[:6]) if wanted & {_plain(cell) for cell in line}), 0)
-        header, start = (lines[start], start + 1) if lines else ([], 0)
-    for number, line in enumerate(lines[start:], start=start + 1):
-        if any(cell.strip() for cell in line):
-            yield number, dict(zip(header, [*line, *[""] * (len(header) - len(line))], strict=False))
-
-
-def _read_excel(path: Path) -> list[list[str]]:
-    openpyxl = require("openpyxl", extra="train")
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        lines = [["" if cell is None else str(cell) for cell in row] for row in book.active.iter_rows(values_only=True)]
-        book.close()
-    except Exception as error:
-        # openpyxl lets exceptions of its zip and XML readers through.
-        raise DataError(f"cannot be read ({error}); obtain it again", path=path) from None
-    return lines
+        start = next((n for n, (_, line) in enumerate(lines[:6]) if wanted & {_plain(cell) for cell in line}), 0)
+        header, start = (lines[start][1], start + 1) if lines else ([], 0)
+    for number, line in lines[start:]:
+        yield number, dict(zip(header, [*line, *[""] * (len(header) - len(line))], strict=False))
 
 
 def _note_leftovers(

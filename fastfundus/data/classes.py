@@ -1,0 +1,116 @@
+"""Folders that name splits and classes, such as `train/normal/1.jpg` or `Glaucoma/2.png`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fastfundus.data.roles import SPLITS
+from fastfundus.records import NORMAL_NAMES
+
+__all__ = ["FolderLayout", "is_normal_class", "read_folders"]
+
+_DOUBTFUL = re.compile(r"suspect|ungrad|unknown|unclear|uncertain|other|poor|bad|quality|unlabel|todo", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderLayout:
+    """Split and class of every photo according to its folders."""
+
+    splits: dict[str, str] = field(default_factory=dict)
+    """"train", "val" or "test" by key; empty if the folders name no splits."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """Name of the class by key; empty if the folders name no classes."""
+    used: dict[str, int] = field(default_factory=dict)
+    """Number of leading folders of each path that name a split or a class."""
+    notes: tuple[str, ...] = ()
+
+
+def is_normal_class(name: str) -> bool:
+    """Return whether a class means that nothing was found; a leading number or letter, as in `0_normal`, is ignored."""
+    plain = " ".join(re.sub(r"[_\-.]+", " ", name).lower().split())
+    bare = re.sub(r"^(\d{1,2}|[a-h]) (?=\D)", "", plain)
+    return bare in _NORMAL or plain in _NORMAL
+
+
+_NORMAL = {" ".join(name.replace("_", " ").split()) for name in NORMAL_NAMES} | {
+    "no disease", "no diseases", "0", "grade 0", "level 0", "class 0", "normal fundus", "normal retina", "normal eye",
+    "normal eyes", "healthy eye", "healthy eyes", "healthy retina", "normals", "no finding", "no findings", "non dr",
+    "no abnormality", "no retinopathy", "control", "controls", "normal control",
+}  # fmt: skip
+
+
+def read_folders(names: Mapping[str, str], *, require_classes: bool = False) -> FolderLayout:
+    """Read splits and classes from the folders of photos.
+
+    Folders are splits if every photo is in a folder such as "train" or "test", at the same depth, and there are at
+    least two. Folders are classes if every photo is one folder deeper than its split; without splits, one class must be
+    called "normal" or the like, unless classes are required.
+
+    Args:
+        names: path of each photo relative to the folder that contains all of them, by key.
+        require_classes: True if the user says that the folders are classes.
+    """
+    parents = {key: tuple(name.split("/")[:-1]) for key, name in names.items()}
+    splits, position = _find_splits(parents)
+    rest = {
+        key: parts if position is None else (*parts[:position], *parts[position + 1 :])
+        for key, parts in parents.items()
+    }
+    classes, notes = _find_classes(rest, with_splits=bool(splits), require_classes=require_classes)
+    used = {key: (1 if splits else 0) + (1 if key in classes else 0) for key in names}
+    if splits:
+        found = ", ".join(sorted(set(splits.values())))
+        notes.insert(0, f"sub-folders interpreted as splits: {found}; use --adapter folder to ignore folders")
+    return FolderLayout(splits, classes, used, tuple(notes))
+
+
+def _find_splits(parents: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, str], int | None]:
+    for position in (0, 1):
+        names = {parts[position].lower() if len(parts) > position else "" for parts in parents.values()}
+        if len(names) > 1 and names <= SPLITS.keys() and len({SPLITS[name] for name in names}) > 1:
+            return {key: SPLITS[parts[position].lower()] for key, parts in parents.items()}, position
+    return {}, None
+
+
+def _find_classes(
+    parents: Mapping[str, tuple[str, ...]], *, with_splits: bool, require_classes: bool
+) -> tuple[dict[str, str], list[str]]:
+    depths = {len(parts) for parts in parents.values()}
+    if not parents or (depths != {1} and not require_classes):
+        return {}, []
+    spellings: dict[str, dict[str, None]] = defaultdict(dict)
+    for parts in parents.values():
+        if parts:
+            spellings[parts[0].strip().lower()].setdefault(parts[0])
+    has_normal = any(is_normal_class(name) for name in spellings)
+    if not (require_classes or has_normal or (with_splits and len(spellings) > 1)):
+        return {}, []
+    first = {plain: next(iter(names)) for plain, names in spellings.items()}
+    classes = {key: first[parts[0].strip().lower()] for key, parts in parents.items() if parts}
+    return classes, _describe(sorted(first.values()), spellings.values(), has_normal=has_normal)
+
+
+def _describe(classes: list[str], spellings: Iterable[Mapping[str, None]], *, has_normal: bool) -> list[str]:
+    notes = [f"sub-folders interpreted as classes: {', '.join(classes)}; use --adapter folder to ignore folders"]
+    same = [" and ".join(names) for names in spellings if len(names) > 1]
+    if same:
+        notes.append(f"classes that differ only by case are one class: {'; '.join(same)}")
+    if not has_normal:
+        notes.append(
+            "no class is called normal or the like, so that there is no label 'abnormal'; 'class' has the names"
+        )
+        return notes
+    doubtful = [name for name in classes if _DOUBTFUL.search(name)]
+    if doubtful:
+        notes.append(
+            f"{', '.join(doubtful)} count as abnormal, as all classes but {_normal_names(classes)}: move these photos "
+            "elsewhere, or give --labels, if that is wrong"
+        )
+    return notes
+
+
+def _normal_names(classes: list[str]) -> str:
+    return " and ".join(name for name in classes if is_normal_class(name))

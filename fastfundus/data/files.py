@@ -1,0 +1,91 @@
+"""Which files of a folder or a list are photos."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastfundus.data.match import Match, match_listed
+from fastfundus.data.tables import read_text
+from fastfundus.errors import DataError
+from fastfundus.records import PHOTO_SUFFIXES
+
+__all__ = ["find_files", "is_photo", "read_list"]
+
+_PICTURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|II\+\0|MM\0\+|BM.{4}\0{4}|RIFF.{4}WEBP"
+    rb"|\0{3}\x0cjP  |\xff\x4f\xff\x51|.{4}ftyp(?:heic|heix|heim|heis|hevc|mif1|msf1|avif|avis)|8BPS",
+    re.DOTALL,
+)
+"""The first bytes of pictures: JPEG, PNG, GIF, TIFF, BigTIFF, BMP, WebP, JPEG 2000, HEIC, AVIF, Photoshop."""
+
+
+def find_files(folder: Path, notes: list[str], lost: list[str]) -> Iterator[Path]:
+    """Yield every file below a folder, sorted.
+
+    Args:
+        folder: the folder to search. Hidden folders, which contain thumbnails and trash, are left out.
+        notes: receives links to folders, which are not followed because they could form a cycle.
+        lost: receives folders that cannot be searched.
+    """
+
+    def complain(error: OSError) -> None:
+        lost.append(f"{error.filename}: cannot be searched ({error.strerror}); run chmod +rx on it")
+
+    for parent, folders, files in os.walk(folder, onerror=complain):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        notes += [
+            f"{Path(parent) / name}: links to folders are not followed; give the target to include its photos"
+            for name in folders
+            if os.path.islink(os.path.join(parent, name))
+        ]
+        yield from (Path(parent) / name for name in sorted(files))
+
+
+def is_photo(path: Path) -> bool:
+    """Return whether a file of a folder is a photo: by its extension, or by its first bytes."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        # Photos may be gzipped, as in STARE.
+        return Path(path.stem).suffix.lower() in PHOTO_SUFFIXES
+    if suffix in PHOTO_SUFFIXES:
+        return True
+    if path.name == "DICOMDIR":
+        return False
+    try:
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    return start[128:] == b"DICM" or _PICTURES.match(start) is not None
+
+
+def read_list(path: Path) -> tuple[list[Path], list[str]]:
+    """Read the paths in a list file, relative to it, without empty lines and lines that begin with #.
+
+    Returns:
+        The paths, and notes for the user.
+
+    Raises:
+        DataError: the file cannot be read, names nothing, or a name denotes several files.
+    """
+    text, notes = read_text(path)
+    lines = [line.strip().strip('"') for line in text.splitlines()]
+    named = [line for line in lines if line and not line.startswith("#")]
+    if not named:
+        raise DataError("names no photo; give one path per line", path=path)
+    folders = {line for line in named if "\0" not in line and os.path.isdir(path.parent / line)}
+    matches = iter(match_listed([line for line in named if line not in folders], path.parent))
+    paths = []
+    for line in named:
+        match = Match(None) if line in folders else next(matches)
+        if match.candidates:
+            raise DataError(f"{line} fits {' and '.join(match.candidates[:3])}; write the extension", path=path)
+        paths.append(Path(match.key) if match.key is not None else path.parent / line.replace("\0", "\\0"))
+    return paths, notes

@@ -1,0 +1,156 @@
+"""Joining of a label table to the photos it describes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.data.labels import LabelRow, LabelTable, read_labels
+from fastfundus.data.match import Match, match_listed, match_names
+from fastfundus.data.people import people_from_names
+from fastfundus.errors import DataError
+from fastfundus.records import SourcePhoto, utf8_name
+
+__all__ = ["join_labels"]
+
+_MAX_SHOWN = 3
+
+
+def join_labels(
+    path: Path,
+    photos: dict[str, SourcePhoto],
+    root: Path,
+    notes: list[str],
+    origins: dict[str, str],
+    *,
+    eye_codes: Mapping[str, str] | None = None,
+) -> None:
+    """Join a label table to photos; rows without a photo become inputs with an issue.
+
+    Args:
+        path: the table.
+        photos: photos by normalised absolute path; updated.
+        root: folder to which names of photos are relative.
+        notes: receives handled faults.
+        origins: receives the columns from which patients, eyes, splits and labels come.
+        eye_codes: see `read_labels`.
+
+    Raises:
+        DataError: the table is invalid, a name denotes several photos, or two rows describe one photo differently.
+    """
+    table = _without_clashes(read_labels(path, eye_codes=eye_codes))
+    notes += table.notes
+    names = [row.file for row in table.rows]
+    matches = match_names(names, photos, (root, path.parent)) if photos else match_listed(names, path.parent)
+    _require_unique(table, matches)
+    if not photos:
+        _add_listed(table, matches, photos, root, notes)
+    named: dict[str, LabelRow] = {}
+    for row, match in zip(table.rows, matches, strict=True):
+        key = match.key or os.path.normpath((root / row.file.replace("\0", "\\0")).absolute())
+        issue = None
+        if match.key is None:
+            issue = f"named in {path.name}, line {row.line}, but missing; correct the name or delete the row"
+        other = named.setdefault(key, row)
+        if other is not row:
+            raise DataError(
+                f"lines {other.line} ({other.file}) and {row.line} ({row.file}) name the same photo, "
+                f"{os.path.relpath(key, root)}; delete or correct one of them",
+                path=path,
+            )
+        photo = photos.get(key) or _bare_photo(key, root)
+        photos[key] = replace(_with_row(photo, row), issue=issue)
+    notes += _notes_on_matches(table, matches, photos, named)
+    for role, header in table.roles.items():
+        origins[role] = f"column {header!r} of {path.name}"
+    origins["labels"] = path.name
+
+
+def _require_unique(table: LabelTable, matches: list[Match]) -> None:
+    """Raise if rows denote several photos, or several rows the same one by their bare names."""
+    ambiguous = [(row, match) for row, match in zip(table.rows, matches, strict=True) if match.candidates]
+    if ambiguous:
+        row, match = ambiguous[0]
+        shown = " and ".join(match.candidates[:_MAX_SHOWN])
+        more = f"; so do {len(ambiguous) - 1} other rows" if len(ambiguous) > 1 else ""
+        raise DataError(
+            f"{row.file} fits {len(match.candidates)} photos ({shown}){more}; write the folder before the name",
+            path=table.path,
+            row=row.line,
+        )
+
+
+def _add_listed(
+    table: LabelTable, matches: list[Match], photos: dict[str, SourcePhoto], root: Path, notes: list[str]
+) -> None:
+    """Add the photos of a table that is the source itself, with what their names say."""
+    names = {match.key: utf8_name(os.path.relpath(match.key, root)) for match in matches if match.key is not None}
+    people, remarks = people_from_names(names)
+    if "patient" not in table.roles:
+        notes += remarks
+    for key, person in people.items():
+        photos[key] = SourcePhoto(
+            path=Path(key),
+            name=names[key],
+            patient=person.patient or names[key],
+            patient_known=person.patient is not None,
+            eye=person.eye,
+        )
+
+
+def _bare_photo(key: str, root: Path) -> SourcePhoto:
+    name = utf8_name(os.path.relpath(key, root).replace(os.sep, "/"))
+    return SourcePhoto(path=Path(key), name=name, patient=name)
+
+
+def _notes_on_matches(
+    table: LabelTable, matches: list[Match], photos: Mapping[str, SourcePhoto], named: Mapping[str, LabelRow]
+) -> list[str]:
+    notes = []
+    pairs = list(zip(table.rows, matches, strict=True))
+    for what, chosen in (
+        ("without regard to extensions", [pair for pair in pairs if pair[1].by_stem]),
+        ("by file name alone, since its folders are not those of the photos", [p for p in pairs if p[1].by_bare_name]),
+    ):
+        if chosen:
+            row, match = chosen[0]
+            notes.append(
+                f"{table.path}: {len(chosen)} names were matched {what}, such as {row.file} "
+                f"to {photos[str(match.key)].name}"
+            )
+    unnamed = [photo.name for key, photo in photos.items() if key not in named]
+    if unnamed:
+        notes.append(
+            f"{table.path}: has no row for {len(unnamed)} of the photos found, such as {unnamed[0]}; labels unknown"
+        )
+    return notes
+
+
+def _without_clashes(table: LabelTable) -> LabelTable:
+    """Rename label columns that clash with manifest columns, such as `path`."""
+    clashes = [name for name in (table.rows[0].columns if table.rows else {}) if name in MANIFEST_COLUMNS]
+    if not clashes:
+        return table
+    for name in clashes:
+        table.notes.append(f"{table.path}: column {name!r} is stored as 'label_{name}': the manifest uses its name")
+    renamed = {name: f"label_{name}" for name in clashes}
+    for row in table.rows:
+        columns = {renamed.get(name, name): value for name, value in row.columns.items()}
+        row.columns.clear()
+        row.columns.update(columns)
+    return table
+
+
+def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
+    return replace(
+        photo,
+        patient=row.patient or photo.patient,
+        patient_known=photo.patient_known or row.patient is not None,
+        eye=row.eye or photo.eye,
+        split=row.split or photo.split,
+        camera=row.camera,
+        columns={**photo.columns, **row.columns},
+    )

@@ -1,0 +1,118 @@
+"""Which column of a table names the file, the patient, the eye, the split and the camera."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastfundus.data.tables import UNKNOWN
+from fastfundus.errors import DataError
+from fastfundus.identifiers import normal_eye
+
+__all__ = ["SPLITS", "Roles", "find_roles"]
+
+_FILE = (
+    "file", "path", "image", "filename", "filepath", "imagepath", "imagefile", "imagename", "imgname", "imgpath", "img",
+    "imageid", "imgid", "photo", "photoid", "idcode", "picture", "fundus", "name", "id",
+)  # fmt: skip
+_PATIENT = (
+    "patient", "patientid", "patientno", "patientnumber", "patientcode", "pid", "ptid", "subject", "subjectid",
+    "subjid", "participant", "participantid", "person", "personid", "individual", "individualid", "mrn", "eid",
+    "caseid",
+)  # fmt: skip
+_EYE = ("eye", "laterality", "eyeside", "eyelaterality", "imagelaterality", "side", "odos", "whicheye")
+_SPLIT = ("split", "set", "subset", "partition", "datasplit", "dataset")
+_CAMERA = ("camera", "cameramodel", "device", "devicemodel", "manufacturermodelname")
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""Split by lower-case text, in tables and folder names."""
+_NUMERIC_CODES = frozenset({"0", "1", "2"})
+
+
+@dataclass(slots=True)
+class Roles:
+    """The columns with a special meaning."""
+
+    columns: dict[str, int]
+    """Index of the column by role: "file" always; "patient", "eye", "split" and "camera" where there is one."""
+    notes: list[str] = field(default_factory=list)
+
+
+def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[str, str] | None, path: Path) -> Roles:
+    """Assign roles to the columns of a table.
+
+    Names are compared ignoring case and punctuation. A column with the plain name of a role ("patient", "eye", "split",
+    "camera") always has it. Other names of eyes and splits count only if all values fit: a column "side" is the eye
+    only if its values are eyes.
+
+    Args:
+        header: names of the columns.
+        cells: stripped cells by column.
+        eye_codes: "L" or "R" by cell text, where eyes are coded by numbers.
+        path: the table, for messages.
+
+    Raises:
+        DataError: no column identifies the photos.
+    """
+    plain = [re.sub(r"[\W_]+", "", name).lower() for name in header]
+    values = {
+        column: {cell for cell in set(cells[column]) if cell.lower() not in UNKNOWN}
+        for column, name in enumerate(plain)
+        if name in _EYE or name in _SPLIT
+    }
+    roles = Roles({})
+
+    def choose(role: str, names: tuple[str, ...], fits: Callable[[str], object] | None = None) -> None:
+        free = [column for column in range(len(plain)) if column not in roles.columns.values()]
+        candidates = [column for name in names for column in free if plain[column] == name]
+        if fits is not None:
+            candidates = [
+                column
+                for column in candidates
+                if plain[column] == role or (values[column] and all(map(fits, values[column])))
+            ]
+        if candidates:
+            roles.columns[role] = candidates[0]
+        if len(candidates) > 1 and role in ("file", "patient"):
+            others = ", ".join(repr(header[column]) for column in candidates[1:])
+            roles.notes.append(
+                f"{path}: column {header[candidates[0]]!r} is the {role}; {others} kept as labels; rename the right "
+                f"column to {role!r} if this is wrong"
+            )
+
+    choose("file", _FILE)
+    if "file" not in roles.columns:
+        raise DataError(
+            f"has no column that identifies the photos; columns: {', '.join(filter(None, header))}; rename the right "
+            "one to 'file'",
+            path=path,
+            row=1,
+        )
+    choose("patient", _PATIENT)
+    choose("eye", _EYE, lambda value: normal_eye(value, eye_codes))
+    choose("split", _SPLIT, lambda value: value.lower() in SPLITS)
+    choose("camera", _CAMERA)
+    for column in (column for column, name in enumerate(plain) if name in _EYE):
+        roles.notes += _notes_on_eyes(
+            header[column], values[column], eye_codes, column == roles.columns.get("eye"), path
+        )
+    return roles
+
+
+def _notes_on_eyes(
+    name: str, values: set[str], eye_codes: Mapping[str, str] | None, is_eye: bool, path: Path
+) -> list[str]:
+    """Return notes on cells of a column of eyes that name no eye."""
+    if eye_codes is None and values and {value.removesuffix(".0") for value in values} <= _NUMERIC_CODES:
+        return [
+            f"{path}: column {name!r} codes the eye as {', '.join(sorted(values))}: eyes are unknown until the codes "
+            "are declared, such as --eye-codes 1=R,2=L"
+        ]
+    wrong = sorted(value for value in values if normal_eye(value, eye_codes) is None) if is_eye else []
+    if wrong:
+        return [f"{path}: column {name!r} has values that are no eye, such as {wrong[0]!r}; the eye is unknown there"]
+    return []

@@ -1,0 +1,156 @@
+"""Reading of tables as people save them: CSV with any common separator and encoding, and Excel workbooks.
+
+Every reader of a table or a list (`--labels`, a source, the adapters) uses this module, so that all of them accept the
+same files.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from pathlib import Path
+
+from fastfundus.errors import DataError, require
+
+__all__ = ["TABLE_SUFFIXES", "UNKNOWN", "RawTable", "read_cells", "read_text"]
+
+TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".xlsx", ".xlsm"})
+"""Lower-case file name suffixes of tables."""
+UNKNOWN = frozenset({"", "nan", "na", "n/a", "#n/a", "none", "null", "?", "<na>"})
+"""Lower-case texts of cells that denote an unknown value."""
+_DELIMITERS = ",;\t|"
+_MAX_COLUMNS = 5_000
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@dataclass(slots=True)
+class RawTable:
+    """The cells of a table as text."""
+
+    lines: list[tuple[int, list[str]]]
+    """Line number, counted from 1, and cells of every line that is not empty."""
+    decimal_comma: bool = False
+    """True if numbers may be written as 0,5: the cells are separated by something other than a comma."""
+    notes: list[str] = field(default_factory=list)
+    """How the file was read where that is not obvious, one line each."""
+
+
+def read_cells(path: Path, *, delimiter: str | None = None) -> RawTable:
+    """Read a CSV file or an Excel workbook.
+
+    Args:
+        path: the table. Files that end in .xlsx or .xlsm are workbooks; all others are text.
+        delimiter: character between cells, or " " for any white space; None detects a comma, semicolon, tab or bar
+            from the first line, or uses that of a line `sep=;`, as Excel writes it.
+
+    Raises:
+        DataError: the file cannot be read, is in a format of spreadsheets that is not supported, or has too many
+            columns.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".xls", ".ods", ".numbers"):
+        raise DataError(f"tables in the format {suffix} cannot be read; save it as .xlsx or as CSV UTF-8", path=path)
+    if suffix in (".xlsx", ".xlsm"):
+        return _read_workbook(path)
+    text, notes = read_text(path)
+    if delimiter == " ":
+        lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        return RawTable(lines, notes=notes)
+    skipped = 0
+    declared = re.match(r'"?sep=(.)"?[^\r\n]*(\r\n|\r|\n)', text, re.IGNORECASE)
+    if declared:
+        text, skipped, delimiter = text[declared.end() :], 1, declared[1]
+    delimiter = delimiter or _detect_delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    lines, before = [], 0
+    try:
+        for cells in reader:
+            # A quoted line break makes a row span several lines; report the first.
+            number, before = before + 1 + skipped, reader.line_num
+            if len(cells) > _MAX_COLUMNS:
+                raise DataError(f"has {len(cells):,} columns; at most {_MAX_COLUMNS:,} are read", path=path, row=number)
+            if any(map(str.strip, cells)):
+                lines.append((number, cells))
+    except csv.Error as error:
+        raise DataError(f"is not a valid CSV file ({error}); close the quotes", path=path, row=before + 1) from None
+    return RawTable(lines, delimiter != ",", notes)
+
+
+def read_text(path: Path) -> tuple[str, list[str]]:
+    """Read a text file in UTF-8 or UTF-16, or in Windows-1252 if it is neither.
+
+    Returns:
+        The text, without a byte order mark, and notes for the user.
+
+    Raises:
+        DataError: the file cannot be read, or contains binary data.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); check the path", path=path) from None
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
+    if encoding is None and b"\0" in data[:4096]:
+        # Every second byte of Western text in UTF-16 is zero; which one depends on the byte order.
+        even, odd = data[:4096:2].count(0), data[1:4096:2].count(0)
+        encoding = "utf-16-le" if odd > even else "utf-16-be"
+    notes: list[str] = []
+    try:
+        text = data.decode(encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        if encoding is not None:
+            raise DataError(f"is not a text file ({error.reason}); save it as CSV UTF-8", path=path) from None
+        text = data.decode("cp1252", "replace")
+        notes.append(f"{path}: is not UTF-8, read as Windows-1252; save it as CSV UTF-8 if names look wrong")
+    if "\0" in text:
+        raise DataError("is not a text file (it contains zero bytes); save it as CSV UTF-8", path=path)
+    return text, notes
+
+
+def _detect_delimiter(text: str) -> str:
+    """Return the separator that is most frequent in the first line outside quotes."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    counts = Counter(char for char in re.sub(r'"[^"]*"', "", first) if char in _DELIMITERS)
+    return max(_DELIMITERS, key=lambda char: counts[char])
+
+
+def _read_workbook(path: Path) -> RawTable:
+    openpyxl = require("openpyxl", extra="train")
+    notes: list[str] = []
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        sheets = book.worksheets
+        rows = [[_cell_text(cell) for cell in row[:_MAX_COLUMNS]] for row in sheets[0].iter_rows(values_only=True)]
+        if len(sheets) > 1:
+            names = ", ".join(sheet.title for sheet in sheets[1:])
+            notes.append(f"{path}: only the first sheet, {sheets[0].title!r}, is read; not read: {names}")
+        book.close()
+    except Exception as error:
+        # openpyxl lets exceptions of its zip and XML readers through.
+        raise DataError(f"cannot be read as an Excel workbook ({error}); save it as CSV UTF-8", path=path) from None
+    lines = [(number, cells) for number, cells in enumerate(rows, start=1) if any(map(str.strip, cells))]
+    return RawTable(lines, notes=notes)
+
+
+def _cell_text(cell: object) -> str:
+    """Return the text of a workbook's cell; whole numbers, such as identifiers, have no decimal point."""
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return str(int(cell))
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    if isinstance(cell, datetime):
+        return cell.date().isoformat() if cell.time().isoformat() == "00:00:00" else cell.isoformat(" ")
+    return cell.isoformat() if isinstance(cell, date) else str(cell)

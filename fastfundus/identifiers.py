@@ -1,0 +1,145 @@
+"""What names say about a photo: eye and patient in file names, folders, columns and DICOM. Standard library only.
+
+A wrong patient is worse than none: photos of different people would share a result row, and photos of one person could
+land on two sides of a split. Names that are ambiguous therefore yield nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+__all__ = ["EyeName", "is_device_word", "is_placeholder", "normal_eye", "parse_eye_codes", "read_eye_name"]
+
+_LEFT = ("l", "left", "os", "oi", "og", "le", "lt", "left eye", "lefteye", "oculus sinister", "sinister", "izquierdo")
+_RIGHT = ("r", "right", "od", "re", "rt", "right eye", "righteye", "oculus dexter", "dexter", "derecho")
+_EYES = dict.fromkeys(_LEFT, "L") | dict.fromkeys(_RIGHT, "R")
+# In running text "le", "re", "lt" and "rt" are words or abbreviations, so that only upper case counts.
+_WORD = r"(?:(?i:left|right|od|os|oi|og|l|r)|LE|RE|LT|RT)(?:[_\-. ]?(?i:eye))?"
+_SEPARATED = re.compile(rf"(?:^|(?<=[_\-. ]))({_WORD})(?=[_\-. ]|$)")
+_NUMBERED = re.compile(rf"({_WORD})[_\-. ]?\(?\d{{0,2}}\)?")
+_ATTACHED = re.compile(r"(.*\d)(OD|OS|OI|OG|RE|LE)")
+_PATIENT_FOLDER = re.compile(r"(?:p|pt|pat|patient|subj|subject|sub|participant|person)[_\-. ]?\d+", re.IGNORECASE)
+_DEVICE_WORDS = frozenset(
+    {
+        "img", "image", "images", "imgs", "photo", "photos", "picture", "pic", "fundus", "retina", "cfp", "color",
+        "colour", "dsc", "dscn", "dscf", "scan", "capture", "eye", "eyes", "file", "export", "patient", "subject",
+        "sample", "test", "unknown", "anonymous", "anonymized", "anonymised",
+    }
+)  # fmt: skip
+_PLACEHOLDERS = frozenset(
+    {
+        "unknown", "none", "null", "nan", "na", "nil", "nopatientid", "noid", "noname", "noident", "notavailable",
+        "notapplicable", "removed", "deleted", "redacted", "hidden", "masked", "blank", "empty", "dummy", "default",
+        "test", "testpatient", "patient", "patientid", "subject", "id", "anon", "anonymous", "anonymized", "anonymised",
+        "anonymouspatient", "anonymizedpatient", "anonymisedpatient", "anonymouspatientid", "deidentified",
+        "deidentifiedpatient", "pseudonymized", "pseudonymised",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class EyeName:
+    """Eye and patient according to the path of a photo."""
+
+    eye: str | None = None
+    """"L", "R", or None if the path names no eye or both."""
+    patient: str | None = None
+    """The part of the path that identifies the patient, with its folders; None if there is none."""
+    shot: str = ""
+    """What follows the eye in the file name, such as a running number."""
+    eye_first: bool = False
+    """True if the eye comes first, as in `left_12.jpg` or `left/12.jpg`: `patient` may then be a running number."""
+
+
+def normal_eye(text: str | None, codes: Mapping[str, str] | None = None) -> str | None:
+    """Convert "left", "OS", "R", ... to "L" or "R", and anything else to None.
+
+    Args:
+        text: the text of a cell, a file name or a DICOM attribute.
+        codes: "L" or "R" by text, for tables that code eyes by numbers.
+    """
+    plain = " ".join(re.sub(r"[_\-.]+", " ", text or "").lower().split())
+    if codes is not None and (text or "").strip() in codes:
+        return codes[(text or "").strip()]
+    return _EYES.get(plain) or _EYES.get(plain.removesuffix(" eye"))
+
+
+def parse_eye_codes(text: str) -> dict[str, str]:
+    """Read a declaration such as "1=R,2=L".
+
+    Raises:
+        ValueError: it is not a list of CODE=EYE, or does not name both eyes.
+    """
+    codes: dict[str, str] = {}
+    for pair in text.split(","):
+        code, equals, eye = pair.partition("=")
+        side = normal_eye(eye)
+        if not equals or not code.strip() or side is None or code.strip() in codes:
+            raise ValueError(f"{pair.strip()!r} is not CODE=EYE; give both eyes, such as 1=R,2=L")
+        codes[code.strip()] = side
+    if set(codes.values()) != {"L", "R"}:
+        raise ValueError(f"{text!r} names one eye only; give both, such as 1=R,2=L")
+    return codes
+
+
+def is_placeholder(patient: str, *, zeros: bool = False) -> bool:
+    """Return whether a patient identifier stands for "unknown", as de-identification tools write it.
+
+    Args:
+        patient: the identifier.
+        zeros: whether identifiers of only zeros, dashes or the letter x count, too; tables may number people from 0.
+    """
+    plain = re.sub(r"[\W_]+", "", patient).lower()
+    if not plain or plain in _PLACEHOLDERS:
+        return True
+    return (zeros and set(plain) <= {"0"}) or (len(plain) > 1 and set(plain) == {"x"})
+
+
+def read_eye_name(name: str) -> EyeName:
+    """Read patient and eye from a path such as `123_left.jpg`, `P001/OD.jpg`, `P001/left/1.jpg` or `RET002OD.jpg`.
+
+    Args:
+        name: path relative to the folder that contains all photos, with forward slashes.
+    """
+    path = PurePosixPath(name)
+    stem = path.name.removesuffix(path.suffix) if not path.suffix[1:].isdigit() else path.name
+    if path.suffix.lower() == ".gz":
+        stem = PurePosixPath(stem).stem
+    folders = path.parent.parts
+    numbered = _NUMBERED.fullmatch(stem)
+    if numbered and folders:
+        return EyeName(normal_eye(numbered[1]), "/".join(folders), shot=stem)
+    words = list(_SEPARATED.finditer(stem))
+    eyes = {normal_eye(word[1]) for word in words}
+    if words and len(eyes) == 1:
+        before = stem[: words[0].start()].rstrip("_-. ")
+        after = stem[words[0].end() :].lstrip("_-. ")
+        if before:
+            return EyeName(eyes.pop(), "/".join((*folders, before)), shot=after)
+        return EyeName(eyes.pop(), "/".join((*folders, after)) if after else None, eye_first=True)
+    if words:
+        return EyeName()
+    attached = _ATTACHED.fullmatch(stem)
+    if attached:
+        return EyeName(normal_eye(attached[2]), "/".join((*folders, attached[1])))
+    return _from_folders(folders, stem)
+
+
+def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
+    """Read a path whose file name tells nothing: a folder may be an eye, or be named like a patient."""
+    if folders and (eye := normal_eye(folders[-1])):
+        if len(folders) > 1:
+            return EyeName(eye, "/".join(folders[:-1]), shot=stem)
+        return EyeName(eye, stem, eye_first=True)
+    for depth in range(len(folders), 0, -1):
+        if _PATIENT_FOLDER.fullmatch(folders[depth - 1]):
+            return EyeName(None, "/".join(folders[:depth]), shot=stem)
+    return EyeName()
+
+
+def is_device_word(patient: str) -> bool:
+    """Return whether the part of a name before the eye is a word that cameras and exports write, not a person."""
+    return re.sub(r"[\W_]+", "", PurePosixPath(patient).name).lower() in _DEVICE_WORDS

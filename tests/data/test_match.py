@@ -1,0 +1,118 @@
+"""Names in tables and lists: each denotes one photo or none, and nobody gets the labels of someone else."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from fastfundus.data import list_photos
+from fastfundus.data.match import without_photo_suffix
+from fastfundus.errors import DataError
+
+
+def join(folder: Path, photos: list[str], rows: str, source: str = ".") -> dict[str, str | None]:
+    """Return the patient that each photo got from a table; photos without a row are absent."""
+    for name in photos:
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "photos" / name).write_bytes(b"x")
+    table = folder / "labels.csv"
+    table.write_text("file,patient\n" + rows)
+    listing = list_photos(folder / "photos" / source, labels=table)
+    return {photo.name: photo.patient for photo in listing.photos if photo.patient_known}
+
+
+def test_a_row_of_a_missing_photo_takes_no_other_photo_of_the_same_name(tmp_path: Path) -> None:
+    rows = "siteA/1.jpg,Anna\nsiteA/2.jpg,Ben\nsiteB/1.jpg,Carla\n"
+    assert join(tmp_path, ["siteA/1.jpg", "siteA/2.jpg"], rows) == {
+        "siteA/1.jpg": "Anna",
+        "siteA/2.jpg": "Ben",
+        "siteB/1.jpg": "Carla",
+    }
+    table = tmp_path / "labels.csv"
+    missing = [photo for photo in list_photos(tmp_path / "photos", labels=table).photos if photo.issue]
+    assert [photo.name for photo in missing] == ["siteB/1.jpg"]
+    assert "line 4" in str(missing[0].issue)
+
+
+def test_the_folder_of_a_source_tells_names_apart(tmp_path: Path) -> None:
+    found = join(tmp_path, ["siteA/1.jpg", "siteA/2.jpg"], "siteA/1.jpg,Anna\nsiteB/1.jpg,Carla\n", source="siteA")
+    assert found["1.jpg"] == "Anna"
+    assert "Carla" not in {found.get("1.jpg"), found.get("2.jpg")}
+
+
+@pytest.mark.parametrize(
+    ("photo", "name"),
+    [
+        ("a.JPG", "a.jpg"),
+        ("Left Eye/A.jpeg", "left eye/a.jpeg"),
+        (unicodedata.normalize("NFD", "Müller.jpg"), unicodedata.normalize("NFC", "Müller.jpg")),
+        ("10_left.jpeg", "10_left"),
+        ("x/10_left.jpeg", "10_left.png"),
+        ("x/y/a.jpg", "y/a.jpg"),
+        ("x/y/a.jpg", "y\\a.jpg"),
+        ("a.jpg", "C:\\Users\\me\\data\\a.jpg"),
+        ("a.jpg", "/home/me/data/a.jpg"),
+        ("a.jpg", "./a.jpg"),
+        ("im0001.ppm.gz", "im0001"),
+        ("1.2.840.113619.2.5.dcm", "1.2.840.113619.2.5"),
+    ],
+)
+def test_a_name_denotes_its_photo_whatever_the_spelling(tmp_path: Path, photo: str, name: str) -> None:
+    found = join(tmp_path, [photo, "other.jpg"], f"{name},Anna\n")
+    assert found == {photo: "Anna"}
+
+
+@pytest.mark.parametrize(
+    ("photos", "rows", "message"),
+    [
+        (["x/1.jpg", "y/1.jpg"], "1.jpg,Anna\n", "line 2: 1.jpg fits 2 photos"),
+        (["1.jpg", "1.png"], "1,Anna\n", "line 2: 1 fits 2 photos"),
+        (["a.jpg"], "a.jpg,Anna\nA.jpg,Ben\n", r"lines 2 \(a.jpg\) and 3 \(A.jpg\) name the same photo"),
+        (["1.jpg"], "siteA/1.jpg,Anna\nsiteB/1.jpg,Ben\n", r"lines 2 \(siteA/1.jpg\) and 3 \(siteB/1.jpg\)"),
+        (["x/1.jpg"], "x/1.jpg,Anna\n1.jpg,Ben\n", r"lines 2 \(x/1.jpg\) and 3 \(1.jpg\)"),
+        (["a.jpg"], "a.jpg,Anna\na.jpg,Ben\n", r"lines 2 \(a.jpg\) and 3 \(a.jpg\) .* different patient"),
+    ],
+)
+def test_ambiguous_and_double_names_are_refused_with_both_rows(
+    tmp_path: Path, photos: list[str], rows: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        join(tmp_path, photos, rows)
+
+
+def test_exact_spelling_wins_over_folded_spelling(tmp_path: Path) -> None:
+    assert join(tmp_path, ["a.jpg", "A.jpg"], "a.jpg,Anna\nA.jpg,Ben\n") == {"a.jpg": "Anna", "A.jpg": "Ben"}
+
+
+def test_paths_of_another_machine_match_by_file_name_and_are_noted(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("file,patient\n/mnt/train/1.jpg,Anna\n/mnt/test/2.jpg,Ben\n")
+    listing = list_photos(tmp_path / "photos", labels=tmp_path / "labels.csv")
+    assert [photo.patient for photo in listing.photos] == ["Anna", "Ben"]
+    assert any("2 names were matched by file name alone" in note for note in listing.notes)
+
+
+def test_lists_and_tables_find_files_that_differ_by_case_or_extension(tmp_path: Path) -> None:
+    for name in ("a.JPG", "10_left.jpeg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg\r\n10_left\r\n")
+    (tmp_path / "list.csv").write_text("image,level\na.jpg,0\n10_left,1\n")
+    for source in ("list.txt", "list.csv"):
+        assert [photo.name for photo in list_photos(tmp_path / source).photos] == ["10_left.jpeg", "a.JPG"]
+
+
+def test_a_table_among_the_sources_is_no_skipped_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "list.csv").write_text("file,abnormal\na.jpg,0\n")
+    listing = list_photos([tmp_path, tmp_path / "list.csv"])
+    assert [photo.columns for photo in listing.photos] == [{"abnormal": 0.0}]
+    assert not any("skipped" in note for note in listing.notes)
+
+
+def test_numbers_in_dicom_identifiers_are_no_extension() -> None:
+    names = ("1.2.840.1", "a.jpg", "a.b.JPEG", "im.ppm.gz", "plain")
+    assert [without_photo_suffix(name) for name in names] == ["1.2.840.1", "a", "a.b", "im", "plain"]

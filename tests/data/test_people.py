@@ -1,0 +1,132 @@
+"""Patients and eyes: from names, folders and columns; what is the same for everybody is nobody's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastfundus.data import list_photos
+from fastfundus.data.people import people_from_names
+from fastfundus.identifiers import is_placeholder, normal_eye, parse_eye_codes, read_eye_name
+
+
+@pytest.mark.parametrize(
+    ("name", "patient", "eye"),
+    [
+        ("10_left.jpg", "10", "L"),
+        ("P001/OD.jpg", "P001", "R"),
+        ("P001/left.png", "P001", "L"),
+        ("P001/OS_2.jpg", "P001", "L"),
+        ("P001/Right Eye.jpg", "P001", "R"),
+        ("P001/right/IMG_0001.jpg", "P001", "R"),
+        ("site/P001/OD/a.jpg", "site/P001", "R"),
+        ("RET002OD.jpg", "RET002", "R"),
+        ("Smith_LE.jpg", "Smith", "L"),
+        ("patient_12/a.jpg", "patient_12", None),
+        ("12_left_right.jpg", None, None),
+        ("photo de le jardin.jpg", None, None),
+        ("plain.jpg", None, None),
+        ("blurred.jpg", None, None),
+        ("1_L.ppm.gz", "1", "L"),
+    ],
+)
+def test_names_that_tell_patient_and_eye(name: str, patient: str | None, eye: str | None) -> None:
+    found = read_eye_name(name)
+    assert (found.patient, found.eye) == (patient, eye)
+
+
+def people(*names: str) -> list[tuple[str | None, str | None]]:
+    found, _ = people_from_names({name: name for name in names})
+    return [(found[name].patient, found[name].eye) for name in names]
+
+
+def test_a_constant_prefix_is_no_patient() -> None:
+    assert people("IMG_L_0001.jpg", "IMG_R_0002.jpg") == [(None, "L"), (None, "R")]
+    assert people("Clinic_L_01.jpg", "Clinic_R_02.jpg") == [(None, "L"), (None, "R")]
+    many = [f"study2024_{eye}_{number:03d}.jpg" for number in range(10) for eye in "LR"]
+    assert {patient for patient, _ in people(*many)} == {None}
+    _, notes = people_from_names({"a": "IMG_L_0001.jpg", "b": "IMG_R_0002.jpg"})
+    assert "'IMG' in the names of 2 photos is the same for different people" in notes[0]
+
+
+def test_several_shots_of_a_patient_stay_together() -> None:
+    assert people("17_OD_1.jpg", "17_OD_2.jpg", "18_OS_1.jpg") == [("17", "R"), ("17", "R"), ("18", "L")]
+    assert people("7_L_1.jpg", "7_R_2.jpg") == [("7", "L"), ("7", "R")]
+    assert people("Anna_L_1.jpg", "Ben_L_1.jpg") == [("Anna", "L"), ("Ben", "L")]
+
+
+def test_a_number_after_the_eye_is_a_patient_only_if_it_has_both_eyes() -> None:
+    assert people("left_12.jpg", "right_12.jpg", "left_13.jpg") == [("12", "L"), ("12", "R"), (None, "L")]
+    assert people("left/12.jpg", "right/12.jpg") == [("12", "L"), ("12", "R")]
+
+
+@pytest.mark.parametrize(
+    "name", ["ANONYMIZED", "anonymous", "Unknown", "N/A", "None", "XXXX", "DE-IDENTIFIED", "No Name", "test", "-"]
+)
+def test_placeholders(name: str) -> None:
+    assert is_placeholder(name)
+
+
+@pytest.mark.parametrize("name", ["ANON0017", "X", "0", "12", "Noneman", "p1"])
+def test_identifiers_that_are_no_placeholders(name: str) -> None:
+    assert not is_placeholder(name)
+    assert is_placeholder("0000", zeros=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "left", "right"),
+    [("eye", "L", "R"), ("laterality", "OS", "OD"), ("Laterality", "Left", "Right"), ("eye_side", "LE", "RE"),
+     ("side", "left eye", "right eye"), ("Eye", "os", "od")],
+)  # fmt: skip
+@pytest.mark.parametrize("who", ["patient", "patient_id", "PatientID", "Subject ID", "participant"])
+def test_columns_under_the_names_that_people_use(tmp_path: Path, column: str, left: str, right: str, who: str) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"image,{who},{column}\na.jpg,P1,{left}\nb.jpg,P1,{right}\n")
+    listing = list_photos(tmp_path, labels=labels)
+    assert [(photo.patient, photo.eye, photo.columns) for photo in listing.photos] == [("P1", "L", {}), ("P1", "R", {})]
+    assert who in listing.origins["patient"]
+
+
+def test_eyes_coded_by_numbers_are_unknown_until_declared(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,laterality\na.jpg,1\n")
+    listing = list_photos(tmp_path, labels=labels)
+    assert listing.photos[0].eye is None
+    assert any("--eye-codes 1=R,2=L" in note for note in listing.notes)
+    declared = list_photos(tmp_path, labels=labels, eye_codes=parse_eye_codes("1=R, 2=L"))
+    assert declared.photos[0].eye == "R"
+    for wrong in ("1=R", "1=R,2=R", "1=R,1=L", "R,L", "1=up,2=L"):
+        with pytest.raises(ValueError, match=r"CODE=EYE|one eye only"):
+            parse_eye_codes(wrong)
+
+
+def test_placeholders_in_a_patient_column_are_unknown(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,patient\na.jpg,ANONYMIZED\nb.jpg,ANONYMIZED\n")
+    listing = list_photos(tmp_path, labels=labels)
+    assert [photo.patient_known for photo in listing.photos] == [False, False]
+    assert any("'ANONYMIZED' in 2 rows is a placeholder" in note for note in listing.notes)
+
+
+def test_a_column_called_side_with_other_values_is_a_label(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("file,side,set\na.jpg,nasal,blue\n")
+    photo = list_photos(tmp_path, labels=tmp_path / "labels.csv").photos[0]
+    assert photo.columns == {"side": "nasal", "set": "blue"}
+
+
+def test_spellings_of_eyes() -> None:
+    assert [normal_eye(text) for text in ("OD", "left-eye", "R.", "both", "", None)] == [
+        "R",
+        "L",
+        "R",
+        None,
+        None,
+        None,
+    ]

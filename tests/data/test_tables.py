@@ -1,0 +1,103 @@
+"""Tables as people save them: separators, encodings, spreadsheets; wrong lines are named rightly."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+import pytest
+
+from fastfundus.data.labels import read_labels
+from fastfundus.data.tables import read_cells
+from fastfundus.errors import DataError
+
+PLAIN = "file,patient,abnormal\na.jpg,p1,1\nb.jpg,p2,0\n"
+BYTES = {
+    "plain": PLAIN.encode(),
+    "bom": codecs.BOM_UTF8 + PLAIN.encode(),
+    "crlf": PLAIN.replace("\n", "\r\n").encode(),
+    "old Mac": PLAIN.replace("\n", "\r").encode(),
+    "utf-16": PLAIN.encode("utf-16"),
+    "utf-16 without a mark": PLAIN.encode("utf-16-le"),
+    "utf-16 big-endian": codecs.BOM_UTF16_BE + PLAIN.encode("utf-16-be"),
+    "semicolon": PLAIN.replace(",", ";").encode(),
+    "tab": PLAIN.replace(",", "\t").encode(),
+    "sep": b"sep=;\r\n" + PLAIN.replace(",", ";").encode(),
+    "bar": PLAIN.replace(",", "|").encode(),
+    "empty columns": "".join(f"{line},,\n" for line in PLAIN.splitlines()).encode(),
+    "spaces after commas": PLAIN.replace(",", ", ").encode(),
+    "quotes": "".join('"' + line.replace(",", '","') + '"\n' for line in PLAIN.splitlines()).encode(),
+    "empty lines": PLAIN.replace("\n", "\n\n").encode(),
+}
+
+
+@pytest.mark.parametrize("form", BYTES)
+def test_every_form_says_the_same(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(BYTES[form])
+    table = read_labels(path)
+    assert [(row.file, row.patient, row.columns) for row in table.rows] == [
+        ("a.jpg", "p1", {"abnormal": 1.0}),
+        ("b.jpg", "p2", {"abnormal": 0.0}),
+    ]
+
+
+def test_a_workbook_keeps_identifiers_whole(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["file", "patient", "age", None], ["a.jpg", 17.0, 61.5, None], ["b.jpg", 18, None, None]):
+        book.active.append(row)
+    book.create_sheet("notes")
+    book.save(tmp_path / "labels.xlsx")
+    table = read_labels(tmp_path / "labels.xlsx")
+    assert [(row.file, row.patient, row.columns) for row in table.rows] == [
+        ("a.jpg", "17", {"age": 61.5}),
+        ("b.jpg", "18", {"age": None}),
+    ]
+    assert "only the first sheet" in table.notes[0]
+
+
+def test_lines_are_those_of_the_file_after_a_quoted_line_break(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text('file,remark,split\na.jpg,"two\nlines",train\nb.jpg,plain,nowhere\n')
+    table = read_labels(path)
+    assert [row.line for row in table.rows] == [2, 4]
+    assert "line 4: split 'nowhere'" in table.notes[-1]
+
+
+def test_decimal_commas_are_read_where_commas_do_not_separate(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("file;acuity\na.jpg;0,5\n")
+    assert read_labels(path).rows[0].columns == {"acuity": 0.5}
+
+
+def test_rows_that_excel_cut_short_are_unknown_at_their_end(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("file,abnormal,age\na.jpg,1,60\nb.jpg\n")
+    table = read_labels(path)
+    assert table.rows[1].columns == {"abnormal": None, "age": None}
+    assert "1 rows have fewer cells than the header, such as line 3" in table.notes[0]
+
+
+def test_other_encodings_are_read_and_noted(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes("file,patient\na.jpg,Müller\n".encode("cp1252"))
+    table = read_labels(path)
+    assert table.rows[0].patient == "Müller"
+    assert "read as Windows-1252" in table.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.xls", b"x", "save it as .xlsx or as CSV"),
+        ("a.xlsx", b"no workbook", "cannot be read as an Excel workbook"),
+        ("a.csv", bytes(range(256)) * 4, "not a text file"),
+        ("a.csv", b"a," * 6000, "has 6,001 columns"),
+        ("a.csv", b"file\n" + b'"' + b"x" * 200_000, "not a valid CSV file"),
+    ],
+)
+def test_what_is_no_table_is_said(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_cells(tmp_path / name)
