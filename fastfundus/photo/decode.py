@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import re
-import zlib
 from typing import Any
 
 import cv2
@@ -24,11 +23,16 @@ from PIL import Image
 from fastfundus.errors import PhotoError
 from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.header import PhotoHeader
+from fastfundus.photo.jpeg import has_all_scans, without_harmless_faults
+from fastfundus.photo.png import check_png
+from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 
 __all__ = ["decode", "decode_with_room", "eight_bit_rgb"]
 
-_STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+_DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
+"""Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
+_FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
 def decode(data: bytes, header: PhotoHeader, plan: DecodePlan | None = None) -> NDArray[np.uint8]:
@@ -68,6 +72,8 @@ def decode_with_room(
     """
     rgb: NDArray[np.uint8] | None = None
     if plan.decoder == "libjpeg-turbo":
+        if header.jpeg is not None and not has_all_scans(data):
+            raise PhotoError(Status.UNREADABLE, "the image is incomplete (scans are missing); copy it again")
         rows = rows if header.orientation == 1 else 0
         roomy = np.empty((plan.height + 2 * rows, plan.width, 3), np.uint8)
         rgb = _turbo(data, plan, roomy[rows : rows + plan.height])
@@ -76,10 +82,14 @@ def decode_with_room(
             return rgb, roomy
     elif plan.decoder == "opencv":
         if header.format == "PNG":
-            _check_png(data)
-        rgb = _opencv(data)
+            data = check_png(data)
+        elif header.format == "TIFF":
+            check_tiff(data, read_pages(data)[header.page])
+        # OpenCV reads the first page, and multiplies by the fourth channel without being asked.
+        if header.page == 0 and header.samples == 3:
+            rgb = _opencv(data)
     if rgb is None:
-        rgb = _pillow(data, plan.divisor)
+        rgb = _pillow(data, plan.divisor, header.page)
     rgb = _upright(rgb, header.orientation)
     return rgb, rgb
 
@@ -88,53 +98,22 @@ def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np
     """Decode with libjpeg-turbo into `room`; return None if it does not support this kind of JPEG.
 
     libjpeg only warns about damage and continues with invented pixels, which Pillow and OpenCV then return silently.
-    Here every warning is an error, except for stray bytes between segments, which do not affect any pixel.
+    Here every warning is an error. Faults of the header that touch no pixel are removed and the rest is decoded again,
+    as strictly: a warning about the header may hide one about the pixels.
     """
     size = {"min_width": plan.width, "min_height": plan.height, "min_factor": 1} if plan.divisor > 1 else {}
-    try:
-        simplejpeg.decode_jpeg(data, "RGB", buffer=room, **size)
-        return room
-    except ValueError as error:
-        message = str(error)
-    stray = _STRAY.search(message)
-    if stray and _touches_no_pixel(data, int(stray[1]), int(stray[2], 16)):
-        # The binding rejects stray header bytes in every mode; Pillow accepts them.
-        return None
-    if re.search("corrupt|premature|bogus|invalid|inconsistent", message, re.IGNORECASE):
-        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({message}); copy it again")
-    return None
-
-
-def _touches_no_pixel(data: bytes, count: int, marker: int) -> bool:
-    """Return whether stray bytes are between header segments, or pad the end of the pixel data with zeros or ones."""
-    if marker == 0xD9:
-        end = data.rfind(b"\xff\xd9")
-        filling = data[max(0, end - count) : end]
-        return bool(filling) and set(filling) <= {0x00, 0xFF}
-    return not 0xD0 <= marker <= 0xD7
-
-
-def _check_png(data: bytes) -> None:
-    """Verify the checksum of every PNG chunk, because decoders silently return damaged pixels.
-
-    Raises:
-        PhotoError: A chunk is damaged or truncated.
-    """
-    at, view = 8, memoryview(data)
-    while at + 12 <= len(data):
-        length = int.from_bytes(view[at : at + 4], "big")
-        end = at + 12 + length
-        if end > len(data):
-            break
-        kind = bytes(view[at + 4 : at + 8])
-        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise PhotoError(
-                Status.UNREADABLE, f"the image is damaged ({kind.decode('latin-1')} checksum mismatch); copy it again"
-            )
-        if kind == b"IEND":
-            return
-        at = end
-    raise PhotoError(Status.UNREADABLE, "the image is damaged or incomplete (its end is missing); copy it again")
+    message = ""
+    for again in (False, True):
+        filling = _FILLING.search(message)
+        sound = without_harmless_faults(data, int(filling[1]) if filling else 0) if again else data
+        try:
+            simplejpeg.decode_jpeg(sound, "RGB", buffer=room, **size)
+            return room
+        except ValueError as error:
+            message = str(error)
+        if not _DAMAGE.search(message):
+            return None
+    raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({message}); copy it again")
 
 
 def _opencv(data: bytes) -> NDArray[np.uint8] | None:
@@ -147,6 +126,8 @@ def _opencv(data: bytes) -> NDArray[np.uint8] | None:
 
 def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """Convert 8-bit or 16-bit BGR(A) from OpenCV to 8-bit RGB; transparent pixels become black.
+
+    A fourth channel of zeros is padding, as in 32-bit BMPs: nobody stores a picture that is transparent everywhere.
 
     Args:
         pixels: uint8 or uint16 [H, W, 3] or [H, W, 4], BGR or BGRA.
@@ -164,20 +145,26 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if pixels.dtype != np.uint8:
         raise PhotoError(Status.UNSUPPORTED, f"{pixels.dtype} samples; 8 or 16 bits per channel are supported")
+    if pixels.shape[2] == 4 and not pixels[..., 3].any():
+        pixels = pixels[..., :3]
     if pixels.shape[2] == 4:
         alpha = pixels[..., 3:].astype(np.uint16)
         pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _pillow(data: bytes, divisor: int) -> NDArray[np.uint8]:
+def _pillow(data: bytes, divisor: int, page: int = 0) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if page:
+                image.seek(page)
             if divisor > 1:
                 # Use the same scaled DCT, so that the size matches the plan. Rounding down makes Pillow choose exactly
                 # this divisor.
                 image.draft("RGB", (image.width // divisor, image.height // divisor))
             image.load()
+            if image.mode == "RGBA":
+                return eight_bit_rgb(cv2.cvtColor(np.array(image), cv2.COLOR_RGBA2BGRA))
             return np.array(image.convert("RGB"))
     except Exception as error:
         # As in read_header: damaged pixel data raises OSError, ValueError, SyntaxError, struct.error and others.

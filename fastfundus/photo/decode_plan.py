@@ -45,7 +45,7 @@ def plan_decode(header: PhotoHeader, min_side: int = 0) -> DecodePlan:
     decoder: Literal["libjpeg-turbo", "opencv", "pillow"] = "opencv"
     if header.format == "JPEG":
         decoder = "libjpeg-turbo"
-    elif header.format == "JPEG2000":
-        # Pillow includes OpenJPEG on every platform; OpenCV builds differ.
+    elif header.format in ("JPEG2000", "HEIF", "AVIF"):
+        # Pillow includes OpenJPEG and libavif on every platform; OpenCV builds differ. HEIC is a plug-in of Pillow.
         decoder = "pillow"
     return DecodePlan(decoder, divisor, -(-header.width // divisor), -(-header.height // divisor))

@@ -7,7 +7,9 @@ import struct
 __all__ = ["read_exif"]
 
 _MAKE, _MODEL, _ORIENTATION = 0x010F, 0x0110, 0x0112
-_ASCII, _SHORT = 2, 3
+_ASCII = 2
+_NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+"""Struct formats of the integer types of TIFF. The standard asks for SHORT; some cameras and converters write LONG."""
 _MAX_ENTRIES, _LONGEST_NAME = 512, 64
 
 
@@ -32,8 +34,8 @@ def read_exif(tiff: bytes) -> tuple[int, str | None]:
         for index in range(min(count, _MAX_ENTRIES)):
             place = at + 2 + 12 * index
             tag, kind, length = struct.unpack_from(order + "HHI", tiff, place)
-            if tag == _ORIENTATION and kind == _SHORT:
-                (value,) = struct.unpack_from(order + "H", tiff, place + 8)
+            if tag == _ORIENTATION and kind in _NUMBERS:
+                (value,) = struct.unpack_from(order + _NUMBERS[kind], tiff, place + 8)
                 orientation = value if 1 <= value <= 8 else 1
             elif tag in (_MAKE, _MODEL) and kind == _ASCII:
                 # Values of up to four bytes are stored in the entry itself.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastfundus.photo.ellipse import Oval, agreement, explained, fit_circle, fit_oval, outline
 from fastfundus.records import FieldCircle
 
-__all__ = ["Field", "brightest", "find_field", "without_margin"]
+__all__ = ["Field", "brightest", "count_fields", "find_field", "without_margin"]
 
 _ROUND = 0.80
 """Share of the visible edge that must agree with a circle for it to be accepted as the field."""
@@ -33,6 +33,12 @@ _SIDES = {
     "left": np.flatnonzero(_SPREAD[0] < -np.abs(_SPREAD[1])),
     "right": np.flatnonzero(_SPREAD[0] > np.abs(_SPREAD[1])),
 }
+_MIN_FIELD_SHARE = 0.05
+"""Smallest share of the picture that a field fills, if fields are counted."""
+_MIN_SHARE_OF_SECOND = 0.3
+"""Smallest second field, as a share of the area of the first: photos of one eye at two magnifications reach it."""
+_MIN_FILLED = 0.55
+"""Share of its enclosing circle that a field fills at least; fields that are cut at the top and bottom fill 0.6."""
 _OPENING = np.ones((5, 5), np.uint8)
 
 
@@ -117,6 +123,51 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
     return Field(FieldCircle(circle.x, circle.y, circle.half_width, confidence), mask, "round", circle)
 
 
+def count_fields(small: NDArray[np.uint8]) -> int:
+    """Count the retinal fields in a picture, which may show both eyes or one eye twice.
+
+    Fields are round lit regions of similar size. A lit region that is about twice as long as wide is two fields that
+    touch, if each half is round.
+
+    Args:
+        small: uint8 [h, w, 3] RGB from `shrink`, without a margin.
+
+    Returns:
+        The number of fields: 0 or 1 unless several are seen.
+    """
+    parts = _lit_parts(cv2.medianBlur(brightest(small), 3))
+    if not parts:
+        return 0
+    areas = [cv2.contourArea(part) for part in parts]
+    first = max(areas)
+    if first < _MIN_FIELD_SHARE * small.shape[0] * small.shape[1]:
+        return 1
+    large = [part for part, area in zip(parts, areas, strict=True) if area >= _MIN_SHARE_OF_SECOND * first]
+    if len(large) > 1:
+        return max(1, sum(_is_filled(part) for part in large))
+    return 2 if _is_two_that_touch(large[0], small.shape) else 1
+
+
+def _is_filled(part: NDArray[np.int32]) -> bool:
+    (_, radius) = cv2.minEnclosingCircle(part)
+    return cv2.contourArea(part) >= _MIN_FILLED * np.pi * radius**2
+
+
+def _is_two_that_touch(part: NDArray[np.int32], shape: tuple[int, ...]) -> bool:
+    left, top, width, height = cv2.boundingRect(part)
+    if not 1.7 <= max(width, height) / max(1, min(width, height)) <= 2.3:
+        return False
+    mask = np.zeros(shape[:2], np.uint8)
+    cv2.drawContours(mask, [part], -1, 255, cv2.FILLED)
+    box = mask[top : top + height, left : left + width]
+    box = box if width > height else np.ascontiguousarray(box.T)
+    # Two discs have a waist where they touch; a strip or one squeezed field has none.
+    extent = np.count_nonzero(box, axis=0)
+    middle = extent[int(0.45 * len(extent)) : int(0.55 * len(extent)) + 1].min()
+    quarters = min(extent[len(extent) // 4], extent[3 * len(extent) // 4])
+    return bool(middle < 0.6 * quarters)
+
+
 def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Paint a white or grey margin black, such as the border of a slide, scan or export.
 
@@ -142,7 +193,13 @@ def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.int32] | None:
-    """Return the contour of the largest connected region brighter than the frame, as OpenCV gives it, or None.
+    """Return the contour of the largest connected region brighter than the frame, as OpenCV gives it, or None."""
+    parts = _lit_parts(value)
+    return max(parts, key=cv2.contourArea) if parts else None
+
+
+def _lit_parts(value: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
+    """Return the contours of the connected regions brighter than the frame.
 
     The threshold is about a tenth of the way from the darkest parts to the bright ones.
     """
@@ -152,7 +209,7 @@ def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.int32] | None:
     # Opening removes burned-in text and specks that touch the field.
     opened = cv2.morphologyEx(lit, cv2.MORPH_OPEN, _OPENING)
     parts, _ = cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return max(parts, key=cv2.contourArea) if parts else None
+    return list(parts)  # type: ignore[arg-type]
 
 
 def _around(mask: NDArray[np.uint8], oval: Oval | None, confidence: float) -> FieldCircle:

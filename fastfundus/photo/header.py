@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.exif import read_exif
+from fastfundus.photo.png import PNG_SIGNATURE, read_png_header
+from fastfundus.photo.tiff import choose_page, is_tiff, read_pages
 from fastfundus.records import Status
 
 __all__ = [
@@ -29,10 +32,14 @@ MAX_PIXELS = 150_000_000
 """Pixel count limit, checked before decoding. Fundus cameras produce less than 50 million pixels."""
 MIN_SIDE_PX = 64
 """Smallest accepted side; smaller images cannot show a retina well enough to be judged."""
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000", "HEIF", "AVIF")
 """Supported image formats. DICOM files are handled separately and contain one of these or their own encoding."""
 
 _GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
+_GREYSCALE = "greyscale image; a colour fundus photograph is required"
+_PRINT_COLOURS = {5: "CMYK", 8: "LAB", 9: "LAB", 10: "LAB"}
+"""Photometric interpretations of TIFF."""
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _CODINGS = {0: "baseline", 1: "extended", 2: "progressive", 9: "arithmetic", 10: "arithmetic"}
 """JPEG coding by start-of-frame marker; all other markers are lossless or hierarchical."""
 
@@ -67,6 +74,10 @@ class PhotoHeader:
     """Frame header of a JPEG; None for other formats."""
     camera: str | None = None
     """Maker and model from EXIF."""
+    page: int = 0
+    """Index of the photo among the pages of a TIFF."""
+    samples: int = 3
+    """Samples a pixel of a TIFF; a fourth one need not be transparency."""
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -84,7 +95,14 @@ def read_header(data: bytes) -> PhotoHeader:
     """
     if not data:
         raise PhotoError(Status.UNREADABLE, "the file is empty; copy it again")
-    header = _read_jpeg(data) if data[:3] == b"\xff\xd8\xff" else _read_by_pillow(data)
+    if data[:3] == b"\xff\xd8\xff":
+        header = _read_jpeg(data)
+    elif data[:8] == PNG_SIGNATURE:
+        header = _read_png(data)
+    elif is_tiff(data):
+        header = _read_tiff(data)
+    else:
+        header = _read_by_pillow(data)
     check_size(header.width, header.height)
     return header
 
@@ -101,21 +119,54 @@ def check_size(width: int, height: int) -> None:
         raise PhotoError(Status.UNSUPPORTED, f"{width}x{height} pixels; each side must be at least {MIN_SIDE_PX}")
 
 
+def _read_png(data: bytes) -> PhotoHeader:
+    width, height, grey, (orientation, camera) = read_png_header(data)
+    check_size(width, height)
+    if grey:
+        raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
+    return PhotoHeader("PNG", width, height, orientation, camera=camera)
+
+
+def _read_tiff(data: bytes) -> PhotoHeader:
+    pages = read_pages(data)
+    index = choose_page(pages) if pages else 0
+    if not pages or not pages[index].width or not pages[index].offsets:
+        raise PhotoError(Status.UNREADABLE, "the TIFF is damaged or has no image; copy it again")
+    page = pages[index]
+    if page.photometric in (0, 1):
+        raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
+    if page.samples > 4:
+        raise PhotoError(Status.UNSUPPORTED, f"{page.samples} channels; a colour fundus photograph has three")
+    if page.bits > 16:
+        raise PhotoError(Status.UNSUPPORTED, f"{page.bits} bits per channel; 8 or 16 are supported")
+    if page.photometric in _PRINT_COLOURS:
+        raise PhotoError(
+            Status.UNSUPPORTED, f"{_PRINT_COLOURS[page.photometric]} colours, intended for print; export as RGB"
+        )
+    orientation, camera = read_exif(data)
+    # OpenCV and Pillow apply the orientation of TIFFs themselves.
+    width, height = (page.height, page.width) if orientation >= 5 else (page.width, page.height)
+    return PhotoHeader("TIFF", width, height, 1, camera=camera, page=index, samples=page.samples)
+
+
 def _read_by_pillow(data: bytes) -> PhotoHeader:
+    kind = data[4:12] if data[4:8] == b"ftyp" else b""
+    if kind[4:] in _HEIF_BRANDS and not register_heif():
+        raise PhotoError(
+            Status.UNSUPPORTED, "HEIC photo; install fastfundus[phone] to read it, or export it as JPEG or PNG"
+        )
     try:
         with Image.open(io.BytesIO(data)) as image:
             form, mode, (width, height) = image.format or "", image.mode, image.size
             # Counting frames scans the whole file, which is slow for some formats.
-            frames = getattr(image, "n_frames", 1) if form in ("TIFF", "WEBP") else 1
-            if frames > 1 and form == "TIFF":
-                frames = _full_size_pages(image)
-            # `getexif` would decode a whole PNG, because it also looks behind the pixel data.
-            orientation, camera = read_exif(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+            frames = getattr(image, "n_frames", 1) if form in ("WEBP", "AVIF", "HEIF") else 1
+            orientation, camera = read_exif((image.info.get("exif") or b"").removeprefix(b"Exif\0\0"))
     except UnidentifiedImageError:
-        kinds = "supported formats include JPEG, PNG, TIFF and DICOM"
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            raise PhotoError(Status.UNREADABLE, f"damaged TIFF, or one of an unsupported kind; {kinds}") from None
-        raise PhotoError(Status.UNREADABLE, f"the file is not an image; {kinds}") from None
+        if kind[4:] in _HEIF_BRANDS:
+            raise PhotoError(
+                Status.UNSUPPORTED, "HEIC photo that libheif cannot read; export it as JPEG or PNG"
+            ) from None
+        raise PhotoError(Status.UNREADABLE, _say_what_it_is(data)) from None
     except Image.DecompressionBombError:
         raise PhotoError(Status.UNSUPPORTED, f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:
@@ -126,21 +177,36 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
     if frames > 1:
         raise PhotoError(Status.UNSUPPORTED, f"{frames} images in one file; export one photo per file")
     if mode in _GREY:
-        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
+        raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
     if mode in ("CMYK", "LAB"):
         raise PhotoError(Status.UNSUPPORTED, f"{mode} colours, intended for print; export as RGB")
-    # OpenCV and Pillow apply the orientation of TIFFs themselves.
-    return PhotoHeader(form, width, height, 1 if form == "TIFF" else orientation, camera=camera)
+    # libheif turns photos upright while it decodes.
+    return PhotoHeader(form, width, height, 1 if form == "HEIF" else orientation, camera=camera)
 
 
-def _full_size_pages(image: Image.Image) -> int:
-    """Return the number of TIFF pages as large as the first; thumbnails and pyramid levels are smaller."""
-    size, pages = image.size, 1
-    for page in range(1, getattr(image, "n_frames", 1)):
-        image.seek(page)
-        pages += image.size == size
-    image.seek(0)
-    return pages
+def register_heif() -> bool:
+    """Make Pillow read HEIC, if pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    # Registering again has no effect.
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _say_what_it_is(data: bytes) -> str:
+    """Describe a file that is not an image."""
+    start = data[:256].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the photo itself; run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page or XML, not a photo; download the photo itself"
+    if start.startswith(b"%pdf"):
+        return "a PDF, not a photo; export the photo from it"
+    if not any(data):
+        return "only zero bytes; copy it again"
+    return "the file is not an image; supported formats include JPEG, PNG, TIFF and DICOM"
 
 
 def _read_jpeg(data: bytes) -> PhotoHeader:
@@ -175,7 +241,7 @@ def _read_frame(kind: int, segment: bytes, exif: tuple[int, str | None], end: in
         raise PhotoError(Status.UNREADABLE, "the header is damaged (truncated JPEG frame header); copy it again")
     bits, height, width, components = struct.unpack_from(">BHHB", segment)
     if components == 1:
-        raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
+        raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
     if components != 3:
         raise PhotoError(Status.UNSUPPORTED, "CMYK colours, intended for print; export as RGB")
     if bits != 8:

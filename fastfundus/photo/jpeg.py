@@ -1,0 +1,109 @@
+"""The scans of a JPEG: whether all of them are there, and a copy without header faults that touch no pixel.
+
+libjpeg only warns about damage and continues with invented pixels. The strict decoder therefore refuses every warning,
+and this module removes those causes of warnings that concern no pixel, so that the rest is still decoded strictly.
+Source: ITU-T T.81, annexes B and G.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+__all__ = ["has_all_scans", "without_harmless_faults"]
+
+_SOS, _EOI = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+"""The next marker in entropy-coded data: stuffed zeros, fill bytes and restart markers do not end it."""
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_KEPT = frozenset({0xDB, 0xC4, 0xDD, *range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
+"""Segments that decoding needs: quantisation and Huffman tables, restart interval, frame."""
+_JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
+
+
+def has_all_scans(data: bytes) -> bool:
+    """Return whether the scans of a JPEG contain every coefficient of every component, to the last bit.
+
+    A progressive JPEG whose later scans are missing decodes to a blurred picture without any warning.
+    """
+    components: list[int] = []
+    progressive = False
+    precision: dict[tuple[int, int], int] = {}
+    for marker, start, end in _segments(data):
+        body = data[start:end]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
+            components = [body[6 + 3 * index] for index in range(body[5])] if len(body) > 5 else []
+        elif marker == _SOS and body:
+            count = body[0]
+            if len(body) < 4 + 2 * count:
+                return False
+            first, last, bits = body[1 + 2 * count : 4 + 2 * count]
+            if not progressive:
+                first, last, bits = 0, 63, 0
+            for index in range(count):
+                for coefficient in range(first, min(last, 63) + 1):
+                    precision[body[1 + 2 * index], coefficient] = bits & 15
+            if not progressive and len({component for component, _ in precision}) == len(components):
+                return True
+    return bool(components) and all(
+        precision.get((component, coefficient)) == 0 for component in components for coefficient in range(64)
+    )
+
+
+def without_harmless_faults(data: bytes, filling: int = 0) -> bytes:
+    """Return a copy that decodes to the same pixels, without faults between the segments of its header.
+
+    Left out are stray bytes, application segments and comments; the parameters of the scan of a sequential JPEG are set
+    to the only values that they can have; and a missing end marker is added. A file that was cut still decodes with a
+    warning, because the end marker then comes too early.
+
+    Args:
+        data: the file.
+        filling: number of bytes after the last scan that the decoder did not use; they are left out if all their bits
+            are zeros or ones, which cannot be pixels that were lost.
+    """
+    parts = [b"\xff\xd8"]
+    sequential = False
+    for marker, start, end in _segments(data):
+        body = data[start:end]
+        if marker == 0xE0 and body[:5] == b"JFIF\0":
+            parts.append(_JFIF)
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12 and body[11] <= 2:
+            parts.append(data[start - 4 : end])
+        elif marker in _KEPT:
+            sequential = sequential or marker in (0xC0, 0xC1, 0xC9)
+            parts.append(data[start - 4 : end])
+        elif marker == _SOS:
+            count = body[0] if body else 0
+            head = bytearray(data[start - 4 : end])
+            if sequential and len(body) == 4 + 2 * count:
+                head[-3:] = (0, 63, 0)
+            parts.append(bytes(head))
+            stop = _end_of_scan(data, end)
+            parts.append(data[end:stop])
+    if filling and not parts[-1][-filling:].strip(b"\x00\xff"):
+        parts[-1] = parts[-1][:-filling]
+    return b"".join(parts) + b"\xff\xd9"
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker of each segment, and where its content begins and ends, up to the end of the picture."""
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker in (0x00, 0xFF) or marker in _STANDALONE:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker == _EOI:
+            return
+        start, end = at + 4, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if end > len(data):
+            return
+        yield marker, start, end
+        at = _end_of_scan(data, end) if marker == _SOS else end
+
+
+def _end_of_scan(data: bytes, start: int) -> int:
+    following = _MARKER.search(data, start)
+    return following.start() if following else len(data)

@@ -1,0 +1,102 @@
+"""The chunks of a PNG: its header without decoding, and whether anything that touches a pixel is damaged.
+
+Source: Portable Network Graphics (PNG) Specification, third edition, sections 5 and 11.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+
+from fastfundus.errors import PhotoError
+from fastfundus.photo.exif import read_exif
+from fastfundus.records import Status
+
+__all__ = ["PNG_SIGNATURE", "check_png", "read_png_header"]
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOURS = (2, 3, 6)
+"""Colour types with colours: RGB, palette and RGBA; 0 and 4 are greyscale."""
+_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def read_png_header(data: bytes) -> tuple[int, int, bool, tuple[int, str | None]]:
+    """Return width, height, whether the picture is greyscale, and its EXIF orientation and camera.
+
+    Raises:
+        PhotoError: the header is damaged (`unreadable`), or the picture is animated (`unsupported`).
+    """
+    chunks = _chunks(data)
+    kind, start, end = next(chunks, (b"", 0, 0))
+    if kind != b"IHDR" or end - start != 13 or end + 4 > len(data):
+        raise PhotoError(Status.UNREADABLE, "the header is damaged (PNG without a header chunk); copy it again")
+    width, height, _, colour = struct.unpack_from(">IIBB", data, start)
+    exif = read_exif(b"")
+    for kind, start, end in chunks:
+        if kind == b"eXIf":
+            exif = read_exif(data[start:end].removeprefix(b"Exif\0\0"))
+        elif kind == b"acTL" and end - start >= 4 and struct.unpack_from(">I", data, start)[0] > 1:
+            raise PhotoError(Status.UNSUPPORTED, "several images in one file; export one photo per file")
+    return width, height, colour not in _COLOURS, exif
+
+
+def check_png(data: bytes) -> bytes:
+    """Verify the checksum of every chunk that touches a pixel, because decoders silently return damaged pixels.
+
+    Returns:
+        The data, completed by the end marker if only that is missing.
+
+    Raises:
+        PhotoError: a chunk is damaged or truncated.
+    """
+    view, ended = memoryview(data), False
+    for kind, start, end in _chunks(data):
+        if end + 4 > len(data):
+            break
+        # Text, dates and profiles have lower-case names; transparency is the only one of them that changes pixels.
+        touches = kind[:1].isupper() or kind == b"tRNS"
+        if touches and zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise PhotoError(
+                Status.UNREADABLE, f"the image is damaged ({kind.decode('latin-1')} checksum mismatch); copy it again"
+            )
+        ended = kind == b"IEND"
+    if ended:
+        return data
+    whole = _whole_up_to_end(data)
+    if whole is None:
+        raise PhotoError(Status.UNREADABLE, "the image is damaged or incomplete (its end is missing); copy it again")
+    return whole
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the type of each chunk, and where its content begins and ends; the last one may be cut."""
+    at = len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        start = at + 8
+        end = start + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : start]
+        yield kind, start, end
+        if kind == b"IEND":
+            return
+        at = end + 4
+
+
+def _whole_up_to_end(data: bytes) -> bytes | None:
+    """Return the data with an end marker if all pixels are there, else None."""
+    inflate = zlib.decompressobj()
+    last = 0
+    for kind, start, end in _chunks(data):
+        if kind == b"IDAT":
+            try:
+                pending = data[start:end]
+                while pending and not inflate.eof:
+                    # In pieces, so that a small file cannot demand a large buffer.
+                    inflate.decompress(pending, 1 << 20)
+                    pending = inflate.unconsumed_tail
+            except zlib.error:
+                return None
+            last = end + 4
+    if not inflate.eof:
+        return None
+    return data[: min(last, len(data))].ljust(last, b"\0") + _END if last <= len(data) else None

@@ -1,0 +1,206 @@
+"""The directories of a TIFF, read without decoding: which page is the photo, and what its samples mean.
+
+Libraries walk the directories of a file in Python or decode to count them; a file of a few megabytes can hold tens of
+thousands. Here the walk is bounded. Source: TIFF 6.0, sections 2 and 8; BigTIFF (libtiff).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from fastfundus.errors import PhotoError
+from fastfundus.records import Status
+
+__all__ = ["TiffPage", "check_tiff", "choose_page", "is_tiff", "read_pages"]
+
+_MAX_PAGES = 64
+_MAX_ENTRIES = 512
+_MAX_PARTS = 1_000_000
+_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
+_SAMPLES, _EXTRA, _JPEG_TABLES = 277, 338, 347
+_DEFLATE, _JPEG = (8, 32946), 7
+_OFFSETS, _COUNTS = (273, 324), (279, 325)
+"""Offsets and byte counts of the strips, or of the tiles."""
+_SIZES = {1: 1, 3: 2, 4: 4, 7: 1, 13: 4, 16: 8}
+_FORMATS = {1: "B", 3: "H", 4: "I", 7: "B", 13: "I", 16: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class TiffPage:
+    """What the directory of one page says."""
+
+    width: int
+    height: int
+    reduced: bool
+    """True for thumbnails and levels of a pyramid."""
+    mask: bool
+    samples: int
+    photometric: int
+    extra: int | None
+    """Meaning of the first extra sample: 0 unspecified, 1 premultiplied alpha, 2 alpha; None if there is none."""
+    compression: int
+    bits: int
+    offsets: tuple[int, ...]
+    """Where each strip or tile begins; only for pages that can be the photo."""
+    counts: tuple[int, ...]
+    """Size of each strip or tile in bytes."""
+    jpeg_tables: bytes
+    """The tables that JPEG strips and tiles share."""
+
+
+def is_tiff(data: bytes) -> bool:
+    """Return whether the data starts like a TIFF or a BigTIFF."""
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def read_pages(data: bytes) -> list[TiffPage]:
+    """Read the directory of every page.
+
+    Raises:
+        PhotoError: a directory is damaged (`unreadable`), or there are more than 64 pages (`unsupported`).
+    """
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    pages: list[TiffPage] = []
+    seen: set[int] = set()
+    try:
+        (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        while at:
+            if at in seen:
+                raise PhotoError(Status.UNREADABLE, "the TIFF is damaged (its directories form a circle)")
+            if len(pages) == _MAX_PAGES:
+                raise PhotoError(Status.UNSUPPORTED, f"more than {_MAX_PAGES} images in one file; export one per file")
+            seen.add(at)
+            tags, at = _read_directory(data, at, order, big=big)
+            pages.append(_page(tags, data, order))
+    except (struct.error, OverflowError):
+        if not pages:
+            raise PhotoError(Status.UNREADABLE, "the TIFF is damaged or incomplete; copy it again") from None
+    return pages
+
+
+_Tags = dict[int, tuple[int, int, int]]
+"""Type, number of values and position of the values, by tag."""
+
+
+def _read_directory(data: bytes, at: int, order: str, *, big: bool) -> tuple[_Tags, int]:
+    """Return where the values of each tag are, and the position of the next directory."""
+    (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
+    if count > _MAX_ENTRIES:
+        raise PhotoError(Status.UNREADABLE, f"the TIFF is damaged ({count} tags in one directory)")
+    start, size = at + (8 if big else 2), 20 if big else 12
+    inline, pointer = (8, "Q") if big else (4, "I")
+    tags: _Tags = {}
+    for index in range(count):
+        place = start + size * index
+        tag, kind = struct.unpack_from(order + "HH", data, place)
+        (length,) = struct.unpack_from(order + pointer, data, place + 4)
+        if kind not in _SIZES or length == 0:
+            continue
+        value = place + (12 if big else 8)
+        if length * _SIZES[kind] > inline:
+            (value,) = struct.unpack_from(order + pointer, data, value)
+        tags[tag] = kind, length, value
+    (following,) = struct.unpack_from(order + pointer, data, start + size * count)
+    return tags, following
+
+
+def _page(tags: _Tags, data: bytes, order: str) -> TiffPage:
+    def values(tag: int) -> tuple[int, ...]:
+        if tag not in tags:
+            return ()
+        kind, length, place = tags[tag]
+        if length > _MAX_PARTS:
+            raise PhotoError(Status.UNREADABLE, f"the TIFF is damaged ({length} values of one tag)")
+        return struct.unpack_from(f"{order}{length}{_FORMATS[kind]}", data, place)
+
+    def first(tag: int, default: int) -> int:
+        if tag not in tags:
+            return default
+        kind, _, place = tags[tag]
+        return int(struct.unpack_from(order + _FORMATS[kind], data, place)[0])
+
+    subfile = first(_SUBFILE, 0)
+    return TiffPage(
+        width=first(_WIDTH, 0),
+        height=first(_HEIGHT, 0),
+        reduced=bool(subfile & 1),
+        mask=bool(subfile & 4),
+        samples=first(_SAMPLES, 1),
+        photometric=first(_PHOTOMETRIC, 1),
+        extra=first(_EXTRA, 0) if _EXTRA in tags else None,
+        compression=first(_COMPRESSION, 1),
+        bits=first(_BITS, 1),
+        offsets=values(_OFFSETS[0]) or values(_OFFSETS[1]),
+        counts=values(_COUNTS[0]) or values(_COUNTS[1]),
+        jpeg_tables=bytes(values(_JPEG_TABLES)),
+    )
+
+
+def choose_page(pages: list[TiffPage]) -> int:
+    """Return the index of the photo among the pages: the largest one, whatever thumbnails come before it.
+
+    Raises:
+        PhotoError: several pages are equally large (`unsupported`).
+    """
+    full = [index for index, page in enumerate(pages) if not page.mask and not page.reduced]
+    candidates = full or list(range(len(pages)))
+    largest = max(pages[index].width * pages[index].height for index in candidates)
+    chosen = [index for index in candidates if pages[index].width * pages[index].height == largest]
+    if len(chosen) > 1:
+        raise PhotoError(Status.UNSUPPORTED, f"{len(chosen)} images in one file; export one photo per file")
+    return chosen[0]
+
+
+def check_tiff(data: bytes, page: TiffPage) -> None:
+    """Verify that every strip or tile of a page is whole, because decoders continue after damage.
+
+    Deflate streams carry a checksum, JPEG data is decoded strictly, and LZW is decoded by Pillow, which reports errors.
+    Damage of uncompressed data cannot be seen.
+
+    Raises:
+        PhotoError: a strip or tile is damaged or truncated.
+    """
+    for index, (offset, count) in enumerate(zip(page.offsets, page.counts, strict=False)):
+        part = data[offset : offset + count]
+        if len(part) < count or not _is_whole(part, page):
+            where = f"part {index + 1} of {len(page.offsets)}"
+            raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({where}); copy it again")
+    if page.compression not in (1, *_DEFLATE, _JPEG):
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+        except UnidentifiedImageError:
+            # Kinds of samples that Pillow does not know.
+            return
+        except Exception as error:
+            raise PhotoError(
+                Status.UNREADABLE, f"the image is damaged or incomplete ({error}); copy it again"
+            ) from None
+
+
+def _is_whole(part: bytes, page: TiffPage) -> bool:
+    if page.compression in _DEFLATE:
+        inflate = zlib.decompressobj()
+        try:
+            pending = part
+            while pending and not inflate.eof:
+                inflate.decompress(pending, 1 << 20)
+                pending = inflate.unconsumed_tail
+        except zlib.error:
+            return False
+        return inflate.eof
+    if page.compression == _JPEG and part[:2] == b"\xff\xd8":
+        tables = page.jpeg_tables[:-2] if page.jpeg_tables[-2:] == b"\xff\xd9" else page.jpeg_tables
+        try:
+            simplejpeg.decode_jpeg((tables or b"\xff\xd8") + part[2:], "GRAY")
+        except ValueError as error:
+            # The strict decoder knows fewer kinds of JPEG than libtiff.
+            return "precision" in str(error) or "colorspace" in str(error)
+    return True

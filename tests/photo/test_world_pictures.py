@@ -1,0 +1,262 @@
+"""Pictures as cameras, phones, converters and broken copies leave them: scored with their own pixels, or not at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastfundus.photo.field import count_fields, without_margin
+from fastfundus.photo.jpeg import has_all_scans
+from fastfundus.photo.prepare import PreparedPhoto, decode_at, prepare_bytes
+from fastfundus.photo.resample import shrink
+from fastfundus.records import Status
+from fastfundus.spec import PreprocessSpec
+from fastfundus.synthetic import draw_photo
+
+SPEC = PreprocessSpec(size=96)
+DATA = Path(os.environ.get("FASTFUNDUS_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def rgb() -> np.ndarray:
+    return draw_photo(3, lesions=("exudates",), long_side=500).image
+
+
+@pytest.fixture(scope="module")
+def expected(rgb: np.ndarray) -> np.ndarray:
+    image = prepare_bytes(encoded(rgb, "PNG"), SPEC).image
+    assert image is not None
+    return image
+
+
+def encoded(image: np.ndarray | Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, form, **options)
+    return file.getvalue()
+
+
+def check_same(result: PreparedPhoto, expected: np.ndarray, tolerance: int = 0) -> None:
+    assert result.status is Status.OK, result.reason
+    assert result.image is not None
+    assert int(np.abs(result.image.astype(int) - expected).max()) <= tolerance
+
+
+def check_refused(result: PreparedPhoto, status: Status, words: str) -> None:
+    assert result.status is status
+    assert re.search(words, result.reason)
+    assert result.image is None
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "BMP", "WEBP"])
+def test_alpha_of_zeros_is_padding(rgb: np.ndarray, expected: np.ndarray, form: str) -> None:
+    options = {"lossless": True, "exact": True} if form == "WEBP" else {}
+    padded = np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)])
+    check_same(prepare_bytes(encoded(padded, form, **options), SPEC), expected)
+
+
+def test_a_fourth_tiff_channel_of_no_stated_meaning_is_not_transparency(rgb: np.ndarray, expected: np.ndarray) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    infrared = np.dstack([rgb, np.full(rgb.shape[:2], 100, np.uint8)])
+    tifffile.imwrite(file, infrared, photometric="rgb", extrasamples=["unspecified"])
+    check_same(prepare_bytes(file.getvalue(), SPEC), expected)
+
+
+def strips(data: bytes) -> list[tuple[int, int]]:
+    tifffile = pytest.importorskip("tifffile")
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        return list(zip(tiff.pages[0].dataoffsets, tiff.pages[0].databytecounts, strict=True))
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg"])
+@pytest.mark.parametrize("damage", ["flipped", "zeroed"])
+def test_a_damaged_strip_is_never_scored(rgb: np.ndarray, compression: str, damage: str) -> None:
+    options = {} if compression == "jpeg" else {"strip_size": 20_000}
+    data = bytearray(encoded(rgb, "TIFF", compression=compression, **options))
+    offset, count = strips(bytes(data))[2]
+    assert prepare_bytes(bytes(data), SPEC).status is Status.OK
+    third = offset + count // 3
+    data[third : offset + count] = (
+        bytes(byte ^ 0x5A for byte in data[third : offset + count])
+        if damage == "flipped"
+        else bytes(offset + count - third)
+    )
+    check_refused(prepare_bytes(bytes(data), SPEC), Status.UNREADABLE, "damaged or incomplete")
+
+
+def test_a_thumbnail_before_the_photo_is_passed_over(rgb: np.ndarray, expected: np.ndarray) -> None:
+    thumbnail = Image.fromarray(rgb).resize((120, 120))
+    data = encoded(thumbnail, "TIFF", save_all=True, append_images=[Image.fromarray(rgb)])
+    check_same(prepare_bytes(data, SPEC), expected)
+
+
+def test_sixty_thousand_directories_cost_nothing() -> None:
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((256, 500), (257, 500), (262, 2), (273, 8), (279, 9))
+    )
+    size = 2 + len(entries) + 4
+    pages = b"".join(struct.pack("<H", 5) + entries + struct.pack("<I", 8 + size * (n + 1)) for n in range(60_000))
+    began = time.perf_counter()
+    check_refused(prepare_bytes(b"II*\0\x08\0\0\0" + pages, SPEC), Status.UNSUPPORTED, "more than 64 images")
+    assert time.perf_counter() - began < 0.5  # it took 10 s to walk them all; a quarter of a millisecond for 64
+
+
+def test_circular_directories_end() -> None:
+    entry = struct.pack("<HHII", 256, 4, 1, 500)
+    data = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + struct.pack("<I", 8)
+    check_refused(prepare_bytes(data, SPEC), Status.UNREADABLE, "circle")
+
+
+@pytest.fixture(scope="module")
+def jpeg(rgb: np.ndarray) -> bytes:
+    return encoded(rgb, "JPEG", quality=92)
+
+
+def harmless(jpeg: bytes) -> Iterator[tuple[str, bytes]]:
+    yield "no end marker", jpeg[:-2]
+    yield "stray bytes in the header", jpeg[:20] + b"\0\1\2" + jpeg[20:]
+    yield "a broken colour profile", jpeg[:2] + b"\xff\xe2\x00\x12ICC_PROFILE\0\x05\x01\x00\x00" + jpeg[2:]
+    yield "an unknown JFIF version", jpeg.replace(b"JFIF\0\x01\x01", b"JFIF\0\x09\x01", 1)
+    at = jpeg.index(b"\xff\xda")
+    last = at + 2 + struct.unpack_from(">H", jpeg, at + 2)[0] - 2
+    yield "a sequential scan that says 0 to 0", jpeg[:last] + b"\0" + jpeg[last + 1 :]
+    yield "junk behind the end", jpeg + b"\0\xff\xd8junk" * 50
+
+
+def test_faults_that_touch_no_pixel_lose_no_photo(jpeg: bytes) -> None:
+    whole = prepare_bytes(jpeg, SPEC)
+    assert whole.image is not None
+    for name, data in harmless(jpeg):
+        result = prepare_bytes(data, SPEC)
+        assert result.status is Status.OK, name
+        np.testing.assert_array_equal(result.image, whole.image, err_msg=name)
+
+
+def test_faults_that_touch_no_pixel_do_not_hide_those_that_do(jpeg: bytes) -> None:
+    for name, data in harmless(jpeg):
+        start = data.index(b"\xff\xda") + 600
+        for cut in (data[: len(jpeg) - 9], data[:start] + data[start + 4000 :]):
+            assert prepare_bytes(cut, SPEC).status is Status.UNREADABLE, name
+
+
+def test_a_progressive_jpeg_needs_every_scan(rgb: np.ndarray) -> None:
+    data = encoded(rgb, "JPEG", quality=92, progressive=True)
+    scans = [found.start() for found in re.finditer(b"\xff\xda", data)]
+    assert has_all_scans(data)
+    for end in scans[1:]:
+        check_refused(prepare_bytes(data[:end] + b"\xff\xd9", SPEC), Status.UNREADABLE, "scans are missing")
+    assert prepare_bytes(data[:-2], SPEC).status is Status.OK
+
+
+def test_a_sequential_jpeg_needs_every_component(jpeg: bytes) -> None:
+    """A grey picture would be decoded from the first of three scans."""
+    at = jpeg.index(b"\xff\xda")
+    one = jpeg[:at] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + jpeg[at + 14 :]
+    assert not has_all_scans(one)
+
+
+def chunk(kind: bytes, body: bytes, checksum: bytes | None = None) -> bytes:
+    import zlib
+
+    crc = struct.pack(">I", zlib.crc32(kind + body)) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + kind + body + crc
+
+
+def test_a_png_is_read_in_spite_of_its_texts(rgb: np.ndarray, expected: np.ndarray) -> None:
+    data = encoded(rgb, "PNG")
+    bad_text = chunk(b"tEXt", b"Comment\0hello", b"\1\2\3\4")
+    check_same(prepare_bytes(data[:33] + bad_text + data[33:], SPEC), expected)
+    check_same(prepare_bytes(data[:-12], SPEC), expected)
+    check_refused(prepare_bytes(data[:-40], SPEC), Status.UNREADABLE, "end is missing")
+    animated = chunk(b"acTL", struct.pack(">II", 2, 0))
+    check_refused(prepare_bytes(data[:33] + animated + data[33:], SPEC), Status.UNSUPPORTED, "several images")
+
+
+def test_orientation_in_every_integer_type(jpeg: bytes) -> None:
+    upright = prepare_bytes(jpeg, SPEC)
+    assert upright.image is not None
+    for kind, form in ((1, "<B3x"), (3, "<H2x"), (4, "<I"), (9, "<i")):
+        entry = struct.pack("<HHI", 0x0112, kind, 1) + struct.pack(form, 3)
+        tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + b"\0\0\0\0"
+        segment = b"Exif\0\0" + tiff
+        data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+        result = prepare_bytes(data, SPEC)
+        assert result.image is not None
+        # Half a pixel of the crop's window may move, so that rows are compared by their correlation.
+        turned = result.image[::-1, ::-1]
+        assert np.corrcoef(turned.ravel(), upright.image.ravel())[0, 1] > 0.98, kind
+
+
+def test_phones_write_heic_and_avif(rgb: np.ndarray, expected: np.ndarray) -> None:
+    # Lossy formats at their best quality: the photo is the same, its grey levels are not.
+    result = prepare_bytes(encoded(rgb, "AVIF", quality=100, subsampling="4:4:4"), SPEC)
+    check_same(result, expected, tolerance=24)
+    heif = pytest.importorskip("pillow_heif", reason="HEIC needs the extra 'phone'")
+    heif.register_heif_opener()
+    check_same(prepare_bytes(encoded(rgb, "HEIF", quality=100, chroma=444), SPEC), expected, tolerance=24)
+
+
+def test_heic_without_its_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else found(name))
+    start = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    check_refused(
+        prepare_bytes(start + bytes(3000), SPEC), Status.UNSUPPORTED, r"HEIC photo; install fastfundus\[phone\]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"%PDF-1.7\n", "PDF"),
+        (bytes(5000), "only zero bytes"),
+    ],
+)
+def test_files_that_are_something_else_say_what(data: bytes, words: str) -> None:
+    check_refused(prepare_bytes(data, SPEC), Status.UNREADABLE, words)
+
+
+def pairs() -> Iterator[tuple[str, np.ndarray, int]]:
+    left, right = (draw_photo(seed, long_side=600).image for seed in (3, 4))
+    gap = np.zeros((600, 40, 3), np.uint8)
+    small = cv2.copyMakeBorder(cv2.resize(right, (400, 400)), 100, 100, 0, 0, cv2.BORDER_CONSTANT)
+    tight = [cv2.resize(image[40:560, 40:560], (500, 500)) for image in (left, right)]
+    yield "one", left, 1
+    yield "side by side", np.hstack([left, gap, right]), 2
+    yield "one above the other", np.vstack([left, right]), 2
+    yield "touching", np.hstack(tight), 2
+    yield "of two sizes", np.hstack([left, small]), 2
+    yield "four", np.vstack([np.hstack([left, right]), np.hstack([right, left])]), 4
+    yield "cut at the top and bottom", np.hstack([left[80:520], right[80:520]]), 2
+
+
+@pytest.mark.parametrize(("image", "count"), [pytest.param(i, n, id=name) for name, i, n in pairs()])
+def test_several_fields_in_one_picture_are_refused(image: np.ndarray, count: int) -> None:
+    assert count_fields(without_margin(shrink(image)[0])) == count
+    result = prepare_bytes(encoded(image, "PNG"), SPEC)
+    if count == 1:
+        assert result.status is Status.OK
+    else:
+        check_refused(result, Status.UNSUPPORTED, f"{count} retinal fields in one picture")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real photographs are absent")
+def test_no_real_photo_of_one_eye_counts_as_two() -> None:
+    files = sorted((DATA / "odir" / "images").glob("*.jpg"))[::16]
+    files += [file for name in ("eyepacs", "hard", "dr/images") for file in sorted((DATA / name).glob("*.jp*g"))[:40]]
+    counts = {file.name: count_fields(without_margin(shrink(decode_at(file.read_bytes(), 256))[0])) for file in files}
+    assert len(counts) > 100
+    assert {name: count for name, count in counts.items() if count > 1} == {}
