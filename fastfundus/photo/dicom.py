@@ -1,14 +1,17 @@
 """Fundus photographs in DICOM files: Ophthalmic Photography objects and comparable camera exports.
 
 An image compressed as baseline JPEG is extracted and decoded like any other JPEG, including scaled decoding. pydicom
-decodes everything else. Sources: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (identifiers), PS3.5 A.4
-(encapsulation).
+decodes everything else, with GDCM (BSD licence) for lossless JPEG and JPEG-LS. What the pixel data says of itself is
+believed over the header, which exports often fill by template. Sources: DICOM PS3.3 A.41 (Ophthalmic Photography),
+PS3.6 (identifiers), PS3.5 A.4 (encapsulation).
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
+from fastfundus.identifiers import is_placeholder, normal_eye
 from fastfundus.photo.decode import decode, eight_bit_rgb
 from fastfundus.photo.decode_plan import DecodePlan
 from fastfundus.photo.header import PhotoHeader, check_size, read_header
@@ -33,8 +37,15 @@ _OCT = {
     "1.2.840.10008.5.1.4.1.1.82.1",
 }
 _JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
+_JPEG_2000 = {"1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"}
 _WIDEST_DEGREES = 75.0
 """Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
+_EYE_CODES = {"G-A100": "R", "24028007": "R", "G-A101": "L", "7771000": "L"}
+"""Codes of "right" and "left" in SNOMED, as modifiers of the anatomic region."""
+_DAMAGED = "the DICOM header is damaged; export it again"
+_DAMAGED_PIXELS = "the image is damaged or incomplete; export it again"
+# pydicom logs tracebacks of its decoders; every fault becomes the row of its photo instead.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 """Adobe segment with transform 0, which declares the components as plain R, G, B."""
 
@@ -97,9 +108,9 @@ def read_dicom(data: bytes) -> DicomPhoto:
             width, height = int(dataset.Columns), int(dataset.Rows)
     except PhotoError:
         raise
-    except Exception as error:
+    except Exception:
         # pydicom raises many types of errors on damaged files.
-        raise PhotoError(Status.UNREADABLE, f"the DICOM header is damaged ({error}); export it again") from None
+        raise PhotoError(Status.UNREADABLE, _DAMAGED) from None
     if frame is not None:
         frame = _with_colours_said(frame, photometric)
         # DICOM defines the orientation; ignore EXIF data that a converter left in the JPEG.
@@ -108,37 +119,91 @@ def read_dicom(data: bytes) -> DicomPhoto:
     return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
 
 
+def _value(dataset: Any, name: str) -> Any:
+    """Return a value of the header, or None if it is absent or invalid: a side fact must not cost the photo."""
+    try:
+        return dataset.get(name)
+    except Exception:
+        # pydicom converts values when they are read, and raises many types of errors.
+        return None
+
+
+def _text(dataset: Any, name: str) -> str:
+    return str(_value(dataset, name) or "").strip()
+
+
+def _number(dataset: Any, name: str) -> float | None:
+    value = _value(dataset, name)
+    try:
+        return float(value[0] if isinstance(value, Sequence) and not isinstance(value, str) else value)
+    except (TypeError, ValueError, IndexError):
+        return None
+
+
 def _judge_kind(dataset: Any) -> None:
-    sop = str(dataset.get("SOPClassUID", ""))
+    sop = _text(dataset, "SOPClassUID")
     if sop in _WIDE_FIELD:
         raise PhotoError(Status.NOT_FUNDUS, "wide-field image; a standard fundus photograph is required")
-    if sop in _OCT or dataset.get("Modality") in ("OPT", "OPTENF", "OPTBSV"):
+    if sop in _OCT or _text(dataset, "Modality") in ("OPT", "OPTENF", "OPTBSV"):
         raise PhotoError(Status.UNSUPPORTED, "OCT scan, not a photograph")
-    field = dataset.get("HorizontalFieldOfView")
-    if field is not None and float(field) > _WIDEST_DEGREES:
-        raise PhotoError(Status.NOT_FUNDUS, f"wide-field image ({float(field):g} degrees); 30 to 60 are standard")
+    field = _number(dataset, "HorizontalFieldOfView")
+    if field is not None and field > _WIDEST_DEGREES:
+        raise PhotoError(Status.NOT_FUNDUS, f"wide-field image ({field:g} degrees); 30 to 60 are standard")
+    if "PixelData" not in dataset and "Rows" in dataset:
+        raise PhotoError(Status.UNREADABLE, "the pixels are cut off or were removed; export it again")
     if "PixelData" not in dataset:
         raise PhotoError(Status.UNSUPPORTED, "DICOM file without an image")
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    frames = int(_number(dataset, "NumberOfFrames") or 1)
     if frames > 1:
         raise PhotoError(
             Status.UNSUPPORTED, f"{frames} frames (angiography, or a stereo pair); export one colour photo per file"
         )
-    if int(dataset.get("SamplesPerPixel") or 1) != 3 and dataset.get("PhotometricInterpretation") != "PALETTE COLOR":
+    samples = _number(dataset, "SamplesPerPixel") or 1
+    if samples != 3 and _text(dataset, "PhotometricInterpretation") != "PALETTE COLOR":
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
 
 
 def _facts(dataset: Any) -> PhotoFacts:
-    eye = str(dataset.get("ImageLaterality") or dataset.get("Laterality") or "").strip().upper()
-    spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
-    names = [str(dataset.get(name) or "").strip() for name in ("Manufacturer", "ManufacturerModelName")]
+    names = [_text(dataset, name) for name in ("Manufacturer", "ManufacturerModelName")]
+    spacing = _number(dataset, "PixelSpacing") or _number(dataset, "ImagerPixelSpacing")
     return PhotoFacts(
-        patient=str(dataset.get("PatientID") or "").strip() or None,
-        eye=eye if eye in ("L", "R") else None,
+        patient=_patient(dataset),
+        eye=_eye(dataset),
         camera=" ".join(name for name in names if name) or None,
         # The standard puts row spacing first; fundus cameras have square pixels.
-        pixel_spacing_mm=float(spacing[0]) if spacing else None,
+        pixel_spacing_mm=spacing if spacing and spacing > 0 else None,
     )
+
+
+def _patient(dataset: Any) -> str | None:
+    """Return the patient identifier, with its issuer if there is one: two hospitals use the same numbers."""
+    patient, issuer = _text(dataset, "PatientID"), _text(dataset, "IssuerOfPatientID")
+    if not patient or is_placeholder(patient, zeros=True):
+        return None
+    return f"{issuer}/{patient}" if issuer else patient
+
+
+def _eye(dataset: Any) -> str | None:
+    """Return the eye from every place that the standard has for it; None if they disagree."""
+    found = {normal_eye(_text(dataset, name)) for name in ("ImageLaterality", "Laterality", "FrameLaterality")}
+    for groups in (
+        _items(dataset, "SharedFunctionalGroupsSequence"),
+        _items(dataset, "PerFrameFunctionalGroupsSequence"),
+    ):
+        for item in groups[:1]:
+            for anatomy in _items(item, "FrameAnatomySequence"):
+                found.add(normal_eye(_text(anatomy, "FrameLaterality")))
+    for region in (*_items(dataset, "AnatomicRegionSequence"), *_items(dataset, "PrimaryAnatomicStructureSequence")):
+        for name in ("AnatomicRegionModifierSequence", "PrimaryAnatomicStructureModifierSequence"):
+            for modifier in _items(region, name):
+                found.add(_EYE_CODES.get(_text(modifier, "CodeValue")))
+    found -= {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _items(dataset: Any, name: str) -> list[Any]:
+    value = _value(dataset, name)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
 
 
 def _first_frame(dataset: Any) -> bytes:
@@ -163,22 +228,58 @@ def _with_colours_said(frame: bytes, photometric: str) -> bytes:
 def _pixels(dataset: Any) -> NDArray[np.uint8]:
     from pydicom.pixels import apply_color_lut, pixel_array
 
+    palette = _text(dataset, "PhotometricInterpretation") == "PALETTE COLOR"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if "NumberOfFrames" in dataset:
+                # It is 1, or not a number.
+                dataset.NumberOfFrames = 1
+            if _transforms_itself(dataset):
+                dataset.PhotometricInterpretation = "RGB"
             pixels = pixel_array(dataset)
-            if dataset.PhotometricInterpretation == "PALETTE COLOR":
+            if palette:
                 pixels = apply_color_lut(pixels, dataset)
-            bits = int(dataset.BitsStored)
+            bits = int(_number(dataset, "BitsStored") or 8)
     except (NotImplementedError, RuntimeError) as error:
         # pydicom raises these when no installed decoder supports the compression, or when one fails.
-        text = str(error).splitlines()[0]
         if "missing" in str(error) or isinstance(error, NotImplementedError):
-            raise PhotoError(Status.UNSUPPORTED, f"unsupported compression ({text})") from None
-        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({text}); export it again") from None
-    except Exception as error:
-        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({error}); export it again") from None
-    if pixels.dtype == np.uint16 and bits < 16 and dataset.PhotometricInterpretation != "PALETTE COLOR":
-        # Map the stored full scale to 65535, so that 12-bit samples in 16 bits do not become a dark image.
-        pixels = np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)
+            syntax = dataset.file_meta.TransferSyntaxUID
+            raise PhotoError(
+                Status.UNSUPPORTED, f"unsupported compression ({syntax.name}); export it uncompressed"
+            ) from None
+        raise PhotoError(Status.UNREADABLE, _DAMAGED_PIXELS) from None
+    except Exception:
+        raise PhotoError(Status.UNREADABLE, _DAMAGED_PIXELS) from None
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind not in "ui" or pixels.dtype.itemsize > 2:
+        raise PhotoError(Status.UNSUPPORTED, "pixels that are not 8-bit or 16-bit RGB; export as RGB with 8 bits")
+    if pixels.dtype.kind == "i":
+        # Colours have no sign; headers that claim one are filled by template.
+        pixels = pixels.view(f"u{pixels.dtype.itemsize}")
+    if pixels.dtype == np.uint16 and not palette:
+        pixels = _to_full_scale(pixels, bits)
     return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+
+
+def _transforms_itself(dataset: Any) -> bool:
+    """Return whether a JPEG 2000 codestream contains a colour transform, so that it decodes to RGB.
+
+    Source: ITU-T T.800, annex A.6.1: the fifth byte of the COD segment.
+    """
+    if str(dataset.file_meta.TransferSyntaxUID) not in _JPEG_2000:
+        return False
+    frame = _first_frame(dataset)
+    at = frame.find(b"\xff\x52")
+    return 0 <= at < len(frame) - 8 and frame[at + 8] == 1
+
+
+def _to_full_scale(pixels: NDArray[np.uint16], bits: int) -> NDArray[np.uint16]:
+    """Map samples to the full range of 16 bits, so that 12-bit samples in 16 bits do not become a dark image.
+
+    The header may say 16 bits where the camera stored 12: then the range of the values decides.
+    """
+    used = int(pixels.max()).bit_length()
+    stored = next(size for size in (8, 10, 12, 14, 16) if used <= size)
+    # A photo may leave the brightest half of its range unused, but hardly three quarters.
+    bits = stored if used > bits or stored <= bits - 2 else bits
+    return np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)

@@ -209,7 +209,7 @@ def _lit_parts(value: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
     # Opening removes burned-in text and specks that touch the field.
     opened = cv2.morphologyEx(lit, cv2.MORPH_OPEN, _OPENING)
     parts, _ = cv2.findContours(opened, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return list(parts)  # type: ignore[arg-type]
+    return list(parts)
 
 
 def _around(mask: NDArray[np.uint8], oval: Oval | None, confidence: float) -> FieldCircle:
