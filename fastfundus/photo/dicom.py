@@ -149,7 +149,8 @@ def _judge_kind(dataset: Any) -> None:
     field = _number(dataset, "HorizontalFieldOfView")
     if field is not None and field > _WIDEST_DEGREES:
         raise PhotoError(Status.NOT_FUNDUS, f"wide-field image ({field:g} degrees); 30 to 60 are standard")
-    if "PixelData" not in dataset and "Rows" in dataset:
+    # pydicom keeps nothing of a file that ends within its compressed pixels.
+    if "PixelData" not in dataset and ("Rows" in dataset or "SOPClassUID" not in dataset):
         raise PhotoError(Status.UNREADABLE, "the pixels are cut off or were removed; export it again")
     if "PixelData" not in dataset:
         raise PhotoError(Status.UNSUPPORTED, "DICOM file without an image")
