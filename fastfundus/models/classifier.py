@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.models.foreign import resample_positions
+from fastfundus.models.foreign import resample_positions, without_prefix
 from fastfundus.models.initial import InitReport, load_state, stated_normalisation
 from fastfundus.models.pretrained import download_weights, find_weights, is_hub_name
 
@@ -165,6 +165,7 @@ def set_training(model: nn.Module, *, freeze: bool) -> None:
 def _take_over(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) -> InitReport:
     """Load every tensor with a matching name and shape; only tensors of the head may be missing or differ in shape."""
     source, wanted = config.init, model.state_dict()
+    state = without_prefix(state, wanted)
     head = {name for name in wanted if any(name.startswith(f"{part}.") for part in _head_names(model))}
     place = wanted.get("pos_embed")
     if place is not None and "pos_embed" in state and state["pos_embed"].shape != place.shape:

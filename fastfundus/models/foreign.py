@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +16,136 @@ from torch.nn import functional
 
 from fastfundus.errors import CheckpointError
 
-__all__ = ["read_foreign", "resample_positions"]
+__all__ = ["read_foreign", "resample_positions", "without_prefix"]
 
-_NESTED = ("state_dict", "model_state_dict", "model", "model_ema", "teacher", "net")
-"""Keys under which training programs store the weights, in the order in which they are tried."""
+_NESTED = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "teacher", "net",
+    "network", "module", "weights", "params",
+)  # fmt: skip
+"""Keys under which training programs store the weights, in the order in which they are tried: averages first."""
+_WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes of data parallelism and torch.compile, at any place of a name."""
 _DEEPEST = 16
 _INERT_MODULES = (
     nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Sequential,
     nn.Dropout, nn.Identity, nn.Flatten, nn.parallel.DataParallel,
 )  # fmt: skip
+_MAX_PLACEHOLDERS = 64
+_PLAIN_DATA = frozenset(
+    {
+        "argparse.Namespace", "types.SimpleNamespace", "functools.partial", "decimal.Decimal", "uuid.UUID",
+        "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
+        "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date",
+        "datetime.timedelta", "datetime.timezone", "collections.deque", "collections.Counter", "builtins.set",
+        "builtins.frozenset", "builtins.slice", "builtins.complex", "builtins.bytearray", "builtins.range",
+        "builtins.object", "enum.Enum",
+    }
+)  # fmt: skip
+"""Classes of the standard library in which training programs store their arguments."""
+_UNSUPPORTED_GLOBAL = re.compile(r"Unsupported (?:global|class|operand)[^:]*: (?:GLOBAL )?([\w.]+)|GLOBAL ([\w.]+)")
+
+
+class _Placeholder:
+    """Stands in for an object of a checkpoint that is not a tensor: takes everything and does nothing."""
+
+    def __new__(cls, *arguments: object, **options: object) -> _Placeholder:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
 
 
 def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read every tensor of a file with weights.
+    """Read every tensor of a file with weights, without running code from it.
 
-    Pickles are read with torch's restricted unpickler, which accepts plain data and tensors. A whole pickled network is
-    accepted as well if it consists only of torchvision's ResNet, DataParallel and layers of torch.nn; any other object
-    is refused.
+    Pickles are read with torch's restricted unpickler. Plain data, tensors and whole pickled ResNets of torchvision are
+    read. Objects of training programs, such as arguments and schedules of RETFound, timm, Lightning and MONAI, are
+    replaced by placeholders that do nothing; functions and other classes of Python's standard library are refused.
 
     Args:
-        path: a .safetensors file, or a file written by `torch.save`.
+        path: a .safetensors file, a file written by `torch.save`, or a folder that contains one.
 
     Returns:
-        Tensors by name, without the prefix "module.", and a description of the file.
+        Tensors by name, without the prefixes of data parallelism and torch.compile, and a description of the file.
 
     Raises:
         CheckpointError: the file is missing or damaged, contains other objects, or contains no tensors.
     """
+    path = _file_in(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a .safetensors file, or a file written by torch.save")
+    _refuse_other_kinds(path)
     if path.suffix == ".safetensors":
         try:
-            return load_file(path), "safetensors"
+            return _without_wrappers(load_file(path)), "safetensors"
         except Exception as error:
             # safetensors raises an error type of its Rust library; any error means that the file is not valid.
             raise CheckpointError(f"{path} is not a valid safetensors file ({error}); copy it again") from None
+    return _tensors_of(_unpickled(path), path)
+
+
+def _file_in(path: Path) -> Path:
+    names = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise if the file is something that people mistake for weights."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights themselves; run git lfs pull")
+    if text.startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(f"{path} is a web page, not weights; download the file itself, or log in first")
+    if start.startswith(b"\x89HDF"):
+        raise CheckpointError(f"{path} is a Keras file; only weights of PyTorch are read")
+    if not start:
+        raise CheckpointError(f"{path} is empty; copy it again")
+
+
+def _unpickled(path: Path) -> Any:
+    """Read a pickle, replacing objects of training programs by placeholders, one kind after the other."""
     from torchvision.models import resnet
 
-    allowed = [*_INERT_MODULES, resnet.ResNet, resnet.Bottleneck, resnet.BasicBlock, collections.OrderedDict]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # The unpickler raises many types of errors for files in other formats, in every case without running any code.
-        lines = [line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-        reason = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
-        raise CheckpointError(
-            f"{path}: cannot be read as weights ({reason[:200]}). Only tensors, plain data and torchvision's ResNets "
-            "are accepted, because other pickled objects could run code"
-        ) from None
-    return _tensors_of(loaded, path)
+    allowed: list[Any] = [*_INERT_MODULES, resnet.ResNet, resnet.Bottleneck, resnet.BasicBlock]
+    allowed.append(collections.OrderedDict)
+    replaced: set[str] = set()
+    while True:
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # The unpickler raises many types of errors for files in other formats, in every case without running code.
+            text = str(error)
+            found = _UNSUPPORTED_GLOBAL.search(text)
+            name = (found[1] or found[2]) if found else ""
+            if not _is_plain_data(name) or name in replaced or len(replaced) == _MAX_PLACEHOLDERS:
+                raise CheckpointError(f"{path}: {_why(text, error)}") from None
+            replaced.add(name)
+            allowed.append((type(name.rsplit(".", 1)[-1], (_Placeholder,), {}), name))
+
+
+def _is_plain_data(name: str) -> bool:
+    """Return whether a placeholder may stand in for a class: nothing of Python itself, and no network."""
+    if not name or name.startswith(("torch.nn.", "torch.jit.", "torch.fx.")):
+        return False
+    top = name.split(".")[0]
+    return name in _PLAIN_DATA or (top not in sys.stdlib_module_names and top != "nt")
+
+
+def _why(text: str, error: Exception) -> str:
+    if "TorchScript" in text:
+        return "is a TorchScript archive; save the state_dict() of its network instead"
+    lines = [line for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    reason = (lines or text.splitlines() or [type(error).__name__])[0].strip()
+    return (
+        f"cannot be read as weights ({reason[:200]}). Only tensors, plain data and torchvision's ResNets are accepted, "
+        "because other pickled objects could run code"
+    )
 
 
 def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
@@ -70,8 +153,8 @@ def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(loaded, nn.Module):
         what = f"a pickled {type(loaded).__name__}"
         loaded = _taken_apart(loaded)
-    while isinstance(loaded, dict):
-        inner = next((key for key in _NESTED if isinstance(loaded.get(key), dict | nn.Module)), None)
+    for _ in range(_DEEPEST):
+        inner = _nested_in(loaded)
         if inner is None:
             break
         what = f"a checkpoint with {inner!r}"
@@ -79,9 +162,59 @@ def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     tensors = {}
     if isinstance(loaded, dict):
         tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if isinstance(loaded, _Placeholder):
+        raise CheckpointError(
+            f"{path} is a whole pickled {type(loaded).__name__}; save its state_dict() instead: reading the object "
+            "itself could run code"
+        )
     if not tensors:
         raise CheckpointError(f"{path} contains no tensors; is it a checkpoint with weights?")
-    return {key.removeprefix("module."): value for key, value in tensors.items()}, what
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: {len(broken)} tensors contain NaN or infinity, such as {broken[0]}; its training diverged: "
+            "take an earlier checkpoint"
+        )
+    return _without_wrappers(tensors), what
+
+
+def _nested_in(loaded: Any) -> str | None:
+    """Return the key of the weights in a checkpoint, or None if the tensors are its own."""
+    if not isinstance(loaded, dict) or sum(isinstance(value, Tensor) for value in loaded.values()) > len(loaded) / 2:
+        return None
+    return next((key for key in _NESTED if isinstance(loaded.get(key), dict | nn.Module) and loaded[key]), None)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def plain(name: str) -> str:
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
+        return name.removeprefix(_WRAPPERS[0])
+
+    return {plain(name): value for name, value in tensors.items()}
+
+
+def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Remove the prefix under which a program keeps a network, such as "model." of Lightning or "net." of MONAI.
+
+    Args:
+        tensors: tensors by name.
+        wanted: names of the tensors of the network.
+
+    Returns:
+        The tensors with that prefix, without it, if more of them are wanted than without a change; else `tensors`.
+    """
+    names = set(wanted)
+    hits: collections.Counter[str] = collections.Counter()
+    for name in tensors:
+        parts = name.split(".")
+        for depth in range(min(len(parts), 5)):
+            if ".".join(parts[depth:]) in names:
+                hits[".".join(parts[:depth])] += 1
+    if not hits or hits[""] >= max(hits.values()):
+        return tensors
+    prefix = hits.most_common(1)[0][0] + "."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _taken_apart(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or contains no plain tensors.
     """
-    return read_foreign(path / "best.safetensors" if path.is_dir() else path)[0]
+    return read_foreign(path)[0]
 
 
 def stated_normalisation(config: ModelConfig, published: Any = None) -> Normalisation:
