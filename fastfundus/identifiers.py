@@ -6,10 +6,10 @@ land on two sides of a split. Names that are ambiguous therefore yield nothing.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 __all__ = ["EyeName", "is_device_word", "is_placeholder", "normal_eye", "parse_eye_codes", "read_eye_name"]
 
@@ -21,6 +21,8 @@ _WORD = r"(?:(?i:left|right|od|os|oi|og|l|r)|LE|RE|LT|RT)(?:[_\-. ]?(?i:eye))?"
 _SEPARATED = re.compile(rf"(?:^|(?<=[_\-. ]))({_WORD})(?=[_\-. ]|$)")
 _NUMBERED = re.compile(rf"({_WORD})[_\-. ]?\(?\d{{0,2}}\)?")
 _ATTACHED = re.compile(r"(.*\d)(OD|OS|OI|OG|RE|LE)")
+_ATTACHED_EYES = frozenset({"OD", "OS", "OI", "OG", "RE", "LE"})
+_LONGEST_EYE = 20
 _PATIENT_FOLDER = re.compile(r"(?:p|pt|pat|patient|subj|subject|sub|participant|person)[_\-. ]?\d+", re.IGNORECASE)
 _DEVICE_WORDS = frozenset(
     {
@@ -61,9 +63,14 @@ def normal_eye(text: str | None, codes: Mapping[str, str] | None = None) -> str 
         text: the text of a cell, a file name or a DICOM attribute.
         codes: "L" or "R" by text, for tables that code eyes by numbers.
     """
-    plain = " ".join(re.sub(r"[_\-.]+", " ", text or "").lower().split())
     if codes is not None and (text or "").strip() in codes:
         return codes[(text or "").strip()]
+    return _eye_of(text or "")
+
+
+@functools.lru_cache(4096)
+def _eye_of(text: str) -> str | None:
+    plain = " ".join(re.sub(r"[_\-.]+", " ", text).lower().split())
     return _EYES.get(plain) or _EYES.get(plain.removesuffix(" eye"))
 
 
@@ -104,27 +111,29 @@ def read_eye_name(name: str) -> EyeName:
     Args:
         name: path relative to the folder that contains all photos, with forward slashes.
     """
-    path = PurePosixPath(name)
-    stem = path.name.removesuffix(path.suffix) if not path.suffix[1:].isdigit() else path.name
-    if path.suffix.lower() == ".gz":
-        stem = PurePosixPath(stem).stem
-    folders = path.parent.parts
-    numbered = _NUMBERED.fullmatch(stem)
+    parent, slash, last = name.rpartition("/")
+    folders = tuple(parent.split("/")) if slash else ()
+    stem, dot, suffix = last.rpartition(".")
+    if not dot or suffix.isdigit():
+        stem = last
+    elif suffix.lower() == "gz":
+        stem = stem.rpartition(".")[0] or stem
+    numbered = _NUMBERED.fullmatch(stem) if len(stem) < _LONGEST_EYE else None
     if numbered and folders:
-        return EyeName(normal_eye(numbered[1]), "/".join(folders), shot=stem)
+        return EyeName(normal_eye(numbered[1]), parent, shot=stem)
     words = list(_SEPARATED.finditer(stem))
     eyes = {normal_eye(word[1]) for word in words}
     if words and len(eyes) == 1:
         before = stem[: words[0].start()].rstrip("_-. ")
         after = stem[words[0].end() :].lstrip("_-. ")
         if before:
-            return EyeName(eyes.pop(), "/".join((*folders, before)), shot=after)
-        return EyeName(eyes.pop(), "/".join((*folders, after)) if after else None, eye_first=True)
+            return EyeName(eyes.pop(), f"{parent}{slash}{before}", shot=after)
+        return EyeName(eyes.pop(), f"{parent}{slash}{after}" if after else None, eye_first=True)
     if words:
         return EyeName()
-    attached = _ATTACHED.fullmatch(stem)
+    attached = _ATTACHED.fullmatch(stem) if stem[-2:] in _ATTACHED_EYES else None
     if attached:
-        return EyeName(normal_eye(attached[2]), "/".join((*folders, attached[1])))
+        return EyeName(normal_eye(attached[2]), f"{parent}{slash}{attached[1]}")
     return _from_folders(folders, stem)
 
 
@@ -142,4 +151,4 @@ def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
 
 def is_device_word(patient: str) -> bool:
     """Return whether the part of a name before the eye is a word that cameras and exports write, not a person."""
-    return re.sub(r"[\W_]+", "", PurePosixPath(patient).name).lower() in _DEVICE_WORDS
+    return re.sub(r"[\W_]+", "", patient.rpartition("/")[2]).lower() in _DEVICE_WORDS

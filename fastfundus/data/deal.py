@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-__all__ = ["deal_groups", "group_photos"]
+__all__ = ["deal_few", "deal_groups", "group_photos"]
 
 _RESERVE = 4
 """Interchangeable groups per fold that are kept to even out what groups of other kinds leave uneven."""
@@ -87,6 +87,38 @@ def deal_groups(groups: NDArray[np.int64], strata: NDArray[np.int64], parts: int
     # In random order: kind by kind, the first folds of a hold-out split would be of one class.
     _deal_remainder(shuffled[rest[shuffled]], table, fold, parts)
     return fold[groups]
+
+
+def deal_few(
+    groups: NDArray[np.int64], strata: NDArray[np.int64], shares: tuple[float, float], seed: int
+) -> NDArray[np.int64]:
+    """Deal a few groups to three sides, so that each side has every class of which there are three groups.
+
+    Args:
+        groups: [N] group of each photo, counted from 0.
+        strata: [N] class of each photo.
+        shares: share of groups of the second and of the third side.
+        seed: seed of the random choice.
+
+    Returns:
+        [N] side of each photo: 0 for the rest, 1 and 2 for the shares.
+    """
+    classes, stratum = np.unique(strata, return_inverse=True)
+    count = int(groups.max()) + 1
+    table = np.bincount(groups * len(classes) + stratum, minlength=count * len(classes)).reshape(count, len(classes))
+    # A group belongs to the rarest class among its photos.
+    rank = np.argsort(np.argsort(table.sum(axis=0), kind="stable"), kind="stable")
+    rarest = np.where(table > 0, rank, len(classes)).argmin(axis=1)
+    side = np.zeros(count, np.int64)
+    generator = np.random.default_rng(seed)
+    for value in range(len(classes)):
+        members = generator.permutation(np.flatnonzero(rarest == value))
+        first, second = (max(1, round(len(members) * share)) for share in shares)
+        while len(members) and first + second >= len(members) and first + second > 2:
+            first, second = (first - 1, second) if first >= second else (first, second - 1)
+        side[members[:first]] = 1
+        side[members[first : first + second]] = 2
+    return side[groups]
 
 
 def _kinds(table: NDArray[np.int64]) -> NDArray[np.int64]:

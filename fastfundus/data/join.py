@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
@@ -49,8 +48,9 @@ def join_labels(
     if not photos:
         _add_listed(table, matches, photos, root, notes)
     named: dict[str, LabelRow] = {}
+    absolute = os.path.abspath(root)
     for row, match in zip(table.rows, matches, strict=True):
-        key = match.key or os.path.normpath((root / row.file.replace("\0", "\\0")).absolute())
+        key = match.key or os.path.normpath(os.path.join(absolute, row.file.replace("\0", "\\0")))
         issue = None
         if match.key is None:
             issue = f"named in {path.name}, line {row.line}, but missing; correct the name or delete the row"
@@ -61,8 +61,7 @@ def join_labels(
                 f"{os.path.relpath(key, root)}; delete or correct one of them",
                 path=path,
             )
-        photo = photos.get(key) or _bare_photo(key, root)
-        photos[key] = replace(_with_row(photo, row), issue=issue)
+        photos[key] = _with_row(photos.get(key) or _bare_photo(key, root), row, issue)
     notes += _notes_on_matches(table, matches, photos, named)
     for role, header in table.roles.items():
         origins[role] = f"column {header!r} of {path.name}"
@@ -144,13 +143,15 @@ def _without_clashes(table: LabelTable) -> LabelTable:
     return table
 
 
-def _with_row(photo: SourcePhoto, row: LabelRow) -> SourcePhoto:
-    return replace(
-        photo,
+def _with_row(photo: SourcePhoto, row: LabelRow, issue: str | None) -> SourcePhoto:
+    return SourcePhoto(
+        path=photo.path,
+        name=photo.name,
         patient=row.patient or photo.patient,
         patient_known=photo.patient_known or row.patient is not None,
         eye=row.eye or photo.eye,
         split=row.split or photo.split,
         camera=row.camera,
-        columns={**photo.columns, **row.columns},
+        columns={**photo.columns, **row.columns} if photo.columns else row.columns,
+        issue=issue,
     )

@@ -11,16 +11,14 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fastfundus.records import PHOTO_SUFFIXES
 
 __all__ = ["Match", "fold_name", "match_listed", "match_names", "without_photo_suffix"]
-
-_Parts = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +35,26 @@ class Match:
     """True if the folders disagree."""
 
 
+_MISSING = Match(None)
+
+
 def fold_name(name: str) -> str:
-    """Return a name without differences of case, Unicode normal form and direction of slashes."""
-    return unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+    """Return a path without differences of case, Unicode normal form, slashes, drive letter, "." and empty parts."""
+    name = name.replace("\\", "/")
+    plain = name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+    if "//" not in plain and "./" not in plain and ":" not in plain:
+        return plain.strip("/")
+    parts = re.sub(r"^[a-z]:", "", plain).split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
 def without_photo_suffix(name: str) -> str:
     """Return a name without the extension of a photo; numbers at the end of DICOM identifiers are no extension."""
-    path = PurePosixPath(name)
-    if path.suffix.lower() == ".gz":
-        name, path = name[:-3], PurePosixPath(path.stem)
-    return name.removesuffix(path.suffix) if path.suffix.lower() in PHOTO_SUFFIXES else name
+    stem, dot, suffix = name.rpartition(".")
+    if suffix.lower() == "gz":
+        name = stem
+        stem, dot, suffix = name.rpartition(".")
+    return stem if dot and "." + suffix.lower() in PHOTO_SUFFIXES else name
 
 
 def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Path]) -> list[Match]:
@@ -62,30 +69,29 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
         A match for each name.
     """
     found = dict.fromkeys(keys)
-    bases = [os.path.abspath(folder) for folder in folders]
-    matches: list[Match | None] = [_whole(name, found, bases) for name in names]
-    if all(match is not None for match in matches):
-        return [match for match in matches if match is not None]
-    photos = {key: _parts(key) for key in found}
-    folded = {"/".join(parts): key for key, parts in photos.items()}
-    exact, stem = _by_last(photos, lambda part: part), _by_last(photos, without_photo_suffix)
+    bases = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
+    disk = _Disk()
+    matches: list[Match | None] = [_whole(name, found, bases, disk) for name in names]
+    if None not in matches:
+        return matches  # type: ignore[return-value]
+    index = _Index(found)
+    folded_bases = [fold_name(base) for base in bases]
     weak: list[int] = []
-    folders_agree = any(match is not None and _has_folder(name) for match, name in zip(matches, names, strict=True))
-    for index, name in enumerate(names):
-        if matches[index] is not None:
+    folders_agree = any(match is not None and "/" in fold_name(n) for match, n in zip(matches, names, strict=True))
+    for position, name in enumerate(names):
+        if matches[position] is not None:
             continue
-        parts = _parts(name)
-        whole = next((folded[p] for base in bases if (p := "/".join((*_parts(base), *parts))) in folded), None)
-        match = Match(whole) if whole else _ending(parts, exact, photos) or _stem_ending(parts, stem, photos)
-        matches[index] = match
+        plain = fold_name(name)
+        match = index.whole(plain, folded_bases) or index.ending(plain) or index.stem_ending(plain)
+        matches[position] = match
         if match is None:
-            weak.append(index)
-        elif len(parts) > 1:
+            weak.append(position)
+        elif "/" in plain:
             folders_agree = True
-    for index in weak:
+    for position in weak:
         # Where folders tell files apart, a name with another folder is another file.
-        matches[index] = Match(None) if folders_agree else _bare(_parts(names[index]), exact, stem)
-    return [match or Match(None) for match in matches]
+        matches[position] = None if folders_agree else index.bare(fold_name(names[position]))
+    return [match or _MISSING for match in matches]
 
 
 def match_listed(names: Sequence[str], folder: Path) -> list[Match]:
@@ -114,59 +120,80 @@ def match_listed(names: Sequence[str], folder: Path) -> list[Match]:
     return [Match(None) if match.by_bare_name and not match.candidates else match for match in again]
 
 
-def _whole(name: str, found: dict[str, None], bases: list[str]) -> Match | None:
+class _Disk:
+    """Which files exist, from one listing of each folder: names in a table are many, their folders are few."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def has(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(folder or "/"))
+            except (OSError, ValueError):
+                self._names[folder] = frozenset()
+        return name in self._names[folder] and os.path.isfile(path)
+
+
+def _whole(name: str, found: dict[str, None], bases: list[str], disk: _Disk) -> Match | None:
     if "\0" in name:
-        return Match(None)
-    places = [os.path.normpath(os.path.join(base, name)) for base in bases]
+        return _MISSING
+    if name[:1] == "/" or "./" in name or "//" in name or name[-1:] in ("/", "."):
+        places = [os.path.normpath(os.path.join(base, name)) for base in bases]
+    else:
+        places = [f"{base}/{name}" for base in bases]
     for place in places:
         if place in found:
             return Match(place)
     for place in places:
-        if len(os.path.basename(place)) <= 255 and os.path.isfile(place):
+        if disk.has(place):
             return Match(place)
     return None
 
 
-def _parts(name: str) -> _Parts:
-    """Split a path into folded parts, without a drive letter, "." and empty parts."""
-    plain = re.sub(r"^[a-z]:", "", fold_name(name))
-    return tuple(part for part in plain.split("/") if part not in ("", "."))
+class _Index:
+    """The photos by folded path, by last part, and by last part without its extension."""
 
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._folded = {key: fold_name(key) for key in keys}
+        # Paths that differ by case only have no entry: `ending` reports them as ambiguous.
+        seen = Counter(self._folded.values())
+        self._whole = {plain: key for key, plain in self._folded.items() if seen[plain] == 1}
+        self._last: dict[str, list[str]] = defaultdict(list)
+        self._stem: dict[str, list[str]] = defaultdict(list)
+        for key, plain in self._folded.items():
+            last = plain[plain.rfind("/") + 1 :]
+            self._last[last].append(key)
+            self._stem[without_photo_suffix(last)].append(key)
 
-def _has_folder(name: str) -> bool:
-    return len(_parts(name)) > 1
-
-
-def _by_last(photos: dict[str, _Parts], change: Callable[[str], str]) -> dict[str, list[str]]:
-    index: dict[str, list[str]] = defaultdict(list)
-    for key, parts in photos.items():
-        index[change(parts[-1])].append(key)
-    return index
-
-
-def _ending(parts: _Parts, index: dict[str, list[str]], photos: dict[str, _Parts]) -> Match | None:
-    """Match names that are the end of a path."""
-    if not parts:
+    def whole(self, plain: str, bases: list[str]) -> Match | None:
+        """Match a whole path."""
+        for base in bases:
+            if key := self._whole.get(f"{base}/{plain}"):
+                return Match(key)
         return None
-    hits = [key for key in index.get(parts[-1], ()) if photos[key][-len(parts) :] == parts]
-    return _unique(hits)
 
+    def ending(self, plain: str) -> Match | None:
+        """Match the end of a path."""
+        hits = self._last.get(plain[plain.rfind("/") + 1 :], [])
+        if len(hits) > 1 or "/" in plain:
+            hits = [key for key in hits if f"/{self._folded[key]}".endswith(f"/{plain}")]
+        return _unique(hits)
 
-def _stem_ending(parts: _Parts, index: dict[str, list[str]], photos: dict[str, _Parts]) -> Match | None:
-    """Match names that are the end of a path if extensions are ignored."""
-    if not parts:
-        return None
-    hits = [
-        key for key in index.get(without_photo_suffix(parts[-1]), ()) if photos[key][-len(parts) : -1] == parts[:-1]
-    ]
-    return _unique(hits, by_stem=True)
+    def stem_ending(self, plain: str) -> Match | None:
+        """Match the end of a path, ignoring extensions."""
+        folder, _, last = plain.rpartition("/")
+        hits = self._stem.get(without_photo_suffix(last), [])
+        if folder:
+            hits = [key for key in hits if f"/{self._folded[key]}".rpartition("/")[0].endswith(f"/{folder}")]
+        return _unique(hits, by_stem=True)
 
-
-def _bare(parts: _Parts, exact: dict[str, list[str]], stem: dict[str, list[str]]) -> Match | None:
-    if not parts:
-        return None
-    match = _unique(exact.get(parts[-1], []), by_bare_name=True)
-    return match or _unique(stem.get(without_photo_suffix(parts[-1]), []), by_stem=True, by_bare_name=True)
+    def bare(self, plain: str) -> Match | None:
+        """Match a file name whose folders are those of another machine."""
+        last = plain[plain.rfind("/") + 1 :]
+        match = _unique(self._last.get(last, []), by_bare_name=True)
+        return match or _unique(self._stem.get(without_photo_suffix(last), []), by_stem=True, by_bare_name=True)
 
 
 def _unique(hits: list[str], *, by_stem: bool = False, by_bare_name: bool = False) -> Match | None:

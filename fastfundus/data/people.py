@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from fastfundus.identifiers import EyeName, is_device_word, read_eye_name
 from fastfundus.records import SourcePhoto
@@ -37,7 +36,7 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
         if found.patient is not None:
             groups[found.patient].append(key)
     prefixes = {
-        PurePosixPath(found.patient).name
+        _last(found.patient)
         for found in read.values()
         if found.patient is not None and found.shot and not found.eye_first and found.eye is not None
     }
@@ -46,7 +45,7 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
     for patient, keys in groups.items():
         if _is_one_person(patient, [read[key] for key in keys], only_prefix=len(prefixes) == 1):
             continue
-        lost[PurePosixPath(patient).name if not read[keys[0]].eye_first else ""] += len(keys)
+        lost[_last(patient) if not read[keys[0]].eye_first else ""] += len(keys)
         for key in keys:
             read[key] = replace(read[key], patient=None)
     for prefix, count in lost.items():
@@ -63,13 +62,17 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
     return read, notes
 
 
+def _last(patient: str) -> str:
+    return patient.rpartition("/")[2]
+
+
 def _is_one_person(patient: str, photos: list[EyeName], *, only_prefix: bool) -> bool:
     if all(photo.eye_first for photo in photos):
         # The same number for both eyes is a person; otherwise it may just count photos.
         return {photo.eye for photo in photos} == {"L", "R"}
     shots = [(photo.eye, photo.shot) for photo in photos]
     numbered = all(any(char.isdigit() for char in photo.shot) for photo in photos)
-    name = PurePosixPath(patient).name
+    name = _last(patient)
     from_folder = all(photo.eye is None or photo.shot == "" for photo in photos)
     if from_folder or not numbered:
         return not (numbered and is_device_word(name))

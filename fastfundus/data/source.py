@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,25 @@ def list_photos(
             photos.
         ConfigError: the adapter is unknown.
     """
+    with _without_collection():
+        return _list(sources, labels, adapter, eye_codes)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause the search for circular garbage, which would visit millions of new objects again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _list(
+    sources: Path | Iterable[Path], labels: Path | None, adapter: str, eye_codes: Mapping[str, str] | None
+) -> SourceList:
     if adapter not in LAYOUTS:
         adapter_named(adapter)
     paths = [sources] if isinstance(sources, Path) else list(sources)
@@ -76,17 +97,18 @@ def list_photos(
         raise DataError(f"the adapter {adapter!r} reads a single folder with its own label files", path=paths[0])
     tables = [path for path in paths if path.suffix.lower() in TABLE_SUFFIXES]
     tables += [] if labels is None else [labels]
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     ignored: Counter[str] = Counter()
     own = {_key(table) for table in tables}
     for path in paths:
         if path.is_dir():
             files = list(find_files(path, listing.notes, listing.lost))
+            base = os.path.abspath(path)
             if one_folder and adapter not in ("folder", "classes", "csv") and _list_data_set(listing, files, adapter):
                 return listing
-            _take_photos(files, listing, found, ignored, own)
+            _take_photos(files, (str(path), base), listing, found, ignored, own)
         elif path.suffix.lower() not in TABLE_SUFFIXES:
-            _add(path, listing, found)
+            _add(_key(path), str(path), listing, found)
     if ignored:
         kinds = ", ".join(f"{count} {suffix or '(no extension)'}" for suffix, count in sorted(ignored.items()))
         listing.notes.append(f"skipped files that are not photos: {kinds}")
@@ -120,9 +142,9 @@ def _expand_lists(paths: list[Path]) -> tuple[list[Path], list[str]]:
     return expanded, notes
 
 
-def _list_data_set(listing: SourceList, files: list[Path], adapter: str) -> bool:
+def _list_data_set(listing: SourceList, files: list[str], adapter: str) -> bool:
     """List a folder as the given or detected public data set; return False if none is detected."""
-    names = [os.path.relpath(path.absolute(), listing.root) for path in files]
+    names = [os.path.relpath(path, listing.root) for path in files]
     chosen = [adapter_named(adapter)] if adapter != "auto" else detect_adapter(names, ADAPTERS.values())
     if len(chosen) > 1:
         sets = " and ".join(f"{entry.title} (--adapter {entry.name})" for entry in chosen)
@@ -147,30 +169,38 @@ def _key(path: Path) -> str:
     return os.path.normpath(path.absolute())
 
 
-def _add(path: Path, listing: SourceList, found: dict[str, Path]) -> None:
-    key = _key(path)
+def _add(key: str, path: str, listing: SourceList, found: dict[str, str]) -> None:
     if key in found:
         listing.notes.append(f"{path}: given twice; it is kept as one row")
     found[key] = path
 
 
 def _take_photos(
-    files: Iterable[Path], listing: SourceList, found: dict[str, Path], ignored: Counter[str], own: set[str]
+    files: Iterable[str],
+    folder: tuple[str, str],
+    listing: SourceList,
+    found: dict[str, str],
+    ignored: Counter[str],
+    own: set[str],
 ) -> None:
+    given, absolute = folder
+    start = 0 if given == "." else len(given.rstrip("/")) + 1
     for path in files:
-        if not path.name.startswith(".") and is_photo(path):
-            _add(path, listing, found)
-        elif _key(path) not in own:
-            ignored[path.suffix.lower()] += 1
+        key = f"{absolute.rstrip('/')}/{path[start:]}"
+        name = path[path.rfind("/") + 1 :]
+        if not name.startswith(".") and is_photo(path):
+            _add(key, path, listing, found)
+        elif key not in own:
+            ignored[os.path.splitext(name)[1].lower()] += 1
 
 
-def _photos(
-    found: Mapping[str, Path], listing: SourceList, adapter: str, *, has_tables: bool
-) -> dict[str, SourcePhoto]:
+def _photos(found: Mapping[str, str], listing: SourceList, adapter: str, *, has_tables: bool) -> dict[str, SourcePhoto]:
     """Read everything that names and folders say about the photos found."""
-    root, base = str(listing.root), str(_common_root(list(found.values())) if found else listing.root)
-    names = {key: utf8_name(os.path.relpath(key, root).replace(os.sep, "/")) for key in found}
-    inner = {key: utf8_name(os.path.relpath(key, base).replace(os.sep, "/")) for key in found}
+    if not found:
+        return {}
+    base = os.path.commonpath([os.path.dirname(key) for key in found])
+    names = _relative(found, str(listing.root))
+    inner = _relative(found, base)
     layout = FolderLayout()
     if adapter == "classes" or (adapter == "auto" and not has_tables):
         layout = read_folders(inner, require_classes=adapter == "classes")
@@ -182,7 +212,15 @@ def _photos(
     listing.origins |= {"split": "folders"} if layout.splits else {}
     listing.origins |= {"labels": "folders"} if layout.classes else {}
     abnormal = any(is_normal_class(name) for name in set(layout.classes.values()))
-    return {key: _photo(found[key], names[key], people[key], layout, key, abnormal=abnormal) for key in found}
+    return {
+        key: _photo(Path(path), names[key], people[key], layout, key, abnormal=abnormal) for key, path in found.items()
+    }
+
+
+def _relative(keys: Iterable[str], base: str) -> dict[str, str]:
+    """Return the paths relative to a folder that contains all of them, by key."""
+    start = len(base.rstrip("/")) + 1
+    return {key: utf8_name(key[start:]) for key in keys}
 
 
 def _without_layout(inner: Mapping[str, str], layout: FolderLayout) -> Mapping[str, str]:

@@ -13,8 +13,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from fastfundus.config import DataConfig
-from fastfundus.data.deal import deal_groups, group_photos
+from fastfundus.data.deal import deal_few, deal_groups, group_photos
 from fastfundus.data.duplicates import same_bytes
+from fastfundus.data.tables import read_cells
 from fastfundus.errors import DataError
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
 SIDES = ("train", "val", "test")
 _DEALS = 20
 """A hold-out split divides patients into this many parts and takes as many parts as its shares correspond to."""
+_FEW = 200
+"""With fewer groups of photos, parts of a twentieth cannot all have every class."""
 
 
 @dataclass(slots=True)
@@ -176,10 +179,7 @@ def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:
         DataError: the file cannot be read, lacks a column, uses an unknown side, lists no photo of the manifest, or was
             made for a different file under the same name.
     """
-    try:
-        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"cannot be read ({error}); give a CSV or Parquet file", path=path) from None
+    table = _read_table(path)
     for column in ("path", "split"):
         if column not in table.columns:
             raise DataError(f"has no column {column!r}; columns: {', '.join(table.columns)}", path=path)
@@ -202,6 +202,18 @@ def read_split_file(path: Path, manifest: pl.DataFrame) -> list[str | None]:
     return [sides.get(name) for name in manifest["path"]]
 
 
+def _read_table(path: Path) -> pl.DataFrame:
+    if path.suffix == ".parquet":
+        try:
+            return pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"cannot be read ({error}); give a CSV or Parquet file", path=path) from None
+    lines = read_cells(path).lines
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
+    rows = [[*cells, *[""] * (len(header) - len(cells))][: len(header)] for _, cells in lines[1:]]
+    return pl.DataFrame(rows, schema=dict.fromkeys(header, pl.String), orient="row")
+
+
 def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -> None:
     """Write a split file with path, sha256, patient and split: Parquet if `path` ends in .parquet, CSV otherwise."""
     table = manifest.select("path", "sha256", "patient").with_columns(pl.Series("split", names))
@@ -213,9 +225,13 @@ def write_split_file(path: Path, manifest: pl.DataFrame, names: Sequence[str]) -
 
 def _deal(groups: NDArray[np.int64], strata: NDArray[np.int64], config: DataConfig) -> list[str]:
     count = int(groups.max()) + 1 if len(groups) else 0
-    parts = config.folds if config.split == "folds" else min(_DEALS, count)
-    if count < max(parts, 3):
-        raise DataError(f"{count} patients cannot fill {max(parts, 3)} folds; add patients or lower data.folds")
+    parts = config.folds if config.split == "folds" else _DEALS
+    needed = max(parts, 3) if config.split == "folds" else 3
+    if count < needed:
+        raise DataError(f"{count} patients cannot fill {needed} folds; add patients or lower data.folds")
+    if config.split == "holdout" and count < _FEW:
+        few = deal_few(groups, strata, (config.val_share, config.test_share), config.split_seed)
+        return [SIDES[side] for side in few.tolist()]
     fold = deal_groups(groups, strata, parts, config.split_seed)
     if config.split == "folds":
         sides = np.where(fold == config.fold, 2, np.where(fold == (config.fold + 1) % parts, 1, 0))

@@ -11,7 +11,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
-__all__ = ["read_photo"]
+__all__ = ["read_photo", "unpacked"]
 
 
 def read_photo(path: Path) -> bytes:
@@ -39,15 +39,17 @@ def read_photo(path: Path) -> bytes:
         # ValueError: a null byte in the path.
         text = getattr(error, "strerror", None) or error
         raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
-    return _unpacked(data) if data[:2] == b"\x1f\x8b" else data
+    return unpacked(data)
 
 
-def _unpacked(data: bytes) -> bytes:
-    """Decompress gzip data, up to the size limit of a photo.
+def unpacked(data: bytes) -> bytes:
+    """Decompress the data if it is gzipped, up to the size limit of a photo.
 
     Raises:
         PhotoError: The data is damaged, or decompresses to more than the limit.
     """
+    if data[:2] != b"\x1f\x8b":
+        return data
     unpacker = zlib.decompressobj(wbits=31)
     try:
         whole = unpacker.decompress(data, MAX_BYTES)

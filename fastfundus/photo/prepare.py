@@ -96,6 +96,21 @@ def prepare_bytes(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
     """Decode, crop and resize one photo from the bytes of its file. See `prepare_photo`."""
     known = known_of(data)
     try:
+        return _prepared(known, data, spec)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A fault here or in a decoder must cost one photo, not the run.
+        return replace(
+            known,
+            status=Status.UNREADABLE,
+            reason=f"decoding failed ({type(error).__name__}); please report this file",
+        )
+
+
+def _prepared(known: PreparedPhoto, data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
+    """Do the work of `prepare_bytes`; may raise on content that nobody expected."""
+    try:
         photo, header = _opened(data)
         width, height = header.upright_size
         known = replace(known, width_px=width, height_px=height, facts=facts_of(photo, header))

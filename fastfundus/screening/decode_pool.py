@@ -10,7 +10,7 @@ from queue import Empty, Full, Queue, SimpleQueue
 
 from fastfundus.errors import FastFundusError, PhotoError
 from fastfundus.machine import usable_cores
-from fastfundus.photo.file import read_photo
+from fastfundus.photo.file import read_photo, unpacked
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes
 from fastfundus.records import SourcePhoto, Status
 from fastfundus.spec import PreprocessSpec
@@ -156,7 +156,7 @@ class DecodePool:
         while (pending := self._to_read.get()) is not None and not self._closed:
             pending.began = began = time.monotonic()
             try:
-                data = pending.data if pending.data is not None else read_photo(pending.source.path)
+                data = read_photo(pending.source.path) if pending.data is None else unpacked(pending.data)
             except PhotoError as error:
                 if not pending.settle(PreparedPhoto(error.status, error.reason)):
                     return

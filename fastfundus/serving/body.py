@@ -54,10 +54,18 @@ async def _parts(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
     except (KeyError, ValueError, AssertionError, UnicodeError) as error:
         # Errors of the parser for headers that no regular client sends.
         raise HTTPException(400, f"malformed multipart/form-data ({type(error).__name__})") from None
+    if not parser.ended:
+        # The part that was cut is not in the form yet.
+        for file in parser._files_to_close_on_error:
+            file.close()
+        raise HTTPException(400, "the body ends before its last part does; send it again")
     photos = []
     for _, part in form.multi_items():
         if isinstance(part, UploadFile):
-            photos.append((part.filename or "photo", await part.read()))
+            data = await part.read()
+            # Browsers send an empty part for a file input that was left empty.
+            if part.filename or data:
+                photos.append((part.filename or "photo", data))
     await form.close()
     if not photos:
         raise HTTPException(400, "the form contains no file; send photos as files, under any field name")
@@ -67,6 +75,11 @@ async def _parts(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
 class _InMemory(MultiPartParser):
     # Never reached, because the body is already bounded.
     spool_max_size = 1 << 62
+    ended = False
+    """Whether the closing boundary was seen: the parser itself accepts a body that was cut."""
+
+    def on_end(self) -> None:
+        self.ended = True
 
 
 async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.errors import ConfigError, FastFundusError
+from fastfundus.identifiers import read_eye_name
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.pictures import thumbnail, with_heat
-from fastfundus.records import SourcePhoto, Status
+from fastfundus.records import SourcePhoto, Status, identity
 from fastfundus.screening.decode_pool import DecodePool
 from fastfundus.screening.pipeline import ScreenedPhoto, make_result
 from fastfundus.screening.policy import NEGATIVE, ScreenPolicy
@@ -107,7 +108,7 @@ class Service:
             raise Busy(f"{self.under_way} photos are in progress, at most {self.max_waiting} allowed; retry shortly")
         self.under_way += 1
         try:
-            source = SourcePhoto(Path("/dev/null"), name, name)
+            source = SourcePhoto(Path("/dev/null"), name, name, eye=read_eye_name(name).eye)
             prepared = await self._prepared(source, data)
             answer = None
             if prepared.status is Status.OK and prepared.image is not None:
@@ -160,7 +161,7 @@ class Service:
             "sha256": photo.prepared.sha256 or None,
             "status": photo.status.value,
             "reason": photo.reason or None,
-            "eye": photo.prepared.facts.eye,
+            "eye": identity(photo.source, photo.prepared.facts)[2],
             "camera": photo.prepared.facts.camera,
             "quality": photo.prepared.quality,
             "probabilities": {}

@@ -257,3 +257,16 @@ def test_few_labels_do_not_depend_on_the_order_of_photos() -> None:
     fixed = table.with_columns(split=pl.Series(assign_splits(table, labels, DataConfig()).names))
     order = np.random.default_rng(0).permutation(len(table))
     assert learned(0.2, fixed, labels) == learned(0.2, fixed[order], labels[order])
+
+
+@pytest.mark.parametrize(("photos", "positive"), [(30, 13), (30, 17), (12, 3), (20, 10), (10, 5), (8, 4)])
+@pytest.mark.parametrize("shares", [(0.2, 0.2), (0.1, 0.1), (0.3, 0.15)])
+def test_few_photos_can_be_held_out_with_both_classes_on_each_side(
+    photos: int, positive: int, shares: tuple[float, float]
+) -> None:
+    classes = np.array([1] * positive + [0] * (photos - positive))
+    for seed in range(5):
+        config = DataConfig(split="holdout", test_share=shares[0], val_share=shares[1], split_seed=seed)
+        names = np.array(assign_splits(manifest([f"p{i}" for i in range(photos)]), classes, config).names)
+        assert all(set(classes[names == side]) == {0, 1} for side in ("train", "val", "test"))
+        assert (names == "train").sum() >= (names == "test").sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import os
 import random
 import re
@@ -110,6 +111,43 @@ def test_file_names_are_never_used_as_paths(broken_photos: Path, start: Start) -
         assert answer.headers["content-type"] == "application/json"
     assert client.get("/../../etc/passwd").status_code == 404
     assert client.get("/%2e%2e/%2e%2e/etc/passwd").status_code == 404
+
+
+def part(name: str, data: bytes) -> bytes:
+    head = f'--b\r\nContent-Disposition: form-data; name="photo"; filename="{name}"\r\n\r\n'
+    return head.encode() + data + b"\r\n"
+
+
+def test_a_form_that_was_cut_is_refused_as_a_whole(broken_photos: Path, start: Start) -> None:
+    client, data = start(), (broken_photos / "good.jpg").read_bytes()
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    whole = part("a.jpg", data) + part("b.jpg", data) + b"--b--\r\n"
+    assert [row["file"] for row in client.post("/v1/screen", content=whole, headers=form).json()["results"]] == [
+        "a.jpg",
+        "b.jpg",
+    ]
+    for end in (len(whole) - len(data) // 2, len(whole) - 7, len(part("a.jpg", data))):
+        answer = client.post("/v1/screen", content=whole[:end], headers=form)
+        assert answer.status_code == 400
+        assert "ends before its last part does" in answer.json()["detail"]
+
+
+def test_an_empty_file_input_of_a_form_is_no_photo(broken_photos: Path, start: Start) -> None:
+    client, data = start(), (broken_photos / "good.jpg").read_bytes()
+    body = part("a.jpg", data) + part("", b"") + b"--b--\r\n"
+    answer = client.post("/v1/screen", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert [row["file"] for row in answer.json()["results"]] == ["a.jpg"]
+    named = part("a.jpg", data) + part("empty.jpg", b"") + b"--b--\r\n"
+    answer = client.post("/v1/screen", content=named, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert [row["status"] for row in answer.json()["results"]] == ["ok", "unreadable"]
+
+
+def test_gzipped_photos_and_eyes_in_names_are_understood_as_by_screen(broken_photos: Path, start: Start) -> None:
+    client, data = start(), (broken_photos / "good.jpg").read_bytes()
+    answer = client.post("/v1/screen", files={"photo": ("10_left.jpg.gz", gzip.compress(data))}).json()["results"][0]
+    plain = client.post("/v1/screen", files={"photo": ("10_left.jpg", data)}).json()["results"][0]
+    assert (answer["status"], answer["eye"]) == ("ok", "L")
+    assert (plain["eye"], plain["probabilities"]) == ("L", answer["probabilities"])
 
 
 @pytest.mark.parametrize(
