@@ -60,6 +60,10 @@ class ModelConfig:
     normalisation: Literal["auto", "imagenet", "inception", "clip"] = "auto"
     """Mean and standard deviation that the initial weights expect, by their name in timm ("inception": 0.5 and 0.5).
     "auto" takes those of the weights, which timm and earlier runs state; other files are taken to expect "imagenet"."""
+    local_contrast: bool | Literal["auto"] = "auto"
+    """Begin the network with the local contrast of the photo: its difference from a blurred copy. It helps features
+    that were learned on everyday photos (see docs/training.md). "auto" does what an earlier run given as `init` did,
+    and otherwise uses it for pretrained weights, but not from scratch and not for vessels."""
     drop_rate: float = 0.0
     """Dropout before the head, 0 to 0.9. Increase it if the validation loss rises while the training loss falls."""
     freeze: bool = False

@@ -65,9 +65,11 @@ def understood(overview: dict[str, Any]) -> list[str]:
     lines = [line("patients", people, "patient"), line("eyes", _counts(overview["eyes"]), "eye")]
     lines.append(line("splits", _counts(overview["splits"]) or "none given", "split"))
     for name, entry in overview["labels"].items():
-        values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
-        more = f", ... ({entry['distinct']} values)" if entry["distinct"] > MOST_VALUES else ""
-        lines.append(line(f"label {name}", f"known for {entry['known']} photos; {values}{more}", "labels"))
+        if entry["distinct"] > MOST_VALUES:
+            values = f"{entry['distinct']} different values, such as " + ", ".join(map(str, list(entry["values"])[:3]))
+        else:
+            values = ", ".join(f"{value}: {n}" for value, n in entry["values"].items())
+        lines.append(line(f"label {name}", f"known for {entry['known']} photos; {values}", "labels"))
     return lines if overview["labels"] else [*lines, "labels: none"]
 
 

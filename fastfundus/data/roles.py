@@ -78,10 +78,10 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
         if candidates:
             roles.columns[role] = candidates[0]
         if len(candidates) > 1 and role in ("file", "patient"):
-            others = ", ".join(repr(header[column]) for column in candidates[1:])
+            others = " and ".join(repr(header[column]) for column in candidates[1:])
             roles.notes.append(
-                f"{path}: column {header[candidates[0]]!r} is the {role}; {others} kept as labels; rename the right "
-                f"column to {role!r} if this is wrong"
+                f"{path}: column {header[candidates[0]]!r} is read as the {role}, and {others} as a label; if that is "
+                f"wrong, rename the right column to {role!r}"
             )
 
     choose("file", _FILE)

@@ -16,6 +16,7 @@ from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.models.foreign import resample_positions, without_prefix
 from fastfundus.models.initial import InitReport, load_state, stated_normalisation
+from fastfundus.models.local_contrast import add_local_contrast
 from fastfundus.models.pretrained import download_weights, find_weights, is_hub_name
 
 __all__ = [
@@ -46,7 +47,8 @@ def create_model(config: ModelConfig, outputs: int, *, size: int | None = None) 
     training at several times that loss and spoils pretrained features within the first steps.
 
     Args:
-        config: backbone, init and dropout; init "auto" counts as resolved to "scratch", see `resolve_init`.
+        config: backbone, init, local contrast and dropout; init "auto" counts as resolved to "scratch", see
+            `resolve_init`, and local contrast "auto" as false, see `resolve_local_contrast`.
         outputs: number of logits per photo.
         size: side of the photos in pixels, for transformers built for a single size; None keeps their own.
 
@@ -57,6 +59,13 @@ def create_model(config: ModelConfig, outputs: int, *, size: int | None = None) 
         ConfigError: timm has no such backbone, or it does not accept photos of this size.
         CheckpointError: the file given as init is missing or does not match, or the hub is unreachable.
     """
+    model, report = _create(config, outputs, size)
+    if config.local_contrast is True:
+        add_local_contrast(model, report.normalisation.mean, report.normalisation.std)
+    return model, report
+
+
+def _create(config: ModelConfig, outputs: int, size: int | None) -> tuple[nn.Module, InitReport]:
     check_backbone(config.backbone)
     options: dict[str, Any] = {"drop_rate": config.drop_rate} | _fixed_size_options(config.backbone, size)
     if config.init == "imagenet" or is_hub_name(config.init):

@@ -12,12 +12,19 @@ from timm.data import constants
 from torch import Tensor
 
 from fastfundus.config import ModelConfig
-from fastfundus.errors import CheckpointError
+from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.models.foreign import read_foreign
 from fastfundus.models.pretrained import find_weights, how_to_get_weights, hub_backbone, is_hub_name
 from fastfundus.spec import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec
 
-__all__ = ["InitReport", "Normalisation", "load_state", "resolve_init", "stated_normalisation"]
+__all__ = [
+    "InitReport",
+    "Normalisation",
+    "load_state",
+    "resolve_init",
+    "resolve_local_contrast",
+    "stated_normalisation",
+]
 
 Triple = tuple[float, float, float]
 
@@ -102,6 +109,49 @@ def resolve_init(config: ModelConfig) -> tuple[ModelConfig, str]:
     )
 
 
+def resolve_local_contrast(config: ModelConfig, task: str) -> ModelConfig:
+    """Make `model.local_contrast` definite; see there.
+
+    Args:
+        config: with a definite `init`.
+        task: the task of the run.
+
+    Raises:
+        ConfigError: it is true for vessels, which it does not support.
+        CheckpointError: the header of the file given as init cannot be read.
+    """
+    if task == "vessels":
+        if config.local_contrast is True:
+            raise ConfigError("model.local_contrast is true, but vessels do not support it; set it to false")
+        return replace(config, local_contrast=False)
+    if config.local_contrast != "auto":
+        return config
+    if config.init in ("scratch", "imagenet") or is_hub_name(config.init):
+        return replace(config, local_contrast=config.init != "scratch")
+    header = _header_of_run(Path(config.init))
+    # Runs of earlier versions had none; other people's weights are pretrained ones.
+    used = True if header is None else header.get("config", {}).get("model", {}).get("local_contrast") is True
+    return replace(config, local_contrast=used)
+
+
+def _header_of_run(path: Path) -> dict[str, Any] | None:
+    """Return what FastFundus stored with weights, or None if other programs wrote them.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = path / "best.safetensors" if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, "pt") as tensors:
+            header = tensors.metadata() or {}
+        stored: dict[str, Any] | None = json.loads(header["fastfundus"]) if "fastfundus" in header else None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({error}); copy it again") from None
+    return stored
+
+
 def load_state(path: Path) -> dict[str, Tensor]:
     """Read weights from a run folder, or from any file that `read_foreign` supports, without running code from it.
 
@@ -127,16 +177,11 @@ def stated_normalisation(config: ModelConfig, published: Any = None) -> Normalis
         return Normalisation(tuple(published["mean"]), tuple(published["std"]))
     if config.init in ("scratch", "imagenet") or is_hub_name(config.init):
         return Normalisation()
-    path = Path(config.init)
-    file = path / "best.safetensors" if path.is_dir() else path
-    if file.suffix != ".safetensors":
+    header = _header_of_run(Path(config.init))
+    if header is None:
         return Normalisation()
     try:
-        with safe_open(file, "pt") as tensors:
-            header = tensors.metadata() or {}
-        if "fastfundus" not in header:
-            return Normalisation()
-        spec = PreprocessSpec.from_dict(json.loads(header["fastfundus"])["spec"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: its header cannot be read ({error}); copy it again") from None
+        spec = PreprocessSpec.from_dict(header["spec"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{config.init}: its header cannot be read ({error}); copy it again") from None
     return Normalisation(spec.mean, spec.std)

@@ -36,6 +36,7 @@ from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.files import atomic_write
 from fastfundus.machine import usable_cores
 from fastfundus.models.classifier import create_model
+from fastfundus.models.local_contrast import add_local_contrast
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 
@@ -112,6 +113,9 @@ class Run:
         sized = {} if vessels else {"size": self.spec.size}
         model, _ = create(plain, len(self.labels), **sized)
         model.load_state_dict(load_file(self.path / "best.safetensors"))
+        # Runs of earlier versions have "auto", and no local contrast.
+        if self.config.model.local_contrast is True:
+            add_local_contrast(model, self.spec.mean, self.spec.std)
         return model.eval()
 
 

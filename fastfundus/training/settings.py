@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastfundus.config import TrainConfig
-from fastfundus.models.initial import resolve_init
+from fastfundus.models.initial import resolve_init, resolve_local_contrast
 from fastfundus.models.pretrained import is_hub_name
 from fastfundus.training.optimizer import resolve_rates
 from fastfundus.training.precision import resolve_precision
@@ -17,6 +17,7 @@ from fastfundus.training.precision import resolve_precision
 __all__ = ["resolve_settings", "settings_of_run"]
 
 _FIXED_BY_RUN = {("loop", "amp"), ("loop", "amp_dtype"), ("model", "init"), ("model", "backbone")}
+_FIXED_BY_RUN |= {("model", "local_contrast")}
 _FIXED_BY_RUN |= {("optimizer", "learning_rate"), ("optimizer", "layer_decay")}
 
 
@@ -34,6 +35,7 @@ def resolve_settings(config: TrainConfig, device: torch.device) -> tuple[TrainCo
         CheckpointError: weights on this machine are not as published; see `resolve_init`.
     """
     model, note = resolve_init(config.model)
+    model = resolve_local_contrast(model, config.task)
     optimizer = resolve_rates(config.optimizer, pretrained=model.init != "scratch")
     loop, precision = resolve_precision(config.loop, device)
     notes = [note] if note else []

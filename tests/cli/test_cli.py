@@ -48,7 +48,7 @@ def test_prepare_and_its_summary(broken_photos: Path, tmp_path: Path) -> None:
     assert json.loads(again.stdout)["status"]["ok"] == 2
 
 
-def test_label_faults_are_said_and_the_run_goes_on(photo_folder: Path, tmp_path: Path) -> None:
+def test_label_faults_are_reported_and_the_run_continues(photo_folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     rows = ["file,patient,split,abnormal", "p00000_left.jpg,a,train,1", "p00000_right.jpg,a,test,0"]
     rows += ["p00001_left.jpg,b,train,NaN", "p00001_left.jpg,b,train,NaN", "gone.jpg,c,val,0"]

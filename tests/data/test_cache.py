@@ -271,7 +271,7 @@ def test_a_kill_while_a_new_cache_takes_the_place_of_the_old(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "photos"]
 
 
-def test_a_full_disk_is_said_and_the_cache_stays_valid(
+def test_a_full_disk_is_reported_and_the_cache_stays_valid(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulate a full disk by a file size limit: the kernel refuses the write in both cases."""
@@ -309,7 +309,7 @@ except DataError as error:
     assert list(cache.verify()) == []
 
 
-def test_too_small_a_disk_is_said_before_the_work(
+def test_a_disk_that_is_too_small_is_reported_before_the_work(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))

@@ -55,7 +55,7 @@ def test_folders_that_are_neither_stay_folders(tmp_path: Path) -> None:
     assert [photo.split for photo in one_split.photos] == [None, None]
 
 
-def test_the_reading_is_said_with_the_flag_for_the_other(tmp_path: Path) -> None:
+def test_notes_name_the_interpretation_and_the_flag_for_the_other(tmp_path: Path) -> None:
     names = ("train/Normal/1.jpg", "train/Suspect/2.jpg", "test/normal/3.jpg", "test/Ungradable/4.jpg")
     listing = list_photos(touch(tmp_path, *names))
     text = "\n".join(listing.notes)

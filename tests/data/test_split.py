@@ -211,7 +211,7 @@ def test_a_patient_on_two_fixed_sides_is_refused() -> None:
         assign_splits(table, np.array([0, 1] * 3, float), DataConfig())
 
 
-def test_too_little_is_said() -> None:
+def test_too_few_patients_are_refused() -> None:
     with pytest.raises(DataError, match="3 patients cannot fill 5 folds"):
         assign_splits(manifest(["a", "b", "c"]), np.array([0.0, 1, 0]), DataConfig())
     table, _ = many()

@@ -97,7 +97,7 @@ def test_other_encodings_are_read_and_noted(tmp_path: Path) -> None:
         ("a.csv", b"file\n" + b'"' + b"x" * 200_000, "not a valid CSV file"),
     ],
 )
-def test_what_is_no_table_is_said(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_files_that_are_no_table_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_cells(tmp_path / name)

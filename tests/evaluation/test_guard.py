@@ -78,7 +78,7 @@ def test_penultimate_features_are_what_the_last_layer_receives(backbone: str) ->
     assert not Penultimate.available(torch.nn.Conv2d(3, 1, 1), 64)
 
 
-def test_too_few_photos_are_said(trained: Trained, cache: PhotoCache) -> None:
+def test_too_few_photos_are_reported(trained: Trained, cache: PhotoCache) -> None:
     entry = read_operating_point(Run.open(trained.run))["guard"]
     assert entry["limit"] is None
     assert "no guard against unfamiliar photos" in entry["note"]

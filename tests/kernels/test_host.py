@@ -86,7 +86,7 @@ def test_compiled_once_and_kept(fresh_cache: Path) -> None:
     assert kept.stat().st_mtime_ns == before
 
 
-def test_no_compiler_is_said(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert host.load() == host._Loaded(None, "no C++ compiler: install g++")
 
@@ -110,7 +110,7 @@ def test_a_cache_that_others_may_write_is_not_trusted(fresh_cache: Path) -> None
     assert f"{fresh_cache} is owned or writable by others: run chmod go-w on it" in loaded.reason
 
 
-def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     host.load.cache_clear()
