@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -97,6 +98,9 @@ def read_text(path: Path) -> tuple[str, list[str]]:
         DataError: the file cannot be read, or contains binary data.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # Reading a pipe would wait for its writer.
+            raise DataError("is not a regular file; give a table or a list", path=path)
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); check the path", path=path) from None

@@ -32,6 +32,7 @@ __all__ = ["decode", "decode_with_room", "eight_bit_rgb"]
 
 _DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
 """Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
+_ROWS = 256
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
@@ -141,16 +142,32 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if pixels.dtype == np.uint16:
-        # 65535 / 255 = 257 maps full scale to full scale; rounded to nearest.
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        pixels = _to_eight_bits(pixels)
     if pixels.dtype != np.uint8:
         raise PhotoError(Status.UNSUPPORTED, f"{pixels.dtype} samples; 8 or 16 bits per channel are supported")
     if pixels.shape[2] == 4 and not pixels[..., 3].any():
         pixels = pixels[..., :3]
     if pixels.shape[2] == 4:
-        alpha = pixels[..., 3:].astype(np.uint16)
-        pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
+        pixels = _on_black(pixels)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def _to_eight_bits(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Convert 16 to 8 bits, rounding to nearest, some rows at a time: intermediate results need four times the room."""
+    result = np.empty(pixels.shape, np.uint8)
+    for row in range(0, len(pixels), _ROWS):
+        # 65535 / 255 = 257 maps full scale to full scale.
+        result[row : row + _ROWS] = (pixels[row : row + _ROWS].astype(np.uint32) + 128) // 257
+    return result
+
+
+def _on_black(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay a picture [H, W, 4] with transparency on black, some rows at a time."""
+    result = np.empty((*pixels.shape[:2], 3), np.uint8)
+    for row in range(0, len(pixels), _ROWS):
+        part = pixels[row : row + _ROWS]
+        result[row : row + _ROWS] = (part[..., :3] * part[..., 3:].astype(np.uint16) + 127) // 255
+    return result
 
 
 def _pillow(data: bytes, divisor: int, page: int = 0) -> NDArray[np.uint8]:

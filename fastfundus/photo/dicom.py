@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.identifiers import is_placeholder, normal_eye
 from fastfundus.photo.decode import decode, eight_bit_rgb
 from fastfundus.photo.decode_plan import DecodePlan
+from fastfundus.photo.file import expansion_limit
 from fastfundus.photo.header import PhotoHeader, check_size, read_header
 from fastfundus.records import PhotoFacts, Status
 
@@ -38,6 +40,7 @@ _OCT = {
 }
 _JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
 _JPEG_2000 = {"1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"}
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _WIDEST_DEGREES = 75.0
 """Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
 _EYE_CODES = {"G-A100": "R", "24028007": "R", "G-A101": "L", "7771000": "L"}
@@ -92,6 +95,7 @@ def read_dicom(data: bytes) -> DicomPhoto:
         with warnings.catch_warnings():
             # Nonstandard values are common in exports; the relevant ones are checked below.
             warnings.simplefilter("ignore")
+            _check_deflated(data)
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
             _judge_kind(dataset)
             facts = _facts(dataset)
@@ -117,6 +121,23 @@ def read_dicom(data: bytes) -> DicomPhoto:
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
     check_size(width, height)
     return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
+
+
+def _check_deflated(data: bytes) -> None:
+    """Raise if a deflated object expands beyond the limits of gzipped files: pydicom would expand it whole."""
+    at = data.find(_DEFLATED, 132, 2048)
+    length = data.find(b"\x02\x00\x00\x00UL", 132, 256)
+    if at < 0 or length < 0:
+        return
+    # The group length of the file meta information says where the deflated dataset begins.
+    start = length + 12 + int.from_bytes(data[length + 8 : length + 12], "little")
+    limit, size = expansion_limit(len(data)), 0
+    inflate, pending = zlib.decompressobj(wbits=-15), data[start:]
+    while pending and not inflate.eof and size <= limit:
+        size += len(inflate.decompress(pending, 1 << 20))
+        pending = inflate.unconsumed_tail
+    if size > limit:
+        raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {limit >> 20} MiB")
 
 
 def _value(dataset: Any, name: str) -> Any:

@@ -11,7 +11,10 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
-__all__ = ["read_photo", "unpacked"]
+__all__ = ["expansion_limit", "read_photo", "unpacked"]
+
+_ALWAYS_ALLOWED = 64 << 20
+_MAX_RATIO = 20
 
 
 def read_photo(path: Path) -> bytes:
@@ -42,8 +45,16 @@ def read_photo(path: Path) -> bytes:
     return unpacked(data)
 
 
+def expansion_limit(size: int) -> int:
+    """Return the number of bytes that a compressed file of `size` bytes may expand to.
+
+    Uncompressed photos shrink by a factor of two to ten; what shrinks by a thousand is an attack.
+    """
+    return min(MAX_BYTES, max(_ALWAYS_ALLOWED, _MAX_RATIO * size))
+
+
 def unpacked(data: bytes) -> bytes:
-    """Decompress the data if it is gzipped, up to the size limit of a photo.
+    """Decompress the data if it is gzipped, up to the size limit of a photo or 20 times its own size.
 
     Raises:
         PhotoError: The data is damaged, or decompresses to more than the limit.
@@ -51,12 +62,13 @@ def unpacked(data: bytes) -> bytes:
     if data[:2] != b"\x1f\x8b":
         return data
     unpacker = zlib.decompressobj(wbits=31)
+    limit = expansion_limit(len(data))
     try:
-        whole = unpacker.decompress(data, MAX_BYTES)
+        whole = unpacker.decompress(data, limit)
     except zlib.error as error:
         raise PhotoError(Status.UNREADABLE, f"the gzip file is damaged ({error}); copy it again") from None
     if not unpacker.eof:
-        if len(whole) == MAX_BYTES:
-            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {MAX_BYTES >> 20} MiB")
+        if len(whole) == limit:
+            raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {limit >> 20} MiB")
         raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
     return whole

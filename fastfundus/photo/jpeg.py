@@ -10,11 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from fastfundus.errors import PhotoError
+from fastfundus.records import Status
+
 __all__ = ["has_all_scans", "without_harmless_faults"]
 
 _SOS, _EOI = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """The next marker in entropy-coded data: stuffed zeros, fill bytes and restart markers do not end it."""
+_MAX_SCANS = 64
+"""Programs write ten; the standard allows some hundred."""
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _KEPT = frozenset({0xDB, 0xC4, 0xDD, *range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
 """Segments that decoding needs: quantisation and Huffman tables, restart interval, frame."""
@@ -25,17 +30,24 @@ def has_all_scans(data: bytes) -> bool:
     """Return whether the scans of a JPEG contain every coefficient of every component, to the last bit.
 
     A progressive JPEG whose later scans are missing decodes to a blurred picture without any warning.
+
+    Raises:
+        PhotoError: there are more scans than any camera or converter writes (`unsupported`): each costs a pass over all
+            coefficients.
     """
     components: list[int] = []
     progressive = False
     precision: dict[tuple[int, int], int] = {}
+    scans = 0
     for marker, start, end in _segments(data):
         body = data[start:end]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
             components = [body[6 + 3 * index] for index in range(body[5])] if len(body) > 5 else []
         elif marker == _SOS and body:
-            count = body[0]
+            count, scans = body[0], scans + 1
+            if scans > _MAX_SCANS:
+                raise PhotoError(Status.UNSUPPORTED, f"JPEG with more than {_MAX_SCANS} scans; save it again")
             if len(body) < 4 + 2 * count:
                 return False
             first, last, bits = body[1 + 2 * count : 4 + 2 * count]

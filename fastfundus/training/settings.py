@@ -36,9 +36,10 @@ def resolve_settings(config: TrainConfig, device: torch.device) -> tuple[TrainCo
     """
     model, note = resolve_init(config.model)
     model = resolve_local_contrast(model, config.task)
+    contrast = "" if model.local_contrast is not True else "photos enter the network as their local contrast"
     optimizer = resolve_rates(config.optimizer, pretrained=model.init != "scratch")
     loop, precision = resolve_precision(config.loop, device)
-    notes = [note] if note else []
+    notes = [line for line in (note, contrast) if line]
     if config.optimizer != optimizer:
         decay = f", layer decay {optimizer.layer_decay:g}" if optimizer.layer_decay != 1 else ""
         notes.append(f"learning rate {optimizer.learning_rate:g}{decay}")
