@@ -77,6 +77,16 @@ class Bundle:
             ) from None
         except (OSError, ValueError) as error:
             raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); rebuild the engine") from None
+        try:
+            return cls._checked(path, folder, unpacked, metadata)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            # Whoever can write the file can make its fingerprint match: nothing in it has to have the right type.
+            raise BundleError(
+                f"{path / 'bundle.json'}: is malformed ({type(error).__name__}: {error}); rebuild the engine"
+            ) from None
+
+    @classmethod
+    def _checked(cls, path: Path, folder: Path, unpacked: Unpacked | None, metadata: dict[str, Any]) -> Bundle:
         if metadata.get("schema") != SCHEMA:
             raise BundleError(
                 f"{path}: bundle has schema {metadata.get('schema')}, but this FastFundus reads schema {SCHEMA}; "
@@ -109,6 +119,11 @@ class Bundle:
             )
         labels = metadata["labels"]
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
+        for name, threshold in zip(labels, thresholds, strict=True):
+            if not 0 <= threshold <= 1:
+                raise BundleError(
+                    f"{path}: the threshold of {name!r} is {threshold}, but a probability is 0 to 1; rebuild the engine"
+                )
         findings = tuple(name for name, entry in labels.items() if entry["finding"])
         return cls(
             path,

@@ -384,6 +384,33 @@ def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
         Bundle.open(copied)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["labels"]["abnormal"].update(threshold=2.0), "threshold of 'abnormal' is 2.0"),
+        (lambda data: data["labels"]["abnormal"].update(threshold="nan"), "threshold of 'abnormal' is nan"),
+        (lambda data: data["labels"]["abnormal"].update(threshold=-0.1), "threshold of 'abnormal' is -0.1"),
+        (lambda data: data["labels"]["abnormal"].update(threshold="high"), "is malformed"),
+        (lambda data: data.update(labels=[1, 2]), "is malformed"),
+        (lambda data: data.pop("spec"), "is malformed"),
+        (lambda data: data.update(files=None), "is malformed"),
+    ],
+)
+def test_a_description_with_a_valid_fingerprint_may_still_be_wrong(
+    copied: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    metadata = json.loads((copied / "bundle.json").read_text())
+    del metadata["fingerprint"]
+    change(metadata)
+    metadata["fingerprint"] = fingerprint_of(metadata)
+    (copied / "bundle.json").write_text(json.dumps(metadata))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(copied)
+    (copied / "bundle.json").write_text("[]")
+    with pytest.raises(BundleError, match="is malformed"):
+        Bundle.open(copied)
+
+
 def test_a_bf16_bundle_is_refused_where_bf16_is_missing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_backend, "precisions", lambda: ("fp32",))
     with pytest.raises(BundleError, match="rebuild it with --precision fp32"):
