@@ -23,6 +23,7 @@ _NUMBERED = re.compile(rf"({_WORD})[_\-. ]?\(?\d{{0,2}}\)?")
 _ATTACHED = re.compile(r"(.*\d)(OD|OS|OI|OG|RE|LE)")
 _ATTACHED_EYES = frozenset({"OD", "OS", "OI", "OG", "RE", "LE"})
 _LONGEST_EYE = 20
+_DATED = re.compile(r"[_\-. ](19|20)\d{2}[_\-. ]?(0[1-9]|1[0-2])[_\-. ]?[0-3]\d$")
 _PATIENT_FOLDER = re.compile(r"(?:p|pt|pat|patient|subj|subject|sub|participant|person)[_\-. ]?\d+", re.IGNORECASE)
 _DEVICE_WORDS = frozenset(
     {
@@ -52,6 +53,8 @@ class EyeName:
     """The part of the path that identifies the patient, with its folders; None if there is none."""
     shot: str = ""
     """What follows the eye in the file name, such as a running number."""
+    in_folder: bool = False
+    """True if `patient` is a folder of its own, as in `P001/OD.jpg`."""
     eye_first: bool = False
     """True if the eye comes first, as in `left_12.jpg` or `left/12.jpg`: `patient` may then be a running number."""
 
@@ -63,15 +66,17 @@ def normal_eye(text: str | None, codes: Mapping[str, str] | None = None) -> str 
         text: the text of a cell, a file name or a DICOM attribute.
         codes: "L" or "R" by text, for tables that code eyes by numbers.
     """
-    if codes is not None and (text or "").strip() in codes:
-        return codes[(text or "").strip()]
+    if codes is not None:
+        code = (text or "").strip()
+        if (known := codes.get(code) or codes.get(code.removesuffix(".0"))) is not None:
+            return known
     return _eye_of(text or "")
 
 
 @functools.lru_cache(4096)
 def _eye_of(text: str) -> str | None:
     plain = " ".join(re.sub(r"[_\-.]+", " ", text).lower().split())
-    return _EYES.get(plain) or _EYES.get(plain.removesuffix(" eye"))
+    return _EYES.get(plain) or _EYES.get(plain.removesuffix(" eye")) or _EYES.get(plain.replace(" ", ""))
 
 
 def parse_eye_codes(text: str) -> dict[str, str]:
@@ -102,6 +107,10 @@ def is_placeholder(patient: str, *, zeros: bool = False) -> bool:
     plain = re.sub(r"[\W_]+", "", patient).lower()
     if not plain or plain in _PLACEHOLDERS:
         return True
+    words = re.split(r"[\W_]+", patient.strip().lower())
+    if len(words) > 1 and words[0] in _PLACEHOLDERS and all(w in _PLACEHOLDERS or w.isdigit() for w in words):
+        # "Anonymous^1" is nobody; "anonymous 0017" may be a pseudonym.
+        return sum(len(word) for word in words if word.isdigit()) < 3
     return (zeros and set(plain) <= {"0"}) or (len(plain) > 1 and set(plain) == {"x"})
 
 
@@ -120,14 +129,17 @@ def read_eye_name(name: str) -> EyeName:
         stem = stem.rpartition(".")[0] or stem
     numbered = _NUMBERED.fullmatch(stem) if len(stem) < _LONGEST_EYE else None
     if numbered and folders:
-        return EyeName(normal_eye(numbered[1]), parent, shot=stem)
+        shot = stem[numbered.end(1) :].strip("_-. ()")
+        return EyeName(normal_eye(numbered[1]), parent, shot=shot, in_folder=True)
     words = list(_SEPARATED.finditer(stem))
     eyes = {normal_eye(word[1]) for word in words}
     if words and len(eyes) == 1:
         before = stem[: words[0].start()].rstrip("_-. ")
         after = stem[words[0].end() :].lstrip("_-. ")
         if before:
-            return EyeName(eyes.pop(), f"{parent}{slash}{before}", shot=after)
+            # A date belongs to the visit: the patient is the same at the next one.
+            person = _DATED.sub("", before) or before
+            return EyeName(eyes.pop(), f"{parent}{slash}{person}", shot=after)
         return EyeName(eyes.pop(), f"{parent}{slash}{after}" if after else None, eye_first=True)
     if words:
         return EyeName()
@@ -139,13 +151,16 @@ def read_eye_name(name: str) -> EyeName:
 
 def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
     """Read a path whose file name tells nothing: a folder may be an eye, or be named like a patient."""
-    if folders and (eye := normal_eye(folders[-1])):
-        if len(folders) > 1:
-            return EyeName(eye, "/".join(folders[:-1]), shot=stem)
+    eyes = [(place, eye) for place, folder in enumerate(folders) if (eye := normal_eye(folder))]
+    if len(eyes) == 1:
+        place, eye = eyes[0]
+        others = (*folders[:place], *folders[place + 1 :])
+        if place > 0 or len(others) > 0:
+            return EyeName(eye, "/".join(others), shot=stem, in_folder=True)
         return EyeName(eye, stem, eye_first=True)
     for depth in range(len(folders), 0, -1):
         if _PATIENT_FOLDER.fullmatch(folders[depth - 1]):
-            return EyeName(None, "/".join(folders[:depth]), shot=stem)
+            return EyeName(None, "/".join(folders[:depth]), shot=stem, in_folder=True)
     return EyeName()
 
 

@@ -12,6 +12,12 @@ from fastfundus.records import NORMAL_NAMES
 
 __all__ = ["FolderLayout", "is_normal_class", "read_folders"]
 
+_MIN_SHARE = 0.9
+"""Share of the photos that must follow a layout: an overview or a mask beside them does not change it."""
+_SPLIT_FOLDER = re.compile(
+    r"(?:[a-z0-9][.)]\s*)?(train|training|val|valid|validation|test|testing)"
+    r"(?:[ _-]?(?:set|images?|imgs|data|dataset))?"
+)
 _DOUBTFUL = re.compile(r"suspect|ungrad|unknown|unclear|uncertain|other|poor|bad|quality|unlabel|todo", re.IGNORECASE)
 
 
@@ -58,9 +64,17 @@ def read_folders(names: Mapping[str, str], *, require_classes: bool = False) -> 
     rest = {
         key: parts if position is None else (*parts[:position], *parts[position + 1 :])
         for key, parts in parents.items()
+        if not splits or key in splits
     }
     classes, notes = _find_classes(rest, with_splits=bool(splits), require_classes=require_classes)
-    used = {key: (1 if splits else 0) + (1 if key in classes else 0) for key in names}
+    used = {key: (1 if key in splits else 0) + (1 if key in classes else 0) for key in names}
+    outside = [
+        name for key, name in names.items() if (splits and key not in splits) or (classes and key not in classes)
+    ]
+    if outside:
+        notes.append(
+            f"{len(outside)} photos are in no such folder, such as {outside[0]}: they have no split and no class"
+        )
     if splits:
         found = ", ".join(sorted(set(splits.values())))
         notes.insert(0, f"sub-folders interpreted as splits: {found}; use --adapter folder to ignore folders")
@@ -69,18 +83,30 @@ def read_folders(names: Mapping[str, str], *, require_classes: bool = False) -> 
 
 def _find_splits(parents: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, str], int | None]:
     for position in (0, 1):
-        names = {parts[position].lower() if len(parts) > position else "" for parts in parents.values()}
-        if len(names) > 1 and names <= SPLITS.keys() and len({SPLITS[name] for name in names}) > 1:
-            return {key: SPLITS[parts[position].lower()] for key, parts in parents.items()}, position
+        found = {
+            key: side
+            for key, parts in parents.items()
+            if len(parts) > position and (side := _split_of(parts[position])) is not None
+        }
+        if len(set(found.values())) > 1 and len(found) >= _MIN_SHARE * len(parents):
+            return found, position
     return {}, None
+
+
+def _split_of(folder: str) -> str | None:
+    """Return the split that a folder such as `train`, `a. Training Set` or `test_images` names."""
+    match = _SPLIT_FOLDER.fullmatch(folder.strip().lower())
+    return SPLITS.get(match[1]) if match else None
 
 
 def _find_classes(
     parents: Mapping[str, tuple[str, ...]], *, with_splits: bool, require_classes: bool
 ) -> tuple[dict[str, str], list[str]]:
-    depths = {len(parts) for parts in parents.values()}
-    if not parents or (depths != {1} and not require_classes):
+    fitting = sum(len(parts) == 1 for parts in parents.values())
+    if not parents or (fitting < _MIN_SHARE * len(parents) and not require_classes):
         return {}, []
+    if not require_classes:
+        parents = {key: parts for key, parts in parents.items() if len(parts) == 1}
     spellings: dict[str, dict[str, None]] = defaultdict(dict)
     for parts in parents.values():
         if parts:

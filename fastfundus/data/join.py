@@ -43,7 +43,7 @@ def join_labels(
     table = _without_clashes(read_labels(path, eye_codes=eye_codes))
     notes += table.notes
     names = [row.file for row in table.rows]
-    matches = match_names(names, photos, (root, path.parent)) if photos else match_listed(names, path.parent)
+    matches = match_names(names, photos, (root, path.parent), str(root)) if photos else match_listed(names, path.parent)
     _require_unique(table, matches)
     if not photos:
         _add_listed(table, matches, photos, root, notes)
@@ -112,7 +112,7 @@ def _notes_on_matches(
     pairs = list(zip(table.rows, matches, strict=True))
     for what, chosen in (
         ("without regard to extensions", [pair for pair in pairs if pair[1].by_stem]),
-        ("by file name alone, since its folders are not those of the photos", [p for p in pairs if p[1].by_bare_name]),
+        ("by the end of their paths, which are those of another machine", [p for p in pairs if p[1].by_bare_name]),
     ):
         if chosen:
             row, match = chosen[0]

@@ -16,6 +16,7 @@ from fastfundus.identifiers import is_placeholder, normal_eye
 
 __all__ = ["LabelRow", "LabelTable", "read_labels", "value_of"]
 
+_MAX_PHOTOS_OF_ONE = 6
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
@@ -151,12 +152,29 @@ def _special(
             f"{table.path}: {first!r} in {placeholders} rows is a placeholder: these patients are unknown"
         )
         patients = [None if patient is None or is_placeholder(patient) else patient for patient in patients]
+    patients = _people(patients, table)
     eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")]
     splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
     for line, text, split in zip(lines, texts("split"), splits, strict=True):
         if text is not None and split is None:
             table.notes.append(f"{table.path}, line {line}: split {text!r} is not train, val or test; set to unknown")
     return patients, eyes, splits, texts("camera")
+
+
+def _people(patients: list[str | None], table: LabelTable) -> list[str | None]:
+    """Give each patient one spelling: `p001` is `P001`, and pandas writes 7 as 7.0 beside empty cells."""
+    first: dict[str, str] = {}
+    for patient in patients:
+        if patient is not None:
+            plain = re.sub(r"^(\d+)\.0$", r"\1", patient)
+            first.setdefault(plain.casefold(), plain)
+    if len(first) == 1 and sum(patient is not None for patient in patients) > _MAX_PHOTOS_OF_ONE:
+        table.notes.append(
+            f"{table.path}: the patient is {next(iter(first.values()))!r} in all rows, which may be many people: "
+            "patients are unknown"
+        )
+        return [None] * len(patients)
+    return [None if p is None else first[re.sub(r"^(\d+)\.0$", r"\1", p).casefold()] for p in patients]
 
 
 def _values(cells: list[str], *, decimal_comma: bool) -> list[float | str | None]:

@@ -1,9 +1,9 @@
 """The one rule by which a name in a table or list denotes a file.
 
 A name matches, in this order: the whole path; the whole path ignoring case and Unicode form; the end of a path; the end
-of a path without extensions; and, only if no name of the table agrees with the folders at all, the bare file name,
-because tables often carry the paths of another machine. A match that is not unique is an error: nobody may get the
-labels of someone else.
+of a path without extensions; a file beside the table; and, for absolute paths of another machine, a photo whose path in
+the source is their end. A match that is not unique is an error, and a name with another folder is another file: nobody
+may get the labels of someone else.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Match:
     by_stem: bool = False
     """True if the extensions differ, or one is absent."""
     by_bare_name: bool = False
-    """True if the folders disagree."""
+    """True if only the end of an absolute path of another machine agrees."""
 
 
 _MISSING = Match(None)
+_FORMATS = ({".jpg", ".jpeg", ".jpe", ".jfif"}, {".tif", ".tiff"}, {".heic", ".heif", ".hif"}, {".dcm", ".dicom"})
 
 
 def fold_name(name: str) -> str:
@@ -57,41 +58,41 @@ def without_photo_suffix(name: str) -> str:
     return stem if dot and "." + suffix.lower() in PHOTO_SUFFIXES else name
 
 
-def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Path]) -> list[Match]:
+def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Path], root: str = "") -> list[Match]:
     """Find the file that each name denotes.
 
     Args:
         names: paths or parts of paths, as written in a table.
         keys: normalised absolute paths of the photos found.
         folders: folders to which names may be relative, by precedence. A file that exists there counts, too.
+        root: the source that contains the photos; paths of another machine end like their paths in it.
 
     Returns:
         A match for each name.
     """
     found = dict.fromkeys(keys)
     bases = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
-    disk = _Disk()
-    matches: list[Match | None] = [_whole(name, found, bases, disk) for name in names]
+    matches: list[Match | None] = [_whole(name, found, bases) for name in names]
     if None not in matches:
         return matches  # type: ignore[return-value]
-    index = _Index(found)
+    index, disk = _Index(found, root), _Disk()
     folded_bases = [fold_name(base) for base in bases]
-    weak: list[int] = []
-    folders_agree = any(match is not None and "/" in fold_name(n) for match, n in zip(matches, names, strict=True))
     for position, name in enumerate(names):
         if matches[position] is not None:
             continue
         plain = fold_name(name)
-        match = index.whole(plain, folded_bases) or index.ending(plain) or index.stem_ending(plain)
-        matches[position] = match
-        if match is None:
-            weak.append(position)
-        elif "/" in plain:
-            folders_agree = True
-    for position in weak:
-        # Where folders tell files apart, a name with another folder is another file.
-        matches[position] = None if folders_agree else index.bare(fold_name(names[position]))
+        matches[position] = (
+            index.whole(plain, folded_bases)
+            or index.ending(plain)
+            or index.stem_ending(plain)
+            or _on_disk(name, bases, disk)
+            or (index.foreign(plain) if _is_absolute(name) else None)
+        )
     return [match or _MISSING for match in matches]
+
+
+def _is_absolute(name: str) -> bool:
+    return name[:1] in ("/", "\\") or name[1:2] == ":"
 
 
 def match_listed(names: Sequence[str], folder: Path) -> list[Match]:
@@ -116,8 +117,18 @@ def match_listed(names: Sequence[str], folder: Path) -> list[Match]:
             continue
     photos = [key for key in nearby if os.path.splitext(key)[1].lower() in (*PHOTO_SUFFIXES, ".gz")]
     again = match_names(names, photos, (folder,))
-    # A list names folders, so that a bare name in another folder is another file.
-    return [Match(None) if match.by_bare_name and not match.candidates else match for match in again]
+    # A list names files, so that another format of the same name is another file.
+    return [
+        _MISSING if match.by_stem and not _same_format(name, match) else match
+        for name, match in zip(names, again, strict=True)
+    ]
+
+
+def _same_format(name: str, match: Match) -> bool:
+    if without_photo_suffix(name) == name:
+        return True
+    suffixes = {os.path.splitext(path)[1].lower() for path in (name, *(match.candidates or (str(match.key),)))}
+    return any(suffixes <= family for family in _FORMATS)
 
 
 class _Disk:
@@ -136,26 +147,27 @@ class _Disk:
         return name in self._names[folder] and os.path.isfile(path)
 
 
-def _whole(name: str, found: dict[str, None], bases: list[str], disk: _Disk) -> Match | None:
+def _places(name: str, bases: list[str]) -> list[str]:
+    if name[:1] == "/" or "./" in name or "//" in name or name[-1:] in ("/", "."):
+        return [os.path.normpath(os.path.join(base, name)) for base in bases]
+    return [f"{base}/{name}" for base in bases]
+
+
+def _whole(name: str, found: dict[str, None], bases: list[str]) -> Match | None:
     if "\0" in name:
         return _MISSING
-    if name[:1] == "/" or "./" in name or "//" in name or name[-1:] in ("/", "."):
-        places = [os.path.normpath(os.path.join(base, name)) for base in bases]
-    else:
-        places = [f"{base}/{name}" for base in bases]
-    for place in places:
-        if place in found:
-            return Match(place)
-    for place in places:
-        if disk.has(place):
-            return Match(place)
-    return None
+    return next((Match(place) for place in _places(name, bases) if place in found), None)
+
+
+def _on_disk(name: str, bases: list[str], disk: _Disk) -> Match | None:
+    return next((Match(place) for place in _places(name, bases) if disk.has(place)), None)
 
 
 class _Index:
     """The photos by folded path, by last part, and by last part without its extension."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], root: str) -> None:
+        self._start = len(fold_name(root)) + 1 if root else 0
         self._folded = {key: fold_name(key) for key in keys}
         # Paths that differ by case only have no entry: `ending` reports them as ambiguous.
         seen = Counter(self._folded.values())
@@ -189,11 +201,19 @@ class _Index:
             hits = [key for key in hits if f"/{self._folded[key]}".rpartition("/")[0].endswith(f"/{folder}")]
         return _unique(hits, by_stem=True)
 
-    def bare(self, plain: str) -> Match | None:
-        """Match a file name whose folders are those of another machine."""
+    def foreign(self, plain: str) -> Match | None:
+        """Match a path of another machine that ends like the path of a photo within the source."""
         last = plain[plain.rfind("/") + 1 :]
-        match = _unique(self._last.get(last, []), by_bare_name=True)
-        return match or _unique(self._stem.get(without_photo_suffix(last), []), by_stem=True, by_bare_name=True)
+        hits = [key for key in self._last.get(last, []) if f"/{plain}".endswith(f"/{self._folded[key][self._start :]}")]
+        if hits:
+            return _unique(hits, by_bare_name=True)
+        stem = without_photo_suffix(plain)
+        hits = [
+            key
+            for key in self._stem.get(without_photo_suffix(last), [])
+            if f"/{stem}".endswith("/" + without_photo_suffix(self._folded[key][self._start :]))
+        ]
+        return _unique(hits, by_stem=True, by_bare_name=True)
 
 
 def _unique(hits: list[str], *, by_stem: bool = False, by_bare_name: bool = False) -> Match | None:

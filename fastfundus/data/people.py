@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,18 +12,18 @@ from fastfundus.records import SourcePhoto
 
 __all__ = ["note_crowded_patients", "people_from_names"]
 
-_MAX_SHOTS = 6
-"""Photos that one person plausibly has in a folder: more with the same text before the eye share a constant prefix."""
-_MAX_SHOTS_OF_A_NUMBER = 24
-"""The same for text with a number, which identifies a person more often than a site."""
+_MAX_SHOTS = 8
+"""Photos that one person plausibly has: more with the same text before the eye share a constant prefix."""
 _MAX_PHOTOS_OF_A_PATIENT = 50
+_DATE = re.compile(r"(19|20)\d{2}([_\-. ]?(0[1-9]|1[0-2])([_\-. ]?[0-3]\d)?)?")
 
 
 def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], list[str]]:
     """Read patient and eye from the names of photos.
 
-    A patient is unknown where the text before the eye is the same for photos of different people, such as the `IMG`
-    of `IMG_L_0001.jpg` and `IMG_R_0002.jpg`, or where only a running number follows the eye.
+    A patient is unknown where the text before the eye may be the same for photos of different people: the `IMG` of
+    `IMG_L_0001.jpg`, a site or a date; wherever what follows the eye counts through all photos; and where only a
+    running number follows the eye.
 
     Args:
         names: path relative to the folder that contains all photos, by key.
@@ -35,23 +36,20 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
     for key, found in read.items():
         if found.patient is not None:
             groups[found.patient].append(key)
-    prefixes = {
-        _last(found.patient)
-        for found in read.values()
-        if found.patient is not None and found.shot and not found.eye_first and found.eye is not None
-    }
+    counting = _count_through(read)
     notes: list[str] = []
     lost: Counter[str] = Counter()
     for patient, keys in groups.items():
-        if _is_one_person(patient, [read[key] for key in keys], only_prefix=len(prefixes) == 1):
+        photos = [read[key] for key in keys]
+        if _is_one_person(patient, photos, counting=counting):
             continue
-        lost[_last(patient) if not read[keys[0]].eye_first else ""] += len(keys)
+        lost["" if photos[0].eye_first else _last(patient)] += len(keys)
         for key in keys:
             read[key] = replace(read[key], patient=None)
-    for prefix, count in lost.items():
+    for prefix, count in list(lost.items())[:5]:
         if prefix:
             notes.append(
-                f"{prefix!r} in the names of {count} photos is the same for different people: their patients are "
+                f"{prefix!r} in the names of {count} photos may stand for different people: their patients are "
                 "unknown; name them in a column 'patient' of a label file"
             )
         else:
@@ -62,27 +60,30 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
     return read, notes
 
 
+def _count_through(read: Mapping[str, EyeName]) -> bool:
+    """Return whether what follows the eye is different in every name, as when an export numbers its files."""
+    shots = [found.shot for found in read.values() if found.shot and not found.in_folder and not found.eye_first]
+    return len(shots) > 1 and len(set(shots)) == len(shots)
+
+
 def _last(patient: str) -> str:
     return patient.rpartition("/")[2]
 
 
-def _is_one_person(patient: str, photos: list[EyeName], *, only_prefix: bool) -> bool:
+def _is_one_person(patient: str, photos: list[EyeName], *, counting: bool) -> bool:
+    name = _last(patient)
     if all(photo.eye_first for photo in photos):
         # The same number for both eyes is a person; otherwise it may just count photos.
         return {photo.eye for photo in photos} == {"L", "R"}
-    shots = [(photo.eye, photo.shot) for photo in photos]
-    numbered = all(any(char.isdigit() for char in photo.shot) for photo in photos)
-    name = _last(patient)
-    from_folder = all(photo.eye is None or photo.shot == "" for photo in photos)
-    if from_folder or not numbered:
-        return not (numbered and is_device_word(name))
-    if is_device_word(name):
+    if is_device_word(name) or _DATE.fullmatch(name):
         return False
-    has_digit = any(char.isdigit() for char in name)
-    distinct = len(set(shots)) == len(shots)
-    if only_prefix and len(photos) > 1 and distinct:
-        return has_digit and len(photos) <= _MAX_SHOTS
-    return len(photos) <= (_MAX_SHOTS_OF_A_NUMBER if has_digit else _MAX_SHOTS)
+    if all(photo.in_folder for photo in photos):
+        # A folder of a person has a number, or files that are called like their eye and nothing else.
+        only_eyes = all(photo.shot == "" for photo in photos)
+        return only_eyes or (any(char.isdigit() for char in name) and len(photos) <= 3 * _MAX_SHOTS)
+    if not any(photo.shot for photo in photos):
+        return True
+    return not counting and len(photos) <= _MAX_SHOTS
 
 
 def note_crowded_patients(photos: list[SourcePhoto]) -> list[str]:

@@ -15,14 +15,17 @@ __all__ = ["SPLITS", "Roles", "find_roles"]
 
 _FILE = (
     "file", "path", "image", "filename", "filepath", "imagepath", "imagefile", "imagename", "imgname", "imgpath", "img",
-    "imageid", "imgid", "photo", "photoid", "idcode", "picture", "fundus", "name", "id",
+    "imagefilename", "fname", "imageid", "imgid", "photo", "photoid", "idcode", "picture", "fundus", "id", "name",
 )  # fmt: skip
 _PATIENT = (
-    "patient", "patientid", "patientno", "patientnumber", "patientcode", "pid", "ptid", "subject", "subjectid",
-    "subjid", "participant", "participantid", "person", "personid", "individual", "individualid", "mrn", "eid",
-    "caseid",
+    "patient", "patientid", "patid", "ptno", "patientno", "patientnumber", "patientcode", "pid", "ptid", "subject",
+    "subjectid", "subjid", "participant", "participantid", "person", "personid", "individual", "individualid", "mrn",
+    "eid", "caseid",
 )  # fmt: skip
-_EYE = ("eye", "laterality", "eyeside", "eyelaterality", "imagelaterality", "side", "odos", "whicheye")
+_EYE = (
+    "eye", "laterality", "eyeside", "eyelaterality", "imagelaterality", "side", "odos", "whicheye", "eyerl", "eyelr",
+    "rele", "lere", "rl", "lr", "leftright", "rightleft", "auge", "oeil", "ojo", "occhio",
+)  # fmt: skip
 _SPLIT = ("split", "set", "subset", "partition", "datasplit", "dataset")
 _CAMERA = ("camera", "cameramodel", "device", "devicemodel", "manufacturermodelname")
 SPLITS = {
@@ -46,8 +49,8 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
     """Assign roles to the columns of a table.
 
     Names are compared ignoring case and punctuation. A column with the plain name of a role ("patient", "eye", "split",
-    "camera") always has it. Other names of eyes and splits count only if all values fit: a column "side" is the eye
-    only if its values are eyes.
+    "camera") always has it. Other names of eyes and splits count only if most values fit: a column "side" is the eye
+    only if most of its values are eyes.
 
     Args:
         header: names of the columns.
@@ -70,11 +73,7 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
         free = [column for column in range(len(plain)) if column not in roles.columns.values()]
         candidates = [column for name in names for column in free if plain[column] == name]
         if fits is not None:
-            candidates = [
-                column
-                for column in candidates
-                if plain[column] == role or (values[column] and all(map(fits, values[column])))
-            ]
+            candidates = [column for column in candidates if plain[column] == role or _fit(values[column], fits)]
         if candidates:
             roles.columns[role] = candidates[0]
         if len(candidates) > 1 and role in ("file", "patient"):
@@ -101,6 +100,11 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
             header[column], values[column], eye_codes, column == roles.columns.get("eye"), path
         )
     return roles
+
+
+def _fit(values: set[str], fits: Callable[[str], object]) -> bool:
+    """Return whether most values of a column fit: a few photos of unknown or both eyes do not make it a label."""
+    return bool(values) and sum(bool(fits(value)) for value in values) >= len(values) / 2
 
 
 def _notes_on_eyes(

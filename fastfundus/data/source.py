@@ -205,7 +205,8 @@ def _photos(found: Mapping[str, str], listing: SourceList, adapter: str, *, has_
     if adapter == "classes" or (adapter == "auto" and not has_tables):
         layout = read_folders(inner, require_classes=adapter == "classes")
     listing.notes += layout.notes
-    people, notes = people_from_names(_without_layout(inner, layout))
+    # Even where a table has the labels, folders of classes are no part of a patient.
+    people, notes = people_from_names(_without_layout(inner, layout if layout.used else read_folders(inner)))
     listing.notes += notes
     if any(person.patient or person.eye for person in people.values()):
         listing.origins |= {"patient": "names of files and folders", "eye": "names of files and folders"}
@@ -233,10 +234,10 @@ def _without_layout(inner: Mapping[str, str], layout: FolderLayout) -> Mapping[s
     plain = {key: name.split("/", layout.used[key])[-1] for key, name in inner.items()}
     if layout.splits:
         splits_of: dict[str, set[str]] = defaultdict(set)
-        for key, name in plain.items():
-            splits_of[name].add(layout.splits[key])
+        for key, split in layout.splits.items():
+            splits_of[plain[key]].add(split)
         if any(len(splits) > 1 for splits in splits_of.values()):
-            return {key: f"{layout.splits[key]}/{name}" for key, name in plain.items()}
+            return {key: f"{layout.splits.get(key, '')}/{name}".lstrip("/") for key, name in plain.items()}
     return plain
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 from fastfundus.errors import DataError, require
 
@@ -135,7 +136,7 @@ def _read_workbook(path: Path) -> RawTable:
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheets = book.worksheets
-        rows = [[_cell_text(cell) for cell in row[:_MAX_COLUMNS]] for row in sheets[0].iter_rows(values_only=True)]
+        rows = [[_cell_text(cell) for cell in row[:_MAX_COLUMNS]] for row in sheets[0].iter_rows()]
         if len(sheets) > 1:
             names = ", ".join(sheet.title for sheet in sheets[1:])
             notes.append(f"{path}: only the first sheet, {sheets[0].title!r}, is read; not read: {names}")
@@ -147,10 +148,14 @@ def _read_workbook(path: Path) -> RawTable:
     return RawTable(lines, notes=notes)
 
 
-def _cell_text(cell: object) -> str:
+def _cell_text(place: Any) -> str:
     """Return the text of a workbook's cell; whole numbers, such as identifiers, have no decimal point."""
+    cell = place.value
     if cell is None:
         return ""
+    if isinstance(cell, int | float) and re.fullmatch("0{2,}", place.number_format or ""):
+        # Shown as 007: the name that people see, and that the file has.
+        return f"{int(cell):0{len(place.number_format)}d}"
     if isinstance(cell, bool):
         return str(int(cell))
     if isinstance(cell, float) and cell.is_integer():

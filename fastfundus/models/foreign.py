@@ -25,6 +25,8 @@ _NESTED = (
 """Keys under which training programs store the weights, in the order in which they are tried: averages first."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of data parallelism and torch.compile, at any place of a name."""
+_NETWORKS = ("ema", "teacher", "model", "backbone", "encoder", "net", "student")
+"""Words in prefixes of networks, in the order in which they are preferred."""
 _DEEPEST = 16
 _INERT_MODULES = (
     nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Sequential,
@@ -80,10 +82,12 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
     _refuse_other_kinds(path)
     if path.suffix == ".safetensors":
         try:
-            return _without_wrappers(load_file(path)), "safetensors"
+            tensors = _without_wrappers(load_file(path))
         except Exception as error:
             # safetensors raises an error type of its Rust library; any error means that the file is not valid.
             raise CheckpointError(f"{path} is not a valid safetensors file ({error}); copy it again") from None
+        _require_finite(tensors, path)
+        return tensors, "safetensors"
     return _tensors_of(_unpickled(path), path)
 
 
@@ -140,10 +144,10 @@ def _is_plain_data(name: str) -> bool:
 def _why(text: str, error: Exception) -> str:
     if "TorchScript" in text:
         return "is a TorchScript archive; save the state_dict() of its network instead"
-    lines = [line for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    reason = (lines or text.splitlines() or [type(error).__name__])[0].strip()
+    found = _UNSUPPORTED_GLOBAL.search(text)
+    reason = f"it contains {found[1] or found[2]}" if found else f"damaged, or of another kind: {type(error).__name__}"
     return (
-        f"cannot be read as weights ({reason[:200]}). Only tensors, plain data and torchvision's ResNets are accepted, "
+        f"cannot be read as weights ({reason}). Only tensors, plain data and torchvision's ResNets are accepted, "
         "because other pickled objects could run code"
     )
 
@@ -169,13 +173,22 @@ def _tensors_of(loaded: Any, path: Path) -> tuple[dict[str, Tensor], str]:
         )
     if not tensors:
         raise CheckpointError(f"{path} contains no tensors; is it a checkpoint with weights?")
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    _require_finite(tensors, path)
+    return _without_wrappers(tensors), what
+
+
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise if weights are not numbers; best scores and other single values of metrics may be infinite."""
+    broken = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and value.numel() > 1 and not value.isfinite().all()
+    ]
     if broken:
         raise CheckpointError(
             f"{path}: {len(broken)} tensors contain NaN or infinity, such as {broken[0]}; its training diverged: "
             "take an earlier checkpoint"
         )
-    return _without_wrappers(tensors), what
 
 
 def _nested_in(loaded: Any) -> str | None:
@@ -192,6 +205,12 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return name.removeprefix(_WRAPPERS[0])
 
     return {plain(name): value for name, value in tensors.items()}
+
+
+def _preference(prefix: str) -> tuple[int, int]:
+    parts = prefix.lower().split(".")
+    ranks = [rank for rank, word in enumerate(_NETWORKS) if any(word in part for part in parts)]
+    return min(ranks, default=len(_NETWORKS)), len(parts)
 
 
 def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -213,7 +232,9 @@ def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[st
                 hits[".".join(parts[:depth])] += 1
     if not hits or hits[""] >= max(hits.values()):
         return tensors
-    prefix = hits.most_common(1)[0][0] + "."
+    best = [prefix for prefix, count in hits.items() if count == max(hits.values())]
+    # Of several networks of one shape: an average, then the one that is called a model, never an auxiliary one.
+    prefix = min(best, key=_preference) + "."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -24,7 +24,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.header import PhotoHeader
 from fastfundus.photo.jpeg import has_all_scans, without_harmless_faults
-from fastfundus.photo.png import check_png
+from fastfundus.photo.png import check_png, check_rows
 from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 
@@ -84,8 +84,9 @@ def decode_with_room(
     elif plan.decoder == "opencv":
         if header.format == "PNG":
             data = check_png(data)
+            check_rows(data)
         elif header.format == "TIFF":
-            check_tiff(data, read_pages(data)[header.page])
+            check_tiff(data, [page for page in read_pages(data) if not page.below][header.page])
         # OpenCV reads the first page, and multiplies by the fourth channel without being asked.
         if header.page == 0 and header.samples == 3:
             rgb = _opencv(data)
@@ -185,7 +186,9 @@ def _pillow(data: bytes, divisor: int, page: int = 0) -> NDArray[np.uint8]:
             return np.array(image.convert("RGB"))
     except Exception as error:
         # As in read_header: damaged pixel data raises OSError, ValueError, SyntaxError, struct.error and others.
-        raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({error}); copy it again") from None
+        raise PhotoError(
+            Status.UNREADABLE, f"the image is damaged, incomplete or of an unknown kind ({type(error).__name__})"
+        ) from None
 
 
 _TURNS = {3: cv2.ROTATE_180, 4: cv2.ROTATE_180, 5: cv2.ROTATE_90_COUNTERCLOCKWISE, 6: cv2.ROTATE_90_CLOCKWISE}

@@ -45,6 +45,8 @@ _WIDEST_DEGREES = 75.0
 """Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
 _EYE_CODES = {"G-A100": "R", "24028007": "R", "G-A101": "L", "7771000": "L"}
 """Codes of "right" and "left" in SNOMED, as modifiers of the anatomic region."""
+_REGION_CODES = {"1290041000": "R", "1290032005": "R", "1290043002": "L", "1290031003": "L"}
+"""Codes of the right and left eye as regions: entire eye, structure of the eye proper."""
 _DAMAGED = "the DICOM header is damaged; export it again"
 _DAMAGED_PIXELS = "the image is damaged or incomplete; export it again"
 # pydicom logs tracebacks of its decoders; every fault becomes the row of its photo instead.
@@ -79,7 +81,10 @@ class DicomPhoto:
 
 def is_dicom(data: bytes) -> bool:
     """Return whether the data starts like a DICOM file, with the preamble or, as in old exports, without it."""
-    return data[128:132] == b"DICM" or (data[:2] == b"\x08\x00" and data[4:6].isalpha() and data[4:6].isupper())
+    if data[128:132] == b"DICM" or (data[:2] == b"\x08\x00" and data[4:6].isalpha() and data[4:6].isupper()):
+        return True
+    # Without the preamble, but with file meta information: its first element is the length of the group.
+    return data[:8] == b"\x02\x00\x00\x00UL\x04\x00"
 
 
 def read_dicom(data: bytes) -> DicomPhoto:
@@ -175,6 +180,7 @@ def _judge_kind(dataset: Any) -> None:
         raise PhotoError(Status.UNREADABLE, "the pixels are cut off or were removed; export it again")
     if "PixelData" not in dataset:
         raise PhotoError(Status.UNSUPPORTED, "DICOM file without an image")
+    _complete(dataset)
     frames = int(_number(dataset, "NumberOfFrames") or 1)
     if frames > 1:
         raise PhotoError(
@@ -183,6 +189,23 @@ def _judge_kind(dataset: Any) -> None:
     samples = _number(dataset, "SamplesPerPixel") or 1
     if samples != 3 and _text(dataset, "PhotometricInterpretation") != "PALETTE COLOR":
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
+
+
+def _complete(dataset: Any) -> None:
+    """Fill in what exports leave out, where only one value makes sense for a colour photo."""
+    photometric = _text(dataset, "PhotometricInterpretation").upper()
+    samples = _number(dataset, "SamplesPerPixel")
+    if samples is None and (photometric.startswith(("RGB", "YBR")) or not photometric):
+        samples = dataset.SamplesPerPixel = 3
+    if samples == 3:
+        dataset.PhotometricInterpretation = photometric or "RGB"
+    allocated = int(_number(dataset, "BitsAllocated") or 8)
+    stored = int(_number(dataset, "BitsStored") or allocated)
+    dataset.BitsAllocated, dataset.BitsStored = allocated, min(stored, allocated)
+    dataset.HighBit = dataset.BitsStored - 1
+    for name in ("PlanarConfiguration", "PixelRepresentation"):
+        if _number(dataset, name) is None:
+            setattr(dataset, name, 0)
 
 
 def _facts(dataset: Any) -> PhotoFacts:
@@ -200,6 +223,11 @@ def _facts(dataset: Any) -> PhotoFacts:
 def _patient(dataset: Any) -> str | None:
     """Return the patient identifier, with its issuer if there is one: two hospitals use the same numbers."""
     patient, issuer = _text(dataset, "PatientID"), _text(dataset, "IssuerOfPatientID")
+    if isinstance(_value(dataset, "PatientID"), list | tuple) or "\\" in patient:
+        # Several values: nobody knows which.
+        return None
+    for item in _items(dataset, "IssuerOfPatientIDQualifiersSequence"):
+        issuer = issuer or _text(item, "UniversalEntityID")
     if not patient or is_placeholder(patient, zeros=True):
         return None
     return f"{issuer}/{patient}" if issuer else patient
@@ -216,6 +244,7 @@ def _eye(dataset: Any) -> str | None:
             for anatomy in _items(item, "FrameAnatomySequence"):
                 found.add(normal_eye(_text(anatomy, "FrameLaterality")))
     for region in (*_items(dataset, "AnatomicRegionSequence"), *_items(dataset, "PrimaryAnatomicStructureSequence")):
+        found.add(_REGION_CODES.get(_text(region, "CodeValue")))
         for name in ("AnatomicRegionModifierSequence", "PrimaryAnatomicStructureModifierSequence"):
             for modifier in _items(region, name):
                 found.add(_EYE_CODES.get(_text(modifier, "CodeValue")))
@@ -300,7 +329,8 @@ def _to_full_scale(pixels: NDArray[np.uint16], bits: int) -> NDArray[np.uint16]:
 
     The header may say 16 bits where the camera stored 12: then the range of the values decides.
     """
-    used = int(pixels.max()).bit_length()
+    # One hot pixel must not decide: one in ten thousand may be brighter.
+    used = int(np.partition(pixels.ravel(), -1 - pixels.size // 10_000)[-1 - pixels.size // 10_000]).bit_length()
     stored = next(size for size in (8, 10, 12, 14, 16) if used <= size)
     # A photo may leave the brightest half of its range unused, but hardly three quarters.
     bits = stored if used > bits or stored <= bits - 2 else bits

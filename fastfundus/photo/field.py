@@ -35,8 +35,14 @@ _SIDES = {
 }
 _MIN_FIELD_SHARE = 0.05
 """Smallest share of the picture that a field fills, if fields are counted."""
-_MIN_SHARE_OF_SECOND = 0.3
-"""Smallest second field, as a share of the area of the first: photos of one eye at two magnifications reach it."""
+_MIN_SHARE_OF_SECOND = 0.15
+"""Smallest second field, as a share of the area of the first: a field of half its size has a quarter."""
+_WIDE, _TALL, _TOO_LONG = 1.65, 1.2, 1.75
+"""Aspect ratios from which a wide and a tall picture is divided into tiles, and from which it must show one field.
+Frames of cameras are at most 1.6 times as wide as high, and never much higher than wide."""
+_MAX_TILES = 6
+_SURE = 0.7
+"""Confidence of the field of a tile."""
 _MIN_FILLED = 0.55
 """Share of its enclosing circle that a field fills at least; fields that are cut at the top and bottom fill 0.6."""
 _OPENING = np.ones((5, 5), np.uint8)
@@ -135,6 +141,9 @@ def count_fields(small: NDArray[np.uint8]) -> int:
     Returns:
         The number of fields: 0 or 1 unless several are seen.
     """
+    tiles = _count_tiles(small)
+    if tiles > 1:
+        return tiles
     parts = _lit_parts(cv2.medianBlur(brightest(small), 3))
     if not parts:
         return 0
@@ -146,6 +155,38 @@ def count_fields(small: NDArray[np.uint8]) -> int:
     if len(large) > 1:
         return max(1, sum(_is_filled(part) for part in large))
     return 2 if _is_two_that_touch(large[0], small.shape) else 1
+
+
+def _count_tiles(small: NDArray[np.uint8]) -> int:
+    """Return the number of equal tiles of a long picture that each show a field in their middle, or 1."""
+    height, width = small.shape[:2]
+    across, aspect = width > height, max(width, height) / min(width, height)
+    if aspect < (_WIDE if across else _TALL):
+        return 1
+    # The most likely number first: fields are about as wide as high.
+    for count in sorted(range(2, _MAX_TILES + 1), key=lambda count: abs(np.log(aspect / count))):
+        side = max(width, height) // count
+        if not 0.6 <= side / min(width, height) <= 1.7:
+            continue
+        starts = range(0, count * side, side)
+        tiles = [small[:, at : at + side] if across else small[at : at + side] for at in starts]
+        if all(_shows_field(np.ascontiguousarray(tile)) for tile in tiles):
+            return count
+    found = find_field(small)
+    # No camera has so long a frame: several photos without their frames.
+    alone = found is not None and found.shape == "round" and found.circle.confidence >= _ROUND
+    return 1 if aspect < _TOO_LONG or alone else max(2, round(aspect))
+
+
+def _shows_field(tile: NDArray[np.uint8]) -> bool:
+    """Return whether a tile shows a round field around its middle; a part of a larger field lies at an edge."""
+    # A narrow frame makes a field that touches the edges of its tile visible as one.
+    found = find_field(cv2.copyMakeBorder(tile, 6, 6, 6, 6, cv2.BORDER_CONSTANT, value=(0, 0, 0)))
+    if found is None or found.shape == "irregular" or found.circle.confidence < _SURE:
+        return False
+    height, width = tile.shape[:2]
+    x, y = (found.circle.x_px - 6) / width, (found.circle.y_px - 6) / height
+    return 0.3 < x < 0.7 and 0.3 < y < 0.7 and found.circle.radius_px > 0.3 * min(height, width)
 
 
 def _is_filled(part: NDArray[np.int32]) -> bool:

@@ -137,6 +137,9 @@ def _read_tiff(data: bytes) -> PhotoHeader:
         raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
     if page.samples > 4:
         raise PhotoError(Status.UNSUPPORTED, f"{page.samples} channels; a colour fundus photograph has three")
+    if page.planar and page.bits > 8:
+        # OpenCV mixes the planes up.
+        raise PhotoError(Status.UNSUPPORTED, "16 bits in separate planes; export with 8 bits, or interleaved")
     if page.bits > 16:
         raise PhotoError(Status.UNSUPPORTED, f"{page.bits} bits per channel; 8 or 16 are supported")
     if page.photometric in _PRINT_COLOURS:
@@ -146,7 +149,9 @@ def _read_tiff(data: bytes) -> PhotoHeader:
     orientation, camera = read_exif(data)
     # OpenCV and Pillow apply the orientation of TIFFs themselves.
     width, height = (page.height, page.width) if orientation >= 5 else (page.width, page.height)
-    return PhotoHeader("TIFF", width, height, 1, camera=camera, page=index, samples=page.samples)
+    return PhotoHeader(
+        "TIFF", width, height, 1, camera=camera, page=sum(not p.below for p in pages[:index]), samples=page.samples
+    )
 
 
 def _read_by_pillow(data: bytes) -> PhotoHeader:
@@ -215,7 +220,7 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
     Raises:
         PhotoError: The frame header is missing or invalid, or of a kind that is not supported.
     """
-    at, exif = 2, read_exif(b"")
+    at, exif, seen = 2, read_exif(b""), False
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             # Skip stray bytes between segments, as decoders do.
@@ -228,8 +233,9 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
         if marker in (0xD9, 0xDA):
             break
         (length,) = struct.unpack_from(">H", data, at + 2)
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            exif = read_exif(data[at + 10 : at + 2 + length])
+        # Of two segments the first counts, as for other programs; the byte after the zero is padding.
+        if marker == 0xE1 and data[at + 4 : at + 9] == b"Exif\0" and not seen:
+            exif, seen = read_exif(data[at + 10 : at + 2 + length]), True
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], exif, at + 2 + length)
         at += 2 + length

@@ -13,7 +13,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.exif import read_exif
 from fastfundus.records import Status
 
-__all__ = ["PNG_SIGNATURE", "check_png", "read_png_header"]
+__all__ = ["PNG_SIGNATURE", "check_png", "check_rows", "read_png_header"]
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS = (2, 3, 6)
@@ -67,6 +67,35 @@ def check_png(data: bytes) -> bytes:
     if whole is None:
         raise PhotoError(Status.UNREADABLE, "the image is damaged or incomplete (its end is missing); copy it again")
     return whole
+
+
+def check_rows(data: bytes) -> None:
+    """Verify that the pixel data contains every row: a writer that died may have closed its file properly.
+
+    Raises:
+        PhotoError: rows are missing.
+    """
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
+    passes: tuple[tuple[int, int, int, int], ...] = ((0, 1, 0, 1),)
+    if interlaced:
+        # Adam7: seven small pictures; start and step of each, horizontally and vertically.
+        passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    needed = 0
+    for x, dx, y, dy in passes:
+        columns, rows = max(0, -(-(width - x) // dx)), max(0, -(-(height - y) // dy))
+        needed += rows * (1 + (columns * channels * bits + 7) // 8) if columns else 0
+    inflate, length = zlib.decompressobj(), 0
+    for kind, start, end in _chunks(data):
+        pending = data[start:end] if kind == b"IDAT" else b""
+        try:
+            while pending and not inflate.eof:
+                length += len(inflate.decompress(pending, 1 << 20))
+                pending = inflate.unconsumed_tail
+        except zlib.error:
+            raise PhotoError(Status.UNREADABLE, "the image is damaged (its compressed data); copy it again") from None
+    if length < needed:
+        raise PhotoError(Status.UNREADABLE, "the image is incomplete (rows are missing); copy it again")
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -23,8 +23,10 @@ _MAX_PAGES = 64
 _MAX_ENTRIES = 512
 _MAX_PARTS = 1_000_000
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-_SAMPLES, _EXTRA, _JPEG_TABLES = 277, 338, 347
-_DEFLATE, _JPEG = (8, 32946), 7
+_SAMPLES, _EXTRA, _JPEG_TABLES, _ROWS_PER_STRIP, _PLANAR, _SUB_PAGES = 277, 338, 347, 278, 284, 330
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_DEFLATE, _JPEG, _PACKBITS, _YCBCR = (8, 32946), 7, 32773, 6
+_MIN_SHARE_OF_PHOTO = 0.5
 _OFFSETS, _COUNTS = (273, 324), (279, 325)
 """Offsets and byte counts of the strips, or of the tiles."""
 _SIZES = {1: 1, 3: 2, 4: 4, 7: 1, 13: 4, 16: 8}
@@ -37,8 +39,6 @@ class TiffPage:
 
     width: int
     height: int
-    reduced: bool
-    """True for thumbnails and levels of a pyramid."""
     mask: bool
     samples: int
     photometric: int
@@ -52,6 +52,16 @@ class TiffPage:
     """Size of each strip or tile in bytes."""
     jpeg_tables: bytes
     """The tables that JPEG strips and tiles share."""
+    planar: bool
+    """True if each channel has strips or tiles of its own."""
+    part_width: int
+    """Width of a strip or tile in pixels."""
+    part_height: int
+    tiled: bool
+    sub_pages: tuple[int, ...]
+    """Where directories of further pages below this one begin, as in DNG files."""
+    below: bool = False
+    """True for such a page, which decoders do not count."""
 
 
 def is_tiff(data: bytes) -> bool:
@@ -78,7 +88,13 @@ def read_pages(data: bytes) -> list[TiffPage]:
                 raise PhotoError(Status.UNSUPPORTED, f"more than {_MAX_PAGES} images in one file; export one per file")
             seen.add(at)
             tags, at = _read_directory(data, at, order, big=big)
-            pages.append(_page(tags, data, order))
+            page = _page(tags, data, order)
+            pages.append(page)
+            for place in page.sub_pages[: _MAX_PAGES - len(pages)]:
+                if place not in seen:
+                    seen.add(place)
+                    below = _page(_read_directory(data, place, order, big=big)[0], data, order)
+                    pages.append(replace(below, below=True))
     except (struct.error, OverflowError):
         if not pages:
             raise PhotoError(Status.UNREADABLE, "the TIFF is damaged or incomplete; copy it again") from None
@@ -126,11 +142,11 @@ def _page(tags: _Tags, data: bytes, order: str) -> TiffPage:
         kind, _, place = tags[tag]
         return int(struct.unpack_from(order + _FORMATS[kind], data, place)[0])
 
-    subfile = first(_SUBFILE, 0)
+    subfile, width, height = first(_SUBFILE, 0), first(_WIDTH, 0), first(_HEIGHT, 0)
+    tiled = _TILE_WIDTH in tags
     return TiffPage(
-        width=first(_WIDTH, 0),
-        height=first(_HEIGHT, 0),
-        reduced=bool(subfile & 1),
+        width=width,
+        height=height,
         mask=bool(subfile & 4),
         samples=first(_SAMPLES, 1),
         photometric=first(_PHOTOMETRIC, 1),
@@ -140,6 +156,11 @@ def _page(tags: _Tags, data: bytes, order: str) -> TiffPage:
         offsets=values(_OFFSETS[0]) or values(_OFFSETS[1]),
         counts=values(_COUNTS[0]) or values(_COUNTS[1]),
         jpeg_tables=bytes(values(_JPEG_TABLES)),
+        planar=first(_PLANAR, 1) == 2,
+        part_width=first(_TILE_WIDTH, 0) if tiled else width,
+        part_height=first(_TILE_HEIGHT, 0) if tiled else min(height, first(_ROWS_PER_STRIP, height)),
+        tiled=tiled,
+        sub_pages=values(_SUB_PAGES),
     )
 
 
@@ -147,15 +168,21 @@ def choose_page(pages: list[TiffPage]) -> int:
     """Return the index of the photo among the pages: the largest one, whatever thumbnails come before it.
 
     Raises:
-        PhotoError: several pages are equally large (`unsupported`).
+        PhotoError: several pages are about equally large, or the photo is a page that decoders do not reach
+            (`unsupported`).
     """
-    full = [index for index, page in enumerate(pages) if not page.mask and not page.reduced]
-    candidates = full or list(range(len(pages)))
-    largest = max(pages[index].width * pages[index].height for index in candidates)
-    chosen = [index for index in candidates if pages[index].width * pages[index].height == largest]
-    if len(chosen) > 1:
-        raise PhotoError(Status.UNSUPPORTED, f"{len(chosen)} images in one file; export one photo per file")
-    return chosen[0]
+    candidates = [index for index, page in enumerate(pages) if not page.mask] or list(range(len(pages)))
+    areas = {index: pages[index].width * pages[index].height for index in candidates}
+    chosen = max(candidates, key=lambda index: areas[index])
+    # Levels of a pyramid and thumbnails have a quarter of the area or less.
+    similar = sum(area > _MIN_SHARE_OF_PHOTO * areas[chosen] for area in areas.values())
+    if similar > 1:
+        raise PhotoError(Status.UNSUPPORTED, f"{similar} images in one file; export one photo per file")
+    if pages[chosen].below:
+        raise PhotoError(
+            Status.UNSUPPORTED, "the photo is below a thumbnail, as in raw files; export it as JPEG or PNG"
+        )
+    return chosen
 
 
 def check_tiff(data: bytes, page: TiffPage) -> None:
@@ -167,9 +194,18 @@ def check_tiff(data: bytes, page: TiffPage) -> None:
     Raises:
         PhotoError: a strip or tile is damaged or truncated.
     """
+    across, down = -(-page.width // max(1, page.part_width)), -(-page.height // max(1, page.part_height))
+    needed = across * down * (page.samples if page.planar else 1)
+    if len(page.offsets) < needed or len(page.counts) < needed:
+        raise PhotoError(Status.UNREADABLE, "the image is incomplete (parts are missing); copy it again")
     for index, (offset, count) in enumerate(zip(page.offsets, page.counts, strict=False)):
         part = data[offset : offset + count]
-        if len(part) < count or not _is_whole(part, page):
+        # The last strip may be shorter; tiles have their full size.
+        row = index // across % down
+        rows = page.part_height if page.tiled else min(page.part_height, page.height - row * page.part_height)
+        samples = 1 if page.planar else page.samples
+        size = rows * ((page.part_width * samples * page.bits + 7) // 8)
+        if len(part) < count or not _is_whole(part, page, size):
             where = f"part {index + 1} of {len(page.offsets)}"
             raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({where}); copy it again")
     if page.compression not in (1, *_DEFLATE, _JPEG):
@@ -181,21 +217,27 @@ def check_tiff(data: bytes, page: TiffPage) -> None:
             return
         except Exception as error:
             raise PhotoError(
-                Status.UNREADABLE, f"the image is damaged or incomplete ({error}); copy it again"
+                Status.UNREADABLE, f"the image is damaged or incomplete ({type(error).__name__}); copy it again"
             ) from None
 
 
-def _is_whole(part: bytes, page: TiffPage) -> bool:
+def _is_whole(part: bytes, page: TiffPage, size: int) -> bool:
+    """Return whether a strip or tile decodes to `size` bytes; subsampled colours need fewer and are not checked."""
+    size = 0 if page.photometric == _YCBCR else size
+    if page.compression == 1:
+        return len(part) >= size
+    if page.compression == _PACKBITS:
+        return _unpacked_bits(part) == size or size == 0
     if page.compression in _DEFLATE:
-        inflate = zlib.decompressobj()
+        inflate, length = zlib.decompressobj(), 0
         try:
             pending = part
             while pending and not inflate.eof:
-                inflate.decompress(pending, 1 << 20)
+                length += len(inflate.decompress(pending, 1 << 20))
                 pending = inflate.unconsumed_tail
         except zlib.error:
             return False
-        return inflate.eof
+        return inflate.eof and length >= size
     if page.compression == _JPEG and part[:2] == b"\xff\xd8":
         tables = page.jpeg_tables[:-2] if page.jpeg_tables[-2:] == b"\xff\xd9" else page.jpeg_tables
         try:
@@ -204,3 +246,13 @@ def _is_whole(part: bytes, page: TiffPage) -> bool:
             # The strict decoder knows fewer kinds of JPEG than libtiff.
             return "precision" in str(error) or "colorspace" in str(error)
     return True
+
+
+def _unpacked_bits(part: bytes) -> int:
+    """Return the number of bytes that PackBits data decodes to, or -1 if it ends within a run."""
+    at = length = 0
+    while at < len(part):
+        code = part[at]
+        run, step = (code + 1, code + 2) if code < 128 else ((0, 1) if code == 128 else (257 - code, 2))
+        length, at = length + run, at + step
+    return length if at == len(part) else -1

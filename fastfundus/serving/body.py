@@ -14,7 +14,7 @@ __all__ = ["MAX_FILES", "read_photos"]
 
 MAX_FILES = 32
 """Maximum number of photos per request."""
-_RAW = ("image/", "application/dicom", "application/octet-stream")
+_RAW = ("image/", "application/dicom", "application/octet-stream", "application/gzip", "application/x-gzip")
 
 
 async def read_photos(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:

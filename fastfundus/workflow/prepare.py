@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastfundus.data.build import build_cache
-from fastfundus.data.cache import PhotoCache
+from fastfundus.data.cache import MANIFEST_COLUMNS, PhotoCache
 from fastfundus.data.source import SourceList, list_photos
 from fastfundus.errors import ConfigError, DataError, require
 from fastfundus.records import Status
@@ -95,6 +95,7 @@ def prepare_listing(
             f"a patient salt of {len(patient_salt)} bytes is too easy to guess; at least {MIN_SALT_BYTES} bytes are "
             "needed, such as the output of: openssl rand -hex 32"
         )
+    _keep_labels(listing, output)
     spec = PreprocessSpec(size=size)
     group, preparer = 1, None
     if backend == "dali" or (backend == "auto" and _gpu_decodes()):
@@ -114,6 +115,20 @@ def prepare_listing(
         notes=listing.notes,
         on_photo=on_photo,
     )
+
+
+def _keep_labels(listing: SourceList, output: Path) -> None:
+    """Raise if bringing a cache up to date would delete its labels, because the label table was forgotten."""
+    if not (output / "spec.json").is_file():
+        return
+    had = set(PhotoCache.open(output).manifest.columns) - set(MANIFEST_COLUMNS)
+    has = {name for photo in listing.photos for name in photo.columns}
+    if had and not has:
+        raise DataError(
+            f"has the labels {', '.join(sorted(had)[:5])}, but this command gives none, which would delete them; give "
+            "the same --labels again, or choose another --output",
+            path=output,
+        )
 
 
 def _gpu_decodes() -> bool:

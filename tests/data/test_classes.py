@@ -91,5 +91,23 @@ def test_names_of_other_classes(name: str) -> None:
     assert not is_normal_class(name)
 
 
+def test_a_few_other_photos_do_not_change_a_layout(tmp_path: Path) -> None:
+    names = [f"{split}/{label}/{n}.jpg" for split in ("train", "test") for label in ("normal", "dr") for n in range(6)]
+    listing = list_photos(touch(tmp_path, *names, "overview.png", "masks/1.png"))
+    photos = {photo.name: photo for photo in listing.photos}
+    assert (photos["train/dr/3.jpg"].split, photos["train/dr/3.jpg"].columns["class"]) == ("train", "dr")
+    assert (photos["overview.png"].split, photos["overview.png"].columns) == (None, {"class": None})
+    assert any("2 photos are in no such folder" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Training_Set", "Test_Set"), ("train_images", "test_images"), ("a. Training Set", "b. Testing Set")],
+)
+def test_folders_of_splits_by_the_names_that_sets_have(tmp_path: Path, train: str, test: str) -> None:
+    listing = list_photos(touch(tmp_path, f"{train}/1.jpg", f"{test}/2.jpg"))
+    assert {photo.split for photo in listing.photos} == {"train", "test"}
+
+
 def test_no_photos_no_layout() -> None:
     assert read_folders({}).classes == {}

@@ -70,7 +70,7 @@ def test_a_name_denotes_its_photo_whatever_the_spelling(tmp_path: Path, photo: s
         (["x/1.jpg", "y/1.jpg"], "1.jpg,Anna\n", "line 2: 1.jpg fits 2 photos"),
         (["1.jpg", "1.png"], "1,Anna\n", "line 2: 1 fits 2 photos"),
         (["a.jpg"], "a.jpg,Anna\nA.jpg,Ben\n", r"lines 2 \(a.jpg\) and 3 \(A.jpg\) name the same photo"),
-        (["1.jpg"], "siteA/1.jpg,Anna\nsiteB/1.jpg,Ben\n", r"lines 2 \(siteA/1.jpg\) and 3 \(siteB/1.jpg\)"),
+        (["1.jpg"], "/x/siteA/1.jpg,Anna\n/x/siteB/1.jpg,Ben\n", r"lines 2 \(/x/siteA/1.jpg\) and 3 \(/x/siteB/"),
         (["x/1.jpg"], "x/1.jpg,Anna\n1.jpg,Ben\n", r"lines 2 \(x/1.jpg\) and 3 \(1.jpg\)"),
         (["a.jpg"], "a.jpg,Anna\na.jpg,Ben\n", r"lines 2 \(a.jpg\) and 3 \(a.jpg\) .* different patient"),
     ],
@@ -93,7 +93,38 @@ def test_paths_of_another_machine_match_by_file_name_and_are_noted(tmp_path: Pat
     (tmp_path / "labels.csv").write_text("file,patient\n/mnt/train/1.jpg,Anna\n/mnt/test/2.jpg,Ben\n")
     listing = list_photos(tmp_path / "photos", labels=tmp_path / "labels.csv")
     assert [photo.patient for photo in listing.photos] == ["Anna", "Ben"]
-    assert any("2 names were matched by file name alone" in note for note in listing.notes)
+    assert any("2 names were matched by the end of their paths" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize(
+    ("photos", "rows", "expected"),
+    [
+        (["siteA/1.jpg", "siteA/2.jpg"], "siteB/1.jpg,Carla\nsiteB/2.jpg,Dora\n", {}),
+        (["siteA/1.jpg", "siteB/2.jpg"], "siteB/1.jpg,Carla\n", {}),
+        (["siteA/1.jpg", "siteB/2.jpg"], "/x/siteB/1.jpg,Carla\n/x/siteB/2.jpg,Dora\n", {"siteB/2.jpg": "Dora"}),
+        (
+            ["siteA/1.jpg", "siteB/1.jpg"],
+            "C:\\x\\siteA\\1.jpg,Anna\nC:\\x\\siteB\\1.jpg,Ben\n",
+            {"siteA/1.jpg": "Anna", "siteB/1.jpg": "Ben"},
+        ),
+    ],
+)
+def test_a_photo_of_another_folder_is_another_photo(
+    tmp_path: Path, photos: list[str], rows: str, expected: dict[str, str]
+) -> None:
+    found = join(tmp_path, photos, rows)
+    assert {name: patient for name, patient in found.items() if name in photos} == expected
+
+
+def test_the_photo_found_wins_over_a_file_beside_the_table(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"x")
+    assert join(tmp_path, ["siteA/1.jpg"], "1.jpg,Anna\n") == {"siteA/1.jpg": "Anna"}
+
+
+def test_a_list_does_not_take_another_format_for_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("1.jpg\n1.png\n")
+    assert [photo.name for photo in list_photos(tmp_path / "list.txt").photos] == ["1.jpg", "1.png"]
 
 
 def test_lists_and_tables_find_files_that_differ_by_case_or_extension(tmp_path: Path) -> None:

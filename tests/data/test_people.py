@@ -47,12 +47,50 @@ def test_a_constant_prefix_is_no_patient() -> None:
     many = [f"study2024_{eye}_{number:03d}.jpg" for number in range(10) for eye in "LR"]
     assert {patient for patient, _ in people(*many)} == {None}
     _, notes = people_from_names({"a": "IMG_L_0001.jpg", "b": "IMG_R_0002.jpg"})
-    assert "'IMG' in the names of 2 photos is the same for different people" in notes[0]
+    assert "'IMG' in the names of 2 photos may stand for different people" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("NW400_R_0001.jpg", "NW400_L_0002.jpg"),
+        ("SITE1_R_0001.jpg", "SITE1_L_0002.jpg", "SITE2_R_0003.jpg"),
+        ("20200101_L_1.jpg", "20200101_R_2.jpg"),
+        ("20200101_L_1.jpg", "20200101_R_1.jpg"),
+        ("IMG_L_anna.jpg", "IMG_R_ben.jpg"),
+        ("clinic_OD_Smith.jpg", "clinic_OS_Jones.jpg"),
+        ("normal/left/anna.jpg", "normal/right/ben.jpg"),
+        ("siteA/OD/101.jpg", "siteA/OS/102.jpg"),
+        ("2020/OD/101.jpg", "2020/OS/102.jpg"),
+        ("2023-01-05/OD1.jpg", "2023-01-05/OS1.jpg"),
+    ],
+)
+def test_cameras_sites_and_dates_are_no_patients(names: tuple[str, ...]) -> None:
+    found = people(*names)
+    assert {patient for patient, _ in found} == {None}
+    assert None not in {eye for _, eye in found}
+
+
+def test_a_patient_is_the_same_at_the_next_visit_and_in_the_folder_of_either_eye() -> None:
+    assert people("P12_20200101_L.jpg", "P12_20210101_R.jpg") == [("P12", "L"), ("P12", "R")]
+    assert people("left/P001/1.jpg", "right/P001/1.jpg") == [("P001", "L"), ("P001", "R")]
+
+
+def test_folders_of_classes_are_no_part_of_a_patient_even_with_a_table(tmp_path: Path) -> None:
+    for name in ("normal/P001_OD.jpg", "glaucoma/P001_OS.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("file,abnormal\nnormal/P001_OD.jpg,0\nglaucoma/P001_OS.jpg,1\n")
+    photos = list_photos(tmp_path, labels=tmp_path / "labels.csv").photos
+    assert [(photo.patient, photo.columns) for photo in photos] == [
+        ("P001", {"abnormal": 1.0}),
+        ("P001", {"abnormal": 0.0}),
+    ]
 
 
 def test_several_shots_of_a_patient_stay_together() -> None:
     assert people("17_OD_1.jpg", "17_OD_2.jpg", "18_OS_1.jpg") == [("17", "R"), ("17", "R"), ("18", "L")]
-    assert people("7_L_1.jpg", "7_R_2.jpg") == [("7", "L"), ("7", "R")]
+    assert people("7_L_1.jpg", "7_R_1.jpg", "7_R_2.jpg") == [("7", "L"), ("7", "R"), ("7", "R")]
     assert people("Anna_L_1.jpg", "Ben_L_1.jpg") == [("Anna", "L"), ("Ben", "L")]
 
 
@@ -112,6 +150,25 @@ def test_placeholders_in_a_patient_column_are_unknown(tmp_path: Path) -> None:
     listing = list_photos(tmp_path, labels=labels)
     assert [photo.patient_known for photo in listing.photos] == [False, False]
     assert any("'ANONYMIZED' in 2 rows is a placeholder" in note for note in listing.notes)
+
+
+@pytest.mark.parametrize("odd", ["Unknown", "OU", "both", ""])
+def test_one_odd_cell_does_not_cost_the_column(tmp_path: Path, odd: str) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text(f"image,Pat ID,laterality\na.jpg,p1,O.D.\nb.jpg,P1,L\nc.jpg,7.0,{odd}\n")
+    listing = list_photos(tmp_path, labels=tmp_path / "labels.csv")
+    assert [(photo.patient, photo.eye) for photo in listing.photos] == [("p1", "R"), ("p1", "L"), ("7", None)]
+
+
+def test_a_patient_column_that_is_the_same_everywhere_is_no_patient(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(b"x")
+    rows = "".join(f"{number}.jpg,STUDY1\n" for number in range(8))
+    (tmp_path / "labels.csv").write_text("file,patient\n" + rows)
+    listing = list_photos(tmp_path, labels=tmp_path / "labels.csv")
+    assert not any(photo.patient_known for photo in listing.photos)
+    assert any("'STUDY1' in all rows" in note for note in listing.notes)
 
 
 def test_a_column_called_side_with_other_values_is_a_label(tmp_path: Path) -> None:

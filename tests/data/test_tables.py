@@ -47,12 +47,13 @@ def test_a_workbook_keeps_identifiers_whole(tmp_path: Path) -> None:
     book = openpyxl.Workbook()
     for row in (["file", "patient", "age", None], ["a.jpg", 17.0, 61.5, None], ["b.jpg", 18, None, None]):
         book.active.append(row)
+    book.active["B3"].number_format = "0000"
     book.create_sheet("notes")
     book.save(tmp_path / "labels.xlsx")
     table = read_labels(tmp_path / "labels.xlsx")
     assert [(row.file, row.patient, row.columns) for row in table.rows] == [
         ("a.jpg", "17", {"age": 61.5}),
-        ("b.jpg", "18", {"age": None}),
+        ("b.jpg", "0018", {"age": None}),
     ]
     assert "only the first sheet" in table.notes[0]
 

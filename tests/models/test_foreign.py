@@ -183,6 +183,26 @@ class Whole(nn.Module):
     """A network of someone's own code."""
 
 
+def test_nan_in_safetensors_is_named_and_single_values_may_be_infinite(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    name = next(name for name, value in state.items() if value.is_floating_point())
+    save_file({**state, name: torch.full_like(state[name], float("nan"))}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        read_foreign(tmp_path / "w.safetensors")
+    torch.save({"model": {**state, "val_metric.best": torch.tensor([-float("inf")])}}, tmp_path / "w.pth")
+    assert len(read_foreign(tmp_path / "w.pth")[0]) == len(state) + 1
+
+
+def test_of_two_networks_the_one_that_is_meant_is_taken() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    for auxiliary, meant in (("aux", "model"), ("student", "teacher"), ("model", "ema_model")):
+        for first, second in ((auxiliary, meant), (meant, auxiliary)):
+            values = {auxiliary: one, meant: two}
+            tensors = {f"{prefix}.a.weight": values[prefix] for prefix in (first, second)}
+            assert without_prefix(tensors, ["a.weight"])["a.weight"] is two
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_archives_and_whole_networks_say_what_to_save(tmp_path: Path) -> None:
     traced = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))

@@ -297,10 +297,11 @@ def test_a_codestream_without_a_transform_has_the_colours_that_the_header_says(r
 @pytest.mark.parametrize(("depth", "said"), [(12, 16), (12, 12), (10, 16), (16, 16), (8, 16), (8, 12)])
 def test_bits_that_were_used_decide_the_range(rgb: np.ndarray, depth: int, said: int) -> None:
     samples = (rgb.astype(np.uint32) * (2**depth - 1) // 255).astype("<u2")
-    samples[180, 200] = 2**depth - 1  # a highlight, as every flash photo has one
+    samples[178:182, 198:202] = 2**depth - 1  # a highlight, as every flash photo has one
+    samples[180, 200] = 2**said - 1  # a hot pixel
     data = dicom(samples.tobytes(), BitsAllocated=16, BitsStored=said, HighBit=said - 1)
     decoded = read_dicom(data).decode(None).astype(int)
-    decoded[180, 200] = rgb[180, 200]
+    decoded[178:182, 198:202] = rgb[178:182, 198:202]
     assert int(np.abs(decoded - rgb).max()) <= 1
 
 
@@ -344,6 +345,7 @@ LATERALITY = {
         "AnatomicRegionSequence": sequence(AnatomicRegionModifierSequence=sequence(CodeValue="24028007"))
     },
     "SRT modifier": {"AnatomicRegionSequence": sequence(AnatomicRegionModifierSequence=sequence(CodeValue="G-A100"))},
+    "right eye as a region": {"AnatomicRegionSequence": sequence(CodeValue="1290041000")},
     "both places agree": {"ImageLaterality": "R", "Laterality": "R"},
 }
 
@@ -365,12 +367,34 @@ def test_patients_have_an_issuer_and_placeholders_are_unknown(rgb: np.ndarray) -
         return read_dicom(dicom(rgb.tobytes(), **elements)).facts.patient
 
     assert patient(IssuerOfPatientID="North Hospital") == "North Hospital/P-007"
-    for text in ("ANONYMIZED", "0", "000000", "Unknown", "", "anonymous^patient"):
+    for text in ("ANONYMIZED", "0", "000000", "Unknown", "", "anonymous^patient", "Anonymous^1", "Unknown Patient"):
         assert patient(PatientID=text) is None
     assert patient(PatientID="ANON0017") == "ANON0017"
 
 
-@pytest.mark.parametrize("element", ["Rows", "Columns", "PhotometricInterpretation", "SamplesPerPixel"])
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"PhotometricInterpretation": None},
+        {"SamplesPerPixel": None},
+        {"PlanarConfiguration": None},
+        {"BitsStored": None, "HighBit": None},
+        {"PixelRepresentation": None},
+        {"BitsStored": 12},
+        {"PhotometricInterpretation": "rgb"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")
+def test_what_has_one_sensible_value_may_be_missing(rgb: np.ndarray, elements: dict[str, object]) -> None:
+    np.testing.assert_array_equal(read_dicom(dicom(rgb.tobytes(), **elements)).decode(None), rgb)
+
+
+def test_a_file_without_preamble_but_with_meta_information_is_read(rgb: np.ndarray) -> None:
+    np.testing.assert_array_equal(read_dicom(dicom(rgb.tobytes())[132:]).decode(None), rgb)
+    assert is_dicom(dicom(rgb.tobytes())[132:])
+
+
+@pytest.mark.parametrize("element", ["Rows", "Columns"])
 def test_a_missing_element_is_reported(rgb: np.ndarray, element: str) -> None:
     """Regression test; found by fuzzing."""
     result = prepare_bytes(dicom(rgb.tobytes(), **{element: None}), SPEC)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fastfundus.photo import prepare_photo
-from fastfundus.photo.header import MAX_BYTES
 from fastfundus.photo.prepare import decode_reduced
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -110,8 +109,8 @@ def test_a_gzipped_photo_is_unpacked(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.image, prepare_photo(plain, SPEC).image)
     packed.write_bytes(packed.read_bytes()[:-2000])
     assert prepare_photo(packed, SPEC).reason == "the gzip file is incomplete; copy it again"
-    packed.write_bytes(gzip.compress(b"\0" * (MAX_BYTES + 1), 1))
-    assert "unpacks to more than 512 MiB" in prepare_photo(packed, SPEC).reason
+    packed.write_bytes(gzip.compress(b"\0" * (65 << 20), 1))
+    assert "unpacks to more than 64 MiB" in prepare_photo(packed, SPEC).reason
 
 
 def test_a_wrong_ending_does_not_matter(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import os
 import re
 import struct
 import time
+import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,10 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastfundus.errors import PhotoError
 from fastfundus.photo.field import count_fields, without_margin
 from fastfundus.photo.jpeg import has_all_scans
 from fastfundus.photo.prepare import PreparedPhoto, decode_at, prepare_bytes
 from fastfundus.photo.resample import shrink
+from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
 from fastfundus.synthetic import draw_photo
@@ -95,6 +99,59 @@ def test_a_damaged_strip_is_never_scored(rgb: np.ndarray, compression: str, dama
     check_refused(prepare_bytes(bytes(data), SPEC), Status.UNREADABLE, "damaged or incomplete")
 
 
+@pytest.mark.parametrize("compression", ["raw", "packbits", "tiff_adobe_deflate"])
+def test_strips_that_lack_rows_are_never_scored(rgb: np.ndarray, compression: str) -> None:
+    """Directories say how many strips there are, how large they are, and how many rows each has."""
+    data = encoded(rgb, "TIFF", compression=compression, strip_size=20_000)
+    page = read_pages(data)[0]
+    check_tiff(data, page)
+    for broken in (
+        replace(page, offsets=page.offsets[:-2], counts=page.counts[:-2]),
+        replace(page, counts=(*page.counts[:-1], 0)),
+        replace(page, part_height=page.part_height + 3, height=page.height + 3 * len(page.offsets)),
+    ):
+        with pytest.raises(PhotoError, match="incomplete"):
+            check_tiff(data, broken)
+
+
+def test_a_png_that_was_closed_early_is_never_scored(rgb: np.ndarray) -> None:
+    framed = cv2.copyMakeBorder(rgb, 8, 8, 8, 8, cv2.BORDER_CONSTANT)
+    side = len(framed)
+    rows = b"".join(b"\0" + row.tobytes() for row in framed)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+
+    def png(data: bytes) -> bytes:
+        return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+    assert prepare_bytes(png(rows), SPEC).status is Status.OK
+    for share in (0.99, 0.9, 0.7):
+        result = prepare_bytes(png(rows[: int(share * side) * (1 + 3 * side)]), SPEC)
+        check_refused(result, Status.UNREADABLE, "rows are missing")
+
+
+def test_pages_of_almost_one_size_are_several_photos(rgb: np.ndarray) -> None:
+    other = Image.fromarray(rgb).resize((490, 490))
+    data = encoded(rgb, "TIFF", save_all=True, append_images=[other])
+    check_refused(prepare_bytes(data, SPEC), Status.UNSUPPORTED, "2 images in one file")
+
+
+def test_a_photo_below_a_thumbnail_is_refused(rgb: np.ndarray) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(cv2.resize(rgb, (100, 100)), photometric="rgb", subifds=1)
+        writer.write(rgb, photometric="rgb")
+    check_refused(prepare_bytes(file.getvalue(), SPEC), Status.UNSUPPORTED, "below a thumbnail")
+
+
+def test_sixteen_bits_in_planes_are_refused(rgb: np.ndarray) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    planes = np.ascontiguousarray(rgb.transpose(2, 0, 1)).astype(np.uint16) * 257
+    tifffile.imwrite(file, planes, photometric="rgb", planarconfig="separate")
+    check_refused(prepare_bytes(file.getvalue(), SPEC), Status.UNSUPPORTED, "separate planes")
+
+
 def test_a_thumbnail_before_the_photo_is_passed_over(rgb: np.ndarray, expected: np.ndarray) -> None:
     thumbnail = Image.fromarray(rgb).resize((120, 120))
     data = encoded(thumbnail, "TIFF", save_all=True, append_images=[Image.fromarray(rgb)])
@@ -167,8 +224,6 @@ def test_a_sequential_jpeg_needs_every_component(jpeg: bytes) -> None:
 
 
 def chunk(kind: bytes, body: bytes, checksum: bytes | None = None) -> bytes:
-    import zlib
-
     crc = struct.pack(">I", zlib.crc32(kind + body)) if checksum is None else checksum
     return struct.pack(">I", len(body)) + kind + body + crc
 
@@ -232,6 +287,7 @@ def test_files_that_are_something_else_say_what(data: bytes, words: str) -> None
 def pairs() -> Iterator[tuple[str, np.ndarray, int]]:
     left, right = (draw_photo(seed, long_side=600).image for seed in (3, 4))
     gap = np.zeros((600, 40, 3), np.uint8)
+    half = cv2.copyMakeBorder(cv2.resize(right, (300, 300)), 150, 150, 0, 0, cv2.BORDER_CONSTANT)
     small = cv2.copyMakeBorder(cv2.resize(right, (400, 400)), 100, 100, 0, 0, cv2.BORDER_CONSTANT)
     tight = [cv2.resize(image[40:560, 40:560], (500, 500)) for image in (left, right)]
     yield "one", left, 1
@@ -239,6 +295,11 @@ def pairs() -> Iterator[tuple[str, np.ndarray, int]]:
     yield "one above the other", np.vstack([left, right]), 2
     yield "touching", np.hstack(tight), 2
     yield "of two sizes", np.hstack([left, small]), 2
+    yield "the second at half its size", np.hstack([left, half]), 2
+    yield "three in a row", np.hstack([left, right, left]), 3
+    yield "four in a row", np.hstack([left, right, left, right]), 4
+    yield "cut and stacked", np.vstack([left[90:510], right[90:510]]), 2
+    yield "cut at the outer sides", np.hstack([left[60:540, 60:540], right[60:540, 60:540]]), 2
     yield "four", np.vstack([np.hstack([left, right]), np.hstack([right, left])]), 4
     yield "cut at the top and bottom", np.hstack([left[80:520], right[80:520]]), 2
 
