@@ -29,7 +29,7 @@ GRAPH_BACKENDS = ("openvino", "onnxruntime")
 """Backends that can run the graph of any bundle."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Bundle:
     """Opened bundle whose files match their recorded hashes."""
 
@@ -50,6 +50,9 @@ class Bundle:
     folder: Path
     """Folder of its files: `path`, or the temporary folder of a single-file bundle, deleted with this object."""
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {', '.join(self.labels)}, {self.backend} {self.precision}, {self.spec.size} px)"
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:

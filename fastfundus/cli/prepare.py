@@ -59,7 +59,7 @@ def _list_adapters(context: click.Context) -> None:
 @click.option(
     "--patient-salt",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Replace patient identifiers by hashes, salted with the secret content of this file.",
+    help="Replace patient identifiers by hashes, salted with the secret content of this file. Paths stay as they are.",
 )
 @click.option(
     "--preview", is_flag=True, help="Write preview.html into the cache, with detected fields and crops to check."
@@ -129,6 +129,8 @@ def prepare(
         remark(f"and {len(unusable) - _MAX_SHOWN} more that are not ok; all of them are in {output}/manifest.parquet")
     for line in understood(summarise_cache(output)):
         remark(line)
+    if patient_salt is not None and "names of files" in cache.origins.get("patient", ""):
+        remark("note: patients were read from paths, which the manifest still contains: rename the files to hide them")
     unknown = int((~cache.manifest["patient_known"]).sum())
     if unknown:
         remark(f"note: the patient of {unknown} photos is unknown; splits treat each of them as a separate patient")

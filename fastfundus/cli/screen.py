@@ -69,7 +69,7 @@ def screen(
 ) -> None:
     r"""Screen photos with BUNDLE; write exactly one row per input, and a report.
 
-    SOURCES are folders, photos, or CSV files with a column 'file'. An input that cannot be screened gets a row with the
+    SOURCES are folders, photos, lists or tables that name photos. An input that cannot be screened gets a row with the
     reason. After an interruption or a crash, repeat the command with --resume. Exits with 0 only if every input could
     be listed and no photo failed in the engine. For research use only.
 

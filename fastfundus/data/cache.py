@@ -64,7 +64,7 @@ DUPLICATE_COLUMNS = {
 duplicate) or "mirrored" (flipped near duplicate); and the correlation of details."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PhotoCache:
     """A complete photo cache opened for reading."""
 
@@ -83,6 +83,12 @@ class PhotoCache:
     """Where patients, eyes, splits and labels come from, by role; see `data.source.SourceList`."""
     notes: tuple[str, ...] = ()
     """Remarks made while the photos were listed."""
+
+    def __repr__(self) -> str:
+        usable = int((self.manifest["status"] == "ok").sum())
+        return (
+            f"{type(self).__name__}({str(self.path)!r}, {len(self.manifest)} photos, {usable} ok, {self.spec.size} px)"
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> PhotoCache:

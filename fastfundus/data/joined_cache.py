@@ -18,7 +18,7 @@ __all__ = ["JoinedCache", "join_caches", "open_caches"]
 
 
 # No slots: cached_property stores the pairs in the instance's __dict__.
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JoinedCache(PhotoCache):
     """Several caches read as one. A column that a cache lacks is unknown for its photos."""
 

@@ -187,14 +187,14 @@ def _values(cells: list[str], *, decimal_comma: bool) -> list[float | str | None
 
 
 def value_of(cell: str) -> float | str | None:
-    """Convert a cell to a finite number, text, or None if unknown; "true" and "false" become 1 and 0."""
+    """Convert a cell to a finite number, text, or None if unknown; "true", "yes", "false" and "no" become 1 and 0."""
     text = cell.strip()
     if text.lower() in UNKNOWN:
         return None
     if _NUMBER.fullmatch(text):
         number = float(text)
         return number if math.isfinite(number) else None
-    return {"true": 1.0, "false": 0.0}.get(text.lower(), text)
+    return {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}.get(text.lower(), text)
 
 
 def _merge_repeats(table: LabelTable) -> None:

@@ -117,6 +117,13 @@ def _list(
     photos = _photos(found, listing, adapter, has_tables=bool(tables))
     for table in tables:
         join_labels(table, photos, listing.root, listing.notes, listing.origins, eye_codes=eye_codes)
+    if tables and not found and all(photo.issue for photo in photos.values()):
+        first = next(iter(photos.values()), None)
+        raise DataError(
+            f"none of its {len(photos)} names is a photo here, such as {first.name if first else ''}; give the folder "
+            "of the photos as the source, and this table as --labels",
+            path=tables[0],
+        )
     if not photos:
         raise DataError(f"contains no photos; known extensions: {', '.join(sorted(PHOTO_SUFFIXES))}", path=paths[0])
     return _finished(listing, photos.values())
@@ -188,7 +195,10 @@ def _take_photos(
     for path in files:
         key = f"{absolute.rstrip('/')}/{path[start:]}"
         name = path[path.rfind("/") + 1 :]
-        if not name.startswith(".") and is_photo(path):
+        if name.startswith("."):
+            # Such as .DS_Store and ._photo.jpg of macOS.
+            continue
+        if is_photo(path):
             _add(key, path, listing, found)
         elif key not in own:
             ignored[os.path.splitext(name)[1].lower()] += 1

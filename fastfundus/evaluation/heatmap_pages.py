@@ -103,12 +103,12 @@ def _explain_photo(run: Run, explainer: Explainer, path: Path, name: str) -> tup
         "height_px": whole.shape[0],
     }
     spread = native_map(square, frame)
-    y, x = np.unravel_index(int(spread.argmax()), spread.shape)
-    row |= {
-        f"p_{name}": float(found.probabilities[0, place]),
-        "hottest_x_px": round((x + 0.5) / scale),
-        "hottest_y_px": round((y + 0.5) / scale),
-    }
+    row[f"p_{name}"] = float(found.probabilities[0, place])
+    if spread.max() > 0:
+        y, x = np.unravel_index(int(spread.argmax()), spread.shape)
+        row |= {"hottest_x_px": round((x + 0.5) / scale), "hottest_y_px": round((y + 0.5) / scale)}
+    else:
+        row["reason"] = f"no region raises the probability of {name}: the heatmap is empty"
     return row, with_heat(whole, spread), known.image, heat
 
 

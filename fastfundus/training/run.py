@@ -55,7 +55,7 @@ SCHEMA = 2
 """Schema version of the files in a run folder."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Run:
     """A run with a best checkpoint, opened for reading."""
 
@@ -72,6 +72,10 @@ class Run:
     """Name and value of the best checkpoint's validation score."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Source, origin, licence and SHA-256 of the initial weights, as far as known; empty for runs of version 0.1."""
+
+    def __repr__(self) -> str:
+        name, value = self.score
+        return f"Run({str(self.path)!r}, {self.config.model.backbone}, epoch {self.epoch}, {name} {value:.3f})"
 
     @classmethod
     def open(cls, path: str | Path) -> Run:

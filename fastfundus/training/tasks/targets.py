@@ -128,13 +128,14 @@ def _yes_or_no(manifest: pl.DataFrame, label: str) -> NDArray[np.float64]:
 def _abnormality(manifest: pl.DataFrame, labels: tuple[str, ...], outputs: tuple[str, ...]) -> Targets:
     label = _one(labels, "abnormality", "")
     if not label:
-        label = next((name for name in ("abnormal", "normal") if name in manifest.columns), "")
+        by_lower = {name.lower(): name for name in reversed(label_columns(manifest))}
+        label = next((by_lower[name] for name in ("abnormal", "normal") if name in by_lower), "")
     if not label:
         have = label_columns(manifest)
         said = f"its columns are {', '.join(have)}" if have else "it was prepared without labels"
         raise DataError(f"the cache has no column 'abnormal' or 'normal' ({said}); select a column with --label")
     truth, description = _yes_or_no(manifest, label), label
-    if label == "normal":
+    if label.lower() == "normal":
         truth, description = 1 - truth, "1 - normal"
     return Targets(truth[:, None], ("abnormal",), description)
 
