@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
+.PHONY: demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-bindings  ## the default tests; pass more with ARGS="-k name"
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-long: $(VENV)/.installed-dev  ## the tests that start several processes and take half a minute each; CI runs them, too
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/ruff format --check .

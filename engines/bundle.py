@@ -52,7 +52,8 @@ class Bundle:
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        return f"Bundle({str(self.path)!r}, {', '.join(self.labels)}, {self.backend} {self.precision}, {self.spec.size} px)"
+        how = f"{self.backend} {self.precision}, {self.spec.size} px"
+        return f"Bundle({str(self.path)!r}, {', '.join(self.labels)}, {how})"
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:

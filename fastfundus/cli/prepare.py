@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from fastfundus.data.cache import PhotoCache
 
 _MAX_SHOWN = 20
 
@@ -88,13 +92,10 @@ def prepare(
     Example:
       fastfundus prepare photos/ --labels labels.csv --output cache/ --preview
     """
-    from fastfundus.cli.cache import understood
     from fastfundus.cli.console import progress_bar, quiet_decoders, read_salt, remark, remarks
     from fastfundus.data.preview import write_preview
     from fastfundus.data.source import list_photos
     from fastfundus.identifiers import parse_eye_codes
-    from fastfundus.records import Status
-    from fastfundus.workflow.cache import summarise_cache
     from fastfundus.workflow.prepare import prepare_listing
 
     quiet_decoders()
@@ -119,27 +120,7 @@ def prepare(
         except KeyboardInterrupt:
             progress.stop()
             raise click.ClickException("interrupted; run the same command again to continue where it stopped") from None
-    counts = {status.value: int((cache.manifest["status"] == status.value).sum()) for status in Status}
-    for status in (Status.FAILED, Status.UNFAMILIAR):
-        del counts[status.value]  # occur only when screening
-    unusable = cache.manifest.filter(cache.manifest["status"] != "ok")
-    for row in unusable.head(_MAX_SHOWN).iter_rows(named=True):
-        remark(f"{row['status']}: {row['path']}: {row['reason']}")
-    if len(unusable) > _MAX_SHOWN:
-        remark(f"and {len(unusable) - _MAX_SHOWN} more that are not ok; all of them are in {output}/manifest.parquet")
-    for line in understood(summarise_cache(output)):
-        remark(line)
-    if patient_salt is not None and "names of files" in cache.origins.get("patient", ""):
-        remark("note: patients were read from paths, which the manifest still contains: rename the files to hide them")
-    unknown = int((~cache.manifest["patient_known"]).sum())
-    if unknown:
-        remark(f"note: the patient of {unknown} photos is unknown; splits treat each of them as a separate patient")
-    pairs = len(cache.duplicates())
-    if pairs:
-        remark(
-            f"note: pairs of duplicates or near duplicates across patients: {pairs}; splits keep each pair on one "
-            f"side; list them with: fastfundus cache audit {output}"
-        )
+    counts, pairs = _report(cache, output, hashed=patient_salt is not None)
     if preview:
         shown = write_preview(cache, output / "preview.html")
         remark(f"{output / 'preview.html'}: preview of {shown} photos")
@@ -151,3 +132,34 @@ def prepare(
         click.echo(f"{output}: {len(listing.photos)} photos at {size} px: {text}")
     if listing.lost:
         raise click.ClickException("\n".join(["some inputs could not be listed:", *listing.lost]))
+
+
+def _report(cache: PhotoCache, output: Path, *, hashed: bool) -> tuple[dict[str, int], int]:
+    """Say which photos are not usable and what was understood; return photos by status, and pairs of duplicates."""
+    from fastfundus.cli.cache import understood
+    from fastfundus.cli.console import remark
+    from fastfundus.records import Status
+    from fastfundus.workflow.cache import summarise_cache
+
+    counts = {status.value: int((cache.manifest["status"] == status.value).sum()) for status in Status}
+    for status in (Status.FAILED, Status.UNFAMILIAR):
+        del counts[status.value]  # occur only when screening
+    unusable = cache.manifest.filter(cache.manifest["status"] != "ok")
+    for row in unusable.head(_MAX_SHOWN).iter_rows(named=True):
+        remark(f"{row['status']}: {row['path']}: {row['reason']}")
+    if len(unusable) > _MAX_SHOWN:
+        remark(f"and {len(unusable) - _MAX_SHOWN} more that are not ok; all of them are in {output}/manifest.parquet")
+    for line in understood(summarise_cache(output)):
+        remark(line)
+    if hashed and "names of files" in cache.origins.get("patient", ""):
+        remark("note: patients were read from paths, which the manifest still contains: rename the files to hide them")
+    unknown = int((~cache.manifest["patient_known"]).sum())
+    if unknown:
+        remark(f"note: the patient of {unknown} photos is unknown; splits treat each of them as a separate patient")
+    pairs = len(cache.duplicates())
+    if pairs:
+        remark(
+            f"note: pairs of duplicates or near duplicates across patients: {pairs}; splits keep each pair on one "
+            f"side; list them with: fastfundus cache audit {output}"
+        )
+    return counts, pairs

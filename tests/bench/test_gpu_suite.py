@@ -27,7 +27,7 @@ def suite(*arguments: str | Path, **surroundings: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dry_run_tests_measures_and_writes(tmp_path: Path) -> None:
     done = suite("--dry-run", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -168,6 +168,7 @@ def test_resume_gives_the_same_weights(done: Path, caches: Path, tmp_path: Path)
         assert (output / name).read_bytes() == (done / name).read_bytes(), name
 
 
+@pytest.mark.long
 def test_a_killed_study_leaves_no_process_behind(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     shutil.copytree(done, output)
@@ -252,6 +253,7 @@ scratch = "scratch"
     assert "Dice" in (tmp_path / "study" / "table.md").read_text()
 
 
+@pytest.mark.long
 def test_ray_gives_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
     """Use a separate process, because Ray starts many."""
     output = tmp_path / "cluster"

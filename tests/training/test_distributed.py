@@ -124,7 +124,7 @@ with join_processes() as world:
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_elastic_restart_after_a_killed_process(cache: PhotoCache, config: Path, two: Path, tmp_path: Path) -> None:
     """torchrun restarts both processes, and they resume from the last checkpoint."""
     output = tmp_path / "run"
