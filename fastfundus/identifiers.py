@@ -104,6 +104,8 @@ def is_placeholder(patient: str, *, zeros: bool = False) -> bool:
         patient: the identifier.
         zeros: whether identifiers of only zeros, dashes or the letter x count, too; tables may number people from 0.
     """
+    if patient.isalnum() and any(map(str.isdigit, patient)):
+        return zeros and set(patient) <= {"0"}
     plain = re.sub(r"[\W_]+", "", patient).lower()
     if not plain or plain in _PLACEHOLDERS:
         return True
@@ -132,13 +134,13 @@ def read_eye_name(name: str) -> EyeName:
         shot = stem[numbered.end(1) :].strip("_-. ()")
         return EyeName(normal_eye(numbered[1]), parent, shot=shot, in_folder=True)
     words = list(_SEPARATED.finditer(stem))
-    eyes = {normal_eye(word[1]) for word in words}
+    eyes = {_eye_of(word[1]) for word in words}
     if words and len(eyes) == 1:
         before = stem[: words[0].start()].rstrip("_-. ")
         after = stem[words[0].end() :].lstrip("_-. ")
         if before:
             # A date belongs to the visit: the patient is the same at the next one.
-            person = _DATED.sub("", before) or before
+            person = (_DATED.sub("", before) or before) if before[-2:].isdigit() and len(before) > 8 else before
             return EyeName(eyes.pop(), f"{parent}{slash}{person}", shot=after)
         return EyeName(eyes.pop(), f"{parent}{slash}{after}" if after else None, eye_first=True)
     if words:
@@ -166,4 +168,5 @@ def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
 
 def is_device_word(patient: str) -> bool:
     """Return whether the part of a name before the eye is a word that cameras and exports write, not a person."""
-    return re.sub(r"[\W_]+", "", patient.rpartition("/")[2]).lower() in _DEVICE_WORDS
+    name = patient.rpartition("/")[2]
+    return not name.isdigit() and re.sub(r"[\W_]+", "", name).lower() in _DEVICE_WORDS

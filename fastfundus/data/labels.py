@@ -145,13 +145,13 @@ def _special(
         return [None if cell.lower() in UNKNOWN else cell for cell in cells[roles.columns[role]]]
 
     patients = texts("patient")
-    placeholders = sum(1 for patient in patients if patient is not None and is_placeholder(patient))
-    if placeholders:
-        first = next(patient for patient in patients if patient is not None and is_placeholder(patient))
+    nobody = {patient for patient in set(patients) if patient is not None and is_placeholder(patient)}
+    if nobody:
+        rows = [patient for patient in patients if patient in nobody]
         table.notes.append(
-            f"{table.path}: {first!r} in {placeholders} rows is a placeholder: these patients are unknown"
+            f"{table.path}: {rows[0]!r} in {len(rows)} rows is a placeholder: these patients are unknown"
         )
-        patients = [None if patient is None or is_placeholder(patient) else patient for patient in patients]
+        patients = [None if patient in nobody else patient for patient in patients]
     patients = _people(patients, table)
     eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")]
     splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
@@ -164,17 +164,18 @@ def _special(
 def _people(patients: list[str | None], table: LabelTable) -> list[str | None]:
     """Give each patient one spelling: `p001` is `P001`, and pandas writes 7 as 7.0 beside empty cells."""
     first: dict[str, str] = {}
+    one: dict[str | None, str | None] = {None: None}
     for patient in patients:
-        if patient is not None:
-            plain = re.sub(r"^(\d+)\.0$", r"\1", patient)
-            first.setdefault(plain.casefold(), plain)
+        if patient not in one and patient is not None:
+            plain = patient[:-2] if patient.endswith(".0") and patient[:-2].isdigit() else patient
+            one[patient] = first.setdefault(plain.casefold(), plain)
     if len(first) == 1 and sum(patient is not None for patient in patients) > _MAX_PHOTOS_OF_ONE:
         table.notes.append(
             f"{table.path}: the patient is {next(iter(first.values()))!r} in all rows, which may be many people: "
             "patients are unknown"
         )
         return [None] * len(patients)
-    return [None if p is None else first[re.sub(r"^(\d+)\.0$", r"\1", p).casefold()] for p in patients]
+    return [one[patient] for patient in patients]
 
 
 def _values(cells: list[str], *, decimal_comma: bool) -> list[float | str | None]:

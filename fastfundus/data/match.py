@@ -13,16 +13,16 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastfundus.records import PHOTO_SUFFIXES
 
 __all__ = ["Match", "fold_name", "match_listed", "match_names", "without_photo_suffix"]
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+# A named tuple, because a million of them are made for a large table.
+class Match(NamedTuple):
     """The file that a name denotes."""
 
     key: str | None
