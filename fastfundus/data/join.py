@@ -48,6 +48,7 @@ def join_labels(
     if not photos:
         _add_listed(table, matches, photos, root, notes)
     named: dict[str, LabelRow] = {}
+    contradicted: list[str] = []
     absolute = os.path.abspath(root)
     for row, match in zip(table.rows, matches, strict=True):
         key = match.key or os.path.normpath(os.path.join(absolute, row.file.replace("\0", "\\0")))
@@ -61,7 +62,15 @@ def join_labels(
                 f"{os.path.relpath(key, root)}; delete or correct one of them",
                 path=path,
             )
-        photos[key] = _with_row(photos.get(key) or _bare_photo(key, root), row, issue)
+        photo = photos.get(key) or _bare_photo(key, root)
+        if photo.eye and row.eye and photo.eye != row.eye:
+            contradicted.append(photo.name)
+        photos[key] = _with_row(photo, row, issue)
+    if contradicted:
+        notes.append(
+            f"{path}: contradicts the eye in the names of {len(contradicted)} photos, such as {contradicted[0]}; the table "
+            "is believed"
+        )
     notes += _notes_on_matches(table, matches, photos, named)
     for role, header in table.roles.items():
         origins[role] = f"column {header!r} of {path.name}"

@@ -22,6 +22,7 @@ _PATIENT = (
     "subjectid", "subjid", "participant", "participantid", "person", "personid", "individual", "individualid", "mrn",
     "eid", "caseid",
 )  # fmt: skip
+_PATIENT_LIKE = re.compile(r"pat|subj|person|participant|proband|mrn|(study|case|record|hospital)(id|no|number)")
 _EYE = (
     "eye", "laterality", "eyeside", "eyelaterality", "imagelaterality", "side", "odos", "whicheye", "eyerl", "eyelr",
     "rele", "lere", "rl", "lr", "leftright", "rightleft", "auge", "oeil", "ojo", "occhio",
@@ -92,6 +93,13 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
             row=1,
         )
     choose("patient", _PATIENT)
+    if "patient" not in roles.columns:
+        alike = [name for name, bare in zip(header, plain, strict=True) if _PATIENT_LIKE.search(bare)]
+        if alike:
+            roles.notes.append(
+                f"{path}: column {alike[0]!r} looks like the patient but is kept as a label: rename it to 'patient' if it "
+                "is; without patients, both eyes of a person may land on two sides of a split"
+            )
     choose("eye", _EYE, lambda value: normal_eye(value, eye_codes))
     choose("split", _SPLIT, lambda value: value.lower() in SPLITS)
     choose("camera", _CAMERA)

@@ -23,6 +23,7 @@ def test_costs_are_fitted_to_measurements(tmp_path: Path, monkeypatch: pytest.Mo
     assert cost.fixed_s >= 0
 
 
+@pytest.mark.long
 def test_other_networks_are_predicted_and_measured(
     tmp_path: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,15 @@ def test_a_patient_column_that_is_the_same_everywhere_is_no_patient(tmp_path: Pa
     assert any("'STUDY1' in all rows" in note for note in listing.notes)
 
 
+def test_contradictory_eyes_and_columns_that_look_like_patients_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "10_left.jpg").write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("file,eye,Study No\n10_left.jpg,R,s1\n")
+    listing = list_photos(tmp_path, labels=tmp_path / "labels.csv")
+    assert listing.photos[0].eye == "R"
+    assert any("contradicts the eye in the names of 1 photos, such as 10_left.jpg" in note for note in listing.notes)
+    assert any("column 'Study No' looks like the patient" in note for note in listing.notes)
+
+
 def test_a_column_called_side_with_other_values_is_a_label(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     (tmp_path / "labels.csv").write_text("file,side,set\na.jpg,nasal,blue\n")

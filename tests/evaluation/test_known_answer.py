@@ -88,7 +88,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pretraining_helps_when_lesions_are_shared_and_only_then(sets: Path) -> None:
     (sets / "study.toml").write_text(TEXT)
     study, results = run_study(sets / "study.toml", sets / "study")
