@@ -68,8 +68,8 @@ def join_labels(
         photos[key] = _with_row(photo, row, issue)
     if contradicted:
         notes.append(
-            f"{path}: contradicts the eye in the names of {len(contradicted)} photos, such as {contradicted[0]}; the table "
-            "is believed"
+            f"{path}: contradicts the eye in the names of {len(contradicted)} photos, such as {contradicted[0]}; the "
+            "table is believed"
         )
     notes += _notes_on_matches(table, matches, photos, named)
     for role, header in table.roles.items():

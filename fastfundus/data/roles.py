@@ -97,8 +97,8 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
         alike = [name for name, bare in zip(header, plain, strict=True) if _PATIENT_LIKE.search(bare)]
         if alike:
             roles.notes.append(
-                f"{path}: column {alike[0]!r} looks like the patient but is kept as a label: rename it to 'patient' if it "
-                "is; without patients, both eyes of a person may land on two sides of a split"
+                f"{path}: column {alike[0]!r} looks like the patient but is kept as a label: rename it to 'patient' if "
+                "it is; without patients, both eyes of a person may land on two sides of a split"
             )
     choose("eye", _EYE, lambda value: normal_eye(value, eye_codes))
     choose("split", _SPLIT, lambda value: value.lower() in SPLITS)
