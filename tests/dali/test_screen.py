@@ -42,6 +42,7 @@ def test_what_stays_on_the_device_is_what_the_host_sees(photo_folder: Path, trai
             np.testing.assert_array_equal(on_device[number].cpu().numpy(), photo.image)
 
 
+@pytest.mark.long
 def test_rows_are_those_of_the_host(
     compiled: Bundle, photo_folder: Path, broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
