@@ -157,7 +157,7 @@ def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
     if len(eyes) == 1:
         place, eye = eyes[0]
         others = (*folders[:place], *folders[place + 1 :])
-        if place > 0 or len(others) > 0:
+        if others:
             return EyeName(eye, "/".join(others), shot=stem, in_folder=True)
         return EyeName(eye, stem, eye_first=True)
     for depth in range(len(folders), 0, -1):

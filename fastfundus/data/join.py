@@ -78,7 +78,7 @@ def join_labels(
 
 
 def _require_unique(table: LabelTable, matches: list[Match]) -> None:
-    """Raise if rows denote several photos, or several rows the same one by their bare names."""
+    """Raise if a row denotes several photos."""
     ambiguous = [(row, match) for row, match in zip(table.rows, matches, strict=True) if match.candidates]
     if ambiguous:
         row, match = ambiguous[0]
@@ -121,7 +121,7 @@ def _notes_on_matches(
     pairs = list(zip(table.rows, matches, strict=True))
     for what, chosen in (
         ("without regard to extensions", [pair for pair in pairs if pair[1].by_stem]),
-        ("by the end of their paths, which are those of another machine", [p for p in pairs if p[1].by_bare_name]),
+        ("by the end of their paths, which are those of another machine", [p for p in pairs if p[1].foreign_path]),
     ):
         if chosen:
             row, match = chosen[0]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fastfundus.records import PHOTO_SUFFIXES
 
-__all__ = ["Match", "fold_name", "match_listed", "match_names", "without_photo_suffix"]
+__all__ = ["Match", "match_listed", "match_names", "without_photo_suffix"]
 
 
 # A named tuple, because a million of them are made for a large table.
@@ -31,7 +31,7 @@ class Match(NamedTuple):
     """The keys that fit equally well, if there are several."""
     by_stem: bool = False
     """True if the extensions differ, or one is absent."""
-    by_bare_name: bool = False
+    foreign_path: bool = False
     """True if only the end of an absolute path of another machine agrees."""
 
 
@@ -206,19 +206,19 @@ class _Index:
         last = plain[plain.rfind("/") + 1 :]
         hits = [key for key in self._last.get(last, []) if f"/{plain}".endswith(f"/{self._folded[key][self._start :]}")]
         if hits:
-            return _unique(hits, by_bare_name=True)
+            return _unique(hits, foreign_path=True)
         stem = without_photo_suffix(plain)
         hits = [
             key
             for key in self._stem.get(without_photo_suffix(last), [])
             if f"/{stem}".endswith("/" + without_photo_suffix(self._folded[key][self._start :]))
         ]
-        return _unique(hits, by_stem=True, by_bare_name=True)
+        return _unique(hits, by_stem=True, foreign_path=True)
 
 
-def _unique(hits: list[str], *, by_stem: bool = False, by_bare_name: bool = False) -> Match | None:
+def _unique(hits: list[str], *, by_stem: bool = False, foreign_path: bool = False) -> Match | None:
     if not hits:
         return None
     if len(hits) > 1:
-        return Match(None, tuple(hits), by_stem, by_bare_name)
-    return Match(hits[0], (), by_stem, by_bare_name)
+        return Match(None, tuple(hits), by_stem, foreign_path)
+    return Match(hits[0], (), by_stem, foreign_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.files import atomic_write, hash_file
 from fastfundus.models.classifier import check_backbone
-from fastfundus.models.foreign import read_foreign, resample_positions, without_prefix
+from fastfundus.models.foreign import network_prefix, read_foreign, resample_positions
 
 __all__ = ["ConvertReport", "convert_weights", "guess_backbone"]
 
-_PREFIXES = ("", "backbone.", "encoder.", "model.", "base_encoder.", "student.", "net.", "features.")
 _RESNETS: dict[tuple[int, ...], tuple[str, str]] = {
     (2, 2, 2, 2): ("resnet18", ""), (3, 4, 6, 3): ("resnet34", "resnet50"), (3, 4, 23, 3): ("", "resnet101"),
     (3, 8, 36, 3): ("", "resnet152"),
@@ -97,7 +95,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
     check_backbone(backbone)
     # No head is created, because every task adds its own.
     wanted = timm.create_model(backbone, pretrained=False, num_classes=0).state_dict()
-    prefix = _prefix_of(tensors, wanted)
+    prefix = network_prefix(tensors, wanted)
     taken: dict[str, Tensor] = {}
     used, reshaped = [], []
     for name, place in wanted.items():
@@ -130,15 +128,6 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
     with atomic_write(output) as partial:
         save_file(taken, partial, {"fastfundus_convert": json.dumps(asdict(report))})
     return report
-
-
-def _prefix_of(tensors: dict[str, Tensor], wanted: Iterable[str]) -> str:
-    """Return the prefix of the backbone's tensors in the file."""
-    inside = without_prefix(tensors, wanted)
-    if inside is tensors:
-        return max(_PREFIXES, key=lambda start: sum(start + name in tensors for name in wanted))
-    first = next(name for name in inside if name in set(wanted))
-    return next(name.removesuffix(first) for name, value in tensors.items() if value is inside[first])
 
 
 def _found(tensors: dict[str, Tensor], prefix: str, name: str) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fastfundus.errors import CheckpointError
 
-__all__ = ["read_foreign", "resample_positions", "without_prefix"]
+__all__ = ["network_prefix", "read_foreign", "resample_positions", "without_prefix"]
 
 _NESTED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "teacher", "net",
@@ -213,15 +213,15 @@ def _preference(prefix: str) -> tuple[int, int]:
     return min(ranks, default=len(_NETWORKS)), len(parts)
 
 
-def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
-    """Remove the prefix under which a program keeps a network, such as "model." of Lightning or "net." of MONAI.
+def network_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> str:
+    """Return the prefix under which a program keeps a network, such as "model." of Lightning or "net." of MONAI.
 
     Args:
         tensors: tensors by name.
         wanted: names of the tensors of the network.
 
     Returns:
-        The tensors with that prefix, without it, if more of them are wanted than without a change; else `tensors`.
+        The prefix with which most tensors are wanted; "" if none has more than the names as they are.
     """
     names = set(wanted)
     hits: collections.Counter[str] = collections.Counter()
@@ -231,10 +231,15 @@ def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[st
             if ".".join(parts[depth:]) in names:
                 hits[".".join(parts[:depth])] += 1
     if not hits or hits[""] >= max(hits.values()):
-        return tensors
+        return ""
     best = [prefix for prefix, count in hits.items() if count == max(hits.values())]
     # Of several networks of one shape: an average, then the one that is called a model, never an auxiliary one.
-    prefix = min(best, key=_preference) + "."
+    return min(best, key=_preference) + "."
+
+
+def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of the network in a checkpoint, without their prefix; see `network_prefix`."""
+    prefix = network_prefix(tensors, wanted)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -26,6 +26,7 @@ from fastfundus.photo.decode import decode, eight_bit_rgb
 from fastfundus.photo.decode_plan import DecodePlan
 from fastfundus.photo.file import expansion_limit
 from fastfundus.photo.header import PhotoHeader, check_size, read_header
+from fastfundus.photo.inflate import inflated_length
 from fastfundus.records import PhotoFacts, Status
 
 __all__ = ["DicomPhoto", "is_dicom", "read_dicom"]
@@ -136,11 +137,8 @@ def _check_deflated(data: bytes) -> None:
         return
     # The group length of the file meta information says where the deflated dataset begins.
     start = length + 12 + int.from_bytes(data[length + 8 : length + 12], "little")
-    limit, size = expansion_limit(len(data)), 0
-    inflate, pending = zlib.decompressobj(wbits=-15), data[start:]
-    while pending and not inflate.eof and size <= limit:
-        size += len(inflate.decompress(pending, 1 << 20))
-        pending = inflate.unconsumed_tail
+    limit = expansion_limit(len(data))
+    size, _ = inflated_length([data[start:]], wbits=-zlib.MAX_WBITS, limit=limit)
     if size > limit:
         raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {limit >> 20} MiB")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.exif import read_exif
+from fastfundus.photo.inflate import inflated_length
 from fastfundus.records import Status
 
 __all__ = ["PNG_SIGNATURE", "check_png", "check_rows", "read_png_header"]
@@ -85,15 +86,10 @@ def check_rows(data: bytes) -> None:
     for x, dx, y, dy in passes:
         columns, rows = max(0, -(-(width - x) // dx)), max(0, -(-(height - y) // dy))
         needed += rows * (1 + (columns * channels * bits + 7) // 8) if columns else 0
-    inflate, length = zlib.decompressobj(), 0
-    for kind, start, end in _chunks(data):
-        pending = data[start:end] if kind == b"IDAT" else b""
-        try:
-            while pending and not inflate.eof:
-                length += len(inflate.decompress(pending, 1 << 20))
-                pending = inflate.unconsumed_tail
-        except zlib.error:
-            raise PhotoError(Status.UNREADABLE, "the image is damaged (its compressed data); copy it again") from None
+    try:
+        length, _ = inflated_length(data[start:end] for kind, start, end in _chunks(data) if kind == b"IDAT")
+    except zlib.error:
+        raise PhotoError(Status.UNREADABLE, "the image is damaged (its compressed data); copy it again") from None
     if length < needed:
         raise PhotoError(Status.UNREADABLE, "the image is incomplete (rows are missing); copy it again")
 
@@ -113,19 +109,12 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _whole_up_to_end(data: bytes) -> bytes | None:
     """Return the data with an end marker if all pixels are there, else None."""
-    inflate = zlib.decompressobj()
-    last = 0
-    for kind, start, end in _chunks(data):
-        if kind == b"IDAT":
-            try:
-                pending = data[start:end]
-                while pending and not inflate.eof:
-                    # In pieces, so that a small file cannot demand a large buffer.
-                    inflate.decompress(pending, 1 << 20)
-                    pending = inflate.unconsumed_tail
-            except zlib.error:
-                return None
-            last = end + 4
-    if not inflate.eof:
+    places = [(start, end) for kind, start, end in _chunks(data) if kind == b"IDAT"]
+    try:
+        _, complete = inflated_length(data[start:end] for start, end in places)
+    except zlib.error:
         return None
+    if not complete:
+        return None
+    last = places[-1][1] + 4
     return data[: min(last, len(data))].ljust(last, b"\0") + _END if last <= len(data) else None

@@ -15,6 +15,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastfundus.errors import PhotoError
+from fastfundus.photo.inflate import inflated_length
 from fastfundus.records import Status
 
 __all__ = ["TiffPage", "check_tiff", "choose_page", "is_tiff", "read_pages"]
@@ -23,7 +24,7 @@ _MAX_PAGES = 64
 _MAX_ENTRIES = 512
 _MAX_PARTS = 1_000_000
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-_SAMPLES, _EXTRA, _JPEG_TABLES, _ROWS_PER_STRIP, _PLANAR, _SUB_PAGES = 277, 338, 347, 278, 284, 330
+_SAMPLES, _ROWS_PER_STRIP, _PLANAR, _SUB_PAGES, _JPEG_TABLES = 277, 278, 284, 330, 347
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 _DEFLATE, _JPEG, _PACKBITS, _YCBCR = (8, 32946), 7, 32773, 6
 _MIN_SHARE_OF_PHOTO = 0.5
@@ -42,12 +43,10 @@ class TiffPage:
     mask: bool
     samples: int
     photometric: int
-    extra: int | None
-    """Meaning of the first extra sample: 0 unspecified, 1 premultiplied alpha, 2 alpha; None if there is none."""
     compression: int
     bits: int
     offsets: tuple[int, ...]
-    """Where each strip or tile begins; only for pages that can be the photo."""
+    """Where each strip or tile begins."""
     counts: tuple[int, ...]
     """Size of each strip or tile in bytes."""
     jpeg_tables: bytes
@@ -150,7 +149,6 @@ def _page(tags: _Tags, data: bytes, order: str) -> TiffPage:
         mask=bool(subfile & 4),
         samples=first(_SAMPLES, 1),
         photometric=first(_PHOTOMETRIC, 1),
-        extra=first(_EXTRA, 0) if _EXTRA in tags else None,
         compression=first(_COMPRESSION, 1),
         bits=first(_BITS, 1),
         offsets=values(_OFFSETS[0]) or values(_OFFSETS[1]),
@@ -229,15 +227,11 @@ def _is_whole(part: bytes, page: TiffPage, size: int) -> bool:
     if page.compression == _PACKBITS:
         return _unpacked_bits(part) == size or size == 0
     if page.compression in _DEFLATE:
-        inflate, length = zlib.decompressobj(), 0
         try:
-            pending = part
-            while pending and not inflate.eof:
-                length += len(inflate.decompress(pending, 1 << 20))
-                pending = inflate.unconsumed_tail
+            length, complete = inflated_length([part])
         except zlib.error:
             return False
-        return inflate.eof and length >= size
+        return complete and length >= size
     if page.compression == _JPEG and part[:2] == b"\xff\xd8":
         tables = page.jpeg_tables[:-2] if page.jpeg_tables[-2:] == b"\xff\xd9" else page.jpeg_tables
         try:
