@@ -221,7 +221,7 @@ def _facts(dataset: Any) -> PhotoFacts:
 def _patient(dataset: Any) -> str | None:
     """Return the patient identifier, with its issuer if there is one: two hospitals use the same numbers."""
     patient, issuer = _text(dataset, "PatientID"), _text(dataset, "IssuerOfPatientID")
-    if isinstance(_value(dataset, "PatientID"), list | tuple) or "\\" in patient:
+    if not isinstance(_value(dataset, "PatientID") or "", str):
         # Several values: nobody knows which.
         return None
     for item in _items(dataset, "IssuerOfPatientIDQualifiersSequence"):

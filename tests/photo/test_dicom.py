@@ -363,13 +363,14 @@ def test_contradictory_or_double_laterality_is_unknown(rgb: np.ndarray) -> None:
 
 
 def test_patients_have_an_issuer_and_placeholders_are_unknown(rgb: np.ndarray) -> None:
-    def patient(**elements: str) -> str | None:
+    def patient(**elements: str | list[str]) -> str | None:
         return read_dicom(dicom(rgb.tobytes(), **elements)).facts.patient
 
     assert patient(IssuerOfPatientID="North Hospital") == "North Hospital/P-007"
     for text in ("ANONYMIZED", "0", "000000", "Unknown", "", "anonymous^patient", "Anonymous^1", "Unknown Patient"):
         assert patient(PatientID=text) is None
     assert patient(PatientID="ANON0017") == "ANON0017"
+    assert patient(PatientID=["P-007", "P-008"]) is None
 
 
 @pytest.mark.parametrize(
