@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastfundus.photo.ellipse import Oval, agreement, explained, fit_circle, fit_oval, outline
 from fastfundus.records import FieldCircle
 
-__all__ = ["Field", "brightest", "count_fields", "find_field", "without_margin"]
+__all__ = ["Field", "brightest", "count_fields", "find_field", "lit_parts", "without_margin"]
 
 _ROUND = 0.80
 """Share of the visible edge that must agree with a circle for it to be accepted as the field."""
@@ -93,18 +93,20 @@ def brightest(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return cv2.max(cv2.max(red, green), blue)
 
 
-def find_field(small: NDArray[np.uint8]) -> Field | None:
+def find_field(small: NDArray[np.uint8], parts: list[NDArray[np.int32]] | None = None) -> Field | None:
     """Find the retinal field.
 
     Args:
         small: uint8 [h, w, 3] RGB from `shrink`, without a margin.
+        parts: its `lit_parts`; None finds them.
 
     Returns:
         The field, or None if there is no dark frame, as in an image cropped inside the field.
     """
-    part = _largest_part(cv2.medianBlur(brightest(small), 3))
-    if part is None:
+    parts = lit_parts(small) if parts is None else parts
+    if not parts:
         return None
+    part = max(parts, key=cv2.contourArea)
     mask = np.zeros(small.shape[:2], np.uint8)
     # Fill the contour: a dark fovea or lesion is not a hole in the field.
     cv2.drawContours(mask, [part], -1, 255, cv2.FILLED)
@@ -129,7 +131,7 @@ def find_field(small: NDArray[np.uint8]) -> Field | None:
     return Field(FieldCircle(circle.x, circle.y, circle.half_width, confidence), mask, "round", circle)
 
 
-def count_fields(small: NDArray[np.uint8]) -> int:
+def count_fields(small: NDArray[np.uint8], parts: list[NDArray[np.int32]] | None = None) -> int:
     """Count the retinal fields in a picture, which may show both eyes or one eye twice.
 
     Fields are round lit regions of similar size. A lit region that is about twice as long as wide is two fields that
@@ -137,14 +139,15 @@ def count_fields(small: NDArray[np.uint8]) -> int:
 
     Args:
         small: uint8 [h, w, 3] RGB from `shrink`, without a margin.
+        parts: its `lit_parts`; None finds them.
 
     Returns:
         The number of fields: 0 or 1 unless several are seen.
     """
-    tiles = _count_tiles(small)
+    parts = lit_parts(small) if parts is None else parts
+    tiles = _count_tiles(small, parts)
     if tiles > 1:
         return tiles
-    parts = _lit_parts(cv2.medianBlur(brightest(small), 3))
     if not parts:
         return 0
     areas = [cv2.contourArea(part) for part in parts]
@@ -157,7 +160,7 @@ def count_fields(small: NDArray[np.uint8]) -> int:
     return 2 if _is_two_that_touch(large[0], small.shape) else 1
 
 
-def _count_tiles(small: NDArray[np.uint8]) -> int:
+def _count_tiles(small: NDArray[np.uint8], parts: list[NDArray[np.int32]]) -> int:
     """Return the number of equal tiles of a long picture that each show a field in their middle, or 1."""
     height, width = small.shape[:2]
     across, aspect = width > height, max(width, height) / min(width, height)
@@ -172,7 +175,7 @@ def _count_tiles(small: NDArray[np.uint8]) -> int:
         tiles = [small[:, at : at + side] if across else small[at : at + side] for at in starts]
         if all(_shows_field(np.ascontiguousarray(tile)) for tile in tiles):
             return count
-    found = find_field(small)
+    found = find_field(small, parts)
     # No camera has so long a frame: several photos without their frames.
     alone = found is not None and found.shape == "round" and found.circle.confidence >= _ROUND
     return 1 if aspect < _TOO_LONG or alone else max(2, round(aspect))
@@ -233,17 +236,15 @@ def without_margin(small: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return filled
 
 
-def _largest_part(value: NDArray[np.uint8]) -> NDArray[np.int32] | None:
-    """Return the contour of the largest connected region brighter than the frame, as OpenCV gives it, or None."""
-    parts = _lit_parts(value)
-    return max(parts, key=cv2.contourArea) if parts else None
-
-
-def _lit_parts(value: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
-    """Return the contours of the connected regions brighter than the frame.
+def lit_parts(small: NDArray[np.uint8]) -> list[NDArray[np.int32]]:
+    """Return the contours, as OpenCV gives them, of the connected regions of a picture brighter than its frame.
 
     The threshold is about a tenth of the way from the darkest parts to the bright ones.
+
+    Args:
+        small: uint8 [h, w, 3] RGB from `shrink`, without a margin.
     """
+    value = cv2.medianBlur(brightest(small), 3)
     counts = cv2.calcHist([value], [0], None, [256], [0, 256]).ravel().cumsum()
     low, high = np.searchsorted(counts, (0.02 * value.size, 0.90 * value.size)).tolist()
     _, lit = cv2.threshold(value, low + max(5.0, 0.11 * (high - low)), 255, cv2.THRESH_BINARY)

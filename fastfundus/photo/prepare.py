@@ -16,7 +16,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo.decode import decode_with_room
 from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.dicom import DicomPhoto, is_dicom, read_dicom
-from fastfundus.photo.field import Field, brightest, count_fields, find_field, without_margin
+from fastfundus.photo.field import Field, brightest, count_fields, find_field, lit_parts, without_margin
 from fastfundus.photo.file import read_photo
 from fastfundus.photo.fundus_check import judge_kind
 from fastfundus.photo.header import PhotoHeader, read_header
@@ -183,9 +183,10 @@ def look_at(whole: NDArray[np.uint8], shape: tuple[int, ...]) -> tuple[NDArray[n
     if max(height, width) > _LONGEST_ASPECT * min(height, width):
         raise PhotoError(Status.NOT_FUNDUS, f"a strip of {width}x{height} pixels is not a fundus photograph")
     small = without_margin(whole)
-    found = find_field(small)
+    parts = lit_parts(small)
+    found = find_field(small, parts)
     judge_kind(small, found)
-    fields = count_fields(small)
+    fields = count_fields(small, parts)
     if fields > 1:
         raise PhotoError(
             Status.UNSUPPORTED, f"{fields} retinal fields in one picture; export one photo of one eye per file"
