@@ -103,13 +103,21 @@ class PreprocessSpec:
         """The same preprocessing up to, but without, normalisation: mean and std have their defaults."""
         return replace(self, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
-    def require_same(self, other: PreprocessSpec, *, mine: str, theirs: str) -> None:
+    def require_same(
+        self,
+        other: PreprocessSpec,
+        *,
+        mine: str,
+        theirs: str,
+        advice: str = "prepare the photos again with the settings of the model",
+    ) -> None:
         """Raise an error if the pixels of two parts were prepared differently; normalisation may differ.
 
         Args:
             other: spec of the other part.
             mine: description of the part that this spec belongs to, such as "the cache odir/".
             theirs: description of the part that `other` belongs to.
+            advice: next step of the user.
 
         Raises:
             SpecMismatch: the pixels differ; the message lists the fields that differ.
@@ -118,7 +126,4 @@ class PreprocessSpec:
             return
         here, there = self.to_pixels_dict(), other.to_pixels_dict()
         different = ", ".join(f"{key} {here[key]} / {there[key]}" for key in here if here[key] != there[key])
-        raise SpecMismatch(
-            f"{mine} and {theirs} were preprocessed differently ({different}); "
-            "prepare the photos again with the settings of the model"
-        )
+        raise SpecMismatch(f"{mine} and {theirs} preprocess differently ({different}); {advice}")

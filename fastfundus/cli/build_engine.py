@@ -78,8 +78,11 @@ def build_engine(
     if backend != "tensorrt" and (max_batch or portable or weightless):
         raise click.UsageError("--max-batch, --portable and --weightless are for --backend tensorrt")
     require("torch", extra="train")
-    from fastfundus.cli.console import progress_bar
+    from fastfundus.cli.console import progress_bar, remark
     from fastfundus.workflow.build_engine import build_engine as build
+
+    if (output / "bundle.json").is_file() or output.is_file():
+        remark(f"{output}: holds a bundle, which the new one replaces once it has passed the gate")
 
     options: dict[str, Any] = {}
     # Only one bar can be drawn at a time, and the quantisers of the other backends draw their own.

@@ -28,7 +28,7 @@ def doctor(as_json: bool) -> None:
     if found["engine"]["precision"]:
         click.echo(f"engines run in {found['engine']['precision']} here")
     if found["training_precision"]:
-        click.echo(f"training runs in {found['training_precision']} here")
+        click.echo(f"training: {found['training_precision']}")
     if found["sampling_on_cpu"]:
         click.echo(f"sampling of photos on the CPU: {found['sampling_on_cpu']}")
     for name, part in found["parts"].items():

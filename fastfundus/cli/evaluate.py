@@ -66,6 +66,8 @@ def evaluate(
     from fastfundus.cli.training_progress import metrics_lines
     from fastfundus.workflow.evaluate import evaluate as evaluate_run
 
+    if (output / "metrics.json").is_file():
+        remark(f"{output}: holds an evaluation, which the new one replaces")
     measured, document = evaluate_run(run, cache, output, rules=rules, by=by, against=against, prevalence=prevalence)
     if as_json:
         click.echo(json.dumps(document))

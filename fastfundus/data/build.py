@@ -294,7 +294,12 @@ def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCa
     if not (output / "spec.json").is_file():
         return None
     cache = PhotoCache.open(output)
-    cache.spec.require_same(spec, mine=f"the cache {output}", theirs="this command")
+    cache.spec.require_same(
+        spec,
+        mine=f"the cache {output}",
+        theirs="this command",
+        advice="use the options that the cache was prepared with, or choose another --output",
+    )
     if cache.salted != salted:
         raise DataError("was prepared with a different patient salt or none; use the same salt or another --output")
     return cache

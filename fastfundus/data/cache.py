@@ -103,9 +103,10 @@ class PhotoCache:
             hint = (
                 "its preparation was interrupted: run the same prepare command again"
                 if unfinished
-                else "run fastfundus prepare"
+                else "write one with fastfundus prepare PHOTOS --output CACHE"
             )
-            raise DataError(f"is not a photo cache; {hint}", path=path)
+            what = "is not a photo cache" if path.exists() else "does not exist"
+            raise DataError(f"{what}; {hint}", path=path)
         metadata = json.loads((path / "spec.json").read_text())
         if metadata.get("schema") != SCHEMA:
             raise DataError(

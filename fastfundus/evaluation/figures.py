@@ -70,8 +70,12 @@ def roc_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
 
 
 def decision_curves(table: pl.DataFrame, outputs: Sequence[str]) -> str:
-    """Draw net benefit over the threshold probability, one plot per output; return SVG."""
-    grid, shown = np.linspace(0.01, 0.99, 99), outputs[:_MAX_PLOTS]
+    """Draw net benefit over the threshold probability, one plot per output; return SVG.
+
+    Outputs without positives have no net benefit and are left out, unless that would leave nothing.
+    """
+    positive = [name for name in outputs if table[f"label_{name}"].sum() > 0] or list(outputs)
+    grid, shown = np.linspace(0.01, 0.99, 99), positive[:_MAX_PLOTS]
 
     def draw(plots: Sequence[Any]) -> None:
         for axes, ink, name in zip(plots, INK, shown, strict=False):

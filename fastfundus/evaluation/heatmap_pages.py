@@ -48,10 +48,11 @@ def explain_photos(
         run: the run.
         explainer: its explainer.
         photos: the photos.
-        output: an existing folder.
+        output: folder of the page, created if need be.
         name: output to explain.
         on_photo: called with the number of photos explained and their total.
     """
+    output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     shown: list[Shown] = []
     for number, source in enumerate(photos):
@@ -119,7 +120,7 @@ def explain_cache(run: Run, explainer: Explainer, cache: PhotoCache, output: Pat
         run: the run.
         explainer: its explainer.
         cache: photos with labels; those the run has not learned from are used.
-        output: an existing folder.
+        output: folder of the page, created if need be.
         name: output to explain.
         max_photos: maximum number of photos per outcome.
     """
@@ -148,6 +149,7 @@ def explain_cache(run: Run, explainer: Explainer, cache: PhotoCache, output: Pat
             f"deletion {text['deletion']} (random order {text['random_deletion']}; lower is better), insertion "
             f"{text['insertion']} (random order {text['random_insertion']}; higher is better)."
         ]
+    output.mkdir(parents=True, exist_ok=True)
     (output / "faithfulness.json").write_text(json.dumps(document, indent=1) + "\n")
     write_sheet(output / "explain.html", f"Where the network looks: {name}", facts, groups)
     return output / "explain.html"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
@@ -28,7 +29,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
 
     Args:
         run: a run with operating_point.json and predictions.parquet.
-        cache: the run's own cache, for pictures of the largest errors.
+        cache: the run's own cache, for pictures of wrong decisions.
     """
     document = read_operating_point(run)
     table = pl.read_parquet(run.path / "predictions.parquet")
@@ -48,7 +49,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
         counts=side_counts(pl.read_parquet(run.path / "splits.parquet")["split"]).items(),
-        worst=_worst(test, run.labels, cache, vessels),
+        worst=_worst(test, document["labels"], cache, vessels),
         vessels=vessels,
         text=interval_text,
     )
@@ -87,21 +88,32 @@ def _curves(history: pl.DataFrame, run: Run) -> str:
     return as_svg(draw, columns=2, height_in=2.9)
 
 
-def _worst(test: pl.DataFrame, outputs: Sequence[str], cache: PhotoCache, vessels: bool) -> list[dict[str, str]]:
-    """Return the test photos with the largest errors."""
+def _worst(
+    test: pl.DataFrame, points: dict[str, dict[str, Any]], cache: PhotoCache, vessels: bool
+) -> list[dict[str, str]]:
+    """Return the test photos with the lowest Dice, or the wrong decisions farthest from the threshold."""
     if vessels:
         shown = [
             (row["path"], f"Dice {row['dice']:.3f}") for row in test.sort("dice").head(_WORST).iter_rows(named=True)
         ]
     else:
-        errors = np.stack(
-            [(test[f"p_{name}"] - test[f"label_{name}"]).abs().fill_null(0).to_numpy() for name in outputs], axis=1
-        )
+        outputs = list(points)
+        errors = np.stack([_error(test, name, points[name]["threshold"]) for name in outputs], axis=1)
         shown = []
         for place in np.argsort(-errors.max(axis=1), kind="stable")[:_WORST].tolist():
+            if not errors[place].any():
+                break
             name = outputs[int(errors[place].argmax())]
             row = test.row(place, named=True)
             said = "yes" if row[f"label_{name}"] else "no"
             shown.append((row["path"], f"{name}: {said}; p = {row[f'p_{name}']:.3f}"))
     rows = {path: number for number, path in enumerate(cache.manifest["path"].to_list())}
     return [{"path": path, "said": said, "picture": thumbnail(cache.photos[rows[path]])} for path, said in shown]
+
+
+def _error(test: pl.DataFrame, name: str, threshold: float) -> NDArray[np.float64]:
+    """Return how far each probability is from its label, 0 where the decision is right or the label unknown."""
+    probability, label = pl.col(f"p_{name}"), pl.col(f"label_{name}")
+    wrong = (probability >= threshold) != (label > 0.5)
+    error = pl.when(wrong).then((probability - label).abs()).otherwise(0.0)
+    return test.select(error.cast(pl.Float64).fill_null(0.0)).to_series().to_numpy()

@@ -16,6 +16,8 @@ _PARTS = {
     "training": (["torch", "torchvision", "timm", "scikit-learn"], "pip install 'fastfundus[train]'"),
     "building engines": (["onnx", "onnxruntime", "nncf"], "pip install 'fastfundus[train]'"),
     "Triton kernels": (["triton"], "pip install 'fastfundus[train]' on Linux x86-64"),
+    "HEIC photos of phones": (["pillow-heif"], "pip install 'fastfundus[phone]'"),
+    "server": (["fastapi", "uvicorn"], "pip install 'fastfundus[serve]'"),
     "DALI": (["nvidia-dali-cuda130"], "pip install 'fastfundus[dali]'"),
     "TensorRT": (["tensorrt", "pycuda"], "pip install 'fastfundus[tensorrt]'"),
     "fleet": (["ray"], "pip install 'fastfundus[fleet]'"),

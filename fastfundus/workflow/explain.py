@@ -58,7 +58,6 @@ def explain(
         raise ConfigError(f"--label {name!r} is not an output of the run{close_matches(name, opened.labels)}")
     paths, folder = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)], Path(output)
     explainer = Explainer(opened, method)
-    folder.mkdir(parents=True, exist_ok=True)
     if len(paths) == 1 and (paths[0] / "manifest.parquet").is_file():
         return explain_cache(opened, explainer, PhotoCache.open(paths[0]), folder, name, max_photos)
     listing = list_photos(paths, adapter="folder")

@@ -47,6 +47,7 @@ def test_info(folder: Path) -> None:
     assert metadata["labels"]["abnormal"]["distinct"] == 2
     assert metadata["patients_unknown"] == 3
     assert "not a photo cache" in run("cache", "info", folder.parent).stderr
+    assert "nowhere: does not exist" in run("cache", "info", folder.parent / "nowhere").stderr
 
 
 def test_verify(folder: Path, tmp_path: Path) -> None:

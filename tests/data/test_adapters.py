@@ -434,7 +434,7 @@ def test_wrong_names_and_places(tmp_path: Path) -> None:
     tree(tmp_path, ["a.jpg"])
     with pytest.raises(ConfigError, match="adapter 'drives' is unknown; did you mean 'drive'"):
         list_photos(tmp_path, adapter="drives")
-    with pytest.raises(DataError, match="no photo matches the layout of DRIVE"):
+    with pytest.raises(DataError, match="no photo lies where DRIVE keeps its photos"):
         list_photos(tmp_path, adapter="drive")
     with pytest.raises(DataError, match="reads a single folder with its own label files"):
         list_photos([tmp_path / "a.jpg"], adapter="drive")

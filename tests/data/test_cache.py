@@ -473,7 +473,7 @@ def test_what_does_not_fit_is_refused(broken_photos: Path, tmp_path: Path) -> No
         build_cache(listing.photos, output, PreprocessSpec(size=64), source=listing.root)
     with pytest.raises(DataError, match="is not a photo cache; choose another"):
         build_cache(listing.photos, broken_photos, SPEC, source=listing.root)
-    with pytest.raises(DataError, match="run fastfundus prepare"):
+    with pytest.raises(DataError, match="does not exist; write one with fastfundus prepare"):
         PhotoCache.open(tmp_path / "nowhere")
 
     metadata = json.loads((output / "spec.json").read_text())

@@ -228,3 +228,6 @@ def test_a_cache_gets_sheets_by_outcome(trained: Trained, cache: PhotoCache, tmp
     assert set(recorded) in ({"deletion", "insertion", "random_deletion", "random_insertion"}, set())
     refused = run("explain", trained.run, cache.path, "--output", tmp_path, "--label", "abnormall")
     assert "'abnormall' is not an output of the run; did you mean 'abnormal'?" in refused.output
+    (tmp_path / "empty").mkdir()
+    assert run("explain", trained.run, tmp_path / "empty", "--output", tmp_path / "failed").exit_code == 1
+    assert not (tmp_path / "failed").exists()

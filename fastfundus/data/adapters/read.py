@@ -55,7 +55,9 @@ def list_with_adapter(root: Path, paths: Sequence[str], adapter: Adapter) -> tup
     found = {path: match for path, match in found.items() if Path(path).suffix.lower() in (*PHOTO_SUFFIXES, ".gz")}
     if not found:
         raise DataError(
-            f"no photo matches the layout of {adapter.title} ({'; '.join(adapter.photos)}); see --adapter", path=root
+            f"no photo lies where {adapter.title} keeps its photos; give the folder as it was unpacked, or use "
+            "--adapter folder to read it as an ordinary folder",
+            path=root,
         )
     notes = [f"{adapter.title}: {len(found)} photos"]
     rows = _read_tables(root, paths, adapter, notes)
