@@ -97,7 +97,10 @@ def test_errors_are_one_line_and_exit_1(trained: Trained, broken_photos: Path, t
     cases: list[tuple[tuple[object, ...], str]] = [
         (("prepare", tmp_path / "gone", "--output", tmp_path / "c"), "does not exist"),
         (("prepare", broken_photos, "--output", tmp_path / "c", "--size", 5), "spec.size must be 32"),
-        (("train", broken_photos, "--output", tmp_path / "r"), "is not a photo cache; write one with fastfundus prepare"),
+        (
+            ("train", broken_photos, "--output", tmp_path / "r"),
+            "is not a photo cache; write one with fastfundus prepare",
+        ),
         (("build-engine", tmp_path, "--output", tmp_path / "b"), "run fastfundus train first"),
         (("screen", tmp_path, broken_photos, "--output", tmp_path / "o"), "not an engine bundle"),
         (("screen", trained.bundle.path, tmp_path / "gone", "--output", tmp_path / "o"), "does not exist"),
