@@ -4,6 +4,7 @@
     ├── ConfigError           a setting, flag or TOML key is invalid
     ├── DataError             a label file, manifest or cache is invalid; carries path and row
     ├── PhotoError            a photo cannot be used; carries a `Status` and becomes a result row
+    │   └── TransientError    the photo is not the cause: storage, memory or a killed process; try again
     ├── CheckpointError       weights or a run folder cannot be used
     ├── SpecMismatch          two parts were made with different preprocessing
     ├── BundleError           an engine bundle is damaged, too new, or for another machine
@@ -34,6 +35,7 @@ __all__ = [
     "MissingDependency",
     "PhotoError",
     "SpecMismatch",
+    "TransientError",
     "close_matches",
     "require",
 ]
@@ -73,6 +75,17 @@ class PhotoError(FastFundusError):
     def __init__(self, status: Status, reason: str) -> None:
         self.status, self.reason = status, reason
         super().__init__(reason)
+
+
+class TransientError(PhotoError):
+    """A photo could not be read or decoded now, and is not the cause. No verdict on the photo may follow from it.
+
+    Args:
+        reason: explanation, without the path.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(Status.FAILED, reason)
 
 
 class CheckpointError(FastFundusError):

@@ -74,7 +74,8 @@ class Status(StrEnum):
     """Passes as a fundus photograph, but is unlike those that the model learned from: no decision. Occurs only when
     screening."""
     FAILED = "failed"
-    """Valid, but the engine failed on it, also on its own: screen it again. Occurs only when screening."""
+    """Storage, memory or the engine failed, also at a second attempt, so nothing is known of the photo. A run with such
+    photos does not count as finished: resume it. Occurs only when screening."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing results.")
 @click.option(
+    "--accept-failed", is_flag=True,
+    help="Finish although photos failed because of storage, memory or the engine, or folders could not be listed.",
+)  # fmt: skip
+@click.option(
     "--backend",
     type=click.Choice(["openvino", "onnxruntime"]),
     help="Run the bundle's graph in float32 on this runtime, instead of the verified engine.",
@@ -58,6 +62,7 @@ def screen(
     output: Path,
     resume: bool,
     overwrite: bool,
+    accept_failed: bool,
     backend: str | None,
     abstain: float,
     least_images: int,
@@ -70,8 +75,9 @@ def screen(
     r"""Screen photos with BUNDLE; write exactly one row per input, and a report.
 
     SOURCES are folders, photos, lists or tables that name photos. An input that cannot be screened gets a row with the
-    reason. After an interruption or a crash, repeat the command with --resume. Exits with 0 only if every input could
-    be listed and no photo failed in the engine. For research use only.
+    reason. After an interruption or a crash, repeat the command with --resume. Likewise if storage, memory or the
+    engine failed: such photos get no verdict, and the run is not finished before they are screened or accepted as
+    failed. For research use only.
 
     \b
     Example:
@@ -79,7 +85,7 @@ def screen(
       fastfundus screen bundle/ photos/ --output results/ --resume
       fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --min-images 2 --both-eyes
     """
-    from fastfundus.cli.console import quiet_decoders, remarks, screening_progress
+    from fastfundus.cli.console import quiet_decoders, remark, remarks, screening_progress
     from fastfundus.screening.policy import ScreenPolicy
     from fastfundus.workflow.screen import screen_sources
 
@@ -94,6 +100,7 @@ def screen(
                 policy=policy,
                 resume=resume,
                 overwrite=overwrite,
+                accept_failed=accept_failed,
                 backend=backend,
                 decode=decode,  # type: ignore[arg-type]
                 ray=ray,
@@ -106,12 +113,9 @@ def screen(
             ) from None
     remarks(run.notes)
     _summarise(run, listing, as_json)
-    faults = [*(["some inputs could not be listed:"] if listing.lost else []), *listing.lost]
     failed = int((run.results["status"] == "failed").sum())
-    if failed:
-        faults.append(f"{failed} photos failed in the engine and have no decision, see results.csv; screen them again")
-    if faults:
-        raise click.ClickException("\n".join(faults))
+    if failed or listing.lost:
+        remark(f"accepted: {failed} photos failed and have no decision, {len(listing.lost)} could not be listed")
 
 
 def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from fastfundus.dali.decode import DaliDecoder
-from fastfundus.errors import PhotoError
+from fastfundus.errors import PhotoError, TransientError
 from fastfundus.kernels.ops import sample_ragged
 from fastfundus.machine import usable_cores
 from fastfundus.photo.decode_plan import DecodePlan, plan_decode
 from fastfundus.photo.field import Field
 from fastfundus.photo.header import PhotoHeader
+from fastfundus.photo.isolation import prepare_isolated
 from fastfundus.photo.prepare import (
     PreparedPhoto,
     crop_window,
@@ -27,7 +28,6 @@ from fastfundus.photo.prepare import (
     look_at,
     min_side,
     plan_for_crop,
-    prepare_bytes,
     round_mask,
 )
 from fastfundus.photo.quality import QUALITY_PX
@@ -95,7 +95,10 @@ class DaliPreparer:
                 data, _ = files[n]
                 if isinstance(data, PhotoError):
                     return PreparedPhoto(data.status, data.reason)
-                return done.get(n) or prepare_bytes(data, self.spec)
+                try:
+                    return done.get(n) or prepare_isolated(data, self.spec)
+                except TransientError as error:
+                    return PreparedPhoto(error.status, error.reason)
 
             images = {positions[place]: image for place, image in on_device.items()}
             return list(pool.map(finished, range(len(paths)))), images

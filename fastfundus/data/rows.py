@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.errors import PhotoError, TransientError
+from fastfundus.photo.file import read_patiently
+from fastfundus.photo.isolation import prepare_isolated
 from fastfundus.photo.perceptual_hash import perceptual_hash
-from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
+from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import PhotoFacts, SourcePhoto, Status, identity
 from fastfundus.spec import PreprocessSpec
 
@@ -37,19 +40,33 @@ def prepare_rows(
         photos: the inputs.
         spec: preprocessing applied to each photo.
         salt: key for hashing patient identifiers; None keeps them unchanged.
-        prepare: prepares all files at once; None prepares them one by one on the CPU.
+        prepare: prepares all files at once; None prepares them one by one on the CPU, in a process of its own.
+
+    Raises:
+        TransientError: a photo cannot be read or decoded for a reason that is not its own.
     """
     # Taken before the files are read, so that a file modified during preparation is later detected as changed.
     stamps = [file_stamp(photo.path) for photo in photos]
     paths = [photo.path for photo in photos if photo.issue is None]
-    results = iter(prepare(paths) if prepare else [prepare_photo(path, spec) for path in paths])
+    results = iter(prepare(paths) if prepare else [_prepare_file(path, spec) for path in paths])
     return [
         _row(photo, next(results) if photo.issue is None else PreparedPhoto(Status.UNREADABLE, photo.issue), when, salt)
         for photo, when in zip(photos, stamps, strict=True)
     ]
 
 
+def _prepare_file(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
+    try:
+        return prepare_isolated(read_patiently(path), spec)
+    except PhotoError as error:
+        return PreparedPhoto(error.status, error.reason)
+
+
 def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], salt: bytes | None) -> Row:
+    if result.status is Status.FAILED:
+        raise TransientError(
+            f"{photo.path}: {result.reason}; once that is mended, run the same command again to continue"
+        )
     circle, image, facts = result.field, result.image, result.facts
     if salt is not None and facts.patient is not None:
         facts = replace(facts, patient=hashed_patient(facts.patient, salt))

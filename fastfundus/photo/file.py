@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastfundus.errors import PhotoError
+from fastfundus.errors import PhotoError, TransientError
 from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
-__all__ = ["expansion_limit", "read_photo", "unpacked"]
+__all__ = ["PAUSES_S", "expansion_limit", "read_patiently", "read_photo", "unpacked"]
 
+PAUSES_S = (0.5, 2.0, 5.0)
+"""Pauses in seconds before reading a file again when the storage has failed."""
+_OF_THE_PATH = {errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EOPNOTSUPP}
+"""Errors that say something about the path. All others say something about the storage or this machine."""
 _ALWAYS_ALLOWED = 64 << 20
 _MAX_RATIO = 20
 
@@ -21,6 +28,7 @@ def read_photo(path: Path) -> bytes:
     """Read a file, decompressing it if it is gzipped.
 
     Raises:
+        TransientError: The storage or this machine failed, or the folder of the file has vanished.
         PhotoError: The path is missing, not a regular file, too large, or not readable.
     """
     try:
@@ -35,14 +43,47 @@ def read_photo(path: Path) -> bytes:
     except IsADirectoryError:
         raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
     except FileNotFoundError:
+        if not _holds_anything(path.parent):
+            raise TransientError("its folder is gone or empty; is the storage still mounted?") from None
         raise PhotoError(Status.UNREADABLE, "file not found; check the path") from None
     except PermissionError:
         raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
-    except (OSError, ValueError) as error:
-        # ValueError: a null byte in the path.
-        text = getattr(error, "strerror", None) or error
-        raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
+    except ValueError as error:
+        # A null byte in the path.
+        raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({error})") from None
+    except MemoryError:
+        raise TransientError("there is not enough memory to read it") from None
+    except OSError as error:
+        text = error.strerror or error
+        if error.errno in _OF_THE_PATH:
+            raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
+        raise TransientError(f"the storage failed ({text})") from None
     return unpacked(data)
+
+
+def read_patiently(
+    path: Path, *, pauses_s: Sequence[float] = PAUSES_S, wait: Callable[[float], object] = time.sleep
+) -> bytes:
+    """Read a file as `read_photo` does, and again after each of some pauses while the storage fails.
+
+    Raises:
+        PhotoError: See `read_photo`.
+    """
+    for pause in pauses_s:
+        try:
+            return read_photo(path)
+        except TransientError:
+            wait(pause)
+    return read_photo(path)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Return whether a folder exists and has entries: that of a share that is no longer mounted has none."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def expansion_limit(size: int) -> int:

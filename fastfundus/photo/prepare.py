@@ -79,7 +79,8 @@ class PreparedPhoto:
 def prepare_photo(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
     """Read, decode, crop and resize one photo.
 
-    Never raises for unreadable files or unexpected content; the result contains the status and reason instead.
+    Never raises for unreadable files or unexpected content; the result contains the status and reason instead: `failed`
+    if the storage is the cause.
 
     Args:
         path: An image in one of `header.FORMATS`, or a DICOM file.

@@ -14,8 +14,10 @@ import io
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +121,38 @@ class Store:
         self._blocks = output / "progress" / "blocks"
         if self.finished:
             return
-        inputs = output / "progress" / "inputs.parquet"
         self.photos = listing.photos
-        """The inputs, in the order of the results."""
-        if earlier is not None and resume and inputs.is_file():
-            self.photos = _unpack(inputs)
-        else:
-            self._blocks.mkdir(parents=True, exist_ok=True)
-            _put(inputs, _pack(listing.photos))
+        """The inputs, in the order of the results: photos of folders that only a resumed run could list come last."""
+        if earlier is None or not resume or overwrite:
             self._note(None)
+        self._list_inputs(listing)
+
+    def _list_inputs(self, listing: SourceList) -> None:
+        """Store the inputs, or take those that an earlier session stored and add what it could not list."""
+        folder = self.output / "progress"
+        self._blocks.mkdir(parents=True, exist_ok=True)
+        inputs, state = folder / "inputs.parquet", folder / "listing.json"
+        if not state.is_file():
+            _put(inputs, parquet_bytes(_pack(listing.photos)))
+            self._segments = [len(listing.photos)]
+        else:
+            noted = json.loads(state.read_text(encoding="utf-8"))
+            table = pl.read_parquet(inputs)
+            # After a crash between the two files, `state` does not know the last photos of the table yet.
+            self._segments = [*noted["segments"], *([rest] if (rest := len(table) - sum(noted["segments"])) else [])]
+            self.photos = _unpack(table)
+            known = {photo.path for photo in self.photos}
+            found = [photo for photo in listing.photos if photo.path not in known] if noted["lost"] else []
+            if found:
+                _put(inputs, parquet_bytes(pl.concat([table, _pack(found)])))
+                self.photos += found
+                self._segments.append(len(found))
+        text = json.dumps({"segments": self._segments, "lost": listing.lost})
+        _put(state, text.encode())
+        ends = list(accumulate(self._segments, initial=0))
+        self._starts = [
+            start for first, end in pairwise(ends) for start in range(first, end, BLOCK)
+        ]  # fmt: skip
 
     def _earlier(self) -> dict[str, Any] | None:
         path = self.output / "run.json"
@@ -172,11 +197,25 @@ class Store:
     @property
     def blocks(self) -> int:
         """Number of blocks of inputs."""
-        return -(-len(self.photos) // BLOCK)
+        return len(self._starts)
+
+    def start_of(self, block: int) -> int:
+        """Return the position of the first input of a block."""
+        return self._starts[block]
+
+    def block_at(self, position: int) -> int:
+        """Return the block that contains the input at a position."""
+        return bisect_right(self._starts, position) - 1
+
+    def listings_of(self, blocks: Iterable[int]) -> list[list[int]]:
+        """Divide blocks, in order, by the listing that their inputs come from: only its last block may be short."""
+        ends = list(accumulate(self._segments))
+        return [list(group) for _, group in groupby(blocks, lambda block: bisect_right(ends, self._starts[block]))]
 
     def inputs_of(self, block: int) -> list[SourcePhoto]:
         """Return the inputs of a block."""
-        return self.photos[block * BLOCK : (block + 1) * BLOCK]
+        end = self._starts[block + 1] if block + 1 < len(self._starts) else len(self.photos)
+        return self.photos[self._starts[block] : end]
 
     def has(self, block: int) -> bool:
         """Return whether the rows of a block are stored."""
@@ -237,16 +276,16 @@ def parquet_bytes(table: pl.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _pack(photos: list[SourcePhoto]) -> bytes:
+def _pack(photos: list[SourcePhoto]) -> pl.DataFrame:
     # Build columns: row dictionaries of a million inputs would temporarily take a gigabyte.
     columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _SOURCE}
     # File names are bytes and not necessarily UTF-8.
     columns["path"] = [os.fsencode(photo.path) for photo in photos]
     stamps = [input_stamp(photo.path) for photo in photos]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
-    return parquet_bytes(pl.DataFrame(columns, schema=_INPUTS))
+    return pl.DataFrame(columns, schema=_INPUTS)
 
 
-def _unpack(path: Path) -> list[SourcePhoto]:
-    rows = pl.read_parquet(path, columns=[*_SOURCE, "path"]).iter_rows(named=True)
+def _unpack(table: pl.DataFrame) -> list[SourcePhoto]:
+    rows = table.select(*_SOURCE, "path").iter_rows(named=True)
     return [SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}) for row in rows]

@@ -45,7 +45,8 @@ class ScreenedPhoto:
     source: SourcePhoto
     prepared: PreparedPhoto
     status: Status
-    """The status from preparation, `unfamiliar` by the engine's guard, or `failed` if it could not score the photo."""
+    """The status from preparation, `unfamiliar` by the engine's guard, or `failed` if the engine could not score the
+    photo."""
     reason: str
     answer: NDArray[np.float32] | None
     """Probabilities [L] or maps [L, S, S], by label of the bundle; None unless the status is `ok`."""
@@ -118,11 +119,11 @@ def screen_photos(
         policy: the decision policy; None uses the default policy.
         engine: the bundle's engine, already loaded; it is left open. None loads it.
         batch_size: photos per engine call.
-        hang_s: timeout in seconds after which reading or decoding a photo is abandoned.
+        hang_s: seconds after which reading a photo is abandoned, and CPU time that decoding it may take.
 
     Raises:
         BundleError: the engine fails on every photo.
-        FastFundusError: the storage hangs.
+        FastFundusError: the storage does not respond.
     """
     policy = policy or ScreenPolicy()
     keep_memory()

@@ -16,14 +16,16 @@ from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError, DataError, FastFundusError
-from fastfundus.records import SourcePhoto
+from fastfundus.records import SourcePhoto, Status, utf8_name
 from fastfundus.screening.audit import AuditLog
 from fastfundus.screening.masks import write_masks
 from fastfundus.screening.output import Store, input_stamp
-from fastfundus.screening.pipeline import BLOCK, ScreenedPhoto, Timing, screen_photos
+from fastfundus.screening.pipeline import ScreenedPhoto, Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.report import write_report
 from fastfundus.screening.results import makes_maps, result_row
+
+_MAX_NAMED = 5
 
 __all__ = ["BlockMaker", "Progress", "ScreeningRun", "local_blocks", "row_of", "rows_of", "screen_to_folder"]
 
@@ -58,6 +60,7 @@ def screen_to_folder(
     policy: ScreenPolicy | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    accept_failed: bool = False,
     make_blocks: BlockMaker | None = None,
     decode: str = "cpu",
     on_progress: Progress = lambda done, total, timing: None,
@@ -72,6 +75,7 @@ def screen_to_folder(
         policy: the decision policy; None uses the default policy.
         resume: resume a run of the same sources, bundle and policy; start one if there is none.
         overwrite: replace the results of an earlier run in `output`.
+        accept_failed: finish the run although inputs failed for reasons that are not their own.
         make_blocks: screens the blocks; None screens them on this machine.
         decode: the decoder, if it affects the results: "cpu" or "dali".
         on_progress: see `Progress`.
@@ -81,6 +85,7 @@ def screen_to_folder(
             photos.
         DataError: `output` cannot be written to, or another process is using it.
         BundleError: the engine fails on every photo.
+        FastFundusError: inputs failed for reasons that are not their own; all other rows are stored.
     """
     policy = policy or ScreenPolicy()
     if makes_maps(bundle) and any(output.resolve().is_relative_to(source.resolve()) for source in sources):
@@ -98,7 +103,7 @@ def screen_to_folder(
                 results = store.results()
                 return ScreeningRun(results, Timing(), output / "report.html", resumed=len(results))
             began = True
-            return _run(store, listing, sources, make_blocks or local_blocks, on_progress)
+            return _run(store, listing, sources, make_blocks or local_blocks, on_progress, accept_failed)
     except OSError as error:
         # Photos that cannot be read are reported in rows, so the error comes from the output.
         step = "finished rows are kept: fix the cause, then add --resume" if began else "choose another --output"
@@ -109,15 +114,16 @@ def local_blocks(
     store: Store, missing: Sequence[int], timing: Timing, on_rows: Callable[[int], None]
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Screen blocks on this machine. See `BlockMaker`."""
-    rows, blocks = [], iter(missing)
-    number = next(blocks)
-    photos = [photo for block in missing for photo in store.inputs_of(block)]
-    for row in rows_of(photos, store.bundle, store.policy, timing, output=store.output):
-        rows.append(row)
-        on_rows(1)
-        if len(rows) == len(store.inputs_of(number)):
-            yield number, rows
-            rows, number = [], next(blocks, -1)
+    for part in store.listings_of(missing):
+        rows, blocks = [], iter(part)
+        number = next(blocks)
+        photos = [photo for block in part for photo in store.inputs_of(block)]
+        for row in rows_of(photos, store.bundle, store.policy, timing, output=store.output):
+            rows.append(row)
+            on_rows(1)
+            if len(rows) == len(store.inputs_of(number)):
+                yield number, rows
+                rows, number = [], next(blocks, -1)
 
 
 def rows_of(
@@ -150,7 +156,12 @@ def row_of(photo: ScreenedPhoto, bundle: Bundle, output: Path | None) -> dict[st
 
 
 def _run(
-    store: Store, listing: SourceList, sources: Sequence[Path], make_blocks: BlockMaker, on_progress: Progress
+    store: Store,
+    listing: SourceList,
+    sources: Sequence[Path],
+    make_blocks: BlockMaker,
+    on_progress: Progress,
+    accept_failed: bool,
 ) -> ScreeningRun:
     timing, total = Timing(), len(store.photos)
     missing = [block for block in range(store.blocks) if not store.has(block)]
@@ -166,15 +177,20 @@ def _run(
         if audit.empty:
             audit.write("start", **_start_event(store, listing))
         else:
-            audit.write("resume", done=resumed)
+            audit.write("resume", done=resumed, inputs=total)
         _catch_up(audit, store)
+        failed: list[dict[str, Any]] = []
         if missing:
             for block, rows in make_blocks(store, missing, timing, on_rows):
-                store.add(block, rows)
-                _catch_up(audit, store)
-        left = [block for block in range(store.blocks) if not store.has(block)]
-        if left:
-            raise FastFundusError(f"{store.output}: {len(left)} blocks have no rows; add --resume to continue")
+                failed += _failed(rows)
+                if not _failed(rows) or accept_failed:
+                    store.add(block, rows)
+                    _catch_up(audit, store)
+                elif len(_failed(rows)) == len(rows):
+                    break  # whatever it is, it concerns the following blocks as well
+        _log_failures(audit, failed, listing.lost, accept_failed)
+        if not all(store.has(block) for block in range(store.blocks)):
+            raise _unfinished(store, failed, listing.lost)
         results = store.merge()
         assert len(results) == total
         notes = _changes(store, sources)
@@ -184,12 +200,47 @@ def _run(
             source=", ".join(str(source) for source in sources[:3]) + (" ..." if len(sources) > 3 else ""),
             finished=datetime.fromtimestamp(time.time()).astimezone(),
         )  # fmt: skip
+        if listing.lost and not accept_failed:
+            raise _unfinished(store, failed, listing.lost)
         audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes)
         audit.flush()
         store.finish()
     finally:
         audit.close()
     return ScreeningRun(results, timing, store.output / "report.html", resumed, notes)
+
+
+def _failed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["status"] == Status.FAILED]
+
+
+def _log_failures(audit: AuditLog, failed: Sequence[dict[str, Any]], lost: Sequence[str], accepted: bool) -> None:
+    """Log the inputs that have no verdict."""
+    if failed or lost:
+        inputs, folders = [utf8_name(row["path"]) for row in failed], [utf8_name(text) for text in lost]
+        audit.write("failed", accepted=accepted, inputs=inputs, lost=folders)
+        audit.flush()
+
+
+def _unfinished(store: Store, failed: Sequence[dict[str, Any]], lost: Sequence[str]) -> FastFundusError:
+    """Return the error of a run that ended with inputs without a verdict."""
+    lines = [f"{row['path']}: {row['reason']}" for row in failed[:_MAX_NAMED]] + list(lost[:_MAX_NAMED])
+    more = len(failed) + len(lost) - len(lines)
+    counts = [
+        *([f"{len(failed)} inputs failed"] if failed else []),
+        *([f"{len(lost)} folders could not be listed"] if lost else []),
+    ]
+    kept = "finished rows are kept" if failed else "the results have all other rows"
+    return FastFundusError(
+        "\n".join(
+            [
+                f"{store.output}: not finished, because {' and '.join(counts)}, which is not the photos' fault:",
+                *lines,
+                *([f"... and {more} more"] if more else []),
+                f"{kept}: mend the cause and add --resume; or add --resume --accept-failed to finish without them",
+            ]
+        )
+    )
 
 
 def _start_event(store: Store, listing: SourceList) -> dict[str, Any]:
@@ -207,8 +258,8 @@ def _start_event(store: Store, listing: SourceList) -> dict[str, Any]:
 
 def _catch_up(audit: AuditLog, store: Store) -> None:
     """Log stored rows in input order, including those that an interrupted session stored but did not log."""
-    while (block := audit.rows // BLOCK) < store.blocks and store.has(block) and audit.rows < len(store.photos):
-        for row in store.rows_of(block)[audit.rows - block * BLOCK :]:
+    while audit.rows < len(store.photos) and store.has(block := store.block_at(audit.rows)):
+        for row in store.rows_of(block)[audit.rows - store.start_of(block) :]:
             audit.write("photo", **{name: value for name, value in row.items() if name != "bundle"})
     audit.flush()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,7 +24,7 @@ from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.errors import FastFundusError
 from fastfundus.screening.pipeline import ScreenedPhoto
 from fastfundus.screening.policy import ScreenPolicy
-from fastfundus.serving.body import read_photos
+from fastfundus.serving.body import MAX_FILES, Held, read_photos
 from fastfundus.serving.metrics import Metrics
 from fastfundus.serving.service import Busy, Service
 
@@ -33,6 +35,7 @@ _PAGE = {
     "/page.js": ("page.js", "text/javascript"),
     "/page.css": ("page.css", "text/css"),
 }
+_HEALTH = ("/livez", "/readyz", "/healthz")
 _HEADERS = {
     # The page loads nothing from other hosts and must not be framed.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -54,7 +57,17 @@ class Limits:
     max_waiting: int = 128
     """Maximum number of photos in progress at once."""
     hang_s: float = 20.0
-    """Timeout for decoding a photo, in seconds."""
+    """CPU time that decoding a photo may take, in seconds."""
+
+    @property
+    def max_held_bytes(self) -> int:
+        """Maximum size of all request bodies in memory, in bytes."""
+        return 16 * self.max_bytes
+
+    @property
+    def max_waiting_of_client(self) -> int:
+        """Maximum number of photos in progress of one client address: one client must not keep out the others."""
+        return max(MAX_FILES, self.max_waiting // 2)
 
 
 class PhotoResult(BaseModel):
@@ -80,6 +93,9 @@ class ScreenResponse(BaseModel):
     thresholds: dict[str, float]
     findings: list[str]
     results: list[PhotoResult]
+
+
+_Screened = tuple[list[ScreenedPhoto], list[PhotoResult]]
 
 
 def create_app(
@@ -127,7 +143,7 @@ def create_app(
     _add_status(app, bundle, limits, metrics, state)
     for path, (name, kind) in _PAGE.items():
         content = resources.files("fastfundus.serving").joinpath(name).read_bytes()
-        app.add_api_route(path, _constant(content, kind), include_in_schema=False)
+        app.add_api_route(path, _constant(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
     return app
 
 
@@ -137,9 +153,11 @@ def _add_guard(app: FastAPI, token: str | None, metrics: Metrics) -> None:
     @app.middleware("http")
     async def guard(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
         began = time.perf_counter()
-        open_to_all = request.url.path in (*_PAGE, "/healthz")
-        if token is not None and not open_to_all and not _has_token(request, token):
-            response: Response = JSONResponse(
+        open_to_all = request.url.path in (*_PAGE, *_HEALTH)
+        if _is_cross_site(request):
+            response: Response = JSONResponse({"detail": "requests from pages of other sites are refused"}, 403)
+        elif token is not None and not open_to_all and not _has_token(request, token):
+            response = JSONResponse(
                 {"detail": "a token is required: Authorization: Bearer ..."}, 401, {"WWW-Authenticate": "Bearer"}
             )
         else:
@@ -152,6 +170,27 @@ def _add_guard(app: FastAPI, token: str | None, metrics: Metrics) -> None:
 
 def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, state: dict[str, Service]) -> None:
     """Add the route that screens photos."""
+    held, photos_of = Held(limits.max_held_bytes), Counter[str]()
+
+    async def screened_of(request: Request, service: Service, pictures: bool) -> _Screened:
+        client = request.client.host if request.client else ""
+        with held.account() as count:
+            photos = await read_photos(request, limits.max_bytes, count)
+            # Accept all photos of a request or none: a partial refusal would lose photos.
+            if service.under_way + len(photos) > limits.max_waiting:
+                raise Busy(f"{service.under_way} photos are in progress, at most {limits.max_waiting} allowed")
+            if photos_of[client] + len(photos) > limits.max_waiting_of_client:
+                raise Busy(
+                    f"{photos_of[client]} photos of this client are in progress, at most "
+                    f"{limits.max_waiting_of_client} allowed"
+                )
+            photos_of[client] += len(photos)
+            try:
+                return await _while_connected(request, _screen_all(service, photos, pictures))
+            finally:
+                photos_of[client] -= len(photos)
+                if not photos_of[client]:
+                    del photos_of[client]
 
     @app.post("/v1/screen")
     async def screen(request: Request, pictures: bool = False) -> ScreenResponse:
@@ -162,12 +201,7 @@ def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metric
         service = state["service"]
         try:
             async with asyncio.timeout(limits.max_s):
-                photos = await read_photos(request, limits.max_bytes)
-                # Accept all photos of a request or none: a partial refusal would lose photos.
-                if service.under_way + len(photos) > limits.max_waiting:
-                    raise Busy(f"{service.under_way} photos are in progress, at most {limits.max_waiting} allowed")
-                screened = await asyncio.gather(*[service.screen(name, data) for name, data in photos])
-                results = [await _result(service, photo, pictures) for photo in screened]
+                screened, results = await screened_of(request, service, pictures)
         except TimeoutError:
             raise HTTPException(504, f"not done within {limits.max_s:g} s", headers={"Connection": "close"}) from None
         except Busy as error:
@@ -186,13 +220,24 @@ def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metric
 def _add_status(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, state: dict[str, Service]) -> None:
     """Add the routes that describe the server."""
 
-    @app.get("/healthz")
-    async def healthz() -> JSONResponse:
-        """Return whether the server can screen photos."""
+    async def livez() -> JSONResponse:
+        """Return whether the server works: if not, restart it."""
         service = state["service"]
         health = {"status": service.fault or "ok", "version": __version__, "bundle": bundle.fingerprint}
         health |= {"backend": bundle.backend, "precision": bundle.precision}
         return JSONResponse(health, 503 if service.fault else 200)
+
+    async def readyz() -> JSONResponse:
+        """Return whether the server takes photos now: if not, send them to another one."""
+        service = state["service"]
+        busy = "busy" if service.under_way >= limits.max_waiting else ""
+        return JSONResponse(
+            {"status": service.fault or busy or "ok", "photos_waiting": service.under_way},
+            503 if service.fault or busy else 200,
+        )
+
+    for path, answer in (("/livez", livez), ("/healthz", livez), ("/readyz", readyz)):
+        app.add_api_route(path, answer, methods=["GET", "HEAD"], operation_id=path[1:])
 
     @app.get("/v1/about")
     async def about() -> dict[str, Any]:
@@ -203,13 +248,57 @@ def _add_status(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, 
             "findings": list(bundle.findings),
             "thresholds": dict(zip(bundle.labels, bundle.thresholds, strict=True)),
             "heatmaps": Heatmapper.available(bundle),
-            "limits": {"bytes": limits.max_bytes, "seconds": limits.max_s, "photos_waiting": limits.max_waiting},
+            "limits": {
+                "bytes": limits.max_bytes,
+                "bytes_in_memory": limits.max_held_bytes,
+                "seconds": limits.max_s,
+                "photos_waiting": limits.max_waiting,
+                "photos_waiting_of_client": limits.max_waiting_of_client,
+            },
         }
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
         """Return metrics in the Prometheus text format."""
         return Response(metrics.text(state["service"]), media_type=metrics.media_type)
+
+
+def _is_cross_site(request: Request) -> bool:
+    """Return whether a browser sends a POST for a page of another site, which does harm even if it cannot be read."""
+    if request.method in ("GET", "HEAD"):
+        return False
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("none", "same-origin")
+    origin = request.headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != request.headers.get("host", "")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _Screened]) -> _Screened:
+    """Return the result of some work, and cancel it if the client leaves.
+
+    Raises:
+        HTTPException: 400 if the client has left, which only metrics see.
+    """
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((doing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise HTTPException(400, "the client left before the answer")
+        return doing.result()
+    finally:
+        doing.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _screen_all(service: Service, photos: list[tuple[str, bytes]], pictures: bool) -> _Screened:
+    screened = await asyncio.gather(*[service.screen(name, data) for name, data in photos])
+    return screened, [await _result(service, photo, pictures) for photo in screened]
 
 
 def _has_token(request: Request, token: str) -> bool:

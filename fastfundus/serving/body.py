@@ -2,51 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from email.message import Message
 from urllib.parse import unquote
 
 from fastapi import HTTPException, Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
-__all__ = ["MAX_FILES", "read_photos"]
+__all__ = ["MAX_FILES", "Held", "read_photos"]
 
 MAX_FILES = 32
 """Maximum number of photos per request."""
 _RAW = ("image/", "application/dicom", "application/octet-stream", "application/gzip", "application/x-gzip")
 
 
-async def read_photos(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
+class Held:
+    """Counts the bytes of all request bodies in memory, and refuses more than a limit.
+
+    Args:
+        max_bytes: maximum of their sum.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+
+    @contextmanager
+    def account(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that counts bytes of one request, which are given back at the end.
+
+        Raises:
+            HTTPException: 503, raised by the function if there is no room for the bytes.
+        """
+        mine = 0
+
+        def add(count: int) -> None:
+            nonlocal mine
+            if self.bytes + count > self.max_bytes:
+                raise HTTPException(
+                    503,
+                    f"{self.bytes} bytes of photos are in progress, at most {self.max_bytes} allowed; retry shortly",
+                    headers={"Retry-After": "1", "Connection": "close"},
+                )
+            self.bytes, mine = self.bytes + count, mine + count
+
+        try:
+            yield add
+        finally:
+            self.bytes -= mine
+
+
+async def read_photos(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:
     """Return the names and contents of the photos in a request.
 
     Args:
         request: multipart/form-data with files, or one photo as the body, named by the header `Content-Disposition`.
         max_bytes: maximum size of the whole body.
+        count: called with the number of bytes of each part of the body before it is kept.
 
     Raises:
         HTTPException: 413 if the body is too large, 415 if its type is not accepted, 400 if it is malformed or empty.
     """
+    try:
+        return await _read(request, max_bytes, count)
+    except ClientDisconnect:
+        # Nobody will read the answer; raised as an error, it would end in the log with a traceback.
+        raise HTTPException(400, "the client left before the end of the body") from None
+
+
+async def _read(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _parts(request, max_bytes)
+        return await _parts(request, max_bytes, count)
     if not kind.startswith(_RAW):
         raise HTTPException(
             415, f"content type {kind!r}: send multipart/form-data, or a photo as image/* or application/dicom"
         )
-    data = b"".join([chunk async for chunk in _bounded(request, max_bytes)])
+    data = b"".join([chunk async for chunk in _bounded(request, max_bytes, count)])
     if not data:
         raise HTTPException(400, "the body is empty; send a photo")
+    return [(_file_name(request.headers.get("content-disposition", "inline")), data)]
+
+
+def _file_name(disposition: str) -> str:
     header = Message()
-    header["content-disposition"] = request.headers.get("content-disposition", "inline")
-    return [(unquote(header.get_filename() or "photo"), data)]
+    try:
+        header["content-disposition"] = disposition
+        return unquote(header.get_filename() or "photo")
+    except (ValueError, TypeError, LookupError, IndexError):
+        # Line breaks, unknown character sets, and parameters that the parser of the standard library stumbles over.
+        return "photo"
 
 
-async def _parts(request: Request, max_bytes: int) -> list[tuple[str, bytes]]:
-    parser = _InMemory(request.headers, _bounded(request, max_bytes), max_files=MAX_FILES, max_fields=8)
+async def _parts(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:
+    parser = _InMemory(request.headers, _bounded(request, max_bytes, count), max_files=MAX_FILES, max_fields=8)
     try:
         form = await parser.parse()
     except MultiPartException as error:
@@ -82,13 +136,14 @@ class _InMemory(MultiPartParser):
         self.ended = True
 
 
-async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+async def _bounded(request: Request, max_bytes: int, count: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
     """Yield the body in chunks and enforce its maximum size, because its declared length cannot be trusted."""
     total = 0
     async for chunk in request.stream():
         total += len(chunk)
         if total > max_bytes:
             raise _too_large(max_bytes)
+        count(len(chunk))
         yield chunk
 
 

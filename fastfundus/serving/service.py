@@ -32,7 +32,6 @@ __all__ = ["MAX_AT_ONCE", "Busy", "Service"]
 
 MAX_AT_ONCE = 32
 """Maximum number of photos per engine call."""
-_POLL_S = 0.5
 _THUMB_PX = 384
 
 
@@ -53,7 +52,7 @@ class Service:
         bundle: the bundle to screen with; must produce probabilities.
         policy: the decision policy.
         max_waiting: maximum number of photos in progress; more raise `Busy`.
-        hang_s: timeout in seconds for decoding a photo.
+        hang_s: CPU time in seconds that decoding a photo may take.
         on_batch: called with the number of photos of each engine call, in the engine's thread.
 
     Raises:
@@ -83,7 +82,7 @@ class Service:
         self._on_batch = on_batch
         self._engine = bundle.load()
         self._scorer = Scorer.of(self._engine)
-        self._decode_pool = DecodePool(bundle.spec, readers=1, hang_s=hang_s)
+        self._decode_pool = DecodePool(bundle.spec, readers=1, hang_s=hang_s, serving=True)
         self._mapper: Heatmapper | None = None
         self._mapping = threading.Lock()
         self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
@@ -100,7 +99,7 @@ class Service:
 
         Raises:
             Busy: too many photos are in progress.
-            FastFundusError: the decoders or the engine no longer work; see `fault`.
+            FastFundusError: the engine no longer works; see `fault`.
         """
         if self.fault:
             raise FastFundusError(self.fault)
@@ -122,15 +121,11 @@ class Service:
     async def _prepared(self, source: SourcePhoto, data: bytes) -> PreparedPhoto:
         done = asyncio.Event()
         pending = self._decode_pool.begin(source, data, on_done=lambda: self._tell(done.set))
-        while not pending.done.is_set():
-            try:
-                await asyncio.wait_for(done.wait(), _POLL_S)
-            except TimeoutError:
-                try:
-                    self._decode_pool.poll(pending)
-                except FastFundusError as error:
-                    self.fault = str(error)
-                    raise
+        try:
+            await done.wait()
+        finally:
+            # If the client has left or its time is over, nobody waits for the photo.
+            pending.cancel()
         return pending.prepared
 
     async def pictures(self, photo: ScreenedPhoto) -> dict[str, str | None]:

@@ -59,6 +59,7 @@ def screen_sources(
     policy: ScreenPolicy | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    accept_failed: bool = False,
     backend: str | None = None,
     decode: Literal["cpu", "dali"] = "cpu",
     ray: str | None = None,
@@ -74,6 +75,7 @@ def screen_sources(
         policy: the decision policy; None uses the default policy.
         resume: continue an interrupted run.
         overwrite: replace existing results.
+        accept_failed: finish although inputs failed for reasons that are not their own.
         backend: run the bundle's graph in float32 on this runtime, instead of the verified engine.
         decode: decoder; "dali" decodes on the GPU.
         ray: address of a Ray cluster to run on.
@@ -88,6 +90,7 @@ def screen_sources(
         DataError: a source does not exist, `output` cannot be written to, or another process is using it.
         BundleError: the bundle cannot be used on this machine, or its engine fails on every photo.
         MissingDependency: DALI or Ray is not installed.
+        FastFundusError: inputs failed for reasons that are not their own, and `accept_failed` is not set.
     """
     if ray and decode == "dali":
         raise ConfigError("--ray and --decode dali cannot be combined; give only one of them")
@@ -107,6 +110,7 @@ def screen_sources(
         policy=policy,
         resume=resume,
         overwrite=overwrite,
+        accept_failed=accept_failed,
         make_blocks=_block_maker(decode, ray),
         decode=decode,
         on_progress=on_progress,

@@ -25,7 +25,6 @@ from fastfundus.data import rows as rows_module
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.store import PhotoStore, open_photos
 from fastfundus.errors import DataError, SpecMismatch
-from fastfundus.photo import prepare as prepare_module
 from fastfundus.photo import prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -42,13 +41,13 @@ def build(folder: Path, output: Path, **options: object) -> PhotoCache:
 def watch_preparing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that collects the names of the files prepared from now on."""
     prepared: list[str] = []
-    original = rows_module.prepare_photo
+    original = rows_module._prepare_file
 
     def count(path: Path, spec: PreprocessSpec):  # type: ignore[no-untyped-def]
         prepared.append(path.name)
         return original(path, spec)
 
-    monkeypatch.setattr(rows_module, "prepare_photo", count)
+    monkeypatch.setattr(rows_module, "_prepare_file", count)
     return prepared
 
 
@@ -415,14 +414,14 @@ def test_a_slow_disk_holds_up_one_photo_not_all(
 ) -> None:
     """Slow reads, as on a network drive, run concurrently; otherwise the barrier would time out."""
     barrier = threading.Barrier(3, timeout=30)
-    original = prepare_module.read_photo
+    original = rows_module.read_patiently
 
     def slow(path: Path) -> bytes:
         if path.name in ("p00000_left.jpg", "p00000_right.jpg", "p00001_left.jpg"):
             barrier.wait()
         return original(path)
 
-    monkeypatch.setattr(prepare_module, "read_photo", slow)
+    monkeypatch.setattr(rows_module, "read_patiently", slow)
     cache = build(photo_folder, tmp_path / "cache", workers=3)
     assert (cache.manifest["status"] == "ok").all()
 

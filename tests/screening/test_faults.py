@@ -6,10 +6,12 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,8 +23,11 @@ from numpy.typing import NDArray
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
-from fastfundus.errors import BundleError, ConfigError, DataError, FastFundusError
-from fastfundus.screening import audit, decode_pool, pipeline, run
+from fastfundus.errors import BundleError, ConfigError, DataError, FastFundusError, PhotoError, TransientError
+from fastfundus.photo import file as photo_file
+from fastfundus.photo import isolation
+from fastfundus.records import Status
+from fastfundus.screening import audit, decode_pool, pipeline
 from fastfundus.screening import output as store
 from fastfundus.screening.audit import verify
 from fastfundus.screening.pipeline import Timing, screen_photos
@@ -40,7 +45,7 @@ def screen(trained: Trained, folder: Path, output: Path, **options: object) -> S
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reduce the block size, so that few photos make several blocks."""
-    for module in (pipeline, run, store):
+    for module in (pipeline, store):
         monkeypatch.setattr(module, "BLOCK", 8)
 
 
@@ -249,19 +254,137 @@ def test_a_hanging_photo_is_abandoned(
     trained: Trained, photos: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine
 ) -> None:
     listing = list_photos(photos).photos
-    cursed, release, real = listing[3].path.read_bytes(), threading.Event(), decode_pool.prepare_bytes
+    cursed, start = listing[3].path.read_bytes(), isolation._Decoder.run
 
-    def prepare(data: bytes, spec: object) -> object:
+    def run(decoder: isolation._Decoder, data: bytes, *arguments: object) -> object:
         if data == cursed:
-            release.wait(60)
-        return real(data, spec)  # type: ignore[arg-type]
+            os.kill(decoder.process, signal.SIGXCPU)  # what the kernel does once the time is used up
+        return start(decoder, data, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode_pool, "prepare_bytes", prepare)
-    rows = list(screen_photos(listing, trained.bundle, Timing(), engine=engine, hang_s=0.5))
-    release.set()
+    monkeypatch.setattr(isolation._Decoder, "run", run)
+    rows = list(screen_photos(listing, trained.bundle, Timing(), engine=engine, hang_s=5))
     assert [row.source for row in rows] == listing
     assert [row.status.value for row in rows if row.status != "ok"] == ["unreadable"]
-    assert rows[3].reason.startswith("decoding took longer than 0.5 s and was abandoned")
+    assert rows[3].reason.startswith("decoding takes more than 5 s of CPU time")
+
+
+def _read_with(monkeypatch: pytest.MonkeyPatch, before: Callable[[Path, int], None]) -> None:
+    """Call `before` with the path and the number of earlier reads before each file is read."""
+    count, lock, real = iter(range(10**6)), threading.Lock(), photo_file.read_photo
+
+    def read(path: Path) -> bytes:
+        with lock:
+            before(path, next(count))
+        return real(path)
+
+    monkeypatch.setattr(photo_file, "read_photo", read)
+    monkeypatch.setattr(decode_pool, "PAUSES_S", (0.01,))
+
+
+def test_a_source_that_vanishes_gets_no_verdicts(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    screen(trained, photos, whole)
+    monkeypatch.setattr(decode_pool, "PAUSES_S", (0.01,))
+    with monkeypatch.context() as patch:
+        # An unmounted share leaves its empty mount point behind.
+        def unmount(path: Path, reads: int) -> None:
+            if reads == 12:
+                photos.rename(tmp_path / "away")
+                photos.mkdir()
+
+        _read_with(patch, unmount)
+        with pytest.raises(
+            FastFundusError, match=r"(?s)not finished, because \d+ inputs failed, .*still mounted"
+        ) as error:
+            screen(trained, photos, torn)
+    assert "add --resume" in str(error.value)
+    assert json.loads((torn / "run.json").read_text())["finished"] is None
+    listing = list_photos(tmp_path / "away")
+    with pytest.raises(FastFundusError, match="not finished"):
+        screen_to_folder(listing, trained.bundle, torn, sources=[photos], resume=True)
+    photos.rmdir()
+    (tmp_path / "away").rename(photos)
+    assert screen(trained, photos, torn, resume=True).resumed == 8
+    for name in SAME:
+        assert (torn / name).read_bytes() == (whole / name).read_bytes()
+    assert verify(torn).faults == []
+
+
+def test_a_storage_error_leaves_its_photo_open(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    whole, torn, accepted = tmp_path / "whole", tmp_path / "torn", tmp_path / "accepted"
+    screen(trained, photos, whole)
+    name = sorted(path.name for path in photos.iterdir())[10]
+
+    def fail(path: Path, reads: int) -> None:
+        if path.name == name:
+            raise TransientError("the storage failed (Input/output error)")
+
+    with monkeypatch.context() as patch:
+        _read_with(patch, fail)
+        with pytest.raises(FastFundusError, match=rf"1 inputs failed, .*\n{name}: the storage failed"):
+            screen(trained, photos, torn)
+        rows = screen(trained, photos, accepted, accept_failed=True).results
+        with pytest.raises(FastFundusError, match="1 inputs failed"):
+            screen(trained, photos, torn, resume=True)
+    assert rows["status"].to_list() == ["failed" if path == name else "ok" for path in rows["path"]]
+    assert verify(accepted).faults == []
+    assert screen(trained, photos, torn, resume=True).resumed == 16
+    for file in SAME:
+        assert (torn / file).read_bytes() == (whole / file).read_bytes()
+    assert verify(torn).faults == []
+    failures = [json.loads(line) for line in (torn / "audit.jsonl").read_text().splitlines() if '"failed"' in line]
+    assert [(event["accepted"], event["inputs"]) for event in failures] == [(False, [name])] * 2
+
+
+def test_real_errors_of_storage_are_told_from_faults_of_the_path(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = next(photos.iterdir())
+    for number, expected in ((5, Status.FAILED), (12, Status.FAILED), (116, Status.FAILED), (40, Status.UNREADABLE)):
+        # EIO, ENOMEM, ESTALE, ELOOP
+
+        def fail(*arguments: object, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", fail)
+            with pytest.raises(PhotoError) as error:
+                photo_file.read_photo(path)
+        assert error.value.status is expected
+    with pytest.raises(PhotoError, match="file not found"):
+        photo_file.read_photo(photos / "none.jpg")
+    with pytest.raises(TransientError, match="its folder is gone or empty"):
+        photo_file.read_photo(tmp_path / "none" / "none.jpg")
+
+
+def test_folders_that_could_not_be_listed_are_screened_by_resume(
+    trained: Trained, photos: Path, tmp_path: Path, small_blocks: None
+) -> None:
+    output, more = tmp_path / "out", photos / "more"
+    more.mkdir()
+    for path in sorted(photos.glob("*.jpg"))[:11]:
+        path.rename(more / path.name)
+    listing = list_photos(photos)
+    open_only = replace(
+        listing,
+        photos=[photo for photo in listing.photos if "more" not in photo.name],
+        lost=["more: cannot be searched"],
+    )
+    with pytest.raises(FastFundusError, match="1 folders could not be listed"):
+        screen_to_folder(open_only, trained.bundle, output, sources=[photos])
+    assert len(pl.read_parquet(output / "results.parquet")) == 13
+    with pytest.raises(FastFundusError, match="more: cannot be searched"):
+        screen_to_folder(open_only, trained.bundle, output, sources=[photos], resume=True)
+    done = screen(trained, photos, output, resume=True)
+    assert (done.resumed, len(done.results)) == (13, 24)
+    whole = screen(trained, photos, tmp_path / "whole").results
+    assert done.results.sort("path").drop("bundle").equals(whole.sort("path").drop("bundle"))
+    assert verify(output).faults == []
+    assert screen(trained, photos, output, resume=True).resumed == 24
 
 
 def test_hanging_storage_ends_the_run(
@@ -269,11 +392,11 @@ def test_hanging_storage_ends_the_run(
 ) -> None:
     release = threading.Event()
 
-    def read(path: Path) -> bytes:
+    def read(path: Path, **options: object) -> bytes:
         release.wait(60)
         return b""
 
-    monkeypatch.setattr(decode_pool, "read_photo", read)
+    monkeypatch.setattr(decode_pool, "read_patiently", read)
     with pytest.raises(FastFundusError, match="check that the storage responds, then resume"):
         list(screen_photos(list_photos(photos).photos, trained.bundle, Timing(), engine=engine, hang_s=0.2))
     release.set()

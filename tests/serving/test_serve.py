@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fastfundus.data import list_photos
 from fastfundus.engines.openvino_backend import OpenVinoEngine
 from fastfundus.errors import ConfigError
-from fastfundus.screening import decode_pool
+from fastfundus.photo import isolation
 from fastfundus.screening.pipeline import Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.serving import server
@@ -249,18 +249,20 @@ def hang_up(client: httpx.Client, slow: list[socket.socket], second: socket.sock
 def test_a_hanging_photo_affects_only_itself(
     start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cursed, good, real = b"cursed", (broken_photos / "good.jpg").read_bytes(), decode_pool.prepare_bytes
+    good, seen = (broken_photos / "good.jpg").read_bytes(), []
+    wait = isolation._Decoder._wait
 
-    def prepare(data: bytes, spec: Any) -> Any:
-        if data == cursed:
-            time.sleep(3)
-        return real(data, spec)
+    def hang(decoder: Any, *arguments: Any) -> bytes:
+        if not seen:
+            seen.append(os.kill(decoder.process, signal.SIGSTOP))
+        return wait(decoder, *arguments)
 
-    monkeypatch.setattr(decode_pool, "prepare_bytes", prepare)
+    monkeypatch.setattr(isolation._Decoder, "_wait", hang)
+    monkeypatch.setattr(isolation, "_STALLED", 1)
     client = start(limits=Limits(hang_s=0.3))
-    answer = client.post("/v1/screen", files=[("photo", ("a", cursed)), ("photo", ("b", good))]).json()["results"]
-    assert [result["status"] for result in answer] == ["unreadable", "ok"]
-    assert "was abandoned" in answer[0]["reason"]
+    answer = client.post("/v1/screen", files=[("photo", ("a", good)), ("photo", ("b", good))]).json()["results"]
+    assert sorted(result["status"] for result in answer) == ["failed", "ok"]
+    assert "made no progress" in " ".join(result["reason"] or "" for result in answer)
 
 
 def test_engine_failures_are_reported(start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

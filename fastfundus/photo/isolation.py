@@ -1,0 +1,340 @@
+"""Preparation of photos in other processes, which may run out of time or memory, or crash, without harm.
+
+A verdict on a photo is only returned if the photo is the cause. Whatever else goes wrong is tried again, and then
+raised as a `TransientError`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import math
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastfundus.errors import TransientError
+from fastfundus.photo.decoder_process import FORK, JOB, KEPT_BYTES, MEMORY_BYTES, RESULT
+from fastfundus.photo.prepare import PreparedPhoto, known_of
+from fastfundus.records import FieldCircle, PhotoFacts, Status
+from fastfundus.spec import PreprocessSpec
+
+__all__ = ["LIMIT_S", "prepare_isolated", "start_decoders"]
+
+LIMIT_S = 60.0
+"""CPU time in seconds that decoding a photo may take. The slowest intact photos take two seconds."""
+_POLL_S = 0.25
+_PAUSE_S = 1.0
+_STALLED = 10
+"""A decoder that has not answered after this many times its limit of CPU time is blocked, even on a busy machine."""
+_CODE = "import sys; sys.path[:] = {path!r}; from fastfundus.photo.decoder_process import main; main({control})"
+_KILLED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+"""Signals that come from outside: from a user, a batch system, or the kernel when memory is short."""
+
+
+def prepare_isolated(
+    data: bytes,
+    spec: PreprocessSpec,
+    *,
+    limit_s: float = LIMIT_S,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> PreparedPhoto:
+    """Prepare a photo in another process; see `prepare_bytes`. Each calling thread uses a process of its own.
+
+    Args:
+        data: the bytes of the file, decompressed if it was gzipped.
+        spec: the preprocessing to apply.
+        limit_s: CPU time that decoding may take, in seconds; rounded up to whole seconds.
+        cancelled: asked now and then; the process is killed once it returns True.
+
+    Raises:
+        TransientError: memory is short, the process was killed from outside, none can be started, or the work was
+            cancelled.
+    """
+    fault = _Fault("")
+    for attempt in range(2):
+        if attempt:
+            time.sleep(_PAUSE_S)
+        outcome = _attempt(data, spec, limit_s, cancelled)
+        if isinstance(outcome, PreparedPhoto):
+            return outcome
+        fault = outcome
+        if fault.final:
+            break
+    if fault.verdict is None:
+        raise TransientError(fault.reason)
+    return replace(known_of(data), status=fault.verdict, reason=fault.reason)
+
+
+def start_decoders() -> None:
+    """Start the process from which decoders are forked, if it does not run yet, so that it is ready when needed."""
+    with _lock, contextlib.suppress(OSError):
+        _running()
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """What kept a decoder from answering."""
+
+    reason: str
+    verdict: Status | None = None
+    """Status of the photo if it is the cause."""
+    final: bool = False
+    """Whether another attempt would end in the same way."""
+
+
+def _attempt(
+    data: bytes, spec: PreprocessSpec, limit_s: float, cancelled: Callable[[], bool]
+) -> PreparedPhoto | _Fault:
+    try:
+        decoder = _take()
+    except OSError as error:
+        return _Fault(f"no decoder process can be started ({error.strerror or error})")
+    try:
+        answer = decoder.run(data, spec, limit_s, cancelled)
+    except OSError as error:
+        decoder.end()
+        return _Fault(f"its decoder cannot be reached ({error.strerror or error})")
+    except BaseException:
+        decoder.give_up("interrupted")
+        raise
+    if answer is None:
+        return decoder.given_up or _fault_of(decoder.end(), limit_s)
+    with _lock:
+        _idle.append(decoder)
+    if "memory" in answer:
+        if answer["memory"] == "ours":
+            return _Fault(f"decoding it needs more than {MEMORY_BYTES >> 30} GiB of memory", Status.UNSUPPORTED, True)
+        return _Fault("there is not enough memory to decode it")
+    return _prepared(answer)
+
+
+def _fault_of(status: int | None, limit_s: float) -> _Fault:
+    """Return what a decoder ended of, from its wait status."""
+    if status is None:
+        return _Fault("its decoder was killed together with the process that starts decoders")
+    if not os.WIFSIGNALED(status):
+        return _Fault(f"its decoder ended with exit code {os.waitstatus_to_exitcode(status)}", Status.UNREADABLE)
+    number = os.WTERMSIG(status)
+    if number == signal.SIGXCPU:
+        reason = f"decoding takes more than {limit_s:g} s of CPU time; open it in another program and save it again"
+        return _Fault(reason, Status.UNREADABLE, True)
+    name = signal.Signals(number).name
+    if number in _KILLED:
+        return _Fault(f"its decoder was killed ({name}), perhaps because memory is short")
+    return _Fault(f"it crashes the decoder ({name})", Status.UNREADABLE)
+
+
+def _prepared(answer: dict[str, Any]) -> PreparedPhoto:
+    field, window = answer["field"], answer["window"]
+    return PreparedPhoto(
+        **answer
+        | {
+            "status": Status(answer["status"]),
+            "field": field and FieldCircle(**field),
+            "window": window and tuple(window),
+            "facts": PhotoFacts(**answer["facts"]),
+        }
+    )
+
+
+class _Decoder:
+    """A decoder process."""
+
+    def __init__(self, launcher: _Launcher) -> None:
+        self._launcher = launcher
+        self.given_up: _Fault | None = None
+        """Why the process was killed from here."""
+        self.source = self.target = -1
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.source, self.target = os.memfd_create("photo"), os.memfd_create("pixels")
+            self.process = launcher.fork([theirs.fileno(), self.source, self.target])
+            self._memory = mmap.mmap(self.source, KEPT_BYTES)
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            theirs.close()
+
+    def run(
+        self, data: bytes, spec: PreprocessSpec, limit_s: float, cancelled: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        """Return the answer, with pixels as an array under "image"; None if the process ended or was killed."""
+        text = _spec_json(spec)
+        used = len(data) + len(text)
+        if used > KEPT_BYTES and not self._ask(JOB.pack(used, 0, 0.0), limit_s, cancelled):
+            return None
+        # A mapping, because writing to the file would be subject to this process's limit on file sizes.
+        memory = self._memory if used <= KEPT_BYTES else mmap.mmap(self.source, used)
+        memory[: len(data)] = data
+        memory[len(data) : used] = text
+        result = self._ask(JOB.pack(len(data), len(text), limit_s), limit_s, cancelled)
+        if not result:
+            return None
+        pixels, size = RESULT.unpack(result)
+        answer: dict[str, Any] = json.loads(os.pread(self.target, size, pixels))
+        if pixels:
+            answer["image"] = np.empty(answer["image"], np.uint8)
+            os.preadv(self.target, [answer["image"]], 0)
+        if used > KEPT_BYTES:
+            memory.close()
+            os.ftruncate(self.source, KEPT_BYTES)
+        if pixels + size > KEPT_BYTES:
+            os.ftruncate(self.target, 0)
+        return answer
+
+    def _ask(self, message: bytes, limit_s: float, cancelled: Callable[[], bool]) -> bytes:
+        """Send a message and return the answer, empty if the process ended or was killed."""
+        try:
+            self.channel.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            return b""
+        return self._wait(limit_s, cancelled)
+
+    def _wait(self, limit_s: float, cancelled: Callable[[], bool]) -> bytes:
+        ready = select.poll()
+        ready.register(self.channel, select.POLLIN)
+        waited, before = 0.0, time.monotonic()
+        while not ready.poll(_POLL_S * 1000):
+            # A machine that was suspended, or a process that was stopped, has not waited all that time.
+            now = time.monotonic()
+            waited, before = waited + min(now - before, 2 * _POLL_S), now
+            if cancelled():
+                self.give_up("cancelled")
+                return b""
+            if waited > _STALLED * math.ceil(limit_s):
+                self.give_up(f"decoding it made no progress for {_STALLED * math.ceil(limit_s)} s")
+                return b""
+        try:
+            return self.channel.recv(RESULT.size)
+        except ConnectionResetError:
+            return b""
+
+    def give_up(self, reason: str) -> None:
+        """Kill the process."""
+        self.given_up = _Fault(reason, final=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> int | None:
+        """Close the connection, which ends the process, and return its wait status; None if nobody knows it."""
+        self._close()
+        try:
+            return self._launcher.status(self.process)
+        except OSError:
+            return None
+
+    def _close(self) -> None:
+        self.channel.close()
+        for file in (self.source, self.target):
+            if file >= 0:
+                os.close(file)
+
+
+class _Launcher:
+    """The process from which decoders are forked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        with theirs:
+            code = _CODE.format(path=[os.path.abspath(entry) for entry in sys.path], control=theirs.fileno())
+            # A session of its own keeps Ctrl-C and Ctrl-Z of the terminal away.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | one_thread,
+            )  # fmt: skip
+
+    def fork(self, descriptors: list[int]) -> int:
+        """Fork a decoder that owns copies of the descriptors, and return its process ID."""
+        with self._lock:
+            socket.send_fds(self.channel, [FORK], descriptors)
+            return self._answer()
+
+    def status(self, process: int) -> int:
+        """Return the wait status of a decoder that ended."""
+        with self._lock:
+            self.channel.send(b"%d" % process)
+            return self._answer()
+
+    def _answer(self) -> int:
+        answer = self.channel.recv(64)
+        if not answer:
+            raise ConnectionResetError("the process that starts decoders has ended")
+        return int(answer)
+
+    def ended(self) -> bool:
+        """Return whether the process has ended."""
+        return self._process.poll() is not None
+
+    def close(self, wait: bool = True) -> None:
+        """Let the process and its decoders end."""
+        self.channel.close()
+        if wait:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+
+
+_lock = threading.Lock()
+_launcher: _Launcher | None = None
+_idle: list[_Decoder] = []
+
+
+def _running() -> _Launcher:
+    """Return the launcher, started if need be; `_lock` must be held."""
+    global _launcher
+    if _launcher is not None and _launcher.ended():
+        _forget()
+    if _launcher is None:
+        _launcher = _Launcher()
+    return _launcher
+
+
+def _take() -> _Decoder:
+    with _lock:
+        launcher = _running()
+        if _idle:
+            return _idle.pop()
+    return _Decoder(launcher)
+
+
+def _forget(wait: bool = True) -> None:
+    """Close the sockets, which ends the launcher and the idle decoders unless another process has copies of them."""
+    global _launcher
+    for decoder in _idle:
+        decoder._close()
+    _idle.clear()
+    if _launcher is not None:
+        _launcher.close(wait)
+        _launcher = None
+
+
+def _forget_parents() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _forget(wait=False)
+
+
+atexit.register(_forget)
+os.register_at_fork(after_in_child=_forget_parents)
+
+
+@functools.lru_cache(maxsize=8)
+def _spec_json(spec: PreprocessSpec) -> bytes:
+    return json.dumps(spec.to_dict()).encode()

@@ -1,0 +1,195 @@
+"""Decoder processes: the same results as in this process, and a verdict only if the photo is the cause."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from fastfundus.errors import TransientError
+from fastfundus.photo import isolation
+from fastfundus.photo.isolation import prepare_isolated, start_decoders
+from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes
+from fastfundus.records import Status
+from fastfundus.spec import PreprocessSpec
+
+SPEC = PreprocessSpec(size=64)
+
+
+@pytest.fixture
+def good(broken_photos: Path) -> bytes:
+    return (broken_photos / "good.jpg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def slow() -> bytes:
+    """A colour picture that takes more than a second to decode."""
+    noise = np.random.default_rng(0).integers(0, 256, (6000, 9000, 3), np.uint8)
+    noise[..., 0] = 0
+    return bytes(cv2.imencode(".png", noise, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_PAUSE_S", 0.0)
+
+
+def signal_each(monkeypatch: pytest.MonkeyPatch, number: int, times: int = 100) -> list[int]:
+    """Send a signal to the first decoders that begin a photo; return the list of their process IDs."""
+    struck: list[int] = []
+    wait = isolation._Decoder._wait
+
+    def strike(decoder: isolation._Decoder, *arguments: object) -> bytes:
+        if len(struck) < times:
+            struck.append(decoder.process)
+            os.kill(decoder.process, number)
+        return wait(decoder, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(isolation._Decoder, "_wait", strike)
+    return struck
+
+
+def same(one: PreparedPhoto, other: PreparedPhoto) -> None:
+    assert replace(one, image=None) == replace(other, image=None)
+    assert (one.image is None) == (other.image is None)
+    if one.image is not None:
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_results_are_those_of_this_process(broken_photos: Path) -> None:
+    for path in sorted(broken_photos.iterdir()):
+        for spec in (SPEC, PreprocessSpec(size=512, field="frame")):
+            same(prepare_isolated(path.read_bytes(), spec), prepare_bytes(path.read_bytes(), spec))
+    same(prepare_isolated(b"", SPEC), prepare_bytes(b"", SPEC))
+
+
+def test_shared_memory_does_not_grow(good: bytes) -> None:
+    big = good + bytes(40 << 20)
+    prepare_isolated(big, SPEC)
+    assert [os.fstat(decoder.source).st_size <= 32 << 20 for decoder in isolation._idle] == [True] * len(
+        isolation._idle
+    )
+    same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
+
+
+def test_cpu_time_is_limited(good: bytes, slow: bytes) -> None:
+    began = time.monotonic()
+    result = prepare_isolated(slow, SPEC, limit_s=0.1)
+    assert time.monotonic() - began < 10  # the kernel counts whole seconds
+    assert (result.status, result.bytes) == (Status.UNREADABLE, len(slow))
+    assert result.reason.startswith("decoding takes more than 0.1 s of CPU time")
+    same(prepare_isolated(good, SPEC, limit_s=0.1), prepare_bytes(good, SPEC))
+
+
+def test_a_decoder_that_was_stopped_costs_nothing(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    struck = signal_each(monkeypatch, signal.SIGSTOP, times=1)
+    waker = threading.Timer(1.2, lambda: os.kill(struck[0], signal.SIGCONT))
+    waker.start()
+    same(prepare_isolated(good, SPEC, limit_s=0.5), prepare_bytes(good, SPEC))
+    waker.join()
+
+
+def test_a_decoder_that_never_answers_is_given_up(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_each(monkeypatch, signal.SIGSTOP)
+    monkeypatch.setattr(isolation, "_STALLED", 1)
+    with pytest.raises(TransientError, match="made no progress for 1 s"):
+        prepare_isolated(good, SPEC, limit_s=0.1)
+
+
+def test_a_killed_decoder_is_replaced(good: bytes, monkeypatch: pytest.MonkeyPatch, at_once: None) -> None:
+    struck = signal_each(monkeypatch, signal.SIGKILL, times=1)
+    same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
+    with pytest.raises(ProcessLookupError):
+        os.kill(struck[0], 0)  # reaped, so no zombies pile up
+
+
+def test_no_verdict_if_decoders_are_killed_from_outside(
+    good: bytes, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    struck = signal_each(monkeypatch, signal.SIGKILL)
+    with pytest.raises(TransientError, match=r"its decoder was killed \(SIGKILL\), perhaps because memory is short"):
+        prepare_isolated(good, SPEC)
+    assert len(struck) == 2
+
+
+def test_a_photo_that_crashes_two_decoders_is_unreadable(
+    good: bytes, monkeypatch: pytest.MonkeyPatch, at_once: None
+) -> None:
+    struck = signal_each(monkeypatch, signal.SIGSEGV)
+    result = prepare_isolated(good, SPEC)
+    assert (result.status, result.reason) == (Status.UNREADABLE, "it crashes the decoder (SIGSEGV)")
+    assert (len(struck), result.bytes) == (2, len(good))
+
+
+def test_cancelled_work_ends(slow: bytes) -> None:
+    with pytest.raises(TransientError, match="cancelled"):
+        prepare_isolated(slow, SPEC, cancelled=lambda: True)
+
+
+def test_the_launcher_is_replaced(good: bytes) -> None:
+    start_decoders()
+    assert isolation._launcher is not None
+    isolation._launcher._process.kill()
+    isolation._launcher._process.wait()
+    same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
+
+
+def test_a_forked_process_has_decoders_of_its_own(good: bytes) -> None:
+    prepare_isolated(good, SPEC)
+    code = "\n".join(
+        [
+            "import os, sys; from pathlib import Path",
+            "from fastfundus.photo.isolation import prepare_isolated; from fastfundus.spec import PreprocessSpec",
+            "data, spec = Path(sys.argv[1]).read_bytes(), PreprocessSpec(size=64)",
+            "assert prepare_isolated(data, spec).status == 'ok'",
+            "if (child := os.fork()) == 0: os._exit(prepare_isolated(data, spec).status != 'ok')",
+            "assert os.waitpid(child, 0)[1] == 0",
+            "assert prepare_isolated(data, spec).status == 'ok'",
+        ]
+    )
+    run_python(code, good)
+
+
+def run_python(code: str, data: bytes) -> str:
+    with open(os.memfd_create("data"), "wb") as file:
+        file.write(data)
+        file.flush()
+        result = subprocess.run(
+            [sys.executable, "-c", code, f"/proc/{os.getpid()}/fd/{file.fileno()}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_short_memory_is_not_the_photos_fault(slow: bytes) -> None:
+    """With a limit of the address space, as batch systems set it, a sound picture was called damaged."""
+    code = "\n".join(
+        [
+            "import resource, sys; from pathlib import Path",
+            "from fastfundus.photo import isolation; from fastfundus.spec import PreprocessSpec",
+            "from fastfundus.errors import TransientError",
+            "isolation._PAUSE_S = 0",
+            "data = Path(sys.argv[1]).read_bytes()",
+            "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()",
+            "resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)",
+            "try: print(isolation.prepare_isolated(data, PreprocessSpec(size=64)))",
+            "except TransientError as error: print(error)",
+        ]
+    )
+    # Depending on where memory ends first, this process or the decoder says so.
+    assert run_python(code, slow) in (
+        "there is not enough memory to decode it\n",
+        "its decoder cannot be reached (Cannot allocate memory)\n",
+    )
