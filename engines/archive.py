@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 import weakref
 import zipfile
 from pathlib import Path
 
 from fastfundus.errors import BundleError
+from fastfundus.files import sync
 
 __all__ = ["Unpacked", "is_archive", "pack"]
 
 _SUFFIX = ".zip"
 _DESCRIPTION = "bundle.json"
 _MAX_DESCRIPTION_BYTES = 64 << 20
+_PREFIX = "fastfundus-bundle-"
+_ORPHAN_S = 60
 
 
 def is_archive(path: Path) -> bool:
@@ -42,6 +48,7 @@ def pack(folder: Path, file: Path) -> None:
             os.fsync(stream.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(file)
+        sync(file.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -57,9 +64,33 @@ class Unpacked:
     """
 
     def __init__(self, file: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fastfundus-bundle-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        _remove_orphans()
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Held while the folder is in use: the lock of a process that was killed is released.
+        lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        weakref.finalize(self, _remove, self.folder, lock)
         _unpack(file, self.folder)
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _remove_orphans() -> None:
+    """Remove the folders that killed processes of this user have left behind."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                facts = os.fstat(lock)
+                # A younger folder may not be locked yet.
+                if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > _ORPHAN_S:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _unpack(file: Path, folder: Path) -> None:

@@ -22,7 +22,9 @@ from fastfundus.engines.heatmap_export import export_heatmap
 from fastfundus.engines.parity import ParityReport
 from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
 from fastfundus.engines.select_precision import EIGHT_BITS, ParityData, PrecisionSearch
+from fastfundus.engines.trust import note_built_here
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
+from fastfundus.files import sync
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
@@ -110,7 +112,9 @@ def build_bundle(
         _publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Bundle.open(output), best
+    bundle = Bundle.open(output)
+    note_built_here(bundle.fingerprint)
+    return bundle, best
 
 
 def _available_precisions(native: tuple[str, ...], precision: str, *, calibrated: bool) -> tuple[str, ...]:
@@ -148,11 +152,14 @@ def _publish(folder: Path, output: Path) -> None:
         pack(folder, output)
         return
     # The old bundle is moved aside rather than deleted first, so that a crash in between loses neither.
+    for path in (*folder.iterdir(), folder):
+        sync(path)
     before = output.with_name(f"{output.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if output.exists():
         output.rename(before)
     folder.rename(output)
+    sync(output.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 

@@ -11,22 +11,27 @@ engine.*       files of the backend
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastfundus.engines.archive import Unpacked, is_archive
+from fastfundus.engines.onnx_scan import external_files
 from fastfundus.engines.runtime import GRAPH, Engine, load_backend
+from fastfundus.engines.trust import check_signature, is_built_here
 from fastfundus.errors import BundleError, FastFundusError
 from fastfundus.files import hash_file
 from fastfundus.spec import PreprocessSpec, fingerprint_of
 
-__all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
+__all__ = ["GRAPH_BACKENDS", "NATIVE_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
 
 SCHEMA = 3
 """Version of the bundle format."""
 GRAPH_BACKENDS = ("openvino", "onnxruntime")
 """Backends that can run the graph of any bundle."""
+NATIVE_BACKENDS = ("aoti",)
+"""Backends whose engine is native code, which runs with the rights of the user as soon as it is loaded."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -50,26 +55,33 @@ class Bundle:
     folder: Path
     """Folder of its files: `path`, or the temporary folder of a single-file bundle, deleted with this object."""
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
+    _allow_native_code: bool = field(default=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
         how = f"{self.backend} {self.precision}, {self.spec.size} px"
         return f"Bundle({str(self.path)!r}, {', '.join(self.labels)}, {how})"
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
+    def open(
+        cls, path: str | Path, *, allow_native_code: bool = False, require_signature: str | Path | None = None
+    ) -> Bundle:
         """Open a bundle and check every file against its hash.
 
         Args:
             path: a folder, or a file whose name ends in ".zip".
+            allow_native_code: run native code of a bundle that another machine built; see `NATIVE_BACKENDS`.
+            require_signature: PEM file of an Ed25519 public key; the bundle must have a valid signature for it.
 
         Raises:
-            BundleError: if it is not a bundle, its schema is not supported, or a file is missing or modified.
+            BundleError: if it is not a bundle, its schema is not supported, a file is missing or modified, or a
+                signature is required and missing or not valid.
         """
         path = Path(path)
-        if is_archive(path):
-            unpacked = Unpacked(path)
-            return cls._read(path, unpacked.folder, unpacked)
-        return cls._read(path, path, None)
+        unpacked = Unpacked(path) if is_archive(path) else None
+        bundle = cls._read(path, unpacked.folder if unpacked else path, unpacked)
+        if require_signature is not None:
+            check_signature(path, bundle.fingerprint, Path(require_signature))
+        return replace(bundle, _allow_native_code=allow_native_code)
 
     @classmethod
     def _read(cls, path: Path, folder: Path, unpacked: Unpacked | None) -> Bundle:
@@ -101,6 +113,8 @@ class Bundle:
             != metadata["fingerprint"]
         ):
             raise BundleError(f"{path / 'bundle.json'}: modified after the bundle was built; rebuild it")
+        if not isinstance(metadata["fingerprint"], str):
+            raise TypeError("the fingerprint is not text")
         for name, sha in metadata["files"].items():
             # Bundles are not trusted: file names must stay inside the folder.
             if Path(name).name != name:
@@ -112,6 +126,9 @@ class Bundle:
         for name in (metadata["engine"], metadata.get("weights")):
             if name is not None and name not in metadata["files"]:
                 raise BundleError(f"{path}: its engine file {name!r} is not listed in bundle.json; do not use it")
+        for name in metadata["files"]:
+            if name.endswith(".onnx"):
+                _check_graph(path, folder / name, metadata["files"])
         try:
             spec = PreprocessSpec.from_dict(metadata["spec"])
         except FastFundusError as error:
@@ -122,12 +139,11 @@ class Bundle:
                 f"the same settings have {spec.fingerprint[:12]}, so their meaning changed; rebuild the engine"
             )
         labels = metadata["labels"]
+        if not labels:
+            raise BundleError(f"{path}: has no labels; rebuild the engine")
+        for name, entry in labels.items():
+            _check_label(path, name, entry)
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
-        for name, threshold in zip(labels, thresholds, strict=True):
-            if not 0 <= threshold <= 1:
-                raise BundleError(
-                    f"{path}: the threshold of {name!r} is {threshold}, but a probability is 0 to 1; rebuild the engine"
-                )
         findings = tuple(name for name, entry in labels.items() if entry["finding"])
         return cls(
             path,
@@ -181,10 +197,42 @@ class Bundle:
         metadata = self.metadata
         if (self.backend, self.precision) != (metadata["backend"], metadata["precision"]):
             metadata = {**metadata, "backend": self.backend, "precision": self.precision, "engine": GRAPH, "needs": {}}
+        if self.backend in NATIVE_BACKENDS and not self._allow_native_code and not is_built_here(self.fingerprint):
+            raise BundleError(
+                f"{self.path}: contains native code, which could do anything, and was not built by this user on this "
+                "machine; if you trust its source, add --allow-native-code, otherwise --backend openvino"
+            )
         engine = load_backend(self.backend, self.folder, metadata)
         # Messages name the bundle, not the temporary folder.
         engine.name = str(self.path)
         return engine
+
+
+def _check_label(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Raise unless the settings of a label can be used: they decide, and nobody would notice a wrong one."""
+    threshold, temperature = float(entry["threshold"]), float(entry["temperature"])
+    if not 0 <= threshold <= 1:
+        raise BundleError(
+            f"{path}: the threshold of {name!r} is {threshold}, but a probability is 0 to 1; rebuild the engine"
+        )
+    if not 0 < temperature < float("inf"):
+        raise BundleError(f"{path}: the temperature of {name!r} is {temperature}, not above 0; rebuild the engine")
+    if not isinstance(entry["finding"], bool):
+        raise TypeError(f"whether {name!r} is a finding is {entry['finding']!r}")
+    if not name or not name.isprintable():
+        raise ValueError(f"the label {name!r} cannot be printed")
+
+
+def _check_graph(path: Path, file: Path, listed: Collection[str]) -> None:
+    """Raise if a graph reads files that the bundle does not list."""
+    try:
+        strangers = external_files(file.read_bytes()) - set(listed)
+    except BundleError as error:
+        raise BundleError(f"{path}: {file.name}: {error}") from None
+    if strangers:
+        raise BundleError(
+            f"{path}: {file.name} reads {min(strangers)!r}, which bundle.json does not list; do not use it"
+        )
 
 
 def write_bundle_json(folder: Path, metadata: dict[str, Any]) -> None:

@@ -1,29 +1,44 @@
-"""Atomic writes and hashes of files. Standard library only."""
+"""Atomic and durable writes, and hashes of files. Standard library only."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "hash_file"]
+__all__ = ["atomic_write", "hash_file", "sync"]
 
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `file` to write to, then rename it to `file`.
 
-    Readers, and a restart after a crash, see either the old or the new file, never a partial one. On an error, the old
-    file is kept and the temporary one is removed.
+    Readers, and a restart after a crash or a power failure, see either the old or the new file, never a partial one.
+    Once this returns, the new file is on disk. On an error, the old file is kept and the temporary one is removed.
     """
     partial = file.with_name(file.name + ".partial")
     try:
         yield partial
+        sync(partial)
         partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file, or the list of files in a folder, to disk.
+
+    Otherwise a new name may survive a power failure that the content behind it does not.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
     # Threads of the tests that need all cores must not spin while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Bundles with native code are noted there as built by this user; workers inherit the folder.
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="fastfundus-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 import cv2
 import numpy as np

@@ -6,6 +6,9 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 for success, 1
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from typing import Any
 
 import click
@@ -24,6 +27,7 @@ from fastfundus.cli.export_triton import export_triton
 from fastfundus.cli.prepare import prepare
 from fastfundus.cli.screen import screen
 from fastfundus.cli.serve import serve
+from fastfundus.cli.sign import sign
 from fastfundus.cli.study import study
 from fastfundus.cli.synthesize import synthesize
 from fastfundus.cli.train import train
@@ -36,6 +40,9 @@ class _Group(click.Group):
     """Reports FastFundus errors on one line with exit code 1; a traceback indicates a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # Ends like any other exit, so that temporary files are removed. Some commands set handlers of their own.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
         except FastFundusError as error:
@@ -72,6 +79,7 @@ for command in (
     explain,
     study,
     build_engine,
+    sign,
     screen,
     audit,
     serve,

@@ -55,6 +55,11 @@ if TYPE_CHECKING:
 @click.option(
     "--ray", metavar="ADDRESS", help='Run on a Ray cluster: "host:6379", "auto" or "local"; needs the extra "fleet".'
 )
+@click.option("--allow-native-code", is_flag=True, help="Run native code of a bundle that another machine built.")
+@click.option(
+    "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
+    help="Refuse the bundle unless it was signed with the private key of this public key; see fastfundus sign.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def screen(
     bundle: Path,
@@ -70,6 +75,8 @@ def screen(
     both_eyes: bool,
     decode: str,
     ray: str | None,
+    allow_native_code: bool,
+    require_signature: Path | None,
     as_json: bool,
 ) -> None:
     r"""Screen photos with BUNDLE; write exactly one row per input, and a report.
@@ -86,16 +93,18 @@ def screen(
       fastfundus screen bundle/ photos/ --output results/ --abstain 0.05 --min-images 2 --both-eyes
     """
     from fastfundus.cli.console import quiet_decoders, remark, remarks, screening_progress
+    from fastfundus.engines.bundle import Bundle
     from fastfundus.screening.policy import ScreenPolicy
     from fastfundus.workflow.screen import screen_sources
 
     quiet_decoders()
+    opened = Bundle.open(bundle, allow_native_code=allow_native_code, require_signature=require_signature)
     policy = ScreenPolicy(abstain=abstain, least_images=least_images, unusable=unusable, both_eyes=both_eyes)  # type: ignore[arg-type]
     with screening_progress() as progress:
         try:
             run, listing = screen_sources(
                 sources,
-                bundle,
+                opened,
                 output,
                 policy=policy,
                 resume=resume,

@@ -63,6 +63,11 @@ import click
     show_default=True,
     help="Maximum number of photos in progress.",
 )
+@click.option("--allow-native-code", is_flag=True, help="Run native code of a bundle that another machine built.")
+@click.option(
+    "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
+    help="Refuse the bundle unless it was signed with the private key of this public key; see fastfundus sign.",
+)  # fmt: skip
 def serve(
     bundle: Path,
     host: str,
@@ -74,12 +79,14 @@ def serve(
     max_megabytes: int,
     max_seconds: float,
     max_waiting: int,
+    allow_native_code: bool,
+    require_signature: Path | None,
 ) -> None:
     r"""Serve BUNDLE over HTTP, with a web page for uploading photos.
 
-    POST /v1/screen takes multipart/form-data, or one photo as the body. GET /healthz, /metrics and /v1/about describe
-    the server. On Ctrl-C or SIGTERM, it finishes accepted requests before it exits. It does not support TLS: put a
-    proxy in front of it on networks that you do not control. For research use only.
+    POST /v1/screen takes multipart/form-data, or one photo as the body. GET /livez, /readyz, /metrics and /v1/about
+    describe the server. On Ctrl-C or SIGTERM, it finishes accepted requests before it exits. It does not support TLS:
+    put a proxy in front of it on networks that you do not control. For research use only.
 
     \b
     Example:
@@ -104,7 +111,7 @@ def serve(
             f"--host {host}: other machines can reach this address; add --token-file FILE, or --without-token on a "
             "closed network"
         )
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, allow_native_code=allow_native_code, require_signature=require_signature)
     if backend:
         opened = opened.using(backend)
     limits = Limits(max_bytes=max_megabytes << 20, max_s=max_seconds, max_waiting=max_waiting)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +26,12 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS, SCHEMA, PhotoCache, partial_folder, photos_per_file
 from fastfundus.data.duplicates import write_duplicates
-from fastfundus.data.journal import journal_rows, locked, mend_journal
+from fastfundus.data.journal import cut_lines, journal_rows, locked, mend_journal
 from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Preparer, Row, file_stamp, identified, prepare_rows
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
+from fastfundus.files import atomic_write, sync
 from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
@@ -77,17 +79,26 @@ def build_cache(
     keep_memory()
     # There is already one decoding thread per core; OpenCV's own threads would oversubscribe them.
     cv2.setNumThreads(1)
-    with locked(output, output.with_name(output.name + ".lock"), "prepared"):
-        build = _Build(photos, output, spec, patient_salt, prepare)
-        try:
-            for status in build.done():
-                on_photo(status)
-            _work(build, workers or usable_cores(), group, on_photo)
-            build.finish(source, origins or {}, notes)
-        except OSError as error:
-            raise not_written(output, error, build.finished) from error
-        finally:
-            build.store.close()
+    finished = 0
+
+    def count(status: Status) -> None:
+        nonlocal finished
+        finished += 1
+        on_photo(status)
+
+    try:
+        with locked(output, output.with_name(output.name + ".lock"), "prepared"):
+            build = _Build(photos, output, spec, patient_salt, prepare)
+            try:
+                for status in build.done():
+                    count(status)
+                _work(build, workers or usable_cores(), group, count)
+                build.finish(source, origins or {}, notes)
+            finally:
+                build.store.close()
+    except OSError as error:
+        # Photos that cannot be read raise other errors, so this one comes from the output.
+        raise not_written(output, error, finished) from error
     return PhotoCache.open(output)
 
 
@@ -204,13 +215,16 @@ class _Build:
             "origins": self._origins(origins),
             "notes": list(notes[:_MAX_NOTES]),
         }
-        (self.partial / "spec.json").write_text(json.dumps(metadata, indent=1) + "\n")
+        with atomic_write(self.partial / "spec.json") as file:
+            file.write_text(json.dumps(metadata, indent=1) + "\n")
         where = self.output if self.extends else self.partial
         write_duplicates(self.partial, where, self.spec.size)
         if self.extends:
             # Replace the manifest last: readers derive the number of photos from it.
             for name in ("spec.json", "duplicates.parquet", "manifest.parquet"):
+                sync(self.partial / name)
                 os.replace(self.partial / name, self.output / name)
+                sync(self.output)
             shutil.rmtree(self.partial)
         else:
             _move_into_place(self.partial, self.output)
@@ -246,6 +260,7 @@ class _Build:
         noted = self.partial / "build.json"
         if noted.is_file() and json.loads(noted.read_text()) == build:
             mend_journal(self.partial)
+            self._trust_journal()
             return
         if self.partial.exists():
             shutil.rmtree(self.partial)
@@ -255,6 +270,14 @@ class _Build:
             assert self.previous is not None
             self.store.cut(len(self.previous.manifest))
         noted.write_text(json.dumps(build))
+
+    def _trust_journal(self) -> None:
+        """Cut the journal at the first photo whose pixels a power failure lost: they are written in any order."""
+        checksums = (row["pixels_crc32"] for row in journal_rows(self.partial))
+        for count, (checksum, index) in enumerate(zip(checksums, self._all(), strict=False)):
+            if checksum is not None and zlib.crc32(self.store.read(int(index))) != checksum:
+                cut_lines(self.partial / "rows.jsonl", count)
+                return
 
     def _fingerprint(self) -> str:
         """Hash everything the build depends on, incrementally, so that a list of millions is not copied."""
@@ -339,9 +362,12 @@ def _move_into_place(partial: Path, output: Path) -> None:
     replaced = _replaced_folder(output)
     if replaced.exists():
         shutil.rmtree(replaced)
+    for path in (*partial.iterdir(), partial):
+        sync(path)
     if output.exists():
         output.rename(replaced)
     partial.rename(output)
+    sync(output.parent)
     for name in ("rows.jsonl", "build.json"):
         (output / name).unlink()
     if replaced.exists():

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastfundus.data.store import SHARD_BYTES, PhotoArray, open_photos
+from fastfundus.data.store import SHARD_BYTES, CheckedPhotos, PhotoArray, open_photos
 from fastfundus.errors import DataError, PhotoError
 from fastfundus.photo.file import read_photo
 from fastfundus.spec import PreprocessSpec
@@ -120,6 +120,7 @@ class PhotoCache:
             photos = open_photos(path, len(manifest), spec.size, metadata["photos_per_file"])
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
+        photos = CheckedPhotos(photos, manifest["pixels_crc32"].to_list(), manifest["path"].to_list(), path)
         origins, notes = metadata.get("origins", {}), tuple(metadata.get("notes", ()))
         return cls(path, spec, photos, manifest, Path(metadata["source"]), metadata["salted"], origins, notes)
 
@@ -141,8 +142,9 @@ class PhotoCache:
             One line for each fault.
         """
         rows = self.manifest.select("path", "sha256", "pixels_crc32").iter_rows()
+        pixels = self.photos.unchecked if isinstance(self.photos, CheckedPhotos) else self.photos
         for row, (name, sha256, checksum) in enumerate(rows):
-            if checksum is not None and zlib.crc32(np.ascontiguousarray(self.photos[row]).data) != checksum:
+            if checksum is not None and zlib.crc32(np.ascontiguousarray(pixels[row]).data) != checksum:
                 yield f"{name}: the pixels in the cache have changed; prepare it again"
             if sources and sha256:
                 yield from self._verify_source(name, sha256)

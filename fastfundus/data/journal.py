@@ -12,7 +12,7 @@ from typing import Any
 
 from fastfundus.errors import DataError
 
-__all__ = ["journal_rows", "locked", "mend_journal", "mend_lines"]
+__all__ = ["cut_lines", "journal_rows", "locked", "mend_journal", "mend_lines"]
 
 
 @contextmanager
@@ -28,17 +28,31 @@ def locked(output: Path, path: Path, doing: str) -> Iterator[None]:
         DataError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise DataError(
+                f"is being {doing} by another process; wait for it to finish or stop it", path=output
+            ) from None
+        # Its last holder may have deleted the file after it was opened here: then a third process can lock another one.
+        if _is_same(file, path):
+            break
         os.close(file)
-        raise DataError(f"is being {doing} by another process; wait for it to finish or stop it", path=output) from None
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def _is_same(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def journal_rows(partial: Path) -> Iterator[dict[str, Any]]:
@@ -54,6 +68,14 @@ def mend_journal(partial: Path) -> None:
     path = partial / "rows.jsonl"
     if path.is_file():
         mend_lines(path)
+
+
+def cut_lines(path: Path, count: int) -> None:
+    """Truncate a text file after its first `count` lines."""
+    with path.open("rb+") as file:
+        for _ in range(count):
+            file.readline()
+        file.truncate(file.tell())
 
 
 def mend_lines(path: Path) -> None:

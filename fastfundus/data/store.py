@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import DataError
 
-__all__ = ["SHARD_BYTES", "JoinedPhotos", "PhotoArray", "PhotoStore", "open_photos"]
+__all__ = ["SHARD_BYTES", "CheckedPhotos", "JoinedPhotos", "PhotoArray", "PhotoStore", "open_photos"]
 
 SHARD_BYTES = 64 * 2**30
 """Maximum size of one file: easy to copy, and below the limits of common file systems and object stores."""
@@ -59,6 +60,59 @@ class JoinedPhotos:
             part = int(np.searchsorted(self._begins, row, side="right")) - 1
             return self._parts[part][row - int(self._begins[part])]
         return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
+
+
+class CheckedPhotos:
+    """Photos whose pixels are compared with their checksums when they are read for the first time.
+
+    Args:
+        photos: the photos.
+        checksums: CRC-32 of the pixels of each photo; None for photos without pixels.
+        names: name of each photo, for messages.
+        path: the cache, for messages.
+    """
+
+    def __init__(self, photos: PhotoArray, checksums: Sequence[int | None], names: Sequence[str], path: Path) -> None:
+        self.unchecked = photos
+        """The same photos, without comparison."""
+        self._names, self._path = names, path
+        self._checksums = np.array([-1 if value is None else value for value in checksums], np.int64)
+        self._seen = self._checksums < 0
+        self.shape, self.dtype = photos.shape, np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.unchecked)
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.uint8]:
+        """Return photos.
+
+        Raises:
+            DataError: the pixels of a photo have changed since they were written.
+        """
+        photos = self.unchecked[rows]
+        if np.ndim(rows) == 0 and not isinstance(rows, slice):
+            self._check(range(len(self))[int(rows)], photos)
+            return photos
+        unseen = np.flatnonzero(~self._seen[rows])
+        if len(unseen):
+            numbers = np.arange(len(self))[rows]
+            for place in unseen:
+                self._check(int(numbers[place]), photos[place])
+        return photos
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[np.uint8]:
+        return np.asarray(self[:], dtype)
+
+    def _check(self, row: int, pixels: NDArray[np.uint8]) -> None:
+        if self._seen[row]:
+            return
+        if zlib.crc32(np.ascontiguousarray(pixels).data) != self._checksums[row]:
+            raise DataError(
+                f"the pixels of {self._names[row]} have changed since they were prepared; list all such photos with "
+                "fastfundus cache verify, and prepare them again into a new folder",
+                path=self._path,
+            )
+        self._seen[row] = True
 
 
 def open_photos(folder: Path, count: int, size: int, per_file: int) -> PhotoArray:
@@ -118,6 +172,11 @@ class PhotoStore:
         while _file(self._folder, number).exists():
             _file(self._folder, number).unlink()
             number += 1
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of one photo, fewer if the file ends within it."""
+        number, place = divmod(row, self._per_file)
+        return os.pread(self._descriptor(number), self._bytes, _HEADER + place * self._bytes)
 
     def finish(self, count: int) -> None:
         """Set the final length and header of each file, and flush the files to disk."""

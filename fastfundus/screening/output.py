@@ -56,16 +56,8 @@ def input_stamp(path: Path) -> tuple[int, int]:
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably: after a crash or power failure it is complete or absent."""
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)
 
 
 class Store:

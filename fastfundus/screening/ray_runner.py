@@ -86,7 +86,8 @@ class _Worker:
         self._folder = TemporaryDirectory(prefix="fastfundus-")
         path = Path(self._folder.name) / "bundle.zip"
         path.write_bytes(ray.get(packed[0]))
-        self.bundle = Bundle.open(path)
+        # The machine that sent the bundle has decided whether its native code may run.
+        self.bundle = Bundle.open(path, allow_native_code=True)
         if self.bundle.fingerprint != identity["bundle"]:
             raise BundleError(
                 f"the worker received bundle {self.bundle.fingerprint[:12]}, expected {identity['bundle'][:12]}"

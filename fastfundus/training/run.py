@@ -171,9 +171,11 @@ def run_file(file: Path) -> Iterator[Path]:
         # torch's writer raises RuntimeError on system errors and hides their reason.
         free = shutil.disk_usage(file.parent).free // 2**20
         kept = "the previous file is kept" if file.exists() else "there is no previous file"
+        resumable = (file.parent / "last.ckpt").is_file()
+        cure = "continue with --resume" if resumable else "start again in another folder: no epoch was saved yet"
         raise CheckpointError(
             f"{file}: cannot be written ({str(error).splitlines()[0]}; {free} MiB are free); {kept}; free disk space "
-            "and continue with --resume"
+            f"and {cure}"
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from fastfundus.config import TrainConfig
 from fastfundus.data.cache import PhotoCache
+from fastfundus.data.journal import locked
 from fastfundus.data.split import SIDES
 from fastfundus.errors import ConfigError
 from fastfundus.evaluation.folds import pool_folds
@@ -131,9 +133,15 @@ def train_run(
     # Batches need megabytes of fresh memory each; page faults would cost as much as filling it.
     keep_memory()
     world, targets = world or World(), targets or ThresholdTargets()
-    Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
-    if not world.leads:
-        return {}
+    # Two trainings in one folder would mix the settings of one with the weights of the other.
+    with locked(folder, folder.with_name(folder.name + ".lock"), "trained into") if world.leads else nullcontext():
+        Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
+        return _finish_run(cache, folder, targets, observer) if world.leads else {}
+
+
+def _finish_run(
+    cache: PhotoCache, folder: Path, targets: ThresholdTargets, observer: Observer | None
+) -> dict[str, Any]:
     say = (observer or Observer()).say
     say("fitting temperatures, thresholds and the guard on validation; measuring on test")
     run = Run.open(folder)

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import fastfundus
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache
+from fastfundus.data.journal import locked
+from fastfundus.errors import DataError
 from tests.conftest import Trained
 
 SETTINGS = {"model": {"backbone": "test_resnet"}, "loop": {"epochs": 1, "batch_size": 8}, "data": {"folds": 3}}
@@ -94,3 +97,30 @@ def test_runs_of_version_0_1_are_read_and_resumed(trained: Trained, cache: Photo
     assert resumed.state.epoch == expected.loop.epochs
     with pytest.raises(fastfundus.ConfigError, match="optimiser is not a setting; did you mean 'optimizer'"):
         TrainConfig.from_toml(run / "config.toml")
+
+
+def test_changed_pixels_stop_every_step(trained: Trained, cache: PhotoCache, tmp_path: Path) -> None:
+    """Thirty of a hundred photos were inverted, and nobody noticed."""
+    shutil.copytree(cache.path, tmp_path / "cache")
+    pixels = np.load(tmp_path / "cache" / "photos.npy", mmap_mode="r+")
+    pixels[::3] = 255 - pixels[::3]
+    pixels.flush()
+    config = TrainConfig.from_dict({"model": {"backbone": "test_resnet"}, "loop": {"epochs": 1}})
+    for step in (
+        lambda: fastfundus.train(tmp_path / "cache", tmp_path / "run", config),
+        lambda: fastfundus.evaluate(trained.run, tmp_path / "cache"),
+        lambda: fastfundus.build_engine(trained.run, tmp_path / "bundle", cache=tmp_path / "cache"),
+        lambda: fastfundus.explain(trained.run, tmp_path / "cache", tmp_path / "heatmaps"),
+    ):
+        with pytest.raises(DataError, match="have changed since they were prepared"):
+            step()
+
+
+def test_two_trainings_cannot_share_a_folder(cache: PhotoCache, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({"model": {"backbone": "test_resnet"}, "loop": {"epochs": 1}})
+    with (
+        locked(tmp_path / "run", tmp_path / "run.lock", "trained into"),
+        pytest.raises(DataError, match="is being trained into by another process"),
+    ):
+        fastfundus.train(cache, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
