@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "PhotoFacts",
     "SourcePhoto",
     "Status",
+    "bytes_of_name",
     "identity",
     "interval_text",
     "utf8_name",
@@ -139,8 +141,28 @@ def interval_text(entry: dict[str, float | None]) -> str:
 
 
 def utf8_name(name: str) -> str:
-    r"""Return a file name that can be written to a UTF-8 file: bytes that are not valid UTF-8 become \xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Return a file name that can be written to a UTF-8 file: bytes that are not valid UTF-8 become \xNN.
+
+    Backslashes in the name itself that would be taken for such an escape are doubled, so that two files never get the
+    same name.
+    """
+    return (
+        re.sub(r"(\\+)(?=x|[\udc80-\udcff])", r"\1\1", name)
+        .encode("utf-8", "surrogateescape")
+        .decode("utf-8", "backslashreplace")
+    )
+
+
+def bytes_of_name(name: str) -> bytes:
+    """Return the bytes of the file name that `utf8_name` made a name of."""
+
+    def restored(match: re.Match[str]) -> str:
+        backslashes, digits = match[1], match[2]
+        if len(backslashes) % 2 and digits:
+            return backslashes[: len(backslashes) // 2] + chr(0xDC00 + int(digits, 16))
+        return backslashes[: len(backslashes) // 2] + "x" + (digits or "")
+
+    return re.sub(r"(\\+)x([89a-f][0-9a-f])?", restored, name).encode("utf-8", "surrogateescape")
 
 
 def identity(source: SourcePhoto, facts: PhotoFacts) -> tuple[str, bool, str | None]:

@@ -23,9 +23,9 @@ class Disk:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.states: list[tuple[dict[int, dict[str, int]], dict[int, bytes]]] = []
-        """After each sync: names and inodes by inode of the folder, and contents by inode of the file."""
-        self._names: dict[int, dict[str, int]] = {}
+        self.states: list[tuple[dict[int, dict[str, tuple[int, bool]]], dict[int, bytes]]] = []
+        """After each sync: names, inodes and whether they are folders by inode of the folder; contents by inode."""
+        self._names: dict[int, dict[str, tuple[int, bool]]] = {}
         self._contents: dict[int, bytes] = {}
         self._fsync = os.fsync
 
@@ -39,7 +39,9 @@ class Disk:
         if not path.is_relative_to(self.root):
             return
         if stat.S_ISDIR(facts.st_mode):
-            self._names[facts.st_ino] = {entry.name: entry.inode() for entry in os.scandir(path)}
+            self._names[facts.st_ino] = {
+                entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in os.scandir(path)
+            }
         else:
             self._contents[facts.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
         self.states.append((dict(self._names), dict(self._contents)))
@@ -50,13 +52,11 @@ class Disk:
         Files that were never synced are empty, and folders that were never synced have no files.
         """
         names, contents = self.states[state]
-        # A subfolder is known by its inode; whether it is one follows from its own sync or from its absence of content.
-        folders = set(names)
 
         def write(inode: int, target: Path) -> None:
             target.mkdir(parents=True)
-            for name, number in names.get(inode, {}).items():
-                if number in folders:
+            for name, (number, is_folder) in names.get(inode, {}).items():
+                if is_folder:
                     write(number, target / name)
                 else:
                     (target / name).write_bytes(contents.get(number, b""))

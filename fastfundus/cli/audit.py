@@ -22,12 +22,16 @@ def audit() -> None:
 @audit.command()
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--files", is_flag=True, help="Also read every input file and compare its hash.")
+@click.option(
+    "--head", metavar="HASH", help="The head of the log that the screening printed; it must still be the head."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(output: Path, files: bool, as_json: bool) -> None:
+def verify(output: Path, files: bool, head: str | None, as_json: bool) -> None:
     r"""Verify the results in OUTPUT by recomputing them.
 
     Checks the hash chain of audit.jsonl, every decision from the recorded probabilities and thresholds, the tables of
-    eyes and patients, and with --files the hash of every photo. Exits with 1 if anything differs.
+    eyes and patients, the report and the masks, the number of photos, and with --files the hash of every photo. Exits
+    with 1 if anything differs. Only --head reveals a log that was rewritten as a whole.
 
     \b
     Example:
@@ -37,11 +41,12 @@ def verify(output: Path, files: bool, as_json: bool) -> None:
     from fastfundus.screening.audit import verify as recompute
 
     quiet_decoders()
-    found = recompute(output, files=files)
+    found = recompute(output, files=files, head=head)
     if as_json:
         click.echo(json.dumps(asdict(found)))
     else:
         click.echo(f"{found.rows} rows recomputed")
+        click.echo(f"head of the audit log: {found.head}")
         if files:
             click.echo(f"{found.files} files match their recorded hash; {found.absent} no longer exist")
     if found.faults:

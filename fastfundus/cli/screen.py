@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 @click.option(
     "--ray", metavar="ADDRESS", help='Run on a Ray cluster: "host:6379", "auto" or "local"; needs the extra "fleet".'
 )
+@click.option(
+    "--audit-mirror", type=click.Path(path_type=Path), metavar="FILE", help="Also write the audit log to this file."
+)
 @click.option("--allow-native-code", is_flag=True, help="Run native code of a bundle that another machine built.")
 @click.option(
     "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
@@ -75,6 +78,7 @@ def screen(
     both_eyes: bool,
     decode: str,
     ray: str | None,
+    audit_mirror: Path | None,
     allow_native_code: bool,
     require_signature: Path | None,
     as_json: bool,
@@ -113,6 +117,7 @@ def screen(
                 backend=backend,
                 decode=decode,  # type: ignore[arg-type]
                 ray=ray,
+                audit_mirror=audit_mirror,
                 on_listed=lambda listing: remarks(listing.notes),
                 on_progress=progress,
             )
@@ -135,7 +140,16 @@ def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:
         summary = {"inputs": len(run.results), "status": statuses, "decision": decisions, "lost": listing.lost}
         speed = {"images_per_s": timing.images_per_s, "cores_busy": timing.cores_busy, "busy": timing.busy}
         click.echo(
-            json.dumps({**summary, **speed, "resumed": run.resumed, "notes": run.notes, "report": str(run.report)})
+            json.dumps(
+                {
+                    **summary,
+                    **speed,
+                    "resumed": run.resumed,
+                    "notes": run.notes,
+                    "report": str(run.report),
+                    "audit_head": run.head,
+                }
+            )
         )
         return
     click.echo(f"{len(run.results)} inputs: " + ", ".join(f"{count} {name}" for name, count in statuses.items()))
@@ -147,4 +161,6 @@ def _summarise(run: ScreeningRun, listing: SourceList, as_json: bool) -> None:
         )
     elif run.resumed:
         click.echo("the run was already complete; nothing to do")
+    if run.head:
+        click.echo(f"head of the audit log: {run.head}")
     click.echo(f"report: {run.report}")

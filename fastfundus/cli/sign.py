@@ -13,12 +13,11 @@ import click
 def sign(bundle: Path, key: Path) -> None:
     r"""Sign BUNDLE, so that `screen` and `serve` can insist on your signature.
 
-    The signature is written beside the bundle, as NAME.sig: copy both. It covers every file of the bundle.
+    The signature is written beside the bundle, as NAME.sig: copy both. It covers every file of the bundle. Make a pair
+    of keys with openssl genpkey -algorithm ed25519 -out key.pem, and openssl pkey -in key.pem -pubout -out key.pub.
 
     \b
     Example:
-      openssl genpkey -algorithm ed25519 -out key.pem
-      openssl pkey -in key.pem -pubout -out key.pub
       fastfundus sign bundle/ --key key.pem
       fastfundus screen bundle/ photos/ --output results/ --require-signature key.pub
     """

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastfundus.csv_cells import csv_text
 from fastfundus.data.cache import PhotoCache
 from fastfundus.evaluation.compare import compare_predictions
 from fastfundus.evaluation.figures import (
@@ -93,7 +94,7 @@ def write_evaluation(run: Run, measured: Measured, document: dict[str, Any], out
     """Write all files of an evaluation into a folder, creating it if necessary."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    measured.predictions.write_csv(output / "predictions.csv")
+    (output / "predictions.csv").write_text(csv_text(measured.predictions), encoding="utf-8", newline="")
     vessels = run.config.task == "vessels"
     if not vessels:
         (output / "model_card.md").write_text(model_card(run, document), encoding="utf-8")

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from fastfundus.csv_cells import csv_text
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.masks import native_map
 from fastfundus.errors import PhotoError
@@ -68,9 +69,8 @@ def explain_photos(
                 shown.append(Shown(source.name, f"p({name}) = {row[f'p_{name}']:.3f}", *pictures))
         on_photo(number + 1, len(photos))
     order = ["path", "status", "reason", f"p_{name}", "hottest_x_px", "hottest_y_px", "heatmap"]
-    pl.DataFrame([dict.fromkeys(order) | row for row in rows], infer_schema_length=None).select(order).write_csv(
-        output / "explain.csv"
-    )
+    table = pl.DataFrame([dict.fromkeys(order) | row for row in rows], infer_schema_length=None).select(order)
+    (output / "explain.csv").write_text(csv_text(table), encoding="utf-8", newline="")
     left = sum(row["status"] != "ok" for row in rows)
     facts = [
         f"{name}, by {explainer.method}; {len(rows)} photos, of which {left} cannot be scored (reasons in explain.csv)"

@@ -1,87 +1,28 @@
-"""The append-only audit log of a screening run, and its verification.
-
-`audit.jsonl` contains one JSON object per line: what happened, when, and with which model. Every line ends with
-`chain`, the SHA-256 of the previous chain value and the line's other fields, so changing, adding or removing a line
-breaks the chain.
-"""
+"""Verification of a screening run against its audit log, by recomputing everything that can be recomputed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from fastfundus.data.journal import mend_lines
+from fastfundus.csv_cells import csv_text
 from fastfundus.errors import DataError, PhotoError
+from fastfundus.files import hash_file
 from fastfundus.photo.file import read_photo
-from fastfundus.records import Status
+from fastfundus.records import Status, bytes_of_name
+from fastfundus.screening.audit_log import START, chain_link, log_lines
 from fastfundus.screening.policy import RETAKE, ScreenPolicy
-from fastfundus.screening.results import eye_table, patient_table
+from fastfundus.screening.results import eye_table, hash_masks, patient_table
 
-__all__ = ["AuditLog", "Verification", "verify"]
-
-_START = "0" * 64
-
-
-def _link(chain: str, facts: dict[str, Any]) -> str:
-    text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(f"{chain}{text}".encode()).hexdigest()
-
-
-class AuditLog:
-    """An append-only event log. An existing log is continued after its last complete line."""
-
-    def __init__(self, path: Path) -> None:
-        self.rows = 0
-        """Number of photos in the log."""
-        self._chain = _START
-        if path.is_file():
-            mend_lines(path)
-            for line in _lines(path):
-                self._chain = line["chain"]
-                self.rows += line["event"] == "photo"
-        self._file = path.open("a", encoding="utf-8")
-
-    @property
-    def empty(self) -> bool:
-        """True if no event has ever been written."""
-        return self._chain == _START
-
-    def write(self, event: str, **facts: Any) -> None:
-        """Append one event with the current time. It may stay in memory until `flush`."""
-        whole = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
-        self._chain = _link(self._chain, whole)
-        self.rows += event == "photo"
-        self._file.write(json.dumps({**whole, "chain": self._chain}, ensure_ascii=False) + "\n")
-
-    def flush(self) -> None:
-        """Write all buffered events to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file. Unflushed events that a full disk cannot hold are dropped; they were never guaranteed."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-                yield {"event": line["event"], "chain": line["chain"], **line}
-            except (ValueError, KeyError, TypeError):
-                raise DataError("is not a valid audit log line; the log was modified", path=path, row=number) from None
+__all__ = ["Verification", "verify"]
 
 
 @dataclass(slots=True)
@@ -93,6 +34,8 @@ class Verification:
     """Number of input files that were read again and match their recorded hash."""
     absent: int = 0
     """Number of input files that no longer exist."""
+    head: str = START
+    """Chain value of the last line: kept elsewhere, it proves that nobody has made a new chain."""
     faults: list[str] = field(default_factory=list)
 
     def note(self, fault: str) -> None:
@@ -101,15 +44,17 @@ class Verification:
             self.faults.append(fault)
 
 
-def verify(output: Path, *, files: bool = False) -> Verification:
+def verify(output: Path, *, files: bool = False, head: str | None = None) -> Verification:
     """Verify a results folder by recomputing its contents.
 
     Checks the hash chain of the log; every decision, from the recorded probabilities and thresholds; the results, eye
-    and patient tables against the log; and, with `files`, the hash of every input file.
+    and patient tables, the report and the masks against the log; that as many photos have a row as there were inputs;
+    and, with `files`, the hash of every input file.
 
     Args:
         output: a finished results folder.
         files: read every input file again and check its hash.
+        head: chain value that the last line must have, as the screening printed it.
 
     Raises:
         DataError: the folder has no log or no finished results, or the log cannot be read.
@@ -121,31 +66,66 @@ def verify(output: Path, *, files: bool = False) -> Verification:
     found = Verification()
     results = pl.read_parquet(output / "results.parquet")
     rows = results.iter_rows(named=True)
-    chain, start, ended = _START, None, False
+    start: dict[str, Any] | None = None
+    inputs, end = 0, None
     policy = ScreenPolicy()
-    for number, line in enumerate(_lines(log), 1):
+    for number, line in enumerate(log_lines(log), 1):
         recorded = line.pop("chain")
-        chain_here = _link(chain, line)
-        if chain_here != recorded:
+        if chain_link(found.head, line) != recorded:
             found.note(f"audit.jsonl, line {number}: the chain breaks; this line or an earlier one was modified")
-        chain = recorded
-        if line["event"] == "start":
-            start, policy = line, ScreenPolicy(**line["policy"])
-        elif line["event"] == "photo":
-            found.rows += 1
-            if start is None:
-                raise DataError("has a photo event before the start event; the log was modified", path=log, row=number)
-            _check_photo(line, next(rows, None), start, policy, found, number)
-        elif line["event"] == "end":
-            ended = True
-    if not ended:
-        found.note("audit.jsonl: has no end event; the run did not finish")
-    if found.rows != len(results):
-        found.note(f"results.parquet has {len(results)} rows, audit.jsonl {found.rows}")
+        found.head = recorded
+        try:
+            if line["event"] == "start":
+                start, policy, inputs = line, ScreenPolicy(**line["policy"]), line["inputs"]
+            elif line["event"] == "resume":
+                inputs = line.get("inputs", inputs)
+            elif line["event"] == "photo":
+                found.rows += 1
+                if start is None:
+                    raise DataError("has a photo before its start; the log was modified", path=log, row=number)
+                _check_photo(line, next(rows, None), start, policy, found, number)
+            elif line["event"] == "end":
+                end = line
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"lacks a value or has a wrong one ({error}); the log was modified", path=log, row=number
+            ) from None
+    _check_counts(output, found, len(results), inputs, end)
+    if head is not None and head != found.head:
+        found.note(f"audit.jsonl: its head is {found.head}, not {head}; the log is another one, or not complete")
     _check_tables(output, results, policy, found)
     if files and start is not None:
         _check_files(results, Path(start["root"]), found)
     return found
+
+
+def _check_counts(output: Path, found: Verification, results: int, inputs: int, end: dict[str, Any] | None) -> None:
+    """Check that nothing is missing, and the files that the end of the log covers."""
+    if end is None:
+        found.note("audit.jsonl: has no end event; the run did not finish")
+        return
+    if found.rows != results:
+        found.note(f"results.parquet has {results} rows, audit.jsonl {found.rows}")
+    for what, count in (("inputs at the start", inputs), ("rows at the end", end.get("rows"))):
+        if count != found.rows:
+            found.note(f"audit.jsonl: has {found.rows} photos, but {count} {what}")
+    # Logs of earlier versions do not cover these files.
+    if "report_sha256" in end:
+        report = output / "report.html"
+        if not report.is_file() or hash_file(report) != end["report_sha256"]:
+            found.note("report.html is missing or was modified")
+        if hash_masks(output) != end["masks_sha256"]:
+            found.note("masks: some are missing, were added or modified")
+    state = output / "run.json"
+    if not state.is_file() or not _finished(state):
+        found.note("run.json: does not say that the run has finished")
+
+
+def _finished(state: Path) -> bool:
+    try:
+        return json.loads(state.read_text(encoding="utf-8"))["finished"] is not None
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_photo(
@@ -189,13 +169,13 @@ def _check_tables(output: Path, results: pl.DataFrame, policy: ScreenPolicy, fou
         path = output / name
         if not path.is_file():
             found.note(f"{name} is missing")
-        elif path.read_text(encoding="utf-8") != table.write_csv():
+        elif path.read_bytes() != csv_text(table).encode():
             found.note(f"{name}: does not match results.parquet; it was modified")
 
 
 def _check_files(results: pl.DataFrame, root: Path, found: Verification) -> None:
     for name, sha in _hashed(results.select("path", "sha256").iter_rows()):
-        path = root / name
+        path = root / os.fsdecode(bytes_of_name(name))
         if not path.is_file():
             found.absent += 1
             continue

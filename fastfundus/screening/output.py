@@ -25,6 +25,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from fastfundus import __version__
+from fastfundus.csv_cells import csv_text
 from fastfundus.data.source import SourceList
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError
@@ -243,12 +244,12 @@ class Store:
                 writer.write_table(pq.ParquetFile(file).read(), row_group_size=BLOCK)
         with atomic_write(self.output / "results.csv") as partial, partial.open("wb") as csv:
             for number, file in enumerate(files):
-                pl.read_parquet(file).write_csv(csv, include_header=number == 0)
+                csv.write(csv_text(pl.read_parquet(file), header=number == 0).encode())
         results = pl.read_parquet(self.output / "results.parquet")
         eyes = eye_table(results, self.policy)
         for name, table in (("eyes.csv", eyes), ("patients.csv", patient_table(eyes, self.policy))):
             with atomic_write(self.output / name) as partial:
-                table.write_csv(partial)
+                partial.write_text(csv_text(table), encoding="utf-8", newline="")
         return results
 
     def finish(self) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from fastfundus.engines.bundle import Bundle
+from fastfundus.files import hash_file
 from fastfundus.records import Status, identity
 from fastfundus.screening.pipeline import ScreenedPhoto
 from fastfundus.screening.policy import DECISIONS, NEGATIVE, NOT_SCREENED, POSITIVE, RETAKE, UNCERTAIN, ScreenPolicy
 
-__all__ = ["eye_table", "makes_maps", "patient_table", "result_row", "results_schema", "results_table"]
+__all__ = ["eye_table", "hash_masks", "makes_maps", "patient_table", "result_row", "results_schema", "results_table"]
 
 _RANK = {decision: rank for rank, decision in enumerate(DECISIONS)}
 _NAMES = dict(enumerate(DECISIONS))
@@ -70,6 +74,14 @@ def result_row(photo: ScreenedPhoto, bundle: Bundle, masks: dict[str, Any] | Non
     if photo.answer is not None and not makes_maps(bundle):
         row |= {f"p_{label}": float(value) for label, value in zip(bundle.labels, photo.answer, strict=True)}
     return row | (masks or {})
+
+
+def hash_masks(output: Path) -> str:
+    """Return the SHA-256 of the names and contents of all masks in a results folder, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted((output / "masks").rglob("*.png")):
+        digest.update(os.fsencode(path.relative_to(output)) + b"\0" + hash_file(path).encode())
+    return digest.hexdigest()
 
 
 def results_table(rows: Iterable[dict[str, Any]], bundle: Bundle) -> pl.DataFrame:

@@ -16,14 +16,15 @@ from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError, DataError, FastFundusError
+from fastfundus.files import hash_file
 from fastfundus.records import SourcePhoto, Status, utf8_name
-from fastfundus.screening.audit import AuditLog
+from fastfundus.screening.audit_log import AuditLog
 from fastfundus.screening.masks import write_masks
 from fastfundus.screening.output import Store, input_stamp
 from fastfundus.screening.pipeline import ScreenedPhoto, Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.report import write_report
-from fastfundus.screening.results import makes_maps, result_row
+from fastfundus.screening.results import hash_masks, makes_maps, result_row
 
 _MAX_NAMED = 5
 
@@ -49,6 +50,8 @@ class ScreeningRun:
     """Number of rows from earlier sessions."""
     notes: list[str] = field(default_factory=list)
     """Inputs that appeared, vanished or changed during the run."""
+    head: str = ""
+    """Chain value of the last line of the audit log; empty if this session wrote none."""
 
 
 def screen_to_folder(
@@ -63,6 +66,7 @@ def screen_to_folder(
     accept_failed: bool = False,
     make_blocks: BlockMaker | None = None,
     decode: str = "cpu",
+    audit_mirror: Path | None = None,
     on_progress: Progress = lambda done, total, timing: None,
 ) -> ScreeningRun:
     """Screen every photo of a listing and write results, report and audit log.
@@ -78,6 +82,7 @@ def screen_to_folder(
         accept_failed: finish the run although inputs failed for reasons that are not their own.
         make_blocks: screens the blocks; None screens them on this machine.
         decode: the decoder, if it affects the results: "cpu" or "dali".
+        audit_mirror: second file for the audit log, on other storage.
         on_progress: see `Progress`.
 
     Raises:
@@ -103,7 +108,7 @@ def screen_to_folder(
                 results = store.results()
                 return ScreeningRun(results, Timing(), output / "report.html", resumed=len(results))
             began = True
-            return _run(store, listing, sources, make_blocks or local_blocks, on_progress, accept_failed)
+            return _run(store, listing, sources, make_blocks or local_blocks, on_progress, accept_failed, audit_mirror)
     except OSError as error:
         # Photos that cannot be read are reported in rows, so the error comes from the output.
         step = "finished rows are kept: fix the cause, then add --resume" if began else "choose another --output"
@@ -162,11 +167,12 @@ def _run(
     make_blocks: BlockMaker,
     on_progress: Progress,
     accept_failed: bool,
+    mirror: Path | None,
 ) -> ScreeningRun:
     timing, total = Timing(), len(store.photos)
     missing = [block for block in range(store.blocks) if not store.has(block)]
     resumed = done = total - sum(len(store.inputs_of(block)) for block in missing)
-    audit = AuditLog(store.output / "audit.jsonl")
+    audit = AuditLog(store.output / "audit.jsonl", mirror)
 
     def on_rows(count: int) -> None:
         nonlocal done
@@ -202,12 +208,13 @@ def _run(
         )  # fmt: skip
         if listing.lost and not accept_failed:
             raise _unfinished(store, failed, listing.lost)
-        audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes)
+        covered = {"report_sha256": hash_file(store.output / "report.html"), "masks_sha256": hash_masks(store.output)}
+        audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes, **covered)
         audit.flush()
         store.finish()
     finally:
         audit.close()
-    return ScreeningRun(results, timing, store.output / "report.html", resumed, notes)
+    return ScreeningRun(results, timing, store.output / "report.html", resumed, notes, audit.head)
 
 
 def _failed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -63,6 +63,7 @@ def screen_sources(
     backend: str | None = None,
     decode: Literal["cpu", "dali"] = "cpu",
     ray: str | None = None,
+    audit_mirror: str | Path | None = None,
     on_listed: Callable[[SourceList], None] = lambda listing: None,
     on_progress: Progress = lambda done, total, timing: None,
 ) -> tuple[ScreeningRun, SourceList]:
@@ -79,6 +80,7 @@ def screen_sources(
         backend: run the bundle's graph in float32 on this runtime, instead of the verified engine.
         decode: decoder; "dali" decodes on the GPU.
         ray: address of a Ray cluster to run on.
+        audit_mirror: second file for the audit log, on other storage.
         on_listed: called with the inputs before they are screened.
         on_progress: see `screening.run.Progress`.
 
@@ -113,6 +115,7 @@ def screen_sources(
         accept_failed=accept_failed,
         make_blocks=_block_maker(decode, ray),
         decode=decode,
+        audit_mirror=Path(audit_mirror) if audit_mirror else None,
         on_progress=on_progress,
     )
     return run, listing

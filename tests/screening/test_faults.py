@@ -27,7 +27,7 @@ from fastfundus.errors import BundleError, ConfigError, DataError, FastFundusErr
 from fastfundus.photo import file as photo_file
 from fastfundus.photo import isolation
 from fastfundus.records import Status
-from fastfundus.screening import audit, decode_pool, pipeline
+from fastfundus.screening import audit_log, decode_pool, pipeline
 from fastfundus.screening import output as store
 from fastfundus.screening.audit import verify
 from fastfundus.screening.pipeline import Timing, screen_photos
@@ -413,7 +413,7 @@ def test_a_clock_that_jumps_changes_no_result(
         def now(zone: object) -> datetime:
             return next(moments)
 
-    monkeypatch.setattr(audit, "datetime", Jumping)
+    monkeypatch.setattr(audit_log, "datetime", Jumping)
     screen(trained, photos, tmp_path / "jumped")
     for name in SAME:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "jumped" / name).read_bytes()

@@ -1,0 +1,124 @@
+"""The append-only audit log of a screening run.
+
+`audit.jsonl` contains one JSON object per line: what happened, when, and with which model. Every line ends with
+`chain`, the SHA-256 of the previous chain value and the line's other fields, so changing, adding or removing a line
+breaks the chain. Whoever can write to the file can also make a new chain: only its last value, the head, kept elsewhere
+proves that nobody did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastfundus.data.journal import mend_lines
+from fastfundus.errors import DataError
+from fastfundus.files import sync
+
+__all__ = ["START", "AuditLog", "chain_link", "log_lines"]
+
+START = "0" * 64
+"""Chain value before the first line."""
+
+
+def chain_link(chain: str, facts: dict[str, Any]) -> str:
+    """Return the chain value of a line from the one before and the line's other fields."""
+    text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(f"{chain}{text}".encode()).hexdigest()
+
+
+class AuditLog:
+    """An append-only event log. An existing log is continued after its last complete line.
+
+    Args:
+        path: the log.
+        mirror: a second file with the same content, on other storage; None writes none.
+
+    Raises:
+        DataError: the log cannot be read, or the mirror contains something else.
+    """
+
+    def __init__(self, path: Path, mirror: Path | None = None) -> None:
+        self.rows = 0
+        """Number of photos in the log."""
+        self.head = START
+        """Chain value of the last line."""
+        new = not path.is_file()
+        if not new:
+            mend_lines(path)
+            for line in log_lines(path):
+                self.head = line["chain"]
+                self.rows += line["event"] == "photo"
+        if mirror is not None:
+            _catch_up(path, mirror)
+        self._files = [file.open("a", encoding="utf-8", newline="\n") for file in (path, mirror) if file is not None]
+        if new:
+            for file in (path, mirror):
+                if file is not None:
+                    sync(file.absolute().parent)
+
+    @property
+    def empty(self) -> bool:
+        """True if no event has ever been written."""
+        return self.head == START
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append one event with the current time. It may stay in memory until `flush`."""
+        whole = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
+        self.head = chain_link(self.head, whole)
+        self.rows += event == "photo"
+        text = json.dumps({**whole, "chain": self.head}, ensure_ascii=False) + "\n"
+        for file in self._files:
+            file.write(text)
+
+    def flush(self) -> None:
+        """Write all buffered events to disk."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the files. Unflushed events that a full disk cannot hold are dropped; they were never guaranteed."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log with their chain values.
+
+    Raises:
+        DataError: a line is not one of an audit log.
+    """
+    # Lines end with a line feed only: a name may contain other characters that end lines elsewhere.
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+                yield {"event": str(line["event"]), "chain": str(line["chain"]), **line}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise DataError("is not a valid audit log line; the log was modified", path=path, row=number) from None
+
+
+def _catch_up(path: Path, mirror: Path) -> None:
+    """Append to a mirror what the log has and it lacks, such as after a crash between the two."""
+    mirror.parent.mkdir(parents=True, exist_ok=True)
+    mirror.touch()
+    mend_lines(mirror)
+    with mirror.open("rb+") as copy, contextlib.ExitStack() as stack:
+        log = stack.enter_context(path.open("rb")) if path.is_file() else None
+        while there := copy.read(1 << 20):
+            here = log.read(len(there)) if log else b""
+            if here != there:
+                raise DataError(
+                    f"is not a copy of {path}; give another --audit-mirror, or find out which of the two was modified",
+                    path=mirror,
+                )
+        while log and (more := log.read(1 << 20)):
+            copy.write(more)

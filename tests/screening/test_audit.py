@@ -1,0 +1,160 @@
+"""What an audit log proves, and names that are no trouble."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from fastfundus.csv_cells import csv_text
+from fastfundus.data import list_photos
+from fastfundus.errors import DataError
+from fastfundus.records import bytes_of_name, utf8_name
+from fastfundus.screening.audit import verify
+from fastfundus.screening.audit_log import START, AuditLog, chain_link
+from fastfundus.screening.run import ScreeningRun, screen_to_folder
+from tests.cli.test_cli import run
+from tests.conftest import Trained
+
+
+def screen(trained: Trained, folder: Path, output: Path, **options: object) -> ScreeningRun:
+    return screen_to_folder(list_photos(folder), trained.bundle, output, sources=[folder], **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def photos(photo_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted((photo_folder / "images").iterdir())[:6]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def chain_again(output: Path, lines: list[dict[str, object]]) -> None:
+    """Write a log with a valid chain, as anyone can."""
+    head, texts = START, []
+    for line in lines:
+        facts = {key: value for key, value in line.items() if key != "chain"}
+        head = chain_link(head, facts)
+        texts.append(json.dumps({**facts, "chain": head}, ensure_ascii=False))
+    (output / "audit.jsonl").write_text("\n".join(texts) + "\n")
+
+
+def test_the_last_photo_dropped_everywhere_is_missed(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    head = screen(trained, photos, output).head
+    assert verify(output, head=head).faults == []
+    lines = [json.loads(line) for line in (output / "audit.jsonl").read_text().splitlines()]
+    results = pl.read_parquet(output / "results.parquet").head(5)
+    results.write_parquet(output / "results.parquet")
+    (output / "results.csv").write_text(csv_text(results))
+    chain_again(output, [line for line in lines if line.get("path") != lines[-2]["path"]])
+    faults = verify(output).faults
+    assert "audit.jsonl: has 5 photos, but 6 inputs at the start" in faults
+    assert "audit.jsonl: has 5 photos, but 6 rows at the end" in faults
+    # If these are changed, too, the tables of patients still match; only the head does not.
+    for line in lines:
+        line.update({"inputs": 5} if line["event"] == "start" else {"rows": 5} if line["event"] == "end" else {})
+    chain_again(output, [line for line in lines if line.get("path") != lines[-2]["path"]])
+    assert any(f"not {head}" in fault for fault in verify(output, head=head).faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("report.html", "report.html is missing or was modified"), ("run.json", "does not say that the run has finished")],
+)
+def test_report_and_state_are_covered(trained: Trained, photos: Path, tmp_path: Path, name: str, said: str) -> None:
+    screen(trained, photos, tmp_path / "out")
+    (tmp_path / "out" / name).write_text("{}")
+    assert any(said in fault for fault in verify(tmp_path / "out").faults)
+    (tmp_path / "out" / name).unlink()
+    assert any(said in fault for fault in verify(tmp_path / "out").faults)
+
+
+def test_added_masks_are_found(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    screen(trained, photos, tmp_path / "out")
+    (tmp_path / "out" / "masks").mkdir()
+    (tmp_path / "out" / "masks" / "a.png").touch()
+    assert verify(tmp_path / "out").faults == ["masks: some are missing, were added or modified"]
+
+
+def test_the_head_is_printed_and_checked(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    result = run("screen", trained.bundle.path, photos, "--output", tmp_path / "out")
+    head = verify(tmp_path / "out").head
+    assert f"head of the audit log: {head}" in result.output
+    assert run("audit", "verify", tmp_path / "out", "--head", head).exit_code == 0
+    wrong = run("audit", "verify", tmp_path / "out", "--head", "f" * 64)
+    assert (wrong.exit_code, f"its head is {head}, not ffff" in wrong.output) == (1, True)
+
+
+def test_a_mirror_is_a_copy_and_catches_up(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, mirror = tmp_path / "out" / "audit.jsonl", tmp_path / "elsewhere" / "mirror.jsonl"
+    screen(trained, photos, tmp_path / "out", audit_mirror=mirror)
+    assert mirror.read_bytes() == log.read_bytes()
+    # A crash between the two files.
+    mirror.write_bytes(mirror.read_bytes()[:-500])
+    AuditLog(log, mirror).close()
+    assert mirror.read_bytes() == log.read_bytes()
+    mirror.write_bytes(b"x" + mirror.read_bytes()[1:])
+    with pytest.raises(DataError, match="is not a copy of"):
+        AuditLog(log, mirror)
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "{", '{"event": 1}', '{"event": "photo", "chain": "x"}', "\udce9", "[" * 100_000]
+)
+def test_other_lines_end_in_words(trained: Trained, photos: Path, tmp_path: Path, line: str) -> None:
+    screen(trained, photos, tmp_path / "out")
+    log = tmp_path / "out" / "audit.jsonl"
+    log.write_bytes(line.encode("utf-8", "surrogateescape") + b"\n" + log.read_bytes())
+    with pytest.raises(DataError, match=r"line 1: .*the log was modified"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"policy": 3}, {"policy": {}, "inputs": None}, {"thresholds": None}])
+def test_wrong_values_end_in_words(trained: Trained, photos: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    screen(trained, photos, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "audit.jsonl").read_text().splitlines()]
+    chain_again(tmp_path / "out", [lines[0] | change, *lines[1:]])
+    try:
+        assert verify(tmp_path / "out").faults
+    except DataError as error:
+        assert "the log was modified" in str(error)  # noqa: PT017
+
+
+ODD = [
+    b"caf\xe9.jpg",
+    rb"caf\xe9.jpg",
+    b"a\rb.jpg",
+    b"a\nb.jpg",
+    b"=cmd|x.jpg",
+    b"-1.jpg",
+    b"\xe2\x80\xa8.jpg",
+    b"\x1b[2J.jpg",
+]
+
+
+def test_odd_names_are_verified_and_told_apart(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    good = next(photos.iterdir()).read_bytes()
+    for number, name in enumerate(ODD):
+        with open(os.path.join(os.fsencode(photos), name), "wb") as file:
+            file.write(good + bytes(number))
+    results = screen(trained, photos, tmp_path / "out").results
+    assert (len(results), results["path"].n_unique(), results["patient"].n_unique() > len(ODD)) == (14, 14, True)
+    found = verify(tmp_path / "out", files=True)
+    assert (found.faults, found.files, found.absent) == ([], 14, 0)
+    cells = (tmp_path / "out" / "results.csv").read_text()
+    assert "'=cmd|x.jpg" in cells
+    assert "\n=cmd" not in cells
+    assert "'-1.jpg" in cells
+
+
+def test_names_become_bytes_again() -> None:
+    for name in [*ODD, b"\\\xe9", b"\\\\xe9", b"\\\\\xe9\\x\\xzz", "é\\x".encode(), b"a\\b"]:
+        assert bytes_of_name(utf8_name(os.fsdecode(name))) == name
