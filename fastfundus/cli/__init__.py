@@ -18,6 +18,7 @@ from fastfundus.cli.audit import audit
 from fastfundus.cli.bench import bench
 from fastfundus.cli.build_engine import build_engine
 from fastfundus.cli.cache import cache
+from fastfundus.cli.console import printable
 from fastfundus.cli.convert import convert
 from fastfundus.cli.demo import demo
 from fastfundus.cli.doctor import doctor
@@ -45,8 +46,12 @@ class _Group(click.Group):
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            if type(error) is not click.ClickException:
+                raise
+            raise click.ClickException(printable(error.message)) from error
         except FastFundusError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         # In order of use, not alphabetically.

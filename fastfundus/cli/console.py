@@ -16,15 +16,31 @@ from fastfundus.errors import ConfigError
 if TYPE_CHECKING:
     from fastfundus.screening.pipeline import Timing
 
-__all__ = ["ProgressLines", "progress_bar", "quiet_decoders", "read_salt", "remark", "remarks", "screening_progress"]
+__all__ = [
+    "ProgressLines",
+    "printable",
+    "progress_bar",
+    "quiet_decoders",
+    "read_salt",
+    "remark",
+    "remarks",
+    "screening_progress",
+]
 
 _LINE_S = 30.0
 """Seconds between progress lines if stderr is not a terminal, so that logs of a whole day stay readable."""
 
 
+def printable(text: str) -> str:
+    r"""Return text in which control characters are written as \xNN, so that file names cannot command the terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
+
+
 def remark(text: str) -> None:
     """Write a line to stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def remarks(notes: Iterable[str], *, limit: int = 20) -> None:

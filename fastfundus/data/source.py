@@ -120,8 +120,8 @@ def _list(
     if tables and not found and all(photo.issue for photo in photos.values()):
         first = next(iter(photos.values()), None)
         raise DataError(
-            f"none of its {len(photos)} names is a photo here, such as {first.name if first else ''}; give the folder "
-            "of the photos as the source, and this table as --labels",
+            f"none of its {len(photos)} names is a photo here, such as {first.name[:200] if first else ''}; give the "
+            "folder of the photos as the source, and this table as --labels",
             path=tables[0],
         )
     if not photos:

@@ -129,11 +129,17 @@ class Store:
             _put(inputs, parquet_bytes(_pack(listing.photos)))
             self._segments = [len(listing.photos)]
         else:
-            noted = json.loads(state.read_text(encoding="utf-8"))
-            table = pl.read_parquet(inputs)
-            # After a crash between the two files, `state` does not know the last photos of the table yet.
-            self._segments = [*noted["segments"], *([rest] if (rest := len(table) - sum(noted["segments"])) else [])]
-            self.photos = _unpack(table)
+            try:
+                noted = json.loads(state.read_text(encoding="utf-8"))
+                table = pl.read_parquet(inputs)
+                # After a crash between the two files, `state` does not know the last photos of the table yet.
+                rest = len(table) - sum(noted["segments"])
+                self._segments = [*noted["segments"], *([rest] if rest else [])]
+                self.photos = _unpack(table)
+            except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+                raise DataError(
+                    f"is damaged ({str(error).splitlines()[0]}); start the run again with --overwrite", path=folder
+                ) from None
             known = {photo.path for photo in self.photos}
             found = [photo for photo in listing.photos if photo.path not in known] if noted["lost"] else []
             if found:
@@ -142,6 +148,13 @@ class Store:
                 self._segments.append(len(found))
         text = json.dumps({"segments": self._segments, "lost": listing.lost})
         _put(state, text.encode())
+        self._number_blocks()
+        for block in range(self.blocks):
+            # A damaged block is screened again; its rows will be the same.
+            if self.has(block) and not self._is_sound(block):
+                self._file(block).unlink()
+
+    def _number_blocks(self) -> None:
         ends = list(accumulate(self._segments, initial=0))
         self._starts = [
             start for first, end in pairwise(ends) for start in range(first, end, BLOCK)
@@ -218,6 +231,13 @@ class Store:
         """Store the rows of a block durably."""
         assert [row["path"] for row in rows] == [photo.name for photo in self.inputs_of(block)]
         _put(self._file(block), parquet_bytes(results_table(rows, self.bundle)))
+
+    def _is_sound(self, block: int) -> bool:
+        try:
+            names = pl.read_parquet(self._file(block))["path"].to_list()
+        except (OSError, pl.exceptions.PolarsError):
+            return False
+        return names == [photo.name for photo in self.inputs_of(block)]
 
     def rows_of(self, block: int) -> list[dict[str, Any]]:
         """Return the rows of a stored block."""

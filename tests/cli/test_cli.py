@@ -211,3 +211,11 @@ def test_ctrl_c_while_preparing_goes_on_later(photo_folder: Path, tmp_path: Path
     result = run("prepare", many, "--output", output, "--size", 64)
     assert result.exit_code == 0
     assert len(pl.read_parquet(output / "manifest.parquet")) == 48 * 30
+
+
+def test_names_cannot_command_the_terminal(trained: Trained, broken_photos: Path, tmp_path: Path) -> None:
+    (broken_photos / "a\x1b[2J\x07b\u202e.jpg").write_bytes(b"no picture")
+    result = run("prepare", broken_photos, "--output", tmp_path / "cache", "--size", 64)
+    assert "unreadable: a\\x1b[2J\\x07b\\u202e.jpg" in result.stderr
+    result = run("train", tmp_path / "a\x1bb", "--output", tmp_path / "run")
+    assert "a\\x1bb: does not exist" in result.stderr

@@ -95,3 +95,31 @@ def test_an_error_at_any_call_stops_the_run_in_words(
         screen(trained, photos, output, resume=True)
         same(whole, output)
         shutil.rmtree(output)
+
+
+def test_damaged_progress_is_mended_or_named(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    screen(trained, photos, whole)
+    listing = list_photos(photos)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def begin() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        with suppress(KeyboardInterrupt):
+            screen_to_folder(
+                listing, trained.bundle, output, sources=[photos],
+                on_progress=lambda done, total, timing: stop() if done == 10 else None,
+            )  # fmt: skip
+
+    begin()
+    (block, *_) = sorted((output / "progress" / "blocks").iterdir())
+    block.write_bytes(block.read_bytes()[:-100])
+    screen(trained, photos, output, resume=True)
+    same(whole, output)
+    for name in ("inputs.parquet", "listing.json"):
+        begin()
+        (output / "progress" / name).write_bytes(b"junk")
+        with pytest.raises(FastFundusError, match=r"progress: is damaged \(.*\); start the run again with --overwrite"):
+            screen(trained, photos, output, resume=True)
