@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
+.PHONY: bench-abuse demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -29,6 +29,9 @@ bench: $(VENV)/.installed-dev  ## against peers, interleaved (an hour; SUITES="s
 
 bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under load (twenty minutes)
 	@$(BIN)/python -W ignore -m bench.suites.bench_serve && $(BIN)/python -m bench.tables.report
+
+bench-abuse: $(VENV)/.installed-dev  ## the server among hostile clients (six minutes)
+	@$(BIN)/python -W ignore -m bench.suites.bench_abuse
 
 bench-cost: $(VENV)/.installed-dev  ## scaling, and a check of the cost model on unseen networks and photos (ten minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -W ignore -m bench.suites.bench_cost && $(BIN)/python -m bench.tables.report

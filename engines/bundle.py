@@ -24,14 +24,12 @@ from fastfundus.errors import BundleError, FastFundusError
 from fastfundus.files import hash_file
 from fastfundus.spec import PreprocessSpec, fingerprint_of
 
-__all__ = ["GRAPH_BACKENDS", "NATIVE_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
+__all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
 
 SCHEMA = 3
 """Version of the bundle format."""
 GRAPH_BACKENDS = ("openvino", "onnxruntime")
 """Backends that can run the graph of any bundle."""
-NATIVE_BACKENDS = ("aoti",)
-"""Backends whose engine is native code, which runs with the rights of the user as soon as it is loaded."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,7 +67,7 @@ class Bundle:
 
         Args:
             path: a folder, or a file whose name ends in ".zip".
-            allow_native_code: run native code of a bundle that another machine built; see `NATIVE_BACKENDS`.
+            allow_native_code: run native code of a bundle that another machine built; see `has_native_code`.
             require_signature: PEM file of an Ed25519 public key; the bundle must have a valid signature for it.
 
         Raises:
@@ -163,6 +161,11 @@ class Bundle:
         """True if the engine also says how unfamiliar a photo is; bundles of version 0.1 have no guard."""
         return self.metadata.get("guard") is not None
 
+    @property
+    def has_native_code(self) -> bool:
+        """True if the engine contains native code, which runs with the rights of the user as soon as it is loaded."""
+        return self.backend == "aoti" or (self.backend == "tensorrt" and bool(self.metadata.get("portable")))
+
     def threshold_of(self, label: str) -> float:
         """Return the probability at or above which a label is positive."""
         return self.thresholds[self.labels.index(label)]
@@ -197,7 +200,7 @@ class Bundle:
         metadata = self.metadata
         if (self.backend, self.precision) != (metadata["backend"], metadata["precision"]):
             metadata = {**metadata, "backend": self.backend, "precision": self.precision, "engine": GRAPH, "needs": {}}
-        if self.backend in NATIVE_BACKENDS and not self._allow_native_code and not is_built_here(self.fingerprint):
+        if self.has_native_code and not self._allow_native_code and not is_built_here(self.fingerprint):
             raise BundleError(
                 f"{self.path}: contains native code, which could do anything, and was not built by this user on this "
                 "machine; if you trust its source, add --allow-native-code, otherwise --backend openvino"

@@ -67,7 +67,7 @@ def serve_under_load(
             [sys.executable, "-m", "fastfundus", "serve", bundle.path, "--port", "0"], stdout=log, stderr=log
         )
         try:
-            address = _address(process, log)
+            address = server_address(process, log)
             found = asyncio.run(_everybody(address, data, expected, seconds))
             metrics = httpx.get(f"{address}/metrics", trust_env=False).text
         finally:
@@ -87,7 +87,8 @@ def serve_under_load(
     }
 
 
-def _address(process: subprocess.Popen[bytes], log: Any) -> str:
+def server_address(process: subprocess.Popen[bytes], log: Any) -> str:
+    """Wait until a server listens, and return its address from its log."""
     for _ in range(600):
         log.seek(0)
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read())
