@@ -146,6 +146,8 @@ def utf8_name(name: str) -> str:
     Backslashes in the name itself that would be taken for such an escape are doubled, so that two files never get the
     same name.
     """
+    if name.isascii() and "\\" not in name:
+        return name
     return (
         re.sub(r"(\\+)(?=x|[\udc80-\udcff])", r"\1\1", name)
         .encode("utf-8", "surrogateescape")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +71,9 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
     """
     found = dict.fromkeys(keys)
     bases = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
-    matches: list[Match | None] = [_whole(name, found, bases) for name in names]
+    # A name without a folder can only be that of a photo directly in a base, and often there is none.
+    direct = [base for base in bases if any(key.rfind("/") == len(base) and key.startswith(base) for key in found)]
+    matches: list[Match | None] = [_whole(name, found, bases if "/" in name else direct) for name in names]
     if None not in matches:
         return matches  # type: ignore[return-value]
     index, disk = _Index(found, root), _Disk()
@@ -81,9 +82,11 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
         if matches[position] is not None:
             continue
         plain = fold_name(name)
+        # Whatever ends like the name has its last part.
+        known = index.has_last(plain)
         matches[position] = (
-            index.whole(plain, folded_bases)
-            or index.ending(plain)
+            (index.whole(plain, folded_bases) if known else None)
+            or (index.ending(plain) if known else None)
             or index.stem_ending(plain)
             or _on_disk(name, bases, disk)
             or (index.foreign(plain) if _is_absolute(name) else None)
@@ -163,32 +166,50 @@ def _on_disk(name: str, bases: list[str], disk: _Disk) -> Match | None:
     return next((Match(place) for place in _places(name, bases) if disk.has(place)), None)
 
 
+def _add(index: dict[str, str | list[str]], name: str, key: str) -> None:
+    """Add a key under a name. Most names have one key, and a million lists would take seconds to make."""
+    before = index.setdefault(name, key)
+    if isinstance(before, list):
+        before.append(key)
+    elif before is not key:
+        index[name] = [before, key]
+
+
+def _all(index: dict[str, str | list[str]], name: str) -> list[str]:
+    hits = index.get(name, [])
+    return [hits] if isinstance(hits, str) else hits
+
+
 class _Index:
     """The photos by folded path, by last part, and by last part without its extension."""
 
     def __init__(self, keys: Iterable[str], root: str) -> None:
         self._start = len(fold_name(root)) + 1 if root else 0
         self._folded = {key: fold_name(key) for key in keys}
-        # Paths that differ by case only have no entry: `ending` reports them as ambiguous.
-        seen = Counter(self._folded.values())
-        self._whole = {plain: key for key, plain in self._folded.items() if seen[plain] == 1}
-        self._last: dict[str, list[str]] = defaultdict(list)
-        self._stem: dict[str, list[str]] = defaultdict(list)
+        self._whole: dict[str, str | list[str]] = {}
+        self._last: dict[str, str | list[str]] = {}
+        self._stem: dict[str, str | list[str]] = {}
         for key, plain in self._folded.items():
             last = plain[plain.rfind("/") + 1 :]
-            self._last[last].append(key)
-            self._stem[without_photo_suffix(last)].append(key)
+            _add(self._whole, plain, key)
+            _add(self._last, last, key)
+            _add(self._stem, without_photo_suffix(last), key)
+
+    def has_last(self, plain: str) -> bool:
+        """Return whether any photo has the last part of a path as its own."""
+        return plain[plain.rfind("/") + 1 :] in self._last
 
     def whole(self, plain: str, bases: list[str]) -> Match | None:
         """Match a whole path."""
         for base in bases:
-            if key := self._whole.get(f"{base}/{plain}"):
+            # Paths that differ by case only are passed over: `ending` reports them as ambiguous.
+            if isinstance(key := self._whole.get(f"{base}/{plain}"), str):
                 return Match(key)
         return None
 
     def ending(self, plain: str) -> Match | None:
         """Match the end of a path."""
-        hits = self._last.get(plain[plain.rfind("/") + 1 :], [])
+        hits = _all(self._last, plain[plain.rfind("/") + 1 :])
         if len(hits) > 1 or "/" in plain:
             hits = [key for key in hits if f"/{self._folded[key]}".endswith(f"/{plain}")]
         return _unique(hits)
@@ -196,7 +217,7 @@ class _Index:
     def stem_ending(self, plain: str) -> Match | None:
         """Match the end of a path, ignoring extensions."""
         folder, _, last = plain.rpartition("/")
-        hits = self._stem.get(without_photo_suffix(last), [])
+        hits = _all(self._stem, without_photo_suffix(last))
         if folder:
             hits = [key for key in hits if f"/{self._folded[key]}".rpartition("/")[0].endswith(f"/{folder}")]
         return _unique(hits, by_stem=True)
@@ -204,13 +225,13 @@ class _Index:
     def foreign(self, plain: str) -> Match | None:
         """Match a path of another machine that ends like the path of a photo within the source."""
         last = plain[plain.rfind("/") + 1 :]
-        hits = [key for key in self._last.get(last, []) if f"/{plain}".endswith(f"/{self._folded[key][self._start :]}")]
+        hits = [key for key in _all(self._last, last) if f"/{plain}".endswith(f"/{self._folded[key][self._start :]}")]
         if hits:
             return _unique(hits, foreign_path=True)
         stem = without_photo_suffix(plain)
         hits = [
             key
-            for key in self._stem.get(without_photo_suffix(last), [])
+            for key in _all(self._stem, without_photo_suffix(last))
             if f"/{stem}".endswith("/" + without_photo_suffix(self._folded[key][self._start :]))
         ]
         return _unique(hits, by_stem=True, foreign_path=True)

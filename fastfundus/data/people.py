@@ -72,18 +72,22 @@ def _last(patient: str) -> str:
 
 def _is_one_person(patient: str, photos: list[EyeName], *, counting: bool) -> bool:
     name = _last(patient)
-    if all(photo.eye_first for photo in photos):
+    eye_first = in_folder = True
+    shots = 0
+    for photo in photos:
+        eye_first &= photo.eye_first
+        in_folder &= photo.in_folder
+        shots += bool(photo.shot)
+    if eye_first:
         # The same number for both eyes is a person; otherwise it may just count photos.
         return {photo.eye for photo in photos} == {"L", "R"}
     if is_device_word(name) or _DATE.fullmatch(name):
         return False
-    if all(photo.in_folder for photo in photos):
+    if in_folder:
         # A folder of a person has a number, or files that are called like their eye and nothing else.
         only_eyes = all(photo.shot == "" for photo in photos)
         return only_eyes or (any(char.isdigit() for char in name) and len(photos) <= 3 * _MAX_SHOTS)
-    if not any(photo.shot for photo in photos):
-        return True
-    return not counting and len(photos) <= _MAX_SHOTS
+    return not shots or (not counting and len(photos) <= _MAX_SHOTS)
 
 
 def note_crowded_patients(photos: list[SourcePhoto]) -> list[str]:

@@ -210,7 +210,7 @@ def _photos(found: Mapping[str, str], listing: SourceList, adapter: str, *, has_
         return {}
     base = os.path.commonpath([os.path.dirname(key) for key in found])
     names = _relative(found, str(listing.root))
-    inner = _relative(found, base)
+    inner = names if base == str(listing.root) else _relative(found, base)
     layout = FolderLayout()
     if adapter == "classes" or (adapter == "auto" and not has_tables):
         layout = read_folders(inner, require_classes=adapter == "classes")
