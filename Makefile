@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 
-.PHONY: bench-abuse demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
+.PHONY: bench-abuse bench-million demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -32,6 +32,9 @@ bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under lo
 
 bench-abuse: $(VENV)/.installed-dev  ## the server among hostile clients (six minutes)
 	@$(BIN)/python -W ignore -m bench.suites.bench_abuse
+
+bench-million: $(VENV)/.installed-dev  ## listing, joining and splitting a million photos (three minutes)
+	@$(BIN)/python -W ignore -m bench.suites.bench_million
 
 bench-cost: $(VENV)/.installed-dev  ## scaling, and a check of the cost model on unseen networks and photos (ten minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -W ignore -m bench.suites.bench_cost && $(BIN)/python -m bench.tables.report

@@ -21,6 +21,8 @@ __all__ = ["PACKAGE", "AotiEngine", "build", "load", "needs", "precisions"]
 
 PACKAGE = "torch"
 _FILE = "engine.pt2"
+MAX_BATCH = 64
+"""Photos of one call of the package; larger batches are split."""
 
 
 def needs() -> dict[str, str]:
@@ -63,7 +65,9 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     model.compute_in(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[precision]))
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device=device)
     with torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        # With an upper limit torch knows that 32 bits hold all indices; without one it assumes so, unchecked.
+        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _FILE))
     return {"engine": _FILE, "needs": needs()}
 
@@ -103,7 +107,7 @@ class AotiEngine(Engine):
         super().__init__(size, str(file.parent))
 
     def run_on_device(self, photos: Any) -> Any:
-        """Score a uint8 [N, S, S, 3] tensor on the engine's device, without checking it.
+        """Score a uint8 [N, S, S, 3] tensor on the engine's device, without checking it; N is at most `MAX_BATCH`.
 
         Returns:
             Tensor of probabilities on the same device.
@@ -115,7 +119,8 @@ class AotiEngine(Engine):
         return self._run_on_device(self._torch.from_numpy(np.ascontiguousarray(photos)).to(self._device))
 
     def _run_on_device(self, photos: Any) -> NDArray[np.float32]:
-        return np.asarray(self.run_on_device(photos).float().cpu().numpy())
+        parts = [self.run_on_device(part).float() for part in photos.split(MAX_BATCH)]
+        return np.asarray(self._torch.cat(parts).cpu().numpy())
 
     def _free(self) -> None:
         self._model = None

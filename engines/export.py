@@ -163,7 +163,13 @@ def to_onnx(module: nn.Module, example: Tensor, given: str, gives: list[str], **
             verbose=False,
             **options,
         )
-    return cast(torch.onnx.ONNXProgram, program).model_proto
+        exported = cast(torch.onnx.ONNXProgram, program)
+        if not options.get("optimize", True):
+            # Parsers need constant axes and shapes: fold constants, but do not fuse operations.
+            optimizer: Any = require("onnxscript.optimizer", extra="train")
+            optimizer.fold_constants(exported.model)
+            optimizer.remove_unused_nodes(exported.model)
+    return exported.model_proto
 
 
 def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precision: str = "fp32") -> None:
@@ -193,9 +199,36 @@ def export_onnx(model: ScreeningModel, path: Path, labels: list[str], *, precisi
     )
     # The features keep their name inside the graph, for heatmaps; callers see a single output.
     del graph.graph.output[1:]
+    if precision == "bf16":
+        _spell_out_hard_activations(graph.graph)
     onnx.helper.set_model_props(graph, {"labels": json.dumps(labels)})
     onnx.save_model(graph, str(path))
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def _spell_out_hard_activations(graph: onnx.GraphProto) -> None:
+    """Replace HardSwish and HardSigmoid by elementary operations: TensorRT's parser knows them in other types only.
+
+    HardSigmoid(x) = clip(x / 6 + 1/2, 0, 1), HardSwish(x) = x * HardSigmoid(x). Source: ONNX operators, opset 22.
+    """
+    kept = list(graph.node)
+    del graph.node[:]
+    for node in kept:
+        if node.op_type not in ("HardSwish", "HardSigmoid"):
+            graph.node.append(node)
+            continue
+        slope = {attribute.name: attribute.f for attribute in node.attribute}
+        given, gives = node.input[0], node.output[0]
+        inner = gives if node.op_type == "HardSigmoid" else f"{gives}_gate"
+        values = {"slope": slope.get("alpha", 1 / 6), "shift": slope.get("beta", 0.5), "zero": 0.0, "one": 1.0}
+        for name, value in values.items():
+            graph.initializer.append(onnx.helper.make_tensor(f"{gives}_{name}", onnx.TensorProto.BFLOAT16, [], [value]))
+        make = onnx.helper.make_node
+        graph.node.append(make("Mul", [given, f"{gives}_slope"], [f"{gives}_scaled"]))
+        graph.node.append(make("Add", [f"{gives}_scaled", f"{gives}_shift"], [f"{gives}_shifted"]))
+        graph.node.append(make("Clip", [f"{gives}_shifted", f"{gives}_zero", f"{gives}_one"], [inner]))
+        if inner != gives:
+            graph.node.append(make("Mul", [given, inner], [gives]))
 
 
 def check_graph(path: Path, photos: NDArray[np.uint8], expected: NDArray[np.float32]) -> float:

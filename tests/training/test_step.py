@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -14,10 +15,13 @@ from torchvision.ops import sigmoid_focal_loss
 
 from fastfundus.config import LoopConfig, ModelConfig, OptimizerConfig
 from fastfundus.data import PhotoCache
+from fastfundus.errors import ConfigError
 from fastfundus.models.classifier import create_model
 from fastfundus.models.segmenter import create_segmenter
 from fastfundus.spec import PreprocessSpec
 from fastfundus.training.augment import fixed_transforms
+from fastfundus.training.compilation import compile_mode, compile_model
+from fastfundus.training.distributed import World
 from fastfundus.training.loader import PhotoLoader, balanced_order, split_batch
 from fastfundus.training.metrics import RunningLoss
 from fastfundus.training.optimizer import build_optimizer
@@ -257,3 +261,39 @@ def test_step_compiles_once_to_one_graph(backbone: str, maps: bool) -> None:
     assert graphs == [1, 1, 1]
     assert not torch._dynamo.utils.counters["graph_break"]
     torch._dynamo.reset()
+
+
+def test_cuda_graphs_are_refused_where_they_would_overwrite_gradients() -> None:
+    gpu, several = torch.device("cuda"), World()
+    several.size = 2
+    for loop, world, why in (
+        (LoopConfig(compile="graphs", accumulate=2), World(), "loop.accumulate is 2"),
+        (LoopConfig(compile="graphs"), several, "2 processes train together"),
+        (LoopConfig(compile="graphs"), World(), None),
+    ):
+        if why is None:
+            assert compile_mode(loop, gpu, world, lambda text: None) == "graphs"
+            continue
+        with pytest.raises(ConfigError, match=f'loop.compile is "graphs", but {why}'):
+            compile_mode(loop, gpu, world, lambda text: None)
+    assert compile_mode(LoopConfig(accumulate=2), gpu, World(), lambda text: None) == "on"
+
+
+def test_more_sizes_than_torchs_limit_do_not_end_the_training() -> None:
+    torch._dynamo.reset()
+    network = torch.nn.Conv2d(3, 4, 3)
+    with patched(torch._dynamo.config, "recompile_limit", 8):
+        model = torch.compile(network, fullgraph=True, dynamic=False, backend="eager")
+        compile_model(network, "on")
+        for size in range(8, 20):
+            model(torch.zeros(1, 3, size, size))
+
+
+@contextmanager
+def patched(where: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
