@@ -34,7 +34,7 @@ import numpy as np
 from bench import RESULTS
 from bench.harness.machine import environment
 from bench.suites.bench_screen import bundle_of
-from bench.suites.bench_serve import CLIENTS, server_address
+from bench.suites.bench_serve import CLIENTS, Connection, encoded, server_address
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.screening.pipeline import Timing, screen_photos
@@ -96,20 +96,19 @@ def _pss_bytes(process: int) -> int:
 
 
 async def _good_client(
-    number: int, http: httpx.AsyncClient, data: dict[str, bytes], expected: dict[str, Any], until: float, seen: Any
+    number: int, url: httpx.URL, data: dict[str, bytes], expected: dict[str, Any], until: float, seen: Any
 ) -> None:
-    generator = random.Random(number)
+    generator, connection = random.Random(number), Connection(url.host, url.port or 80)
     while time.monotonic() < until:
         name, began = generator.choice(sorted(data)), time.perf_counter()
-        answer = await http.post(
-            "/v1/screen", files={"photo": (name, data[name])}, headers={"x-forwarded-for": f"10.0.0.{number}"}
-        )
-        if answer.status_code == 503:
+        request = encoded(url.host, name, data[name], headers=f"X-Forwarded-For: 10.0.0.{number}\r\n")
+        status, headers, body = await connection.post(request)
+        if status == 503:
             seen.counts["refused, came again"] += 1
-            await asyncio.sleep(float(answer.headers["retry-after"]))
+            await asyncio.sleep(float(headers["retry-after"]))
             continue
         seen.latencies.append(time.perf_counter() - began)
-        row = answer.json()["results"][0] if answer.status_code == 200 else {}
+        row = json.loads(body)["results"][0] if status == 200 else {}
         outcome = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
         seen.counts["lost or mixed up"] += row.get("file") != name or outcome != expected[name]
 
@@ -150,7 +149,10 @@ async def _everybody(
     async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False, limits=unlimited) as http:
         until = time.monotonic() + seconds
         await asyncio.gather(
-            *[_good_client(number, http, data, expected, until, seen) for number in range(CLIENTS - hostile)],
+            *[
+                _good_client(number, httpx.URL(address), data, expected, until, seen)
+                for number in range(CLIENTS - hostile)
+            ],
             *[_hostile_client(number, http, bodies, until, seen) for number in range(hostile)],
         )
     return seen

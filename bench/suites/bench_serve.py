@@ -102,7 +102,7 @@ def server_address(process: subprocess.Popen[bytes], log: Any) -> str:
     raise SystemExit("the server did not start")
 
 
-class _Connection:
+class Connection:
     """A connection that sends requests that are encoded already, because this process shares the server's cores."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -124,22 +124,23 @@ class _Connection:
         return int(head[0].split()[1]), headers, body
 
 
-def _encoded(host: str, name: str, photo: bytes) -> bytes:
+def encoded(host: str, name: str, photo: bytes, *, headers: str = "") -> bytes:
+    """Return a request with one photo in a form; `headers` are further lines, each with its line end."""
     part = f'Content-Disposition: form-data; name="photo"; filename="{name}"\r\nContent-Type: image/jpeg'
     body = f"--b\r\n{part}\r\n\r\n".encode() + photo + b"\r\n--b--\r\n"
     head = f"POST /v1/screen HTTP/1.1\r\nHost: {host}\r\nContent-Type: multipart/form-data; boundary=b"
-    return f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"{head}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, Any], seconds: float) -> dict[str, Any]:
     latencies: list[float] = []
     faults = refused = 0
     names, url = sorted(data), httpx.URL(address)
-    requests = {name: _encoded(url.host, name, data[name]) for name in names}
+    requests = {name: encoded(url.host, name, data[name]) for name in names}
 
     async def client(number: int) -> None:
         nonlocal faults, refused
-        generator, connection = random.Random(number), _Connection(url.host, url.port or 80)
+        generator, connection = random.Random(number), Connection(url.host, url.port or 80)
         while True:
             name, began = generator.choice(names), time.perf_counter()
             status, headers, body = await connection.post(requests[name])

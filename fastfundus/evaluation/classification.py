@@ -22,7 +22,7 @@ from fastfundus.evaluation.locked_run import (
 from fastfundus.evaluation.metrics import binary_metrics, overall_metrics
 from fastfundus.evaluation.thresholds import fit_temperatures, fit_threshold, threshold_entry
 from fastfundus.models.activation import ACTIVATIONS, probabilities
-from fastfundus.training.predict import predict_logits
+from fastfundus.training.predict import inference_device, predict_logits
 from fastfundus.training.run import Run
 from fastfundus.training.tasks.targets import Targets, both_classes, finding_outputs, read_targets, usable_rows
 
@@ -38,7 +38,7 @@ def fit_classification(
     sides = rows_by_split(run, cache)
     kind = ACTIVATIONS[run.config.task]
     targets = read_targets(cache.manifest, run.config.task, run.config.data.labels, run.labels)
-    model = run.load_model()
+    model = run.load_model().to(inference_device())
     logits = {
         name: predict_logits(model, cache.photos, rows, run.spec).astype(np.float64) for name, rows in sides.items()
     }
@@ -128,7 +128,7 @@ def measure_classification(
     if not any(both_classes(column) for column in targets.truth[rows].T):
         raise DataError("no output has both classes in the photos to evaluate; add photos", path=cache.path)
     temperatures = np.array([points[name]["temperature"] for name in run.labels])
-    logits = predict_logits(run.load_model(), cache.photos, rows, run.spec).astype(np.float64)
+    logits = predict_logits(run.load_model().to(inference_device()), cache.photos, rows, run.spec).astype(np.float64)
     predicted = probabilities(logits / temperatures, ACTIVATIONS[run.config.task])
     thresholds = [points[name]["threshold"] for name in run.labels]
     return _measured(run, cache, rows, predicted, targets, thresholds, which, prevalence)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastfundus.evaluation.locked_run import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS, probabilities
 from fastfundus.models.cam import grad_cam, split
+from fastfundus.training.predict import inference_device
 from fastfundus.training.run import Run
 
 __all__ = ["CELLS", "METHODS", "Explainer", "Explanation", "Faithfulness", "faithfulness"]
@@ -49,7 +50,8 @@ class Explainer:
 
     def __init__(self, run: Run, method: Literal["gradcam", "occlusion"] = "gradcam") -> None:
         self.labels, self.method = run.labels, method
-        self._network: Any = run.load_model().eval().requires_grad_(False)
+        self._device = inference_device()
+        self._network: Any = run.load_model().to(self._device).eval().requires_grad_(False)
         self._kind = ACTIVATIONS[run.config.task]
         points = read_operating_point(run)["labels"]
         self._temperatures = np.array([points[name]["temperature"] for name in run.labels])
@@ -72,16 +74,16 @@ class Explainer:
 
     def _inputs(self, photos: Photos) -> Tensor:
         values = torch.from_numpy(np.ascontiguousarray(photos)).float() / 255
-        return ((values - self._mean) / self._std).permute(0, 3, 1, 2)
+        return ((values - self._mean) / self._std).permute(0, 3, 1, 2).to(self._device)
 
     def _logits(self, photos: Photos) -> Floats:
         with torch.inference_mode():
             parts = [self._network(self._inputs(photos[row : row + _BATCH])) for row in range(0, len(photos), _BATCH)]
-        return torch.cat(parts).double().numpy()
+        return torch.cat(parts).double().cpu().numpy()
 
     def _cam(self, photos: Photos) -> NDArray[np.float32]:
         cut = split(self._network, self._inputs(photos))
-        return grad_cam(cut.features, cut.head, cut.as_maps).numpy()
+        return grad_cam(cut.features, cut.head, cut.as_maps).cpu().numpy()
 
     def _occluded(self, photos: Photos) -> NDArray[np.float32]:
         size, whole = photos.shape[1], self._logits(photos)

@@ -109,6 +109,6 @@ def _some(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _features(run: Run, cache: PhotoCache, model: nn.Module, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     batches = forward_batches(
-        Penultimate(model), cache.photos, rows, run.spec, size=run.spec.size, batch_size=64, dtype=None, device="cpu"
+        Penultimate(model), cache.photos, rows, run.spec, size=run.spec.size, batch_size=64, dtype=None
     )
-    return np.concatenate([batch.numpy() for batch in batches])
+    return np.concatenate([batch.cpu().numpy() for batch in batches])

@@ -25,6 +25,7 @@ from fastfundus.evaluation.locked_run import (
 )
 from fastfundus.evaluation.metrics import mean_with_interval
 from fastfundus.evaluation.thresholds import threshold_entry
+from fastfundus.training.predict import inference_device
 from fastfundus.training.run import Run
 from fastfundus.training.tasks.segmentation import binned, binned_auroc, mask_column, vessel_maps
 
@@ -115,7 +116,7 @@ class _Photo:
 
 
 def _predicted(run: Run, cache: PhotoCache, rows: NDArray[np.int64], threshold: float | None = None) -> list[_Photo]:
-    maps = vessel_maps(run.load_model(), cache.photos, rows, run.spec)
+    maps = vessel_maps(run.load_model().to(inference_device()), cache.photos, rows, run.spec)
     photos = []
     for row, probabilities in zip(rows.tolist(), maps, strict=True):
         vessels, inside = native_masks(cache, row, mask_column(run.config))

@@ -109,9 +109,10 @@ class Penultimate(nn.Module):
     @staticmethod
     def available(network: nn.Module, size: int) -> bool:
         """Return whether a network has such features, tried with a photo of `size` pixels."""
+        device = next((parameter.device for parameter in network.parameters()), None)
         try:
             with torch.no_grad():
-                shape = Penultimate(network)(torch.zeros(1, 3, size, size)).shape
+                shape = Penultimate(network)(torch.zeros(1, 3, size, size, device=device)).shape
         except (AttributeError, TypeError, RuntimeError):
             # Not every network of timm divides its head like this.
             return False

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from fastfundus.config import TrainConfig
 from fastfundus.data import PhotoCache
@@ -18,6 +21,8 @@ from fastfundus.evaluation.evaluation import evaluate_run, write_evaluation
 from fastfundus.evaluation.label_map import LabelMap
 from fastfundus.evaluation.operating_point import fit_operating_point
 from fastfundus.evaluation.segmentation import centreline_dice
+from fastfundus.models.guard import Penultimate
+from fastfundus.training.predict import predict_logits
 from fastfundus.training.run import Run
 from fastfundus.training.trainer import Trainer
 from tests.cli.test_cli import run
@@ -168,3 +173,35 @@ def test_vessels_by_group_and_against_another_run(vessel_cache: PhotoCache, tmp_
     result = run("evaluate", tmp_path / "0", vessel_cache.path, "--output", tmp_path / "out", "--prevalence", "0.1")
     assert result.exit_code == 1
     assert "not to vessel runs" in result.output
+
+
+@pytest.mark.parametrize("module", ["classification", "explain"])
+def test_evaluation_runs_on_the_device_for_it(
+    trained: Trained, cache: PhotoCache, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Nothing can be read back from the meta device, so the error shows that everything was sent there."""
+    there = importlib.import_module(f"fastfundus.evaluation.{module}")
+    monkeypatch.setattr(there, "inference_device", lambda: torch.device("meta"))
+    step: Callable[[], object] = {
+        "classification": lambda: evaluate_run(Run.open(trained.run), cache),
+        "explain": lambda: there.Explainer(Run.open(trained.run)).probabilities(np.array(cache.photos[:2])),
+    }[module]
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|unsupported scalarType"):
+        step()
+
+
+def test_the_guard_asks_the_network_where_it_is(trained: Trained) -> None:
+    run = Run.open(trained.run)
+    assert Penultimate.available(run.load_model().to("meta"), run.spec.size)
+
+
+def test_float32_means_float32(trained: Trained, cache: PhotoCache) -> None:
+    """cuDNN computes convolutions in TF32 unless it is told not to."""
+    model = Run.open(trained.run).load_model()
+    seen: list[bool] = []
+    model.register_forward_hook(lambda *arguments: seen.append(torch.backends.cudnn.allow_tf32))
+    assert torch.backends.cudnn.allow_tf32
+    predict_logits(model, cache.photos, np.arange(2), cache.spec)
+    predict_logits(model, cache.photos, np.arange(2), cache.spec, dtype=torch.bfloat16)
+    assert seen == [False, True]
+    assert torch.backends.cudnn.allow_tf32

@@ -178,7 +178,7 @@ def vessel_maps(
     spec: PreprocessSpec,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Yield a vessel probability map [S, S] for each row of a cache, one photo at a time since photos may be large."""
     # The network halves its input five times: the photo is padded, and the map is cropped again.
