@@ -6,7 +6,13 @@ recorded in `bundle.json`, and loading it on any other combination is refused.
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +74,41 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         # With an upper limit torch knows that 32 bits hold all indices; without one it assumes so, unchecked.
         batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
         program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _FILE))
+        try:
+            with _cuda_home():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(folder / _FILE))
+        except Exception as error:
+            # The compilers that torch calls have no exception type in common; other precisions may still work.
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BundleError(
+                f"torch cannot compile the engine in {precision} ({cause}); AOTInductor needs a C++ compiler, and on a "
+                "GPU the CUDA toolkit (CUDA_HOME)"
+            ) from error
     return {"engine": _FILE, "needs": needs()}
+
+
+@contextmanager
+def _cuda_home() -> Iterator[None]:
+    """Tell torch where the CUDA toolkit is: it takes the folder above nvcc, which may be a script in another place."""
+    if "CUDA_HOME" in os.environ or (root := toolkit_root()) is None:
+        yield
+        return
+    os.environ["CUDA_HOME"] = str(root)
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_HOME"]
+
+
+def toolkit_root() -> Path | None:
+    """Return the root of the CUDA toolkit as nvcc states it, or None if there is no nvcc or it has no headers."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        return None
+    told = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    stated = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+    root = Path(stated[1].strip()).resolve() if stated else Path(compiler).resolve().parent.parent
+    return root if (root / "include" / "cuda.h").is_file() else None
 
 
 def load(folder: Path, metadata: dict[str, Any]) -> AotiEngine:

@@ -22,6 +22,7 @@ import torch
 
 from fastfundus.data import PhotoCache
 from fastfundus.engines import openvino_backend, parity
+from fastfundus.engines.aoti_backend import toolkit_root
 from fastfundus.engines.archive import pack
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.export import ScreeningModel
@@ -683,3 +684,32 @@ def test_a_missing_package_says_how_to_get_it(
         MissingDependency, match=rf"{package} is not installed; run: pip install 'fastfundus\[{extra}\]'"
     ):
         use()
+
+
+def test_a_package_that_cannot_be_compiled_ends_in_words(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("cuda.h: No such file or directory\nmore lines")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(GateRefused, match=r"torch cannot compile the engine in fp32 \(cuda.h: No such file"):
+        build_engine(trained.run, tmp_path / "bundle", backend="aoti", precision="fp32")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_toolkit_is_found_behind_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes the folder above the script, which has no headers."""
+    root, scripts = tmp_path / "cuda-13.0", tmp_path / "local" / "bin"
+    (root / "bin").mkdir(parents=True)
+    scripts.mkdir(parents=True)
+    nvcc = scripts / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={root}/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scripts}:/usr/bin:/bin")
+    assert toolkit_root() is None  # no headers: torch's own search is as good
+    (root / "include").mkdir()
+    (root / "include" / "cuda.h").touch()
+    assert toolkit_root() == root
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolkit_root() is None
