@@ -56,7 +56,13 @@ class AuditLog:
                 self.head = line["chain"]
                 self.rows += line["event"] == "photo"
         if mirror is not None:
-            _catch_up(path, mirror)
+            if mirror.resolve() == path.resolve():
+                raise DataError("is the audit log itself; give --audit-mirror another file", path=mirror)
+            try:
+                _catch_up(path, mirror)
+            except OSError as error:
+                message = f"cannot be written to ({error.strerror or error}); give another --audit-mirror"
+                raise DataError(message, path=mirror) from None
         self._files = [file.open("a", encoding="utf-8", newline="\n") for file in (path, mirror) if file is not None]
         if new:
             for file in (path, mirror):

@@ -104,6 +104,10 @@ def test_a_mirror_is_a_copy_and_catches_up(
     mirror.write_bytes(b"x" + mirror.read_bytes()[1:])
     with pytest.raises(DataError, match="is not a copy of"):
         AuditLog(log, mirror)
+    with pytest.raises(DataError, match="is the audit log itself"):
+        AuditLog(log, tmp_path / "out" / ".." / "out" / "audit.jsonl")
+    with pytest.raises(DataError, match=r"cannot be written to \(Is a directory\)"):
+        AuditLog(log, tmp_path)
 
 
 @pytest.mark.parametrize(
