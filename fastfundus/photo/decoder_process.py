@@ -46,6 +46,9 @@ _BYTES_PER_PIXEL = 12
 
 def main(control: int) -> None:
     """Fork decoders on request until the parent process is gone."""
+    # The parent's standard error may be closed: nothing else may get its number.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass
     channel = socket.socket(fileno=control)
     # Ctrl-C reaches every process of a terminal. The parent decides what it means, and closes its sockets.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -159,9 +160,9 @@ class _Decoder:
         self.given_up: _Fault | None = None
         """Why the process was killed from here."""
         self.source = self.target = -1
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel, theirs = _connection()
         try:
-            self.source, self.target = os.memfd_create("photo"), os.memfd_create("pixels")
+            self.source, self.target = _shared_memory("photo"), _shared_memory("pixels")
             self.process = launcher.fork([theirs.fileno(), self.source, self.target])
             self._memory = mmap.mmap(self.source, KEPT_BYTES)
         except BaseException:
@@ -251,7 +252,7 @@ class _Launcher:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel, theirs = _connection()
         one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs:
             code = _CODE.format(path=[os.path.abspath(entry) for entry in sys.path], control=theirs.fileno())
@@ -289,6 +290,25 @@ class _Launcher:
         if wait:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
+
+
+def _connection() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets that are none of the standard streams, even if those of this process are closed."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socket(fileno=_above_streams(here.detach())), socket.socket(fileno=_above_streams(there.detach()))
+
+
+def _shared_memory(name: str) -> int:
+    return _above_streams(os.memfd_create(name))
+
+
+def _above_streams(descriptor: int) -> int:
+    if descriptor > 2:
+        return descriptor
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 _lock = threading.Lock()

@@ -193,3 +193,17 @@ def test_short_memory_is_not_the_photos_fault(slow: bytes) -> None:
         "there is not enough memory to decode it\n",
         "its decoder cannot be reached (Cannot allocate memory)\n",
     )
+
+
+def test_closed_standard_streams_are_no_trouble(broken_photos: Path, tmp_path: Path) -> None:
+    """A service may start without them: then the next descriptors that are opened get their numbers."""
+    code = (
+        "import sys; from pathlib import Path; from fastfundus.photo.isolation import prepare_isolated; "
+        "from fastfundus.spec import PreprocessSpec; "
+        "result = prepare_isolated(Path(sys.argv[1]).read_bytes(), PreprocessSpec(size=64)); "
+        "Path(sys.argv[2]).write_text(result.status.value)"
+    )
+    for streams in ("<&-", "<&- >&-", "<&- >&- 2>&-"):
+        command = f'"{sys.executable}" -c "{code}" "{broken_photos / "good.jpg"}" "{tmp_path / "out"}" {streams}'
+        subprocess.run(command, shell=True, check=True, timeout=60)
+        assert (tmp_path / "out").read_text() == "ok"
