@@ -89,11 +89,11 @@ class Bundle:
             raise BundleError(
                 f"{path}: not an engine bundle (no bundle.json); create one with fastfundus build-engine"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{path / 'bundle.json'}: cannot be read ({error}); rebuild the engine") from None
         try:
             return cls._checked(path, folder, unpacked, metadata)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             # Whoever can write the file can make its fingerprint match: nothing in it has to have the right type.
             raise BundleError(
                 f"{path / 'bundle.json'}: is malformed ({type(error).__name__}: {error}); rebuild the engine"
@@ -213,6 +213,9 @@ class Bundle:
 
 def _check_label(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Raise unless the settings of a label can be used: they decide, and nobody would notice a wrong one."""
+    for name_of, value in (("threshold", entry["threshold"]), ("temperature", entry["temperature"])):
+        if isinstance(value, bool | str):
+            raise TypeError(f"the {name_of} of {name!r} is {value!r}, not a number")
     threshold, temperature = float(entry["threshold"]), float(entry["temperature"])
     if not 0 <= threshold <= 1:
         raise BundleError(

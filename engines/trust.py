@@ -43,6 +43,7 @@ def is_built_here(fingerprint: str) -> bool:
 
 def signature_file(bundle: Path) -> Path:
     """Return the file of a bundle's signature, which lies beside it."""
+    bundle = Path(os.path.abspath(bundle))
     return bundle.with_name(f"{bundle.name}.sig")
 
 

@@ -6,7 +6,7 @@ import polars as pl
 
 __all__ = ["csv_text"]
 
-_FORMULA = "^[=+\\-@\\t\\r]"
+_FORMULA = "^[=+\\-@\\t\\r\\n]"
 """Spreadsheets take a cell that begins like this for a formula, and names of files and patients come from outside."""
 
 

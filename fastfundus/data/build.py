@@ -76,6 +76,8 @@ def build_cache(
         SpecMismatch: `output` is a cache with a different spec.
     """
     _check_columns(photos)
+    if output.is_symlink():
+        output = output.resolve()  # otherwise the link would be moved instead of the cache
     keep_memory()
     # There is already one decoding thread per core; OpenCV's own threads would oversubscribe them.
     cv2.setNumThreads(1)
@@ -258,7 +260,7 @@ class _Build:
         """Create the build folder, or reuse that of an interrupted build of the same photos."""
         build = {"inputs": self._fingerprint()}
         noted = self.partial / "build.json"
-        if noted.is_file() and json.loads(noted.read_text()) == build:
+        if _says(noted, build):
             mend_journal(self.partial)
             self._trust_journal()
             return
@@ -269,7 +271,8 @@ class _Build:
         if self.extends:
             assert self.previous is not None
             self.store.cut(len(self.previous.manifest))
-        noted.write_text(json.dumps(build))
+        with atomic_write(noted) as file:
+            file.write_text(json.dumps(build))
 
     def _trust_journal(self) -> None:
         """Cut the journal at the first photo whose pixels a power failure lost: they are written in any order."""
@@ -299,6 +302,14 @@ class _Build:
                 "another --output, or lower --size",
                 path=self.output,
             )
+
+
+def _says(file: Path, content: dict[str, str]) -> bool:
+    """Return whether a file contains some data; one that is damaged does not."""
+    try:
+        return bool(json.loads(file.read_text()) == content)
+    except (OSError, ValueError):
+        return False
 
 
 def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCache | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -64,8 +65,9 @@ def is_photo(path: str) -> bool:
             return False
         with open(path, "rb") as file:
             start = file.read(132)
-    except OSError:
-        return False
+    except OSError as error:
+        # What cannot be read now may be a photo: it gets a row that says so.
+        return error.errno in (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
     return start[128:] == b"DICM" or _PICTURES.match(start) is not None
 
 

@@ -12,6 +12,10 @@ __all__ = ["estimate_decode_s"]
 
 _BASELINE_NS, _PROGRESSIVE_NS, _PNG_NS = 3, 20, 30
 """Nanoseconds a pixel, measured on an AVX-512 processor at 2.7 GHz."""
+_BYTE_NS = 50
+"""Nanoseconds a byte, where a file has many of them and few pixels."""
+_HEADER_BYTES = 256 << 10
+"""Bytes that are searched for the header, which takes up to 25 ms."""
 
 
 def estimate_decode_s(data: bytes) -> float:
@@ -25,8 +29,9 @@ def estimate_decode_s(data: bytes) -> float:
     if data[:3] != b"\xff\xd8\xff":
         return float("inf")
     try:
-        header = read_header(data)
+        header = read_header(data[:_HEADER_BYTES])
     except PhotoError:
-        return 0.0
+        return len(data) * _BYTE_NS / 1e9
+    bulk = len(data) * _BYTE_NS / 1e9
     baseline = header.jpeg is not None and header.jpeg.coding == "baseline"
-    return header.width * header.height * (_BASELINE_NS if baseline else _PROGRESSIVE_NS) / 1e9
+    return max(bulk, header.width * header.height * (_BASELINE_NS if baseline else _PROGRESSIVE_NS) / 1e9)

@@ -21,6 +21,8 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from fastfundus.errors import PhotoError
+from fastfundus.photo.file import unpacked
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes
 from fastfundus.records import Status
@@ -40,6 +42,7 @@ KEPT_BYTES = 32 << 20
 FORK = b"fork"
 """Asks the launcher for a decoder; it answers with its process ID. Any other message is the ID of a process that ended,
 and is answered with its wait status."""
+_SPARE_BYTES = 512 << 20
 _BYTES_PER_PIXEL = 12
 """More than a decoder needs at once: the picture in 16 bits with alpha, and the result in 8 bits."""
 
@@ -59,18 +62,24 @@ def main(control: int) -> None:
     keep_memory()
     cv2.setNumThreads(1)
     gc.freeze()
+    decoders: set[int] = set()
     while True:
         message, descriptors, *_ = socket.recv_fds(channel, 64, 3)
         if not message:
+            # Idle decoders see that their own sockets are closed; busy and stopped ones do not.
+            for decoder in decoders:
+                os.kill(decoder, signal.SIGKILL)
             os._exit(0)
         if message != FORK:
             channel.send(b"%d" % os.waitpid(int(message), 0)[1])
+            decoders.discard(int(message))
             continue
         os.ftruncate(descriptors[1], KEPT_BYTES)
         process = os.fork()
         if process == 0:
             channel.close()
             _serve(*descriptors)
+        decoders.add(process)
         for descriptor in descriptors:
             os.close(descriptor)
         channel.send(b"%d" % process)
@@ -112,10 +121,13 @@ def _serve(jobs: int, source: int, target: int) -> None:
 
 
 def _prepare(data: bytes, spec: PreprocessSpec) -> PreparedPhoto:
-    prepared = prepare_bytes(data, spec)
-    if prepared.status is Status.UNREADABLE and prepared.width_px:
-        # OpenCV reports a lack of memory as if the file were damaged.
-        np.empty(prepared.width_px * prepared.height_px * _BYTES_PER_PIXEL, np.uint8)
+    try:
+        prepared = prepare_bytes(unpacked(data), spec)
+    except PhotoError as error:
+        return PreparedPhoto(error.status, error.reason)
+    if prepared.status is Status.UNREADABLE:
+        # Libraries report a lack of memory as if the file were damaged.
+        np.empty(max(prepared.width_px * prepared.height_px * _BYTES_PER_PIXEL, _SPARE_BYTES), np.uint8)
     return prepared
 
 
@@ -150,5 +162,5 @@ def _limit_time(seconds: float) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+    # A lower hard limit ends the process by SIGKILL, which is no verdict on the photo.
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

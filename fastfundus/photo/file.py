@@ -47,6 +47,8 @@ def read_photo(path: Path) -> bytes:
             raise TransientError("its folder is gone or empty; is the storage still mounted?") from None
         raise PhotoError(Status.UNREADABLE, "file not found; check the path") from None
     except PermissionError:
+        if not os.access(path.parent, os.X_OK):
+            raise TransientError("no permission to enter its folder; run chmod +x on it") from None
         raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
     except ValueError as error:
         # A null byte in the path.

@@ -42,8 +42,9 @@ _PAUSE_S = 1.0
 _STALLED = 10
 """A decoder that has not answered after this many times its limit of CPU time is blocked, even on a busy machine."""
 _CODE = "import sys; sys.path[:] = {path!r}; from fastfundus.photo.decoder_process import main; main({control})"
-_KILLED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
-"""Signals that come from outside: from a user, a batch system, or the kernel when memory is short."""
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+"""Signals that a decoder raises itself. Others come from outside: from a user, a batch system, or the kernel when
+memory is short."""
 
 
 def prepare_isolated(
@@ -113,7 +114,7 @@ def _attempt(
         decoder.give_up("interrupted")
         raise
     if answer is None:
-        return decoder.given_up or _fault_of(decoder.end(), limit_s)
+        return decoder.given_up or _fault_of(decoder.end(), decoder.waited_s, limit_s)
     with _lock:
         _idle.append(decoder)
     if "memory" in answer:
@@ -123,18 +124,19 @@ def _attempt(
     return _prepared(answer)
 
 
-def _fault_of(status: int | None, limit_s: float) -> _Fault:
+def _fault_of(status: int | None, waited_s: float, limit_s: float) -> _Fault:
     """Return what a decoder ended of, from its wait status."""
     if status is None:
         return _Fault("its decoder was killed together with the process that starts decoders")
     if not os.WIFSIGNALED(status):
-        return _Fault(f"its decoder ended with exit code {os.waitstatus_to_exitcode(status)}", Status.UNREADABLE)
+        return _Fault(f"its decoder ended with exit code {os.waitstatus_to_exitcode(status)}")
     number = os.WTERMSIG(status)
-    if number == signal.SIGXCPU:
+    # Without having run for that long, it met another limit, such as one of a batch system.
+    if number == signal.SIGXCPU and waited_s >= 0.8 * limit_s:
         reason = f"decoding takes more than {limit_s:g} s of CPU time; open it in another program and save it again"
         return _Fault(reason, Status.UNREADABLE, True)
-    name = signal.Signals(number).name
-    if number in _KILLED:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    if number not in _CRASHES:
         return _Fault(f"its decoder was killed ({name}), perhaps because memory is short")
     return _Fault(f"it crashes the decoder ({name})", Status.UNREADABLE)
 
@@ -160,6 +162,8 @@ class _Decoder:
         self.given_up: _Fault | None = None
         """Why the process was killed from here."""
         self.source = self.target = -1
+        self.waited_s = 0.0
+        """Seconds for which the last photo was waited for, without the time of a suspended machine."""
         self.channel, theirs = _connection()
         try:
             self.source, self.target = _shared_memory("photo"), _shared_memory("pixels")
@@ -209,15 +213,15 @@ class _Decoder:
     def _wait(self, limit_s: float, cancelled: Callable[[], bool]) -> bytes:
         ready = select.poll()
         ready.register(self.channel, select.POLLIN)
-        waited, before = 0.0, time.monotonic()
+        self.waited_s, before = 0.0, time.monotonic()
         while not ready.poll(_POLL_S * 1000):
             # A machine that was suspended, or a process that was stopped, has not waited all that time.
             now = time.monotonic()
-            waited, before = waited + min(now - before, 2 * _POLL_S), now
+            self.waited_s, before = self.waited_s + min(now - before, 2 * _POLL_S), now
             if cancelled():
                 self.give_up("cancelled")
                 return b""
-            if waited > _STALLED * math.ceil(limit_s):
+            if self.waited_s > _STALLED * math.ceil(limit_s):
                 self.give_up(f"decoding it made no progress for {_STALLED * math.ceil(limit_s)} s")
                 return b""
         try:

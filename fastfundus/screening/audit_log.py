@@ -21,7 +21,7 @@ from fastfundus.data.journal import mend_lines
 from fastfundus.errors import DataError
 from fastfundus.files import sync
 
-__all__ = ["START", "AuditLog", "chain_link", "log_lines"]
+__all__ = ["START", "AuditLog", "chain_link", "check_mirror", "log_lines"]
 
 START = "0" * 64
 """Chain value before the first line."""
@@ -106,25 +106,56 @@ def log_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for number, text in enumerate(file, 1):
             try:
-                line = json.loads(text)
+                line = json.loads(text, object_pairs_hook=_once)
                 yield {"event": str(line["event"]), "chain": str(line["chain"]), **line}
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError("is not a valid audit log line; the log was modified", path=path, row=number) from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, whose keys must differ: of two, a reader might see the other one."""
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
 def _catch_up(path: Path, mirror: Path) -> None:
     """Append to a mirror what the log has and it lacks, such as after a crash between the two."""
+    check_mirror(path, mirror)
     mirror.parent.mkdir(parents=True, exist_ok=True)
     mirror.touch()
-    mend_lines(mirror)
     with mirror.open("rb+") as copy, contextlib.ExitStack() as stack:
+        copy.truncate(min(mirror.stat().st_size, path.stat().st_size if path.is_file() else 0))
         log = stack.enter_context(path.open("rb")) if path.is_file() else None
-        while there := copy.read(1 << 20):
-            here = log.read(len(there)) if log else b""
-            if here != there:
-                raise DataError(
-                    f"is not a copy of {path}; give another --audit-mirror, or find out which of the two was modified",
-                    path=mirror,
-                )
+        if log:
+            log.seek(copy.seek(0, os.SEEK_END))
         while log and (more := log.read(1 << 20)):
             copy.write(more)
+
+
+def check_mirror(path: Path, mirror: Path, *, fresh: bool = False) -> None:
+    """Raise unless one of two files begins with the other, before anything is written.
+
+    Args:
+        path: the log; it is shorter than its mirror after a crash, or a full disk.
+        mirror: the mirror.
+        fresh: whether the log will be deleted, so that the mirror must be empty.
+
+    Raises:
+        DataError: the mirror contains something else.
+    """
+    if not mirror.exists() or mirror.is_dir():
+        return
+    log_size, size = path.stat().st_size if path.is_file() and not fresh else 0, mirror.stat().st_size
+    left = min(log_size, size)
+    same = log_size > 0 or size == 0
+    if left:
+        with path.open("rb") as log, mirror.open("rb") as copy:
+            while same and left > 0:
+                same = log.read(min(left, 1 << 20)) == copy.read(min(left, 1 << 20))
+                left -= 1 << 20
+    if not same:
+        raise DataError(
+            f"is not a copy of {path}; give another --audit-mirror, or find out which of the two was modified",
+            path=mirror,
+        )

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 
 from fastfundus.errors import FastFundusError, PhotoError, TransientError
 from fastfundus.machine import usable_cores
-from fastfundus.photo.file import PAUSES_S, read_patiently, unpacked
+from fastfundus.photo.file import PAUSES_S, read_patiently
 from fastfundus.photo.isolation import LIMIT_S, prepare_isolated, start_decoders
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
@@ -180,9 +180,13 @@ class DecodePool:
         """Return the content of a file, or settle the photo and return None."""
         try:
             if (given := pending.data) is not None:
-                return unpacked(given)
+                # The decoder unpacks it: nothing of what a client sends may grow in this process.
+                return given
             # After a failure for good, the next files are tried only once, until the storage works again.
             data = read_patiently(pending.source.path, pauses_s=PAUSES_S if self._storage_works else ())
+        except MemoryError:
+            pending.settle(PreparedPhoto(Status.FAILED, "there is not enough memory to read it"))
+            return None
         except PhotoError as error:
             self._storage_works &= not isinstance(error, TransientError)
             pending.settle(PreparedPhoto(error.status, error.reason))

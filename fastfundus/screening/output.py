@@ -141,7 +141,8 @@ class Store:
                     f"is damaged ({str(error).splitlines()[0]}); start the run again with --overwrite", path=folder
                 ) from None
             known = {photo.path for photo in self.photos}
-            found = [photo for photo in listing.photos if photo.path not in known] if noted["lost"] else []
+            new = (photo for photo in listing.photos if Path(os.path.abspath(photo.path)) not in known)
+            found = list(new) if noted["lost"] else []
             if found:
                 _put(inputs, parquet_bytes(pl.concat([table, _pack(found)])))
                 self.photos += found
@@ -293,7 +294,8 @@ def _pack(photos: list[SourcePhoto]) -> pl.DataFrame:
     # Build columns: row dictionaries of a million inputs would temporarily take a gigabyte.
     columns: dict[str, list[Any]] = {name: [getattr(photo, name) for photo in photos] for name in _SOURCE}
     # File names are bytes and not necessarily UTF-8.
-    columns["path"] = [os.fsencode(photo.path) for photo in photos]
+    # Absolute, because the run may be resumed in another folder.
+    columns["path"] = [os.fsencode(os.path.abspath(photo.path)) for photo in photos]
     stamps = [input_stamp(photo.path) for photo in photos]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
     return pl.DataFrame(columns, schema=_INPUTS)

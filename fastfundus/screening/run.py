@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from fastfundus.engines.runtime import Engine
 from fastfundus.errors import ConfigError, DataError, FastFundusError
 from fastfundus.files import hash_file
 from fastfundus.records import SourcePhoto, Status, utf8_name
-from fastfundus.screening.audit_log import AuditLog
+from fastfundus.screening.audit_log import AuditLog, check_mirror
 from fastfundus.screening.masks import write_masks
 from fastfundus.screening.output import Store, input_stamp
 from fastfundus.screening.pipeline import ScreenedPhoto, Timing, screen_photos
@@ -98,6 +99,9 @@ def screen_to_folder(
             f"{output}: is inside the folder of the photos, so its masks would be taken for photos; choose another"
         )
     began = False
+    if audit_mirror is not None:
+        # Before --overwrite deletes anything.
+        check_mirror(output / "audit.jsonl", audit_mirror, fresh=overwrite)
     try:
         with locked(output, output / ".lock", "screened into"):
             store = Store(
@@ -279,9 +283,13 @@ def _changes(store: Store, sources: Sequence[Path]) -> list[str]:
         now = input_stamp(photo.path)
         if now != before:
             (vanished if now[0] < 0 else changed).append(photo.name)
-    known = {photo.path for photo in store.photos}
+    known = {os.path.abspath(photo.path) for photo in store.photos}
     try:
-        appeared = [photo.name for photo in list_photos(sources, adapter="folder").photos if photo.path not in known]
+        appeared = [
+            photo.name
+            for photo in list_photos(sources, adapter="folder").photos
+            if os.path.abspath(photo.path) not in known
+        ]
     except FastFundusError:
         appeared = []  # the sources themselves are gone: their photos are counted as vanished
     kinds = [

@@ -67,7 +67,7 @@ class Limits:
     @property
     def max_waiting_of_client(self) -> int:
         """Maximum number of photos in progress of one client address: one client must not keep out the others."""
-        return max(MAX_FILES, self.max_waiting // 2)
+        return min(self.max_waiting, max(MAX_FILES, self.max_waiting // 2))
 
 
 class PhotoResult(BaseModel):
@@ -271,7 +271,10 @@ def _is_cross_site(request: Request) -> bool:
     if site is not None:
         return site not in ("none", "same-origin")
     origin = request.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc != request.headers.get("host", "")
+    try:
+        return origin is not None and urlsplit(origin).netloc != request.headers.get("host", "")
+    except ValueError:
+        return True
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _Screened]) -> _Screened:

@@ -93,10 +93,15 @@ def _file_name(disposition: str) -> str:
     header = Message()
     try:
         header["content-disposition"] = disposition
-        return unquote(header.get_filename() or "photo")
+        return _printable(unquote(header.get_filename() or "photo"))
     except (ValueError, TypeError, LookupError, IndexError):
         # Line breaks, unknown character sets, and parameters that the parser of the standard library stumbles over.
         return "photo"
+
+
+def _printable(name: str) -> str:
+    """Return a name that can be part of an answer: character sets may decode to halves of characters."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 async def _parts(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:
@@ -119,7 +124,7 @@ async def _parts(request: Request, max_bytes: int, count: Callable[[int], None])
             data = await part.read()
             # Browsers send an empty part for a file input that was left empty.
             if part.filename or data:
-                photos.append((part.filename or "photo", data))
+                photos.append((_printable(part.filename or "photo"), data))
     await form.close()
     if not photos:
         raise HTTPException(400, "the form contains no file; send photos as files, under any field name")

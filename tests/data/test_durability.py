@@ -155,3 +155,15 @@ def test_only_one_of_many_holds_a_lock(tmp_path: Path) -> None:
         thread.join()
     assert len(most) > 100
     assert max(most) == 1
+
+
+def test_a_cache_may_be_a_link_and_a_torn_note_costs_only_time(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere.partial").mkdir()
+    (tmp_path / "elsewhere.partial" / "build.json").touch()
+    whole = build(photos, tmp_path / "whole")
+    same(whole, build(photos, tmp_path / "cache"))
+    assert (tmp_path / "cache").is_symlink()
+    (photos / "p00000_left.jpg").write_bytes((photos / "p00001_left.jpg").read_bytes())
+    assert len(build(photos, tmp_path / "cache").manifest) == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from fastfundus.errors import TransientError
 from fastfundus.photo import isolation
+from fastfundus.photo.cost import estimate_decode_s
 from fastfundus.photo.isolation import prepare_isolated, start_decoders
 from fastfundus.photo.prepare import PreparedPhoto, prepare_bytes
 from fastfundus.records import Status
@@ -207,3 +209,50 @@ def test_closed_standard_streams_are_no_trouble(broken_photos: Path, tmp_path: P
         command = f'"{sys.executable}" -c "{code}" "{broken_photos / "good.jpg"}" "{tmp_path / "out"}" {streams}'
         subprocess.run(command, shell=True, check=True, timeout=60)
         assert (tmp_path / "out").read_text() == "ok"
+
+
+@pytest.mark.parametrize("number", [signal.SIGXCPU, signal.SIGUSR1, signal.SIGALRM, signal.SIGRTMIN + 3])
+def test_signals_from_outside_are_no_verdict(
+    good: bytes, monkeypatch: pytest.MonkeyPatch, at_once: None, number: int
+) -> None:
+    """Batch systems send them, and SIGXCPU follows from their limits as well as from ours."""
+    signal_each(monkeypatch, number)
+    with pytest.raises(TransientError, match="its decoder was killed"):
+        prepare_isolated(good, SPEC)
+
+
+def test_busy_decoders_end_with_their_parent(slow: bytes, tmp_path: Path) -> None:
+    (tmp_path / "slow.png").write_bytes(slow)
+    code = (
+        "import os, sys, threading, time; from pathlib import Path; from fastfundus.photo import isolation; "
+        "from fastfundus.spec import PreprocessSpec; data = Path(sys.argv[1]).read_bytes(); "
+        "work = lambda: isolation.prepare_isolated(data, PreprocessSpec(size=64)); "
+        "isolation._Decoder._wait = lambda decoder, *rest: (print(decoder.process, flush=True), time.sleep(60)); "
+        "threading.Thread(target=work, daemon=True).start(); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "slow.png")], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    decoder = int(process.stdout.readline())
+    os.kill(decoder, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{decoder}").exists() and "\nState:\tZ" not in Path(f"/proc/{decoder}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_gzipped_photo_is_unpacked_by_the_decoder(good: bytes) -> None:
+    same(prepare_isolated(gzip.compress(good), SPEC), prepare_bytes(good, SPEC))
+    assert prepare_isolated(gzip.compress(bytes(256 << 20)), SPEC).status is Status.UNSUPPORTED
+
+
+def test_costs_of_odd_files_are_found_at_once(good: bytes) -> None:
+    """Fill bytes and zeros behind the start of a JPEG were searched byte by byte, and thought to cost nothing."""
+    fill = good[:2] + b"\xff" * (60 << 20)
+    began = time.monotonic()
+    assert min(estimate_decode_s(data) for data in (fill, b"\xff\xd8\xff\xe0" + bytes(60 << 20))) > 0.5
+    assert estimate_decode_s(gzip.compress(good)) > 0.5
+    assert time.monotonic() - began < 1
+    assert estimate_decode_s(good) < 0.5

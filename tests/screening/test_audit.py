@@ -14,6 +14,8 @@ from fastfundus.csv_cells import csv_text
 from fastfundus.data import list_photos
 from fastfundus.errors import DataError
 from fastfundus.records import bytes_of_name, utf8_name
+from fastfundus.screening import output as output_module
+from fastfundus.screening import pipeline
 from fastfundus.screening.audit import verify
 from fastfundus.screening.audit_log import START, AuditLog, chain_link
 from fastfundus.screening.run import ScreeningRun, screen_to_folder
@@ -162,3 +164,51 @@ def test_odd_names_are_verified_and_told_apart(trained: Trained, photos: Path, t
 def test_names_become_bytes_again() -> None:
     for name in [*ODD, b"\\\xe9", b"\\\\xe9", b"\\\\\xe9\\x\\xzz", "é\\x".encode(), b"a\\b"]:
         assert bytes_of_name(utf8_name(os.fsdecode(name))) == name
+
+
+def test_a_file_that_is_no_mirror_is_not_touched(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "key.pem"
+    precious.write_bytes(b"no line end, and nothing to lose")
+    with pytest.raises(DataError, match="is not a copy of"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=precious)
+    assert precious.read_bytes() == b"no line end, and nothing to lose"
+    mirror = tmp_path / "mirror.jsonl"
+    before = screen(trained, photos, tmp_path / "out", audit_mirror=mirror).results
+    with pytest.raises(DataError, match="is not a copy of"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=mirror, overwrite=True)
+    assert pl.read_parquet(tmp_path / "out" / "results.parquet").equals(before)
+    # After a full disk the mirror may be ahead of the log.
+    mirror.write_bytes(mirror.read_bytes() + b"{}\n")
+    AuditLog(tmp_path / "out" / "audit.jsonl", mirror).close()
+    assert mirror.read_bytes() == (tmp_path / "out" / "audit.jsonl").read_bytes()
+
+
+def test_a_key_that_occurs_twice_is_found(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    screen(trained, photos, tmp_path / "out")
+    log = tmp_path / "out" / "audit.jsonl"
+    log.write_text(log.read_text().replace('{"event": "photo"', '{"decision": "negative", "event": "photo"', 1))
+    with pytest.raises(DataError, match="the log was modified"):
+        verify(tmp_path / "out")
+
+
+def test_a_run_resumes_in_another_folder(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other folder has photos of the same names."""
+    monkeypatch.setattr(pipeline, "BLOCK", 4)
+    monkeypatch.setattr(output_module, "BLOCK", 4)
+    other = tmp_path / "other"
+    shutil.copytree(photos, other / photos.name)
+    for path in (other / photos.name).iterdir():
+        path.write_bytes(b"another photo")
+    whole = screen(trained, photos, tmp_path / "whole").results
+
+    def stop(done: int, total: int, timing: object) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        screen(trained, Path(photos.name), tmp_path / "out", on_progress=stop)
+    monkeypatch.chdir(other)
+    assert screen(trained, photos, tmp_path / "out", resume=True).results.equals(whole)
