@@ -105,8 +105,10 @@ def toolkit_root() -> Path | None:
     compiler = shutil.which("nvcc")
     if compiler is None:
         return None
-    told = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    stated = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+    printed = subprocess.run(
+        [compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    stated = re.search(r"^#\$ TOP=(.+)$", printed.stderr, re.MULTILINE)
     root = Path(stated[1].strip()).resolve() if stated else Path(compiler).resolve().parent.parent
     return root if (root / "include" / "cuda.h").is_file() else None
 

@@ -113,6 +113,12 @@ class Bundle:
             raise BundleError(f"{path / 'bundle.json'}: modified after the bundle was built; rebuild it")
         if not isinstance(metadata["fingerprint"], str):
             raise TypeError("the fingerprint is not text")
+        # The report reads them, when everything has been screened.
+        if missing := {"heatmap", "output", "parity", "provenance"} - metadata.keys():
+            raise KeyError(min(missing))
+        guard = metadata.get("guard")
+        if guard is not None and not isinstance(guard["limit"], int | float):
+            raise TypeError(f"the limit of the guard is {guard['limit']!r}")
         for name, sha in metadata["files"].items():
             # Bundles are not trusted: file names must stay inside the folder.
             if Path(name).name != name:

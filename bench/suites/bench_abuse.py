@@ -111,6 +111,7 @@ async def _good_client(
         row = json.loads(body)["results"][0] if status == 200 else {}
         outcome = (row.get("status"), row.get("probabilities", {}).get("abnormal"), row.get("decision"))
         seen.counts["lost or mixed up"] += row.get("file") != name or outcome != expected[name]
+    await connection.close()
 
 
 async def _hostile_client(

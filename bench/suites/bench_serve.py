@@ -119,9 +119,16 @@ class Connection:
         headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
         body = await reader.readexactly(int(headers["content-length"]))
         if headers.get("connection") == "close":
-            writer.close()
-            self._streams = None
+            await self.close()
         return int(head[0].split()[1]), headers, body
+
+    async def close(self) -> None:
+        """Close the connection, if it is open."""
+        if self._streams is not None:
+            writer, self._streams = self._streams[1], None
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
 
 def encoded(host: str, name: str, photo: bytes, *, headers: str = "") -> bytes:
@@ -155,6 +162,7 @@ async def _everybody(address: str, data: dict[str, bytes], expected: dict[str, A
             # Checked only after an answer, so that each client gets at least one, however slow the machine is.
             if time.monotonic() >= until:
                 break
+        await connection.close()
 
     began, began_cpu = time.perf_counter(), time.process_time()
     until = time.monotonic() + seconds

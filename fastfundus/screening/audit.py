@@ -25,6 +25,10 @@ from fastfundus.screening.results import eye_table, hash_masks, patient_table
 __all__ = ["Verification", "verify"]
 
 
+_NEEDED = {"path", "sha256", "bundle", "patient", "eye", "status", "decision", "quality"}
+"""Columns from which the other tables follow."""
+
+
 @dataclass(slots=True)
 class Verification:
     """Result of a verification: counts and discrepancies."""
@@ -64,7 +68,13 @@ def verify(output: Path, *, files: bool = False, head: str | None = None) -> Ver
         if not needed.is_file():
             raise DataError("does not exist; is this the folder of a finished screening?", path=needed)
     found = Verification()
-    results = pl.read_parquet(output / "results.parquet")
+    try:
+        results = pl.read_parquet(output / "results.parquet")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        message = f"cannot be read ({str(error).splitlines()[0]}); it was modified"
+        raise DataError(message, path=output / "results.parquet") from None
+    if missing := _NEEDED - set(results.columns):
+        raise DataError(f"has no column {min(missing)!r}; it was modified", path=output / "results.parquet")
     rows = results.iter_rows(named=True)
     start: dict[str, Any] | None = None
     inputs, end = 0, None
@@ -91,6 +101,7 @@ def verify(output: Path, *, files: bool = False, head: str | None = None) -> Ver
                 f"lacks a value or has a wrong one ({error}); the log was modified", path=log, row=number
             ) from None
     _check_counts(output, found, len(results), inputs, end)
+    _check_identity(output, start or {}, found)
     if head is not None and head != found.head:
         found.note(f"audit.jsonl: its head is {found.head}, not {head}; the log is another one, or not complete")
     _check_tables(output, results, policy, found)
@@ -116,16 +127,19 @@ def _check_counts(output: Path, found: Verification, results: int, inputs: int, 
             found.note("report.html is missing or was modified")
         if hash_masks(output) != end["masks_sha256"]:
             found.note("masks: some are missing, were added or modified")
-    state = output / "run.json"
-    if not state.is_file() or not _finished(state):
-        found.note("run.json: does not say that the run has finished")
 
 
-def _finished(state: Path) -> bool:
+def _check_identity(output: Path, start: dict[str, Any], found: Verification) -> None:
+    """Check that the state of the folder is that of the run in the log."""
     try:
-        return json.loads(state.read_text(encoding="utf-8"))["finished"] is not None
-    except (ValueError, KeyError, TypeError):
-        return False
+        state = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        finished, identity = state["finished"] is not None, dict(state["identity"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        finished, identity = False, {}
+    if not finished:
+        found.note("run.json: does not say that the run has finished")
+    if differing := [name for name, value in identity.items() if start.get(name) != value]:
+        found.note(f"run.json: differs from the start of the log in {', '.join(map(str, differing))}")
 
 
 def _check_photo(
@@ -141,6 +155,7 @@ def _check_photo(
     if row is not None:
         shown = {name: value for name, value in row.items() if name != "bundle"}
         differing = [name for name in shown if not _same(shown[name], noted.get(name))]
+        differing += [name for name in noted if name not in shown]
         if differing or row["bundle"] != start["bundle"]:
             found.note(f"{place}: differs from results.parquet in {', '.join(differing or ['bundle'])}")
     expected = RETAKE if noted["status"] == Status.UNGRADABLE.value else None

@@ -79,7 +79,7 @@ def result_row(photo: ScreenedPhoto, bundle: Bundle, masks: dict[str, Any] | Non
 def hash_masks(output: Path) -> str:
     """Return the SHA-256 of the names and contents of all masks in a results folder, as 64 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted((output / "masks").rglob("*.png")):
+    for path in sorted(path for path in (output / "masks").rglob("*") if not path.is_dir()):
         digest.update(os.fsencode(path.relative_to(output)) + b"\0" + hash_file(path).encode())
     return digest.hexdigest()
 

@@ -404,6 +404,8 @@ def test_a_bundle_may_not_name_files_outside(copied: Path) -> None:
         (lambda data: data.update(labels={}), "has no labels"),
         (lambda data: data["labels"].update({"\x1b[2J": data["labels"]["abnormal"]}), "cannot be printed"),
         (lambda data: data.pop("spec"), "is malformed"),
+        (lambda data: data.pop("heatmap"), "is malformed"),
+        (lambda data: data.update(guard={}), "is malformed"),
         (lambda data: data.update(files=None), "is malformed"),
     ],
 )

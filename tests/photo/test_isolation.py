@@ -48,15 +48,16 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def signal_each(monkeypatch: pytest.MonkeyPatch, number: int, times: int = 100) -> list[int]:
     """Send a signal to the first decoders that begin a photo; return the list of their process IDs."""
     struck: list[int] = []
-    wait = isolation._Decoder._wait
+    ask = isolation._Decoder._ask
 
+    # Before the photo is sent, because it may be answered within a millisecond.
     def strike(decoder: isolation._Decoder, *arguments: object) -> bytes:
         if len(struck) < times:
             struck.append(decoder.process)
             os.kill(decoder.process, number)
-        return wait(decoder, *arguments)  # type: ignore[arg-type]
+        return ask(decoder, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(isolation._Decoder, "_wait", strike)
+    monkeypatch.setattr(isolation._Decoder, "_ask", strike)
     return struck
 
 

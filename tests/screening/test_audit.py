@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -212,3 +213,31 @@ def test_a_run_resumes_in_another_folder(
         screen(trained, Path(photos.name), tmp_path / "out", on_progress=stop)
     monkeypatch.chdir(other)
     assert screen(trained, photos, tmp_path / "out", resume=True).results.equals(whole)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (lambda table: table.drop("reason"), "differs from results.parquet in reason"),
+        (lambda table: table.with_columns(note=pl.lit("x")), "differs from results.parquet in note"),
+    ],
+)
+def test_columns_are_compared(
+    trained: Trained, photos: Path, tmp_path: Path, tamper: Callable[[pl.DataFrame], pl.DataFrame], said: str
+) -> None:
+    screen(trained, photos, tmp_path / "out")
+    file = tmp_path / "out" / "results.parquet"
+    tamper(pl.read_parquet(file)).write_parquet(file)
+    assert any(said in fault for fault in verify(tmp_path / "out").faults)
+
+
+def test_the_state_is_that_of_the_run_in_the_log(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    screen(trained, photos, tmp_path / "out")
+    file = tmp_path / "out" / "run.json"
+    state = json.loads(file.read_text())
+    state["identity"]["bundle"] = "f" * 64
+    file.write_text(json.dumps(state))
+    assert verify(tmp_path / "out").faults == ["run.json: differs from the start of the log in bundle"]
+    (tmp_path / "out" / "results.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"results.parquet: cannot be read .*it was modified"):
+        verify(tmp_path / "out")

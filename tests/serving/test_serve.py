@@ -250,14 +250,14 @@ def test_a_hanging_photo_affects_only_itself(
     start: Start, broken_photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, seen = (broken_photos / "good.jpg").read_bytes(), []
-    wait = isolation._Decoder._wait
+    ask = isolation._Decoder._ask
 
     def hang(decoder: Any, *arguments: Any) -> bytes:
         if not seen:
             seen.append(os.kill(decoder.process, signal.SIGSTOP))
-        return wait(decoder, *arguments)
+        return ask(decoder, *arguments)
 
-    monkeypatch.setattr(isolation._Decoder, "_wait", hang)
+    monkeypatch.setattr(isolation._Decoder, "_ask", hang)
     monkeypatch.setattr(isolation, "_STALLED", 1)
     client = start(limits=Limits(hang_s=0.3))
     answer = client.post("/v1/screen", files=[("photo", ("a", good)), ("photo", ("b", good))]).json()["results"]
