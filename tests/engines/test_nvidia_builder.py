@@ -88,7 +88,7 @@ def built(builder: Any, network: Any, logger: Any) -> bytes:
     return bytes(engine)
 
 
-_USUAL = {("resnet18", "bf16"), ("mobilenetv3_small_050", "bf16"), ("test_vit", "bf16"), ("resnet18", "fp16")}
+_USUAL = {("resnet18", "bf16"), ("test_vit", "bf16")}
 _ALL = [
     (backbone, precision)
     for backbone in ("resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto", "test_vit")
@@ -122,7 +122,7 @@ def test_the_guard_is_built(tmp_path: Path, logger: Any) -> None:
     built(builder, network, logger)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("mobilenetv3_small_050", marks=pytest.mark.long)])
 def test_bf16_graphs_compute_what_the_model_does(exported: Callable[[str, str], Path], backbone: str) -> None:
     """Constants are folded and hard activations spelled out; nothing else may change."""
     graph, model = exported(backbone, "bf16"), model_of(backbone)
