@@ -16,7 +16,7 @@ from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError
 from fastfundus.screening import output as store
-from fastfundus.screening import pipeline, run
+from fastfundus.screening import pipeline
 from fastfundus.screening.audit import verify
 from fastfundus.screening.run import screen_to_folder
 from tests.conftest import Trained
@@ -46,7 +46,7 @@ def test_what_stays_on_the_device_is_what_the_host_sees(photo_folder: Path, trai
 def test_rows_are_those_of_the_host(
     compiled: Bundle, photo_folder: Path, broken_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (pipeline, run, store):
+    for module in (pipeline, store):
         monkeypatch.setattr(module, "BLOCK", 20)
     sources = [photo_folder / "images", broken_photos]
     listing = list_photos(sources, adapter="folder")
