@@ -24,7 +24,7 @@ from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
 from fastfundus.engines.select_precision import EIGHT_BITS, ParityData, PrecisionSearch
 from fastfundus.engines.trust import note_built_here
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
-from fastfundus.files import sync
+from fastfundus.files import sync, sync_folder
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
@@ -151,9 +151,8 @@ def _publish(folder: Path, output: Path) -> None:
     if is_archive(output):
         pack(folder, output)
         return
+    sync_folder(folder)
     # The old bundle is moved aside rather than deleted first, so that a crash in between loses neither.
-    for path in (*folder.iterdir(), folder):
-        sync(path)
     before = output.with_name(f"{output.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if output.exists():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "hash_file", "sync"]
+__all__ = ["atomic_write", "hash_file", "sync", "sync_folder"]
 
 
 @contextmanager
@@ -39,6 +39,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the files of a folder without subfolders to disk, and their list, so that it may get another name."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def hash_file(path: Path) -> str:

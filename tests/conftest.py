@@ -196,6 +196,14 @@ def built(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return build
 
 
+def copy_photos(photo_folder: Path, folder: Path, count: int) -> Path:
+    """Copy the first photos to a new folder, which a test may modify; return it."""
+    folder.mkdir()
+    for path in sorted((photo_folder / "images").iterdir())[:count]:
+        shutil.copy(path, folder)
+    return folder
+
+
 def write_rgb(path: Path, rgb: np.ndarray, *options: int) -> Path:
     """Write RGB pixels in the format given by the file name."""
     assert cv2.imwrite(str(path), rgb[..., ::-1], list(options))

@@ -17,8 +17,6 @@ import gzip
 import json
 import random
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,10 +32,10 @@ import numpy as np
 from bench import RESULTS
 from bench.harness.machine import environment
 from bench.suites.bench_screen import bundle_of
-from bench.suites.bench_serve import CLIENTS, Connection, encoded, server_address
+from bench.suites.bench_serve import CLIENTS, Connection, encoded, expected_answers, served
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
-from fastfundus.screening.pipeline import Timing, screen_photos
+from fastfundus.screening.pipeline import Timing
 from fastfundus.synthetic import write_dataset
 
 HOSTILE = CLIENTS // 4
@@ -162,25 +160,15 @@ async def _everybody(
 def measure(bundle: Bundle, files: list[Path], *, seconds: float, hostile: int = HOSTILE) -> dict[str, Any]:
     """Return what good clients saw beside hostile ones, and the peak memory."""
     listing = list_photos(files, adapter="folder").photos
-    expected = {
-        row.source.path.name: (row.status.value, None if row.answer is None else float(row.answer[0]), row.decision)
-        for row in screen_photos(listing, bundle, Timing())
-    }
+    expected = expected_answers(listing, bundle, Timing())
     data = {path.name: path.read_bytes() for path in files}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastfundus", "serve", bundle.path, "--port", "0"], stdout=log, stderr=log
-        )
-        try:
-            address = server_address(process, log)
+        with served(bundle, log) as (process, address):
             memory = Memory(process.pid)
             memory.start()
             seen = asyncio.run(_everybody(address, data, expected, seconds, hostile))
             peak = memory.end()
             ready = httpx.get(f"{address}/readyz", trust_env=False).json()
-        finally:
-            process.terminate()
-            process.wait()
         log.seek(0)
         tracebacks = log.read().count("Traceback")
     p50, p95, p99 = (float(np.percentile(seen.latencies, share)) for share in (50, 95, 99))

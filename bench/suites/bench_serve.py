@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from bench.suites.bench_screen import bundle_of
 from fastfundus.data import list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.openvino_backend import precisions
+from fastfundus.records import SourcePhoto
 from fastfundus.screening.audit import verify
 from fastfundus.screening.pipeline import Timing, screen_photos
 from fastfundus.synthetic import write_dataset
@@ -59,22 +61,11 @@ def serve_under_load(
     listing = list_photos(expected_of or files, adapter="folder").photos
     # The engine is loaded before, as that of the server is.
     with bundle.load() as engine:
-        expected = {
-            row.source.path.name: (row.status.value, None if row.answer is None else float(row.answer[0]), row.decision)
-            for row in screen_photos(listing * 10, bundle, timing, engine=engine)
-        }
+        expected = expected_answers(listing * 10, bundle, timing, engine=engine)
     data = {path.name: path.read_bytes() for path in files}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastfundus", "serve", bundle.path, "--port", "0"], stdout=log, stderr=log
-        )
-        try:
-            address = server_address(process, log)
-            found = asyncio.run(_everybody(address, data, expected, seconds))
-            metrics = httpx.get(f"{address}/metrics", trust_env=False).text
-        finally:
-            process.terminate()
-            process.wait()
+    with tempfile.TemporaryFile("w+") as log, served(bundle, log) as (process, address):
+        found = asyncio.run(_everybody(address, data, expected, seconds))
+        metrics = httpx.get(f"{address}/metrics", trust_env=False).text
     calls, photos = (
         float(re.search(rf"fastfundus_batch_photos_{what} (\S+)", metrics)[1]) for what in ("count", "sum")
     )  # type: ignore[index]
@@ -89,8 +80,28 @@ def serve_under_load(
     }
 
 
-def server_address(process: subprocess.Popen[bytes], log: Any) -> str:
-    """Wait until a server listens, and return its address from its log."""
+@contextlib.contextmanager
+def served(bundle: Bundle, log: Any) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run a server in its own process that logs to a file; yield the process and the address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastfundus", "serve", bundle.path, "--port", "0"], stdout=log, stderr=log
+    )
+    try:
+        yield process, _address(process, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def expected_answers(photos: list[SourcePhoto], bundle: Bundle, timing: Timing, **options: Any) -> dict[str, Any]:
+    """Return status, probability and decision of each photo by its name, from a batch run."""
+    return {
+        row.source.path.name: (row.status.value, None if row.answer is None else float(row.answer[0]), row.decision)
+        for row in screen_photos(photos, bundle, timing, **options)
+    }
+
+
+def _address(process: subprocess.Popen[bytes], log: Any) -> str:
     for _ in range(600):
         log.seek(0)
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fastfundus.cli.trust_options import trust_options
+
 if TYPE_CHECKING:
     from fastfundus.data.source import SourceList
     from fastfundus.screening.run import ScreeningRun
@@ -58,11 +60,7 @@ if TYPE_CHECKING:
 @click.option(
     "--audit-mirror", type=click.Path(path_type=Path), metavar="FILE", help="Also write the audit log to this file."
 )
-@click.option("--allow-native-code", is_flag=True, help="Run native code of a bundle that another machine built.")
-@click.option(
-    "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
-    help="Refuse the bundle unless it was signed with the private key of this public key; see fastfundus sign.",
-)  # fmt: skip
+@trust_options
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def screen(
     bundle: Path,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from fastfundus.cli.trust_options import trust_options
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -63,11 +65,7 @@ import click
     show_default=True,
     help="Maximum number of photos in progress.",
 )
-@click.option("--allow-native-code", is_flag=True, help="Run native code of a bundle that another machine built.")
-@click.option(
-    "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
-    help="Refuse the bundle unless it was signed with the private key of this public key; see fastfundus sign.",
-)  # fmt: skip
+@trust_options
 def serve(
     bundle: Path,
     host: str,

@@ -31,7 +31,7 @@ from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Preparer, Row, file_stamp, identified, prepare_rows
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
-from fastfundus.files import atomic_write, sync
+from fastfundus.files import atomic_write, sync, sync_folder
 from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
@@ -373,8 +373,7 @@ def _move_into_place(partial: Path, output: Path) -> None:
     replaced = _replaced_folder(output)
     if replaced.exists():
         shutil.rmtree(replaced)
-    for path in (*partial.iterdir(), partial):
-        sync(path)
+    sync_folder(partial)
     if output.exists():
         output.rename(replaced)
     partial.rename(output)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from fastfundus.data.store import SHARD_BYTES, CheckedPhotos, PhotoArray, open_photos
+from fastfundus.data.store import SHARD_BYTES, CheckedPhotos, PhotoArray, checksum_of, open_photos
 from fastfundus.errors import DataError, PhotoError
 from fastfundus.photo.file import read_photo
 from fastfundus.spec import PreprocessSpec
@@ -144,7 +142,7 @@ class PhotoCache:
         rows = self.manifest.select("path", "sha256", "pixels_crc32").iter_rows()
         pixels = self.photos.unchecked if isinstance(self.photos, CheckedPhotos) else self.photos
         for row, (name, sha256, checksum) in enumerate(rows):
-            if checksum is not None and zlib.crc32(np.ascontiguousarray(pixels[row]).data) != checksum:
+            if checksum is not None and checksum_of(pixels[row]) != checksum:
                 yield f"{name}: the pixels in the cache have changed; prepare it again"
             if sources and sha256:
                 yield from self._verify_source(name, sha256)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.data.store import checksum_of
 from fastfundus.errors import PhotoError, TransientError
 from fastfundus.photo.file import read_patiently
 from fastfundus.photo.isolation import prepare_isolated
@@ -86,7 +86,7 @@ def _row(photo: SourcePhoto, result: PreparedPhoto, stamped: tuple[int, int], sa
         "quality": result.quality,
         "pixel_spacing_mm": facts.pixel_spacing_mm,
         "look": None if image is None else perceptual_hash(image).hex(),
-        "pixels_crc32": None if image is None else zlib.crc32(image.data),
+        "pixels_crc32": None if image is None else checksum_of(image),
         "bytes": stamped[0],
         "mtime_ns": stamped[1],
     }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastfundus.errors import DataError
 
-__all__ = ["SHARD_BYTES", "CheckedPhotos", "JoinedPhotos", "PhotoArray", "PhotoStore", "open_photos"]
+__all__ = ["SHARD_BYTES", "CheckedPhotos", "JoinedPhotos", "PhotoArray", "PhotoStore", "checksum_of", "open_photos"]
 
 SHARD_BYTES = 64 * 2**30
 """Maximum size of one file: easy to copy, and below the limits of common file systems and object stores."""
@@ -60,6 +60,11 @@ class JoinedPhotos:
             part = int(np.searchsorted(self._begins, row, side="right")) - 1
             return self._parts[part][row - int(self._begins[part])]
         return np.stack([self[row] for row in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
+
+
+def checksum_of(pixels: NDArray[np.uint8]) -> int:
+    """Return the CRC-32 of the pixels of one photo, as manifests store it."""
+    return zlib.crc32(np.ascontiguousarray(pixels).data)
 
 
 class CheckedPhotos:
@@ -106,7 +111,7 @@ class CheckedPhotos:
     def _check(self, row: int, pixels: NDArray[np.uint8]) -> None:
         if self._seen[row]:
             return
-        if zlib.crc32(np.ascontiguousarray(pixels).data) != self._checksums[row]:
+        if checksum_of(pixels) != self._checksums[row]:
             raise DataError(
                 f"the pixels of {self._names[row]} have changed since they were prepared; list all such photos with "
                 "fastfundus cache verify, and prepare them again into a new folder",

@@ -192,11 +192,12 @@ def _run(
         failed: list[dict[str, Any]] = []
         if missing:
             for block, rows in make_blocks(store, missing, timing, on_rows):
-                failed += _failed(rows)
-                if not _failed(rows) or accept_failed:
+                without_verdict = [row for row in rows if row["status"] == Status.FAILED]
+                failed += without_verdict
+                if not without_verdict or accept_failed:
                     store.add(block, rows)
                     _catch_up(audit, store)
-                elif len(_failed(rows)) == len(rows):
+                elif len(without_verdict) == len(rows):
                     break  # whatever it is, it concerns the following blocks as well
         _log_failures(audit, failed, listing.lost, accept_failed)
         if not all(store.has(block) for block in range(store.blocks)):
@@ -219,10 +220,6 @@ def _run(
     finally:
         audit.close()
     return ScreeningRun(results, timing, store.output / "report.html", resumed, notes, audit.head)
-
-
-def _failed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["status"] == Status.FAILED]
 
 
 def _log_failures(audit: AuditLog, failed: Sequence[dict[str, Any]], lost: Sequence[str], accepted: bool) -> None:

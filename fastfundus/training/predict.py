@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.training.augment import fixed_transforms
+from fastfundus.training.distributed import World
 
 if TYPE_CHECKING:
     from fastfundus.data.store import PhotoArray
@@ -31,9 +32,8 @@ def forward_batches(
     size: int,
     batch_size: int,
     dtype: torch.dtype | None,
-    device: torch.device | str | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the model's output for each batch of photos, float32 on the device.
+    """Yield the model's output for each batch of photos, float32 on the device of the model.
 
     Args:
         model: takes [N, 3, size, size]; it is set to evaluation mode.
@@ -43,11 +43,9 @@ def forward_batches(
         size: side of the inputs in pixels; if it exceeds S, black is added at the right and bottom.
         batch_size: number of photos per forward pass.
         dtype: type to autocast to; None computes in float32, without TF32.
-        device: device of the model; None asks the model.
     """
     model.eval()
-    if device is None:
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         fixed = fixed_transforms(spec, len(batch))
@@ -60,7 +58,7 @@ def forward_batches(
 
 def inference_device() -> torch.device:
     """Return the device for evaluation: a GPU if there is one, which saves minutes for thousands of photos."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return World().device()
 
 
 @contextmanager
@@ -83,7 +81,6 @@ def predict_logits(
     *,
     dtype: torch.dtype | None = None,
     batch_size: int = 64,
-    device: torch.device | str | None = None,
 ) -> NDArray[np.float32]:
     """Return the logits of photos of a cache.
 
@@ -94,13 +91,12 @@ def predict_logits(
         spec: preprocessing of the cache.
         dtype: type to autocast to; None computes in float32.
         batch_size: number of photos per forward pass.
-        device: device of the model; None asks the model.
 
     Returns:
         float32 [N, L].
     """
     outputs = forward_batches(
-        model, photos, rows, spec, size=spec.size, batch_size=batch_size, dtype=dtype, device=device
+        model, photos, rows, spec, size=spec.size, batch_size=batch_size, dtype=dtype
     )  # fmt: skip
     parts = [logits.cpu().numpy() for logits in outputs]
     return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)

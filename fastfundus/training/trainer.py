@@ -263,7 +263,7 @@ class Trainer:
             began: `time.perf_counter` at the start of the epoch.
         """
         state, metric = self.state, self.task.selection_metric
-        val_loss, scores = self.task.validate(self.averaged.module, self.device, self.world)
+        val_loss, scores = self.task.validate(self.averaged.module, self.world)
         score = scores[metric]
         result = EpochResult(
             epoch=state.epoch + 1,

@@ -17,6 +17,7 @@ from fastfundus.data.joined_cache import open_caches
 from fastfundus.data.journal import locked
 from fastfundus.errors import DataError, FastFundusError
 from fastfundus.spec import PreprocessSpec
+from tests.conftest import copy_photos
 from tests.power import ERRORS, Disk, Faults
 
 SPEC = PreprocessSpec(size=48)
@@ -24,11 +25,7 @@ SPEC = PreprocessSpec(size=48)
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in sorted((photo_folder / "images").iterdir())[:12]:
-        shutil.copy(path, folder)
-    return folder
+    return copy_photos(photo_folder, tmp_path / "photos", 12)
 
 
 def build(photos: Path, output: Path) -> PhotoCache:

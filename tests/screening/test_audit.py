@@ -12,29 +12,20 @@ import polars as pl
 import pytest
 
 from fastfundus.csv_cells import csv_text
-from fastfundus.data import list_photos
 from fastfundus.errors import DataError
 from fastfundus.records import bytes_of_name, utf8_name
 from fastfundus.screening import output as output_module
 from fastfundus.screening import pipeline
 from fastfundus.screening.audit import verify
 from fastfundus.screening.audit_log import START, AuditLog, chain_link
-from fastfundus.screening.run import ScreeningRun, screen_to_folder
 from tests.cli.test_cli import run
-from tests.conftest import Trained
-
-
-def screen(trained: Trained, folder: Path, output: Path, **options: object) -> ScreeningRun:
-    return screen_to_folder(list_photos(folder), trained.bundle, output, sources=[folder], **options)  # type: ignore[arg-type]
+from tests.conftest import Trained, copy_photos
+from tests.screening.test_faults import screen
 
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in sorted((photo_folder / "images").iterdir())[:6]:
-        shutil.copy(path, folder)
-    return folder
+    return copy_photos(photo_folder, tmp_path / "photos", 6)
 
 
 def chain_again(output: Path, lines: list[dict[str, object]]) -> None:

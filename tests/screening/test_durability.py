@@ -17,32 +17,24 @@ from fastfundus.screening import output as store
 from fastfundus.screening import pipeline
 from fastfundus.screening.audit import verify
 from fastfundus.screening.run import screen_to_folder
-from tests.conftest import Trained
+from tests.conftest import Trained, copy_photos
 from tests.power import ERRORS, Disk, Faults
+from tests.screening.test_faults import SAME, screen
 
 EVERY = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 7])
 """Every point where something is written, or every seventh."""
-SAME = ("results.parquet", "results.csv", "eyes.csv", "patients.csv")
 
 
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> Path:
     """Copy 12 photos, which make three blocks; the engine is loaded only once."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in sorted((photo_folder / "images").iterdir())[:12]:
-        shutil.copy(path, folder)
     for module in (pipeline, store):
         monkeypatch.setattr(module, "BLOCK", 4)
     engine = trained.bundle.load()
     monkeypatch.setattr(engine, "close", lambda: None)
     monkeypatch.setattr(Bundle, "load", lambda bundle: engine)
     assert isinstance(engine, Engine)
-    return folder
-
-
-def screen(trained: Trained, folder: Path, output: Path, **options: bool) -> None:
-    screen_to_folder(list_photos(folder), trained.bundle, output, sources=[folder], **options)
+    return copy_photos(photo_folder, tmp_path / "photos", 12)
 
 
 def same(whole: Path, output: Path) -> None:

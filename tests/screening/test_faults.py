@@ -33,7 +33,7 @@ from fastfundus.screening.audit import verify
 from fastfundus.screening.pipeline import Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.run import ScreeningRun, screen_to_folder
-from tests.conftest import Trained
+from tests.conftest import Trained, copy_photos
 
 SAME = ("results.parquet", "results.csv", "eyes.csv", "patients.csv")
 
@@ -52,11 +52,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def photos(photo_folder: Path, tmp_path: Path) -> Path:
     """Copy 24 photos to a folder that a test may modify."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in sorted((photo_folder / "images").iterdir())[:24]:
-        shutil.copy(path, folder)
-    return folder
+    return copy_photos(photo_folder, tmp_path / "photos", 24)
 
 
 class _Stop(BaseException):

@@ -60,7 +60,7 @@ class Task(Protocol):
         """Yield batches of training examples, given by position."""
         ...
 
-    def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
+    def validate(self, model: nn.Module, world: World) -> tuple[float, dict[str, float]]:
         """Return loss and scores on the validation photos."""
         ...
 

@@ -123,12 +123,12 @@ class ClassificationTask:
         for finish in prefetch(make, parts):
             yield finish()
 
-    def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
+    def validate(self, model: nn.Module, world: World) -> tuple[float, dict[str, float]]:
         """Return loss and scores on the validation photos, each counted once for any number of processes."""
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
         dtype = autocast_dtype(self._config.loop)
-        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self.spec, dtype=dtype, device=device)
+        own = predict_logits(model, self._cache.photos, self._val_rows[mine], self.spec, dtype=dtype)
         logits = np.empty((len(self._val_rows), len(self.outputs)))
         for rank, values in enumerate(world.gather(own)):
             logits[rank :: world.size] = values

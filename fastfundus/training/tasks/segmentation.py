@@ -116,18 +116,12 @@ class SegmentationTask:
         for finish in prefetch(make, parts):
             yield finish()
 
-    def validate(self, model: nn.Module, device: torch.device, world: World) -> tuple[float, dict[str, float]]:
+    def validate(self, model: nn.Module, world: World) -> tuple[float, dict[str, float]]:
         """Return cross-entropy and AUROC of all pixels within the field, and the mean Dice per photo at 0.5."""
         world.align(model)
         mine = np.arange(world.rank, len(self._val_rows), world.size)
-        maps = vessel_maps(
-            model,
-            self._cache.photos,
-            self._val_rows[mine],
-            self.spec,
-            dtype=autocast_dtype(self._config.loop),
-            device=device,
-        )
+        dtype = autocast_dtype(self._config.loop)
+        maps = vessel_maps(model, self._cache.photos, self._val_rows[mine], self.spec, dtype=dtype)
         counts, entropy, dices = np.zeros((2, _BINS), np.int64), 0.0, []
         for place, probabilities in zip(mine, maps, strict=True):
             vessels, inside = (self._val_masks[place, :, :, channel] > 127 for channel in (0, 1))
@@ -178,12 +172,11 @@ def vessel_maps(
     spec: PreprocessSpec,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
 ) -> Iterator[NDArray[np.float32]]:
     """Yield a vessel probability map [S, S] for each row of a cache, one photo at a time since photos may be large."""
     # The network halves its input five times: the photo is padded, and the map is cropped again.
     padded = -(-spec.size // STRIDE_PX) * STRIDE_PX
-    for logits in forward_batches(model, photos, rows, spec, size=padded, batch_size=1, dtype=dtype, device=device):
+    for logits in forward_batches(model, photos, rows, spec, size=padded, batch_size=1, dtype=dtype):
         yield torch.sigmoid(logits[0, 0, : spec.size, : spec.size]).cpu().numpy()
 
 
