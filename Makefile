@@ -1,9 +1,12 @@
 # `make demo` and `make test` set everything up by themselves in .venv, with Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
+# Where this is set, each of the many processes that tests start would compile every module again.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: bench-abuse bench-million demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
 
@@ -11,10 +14,10 @@ demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
 
 test: $(VENV)/.installed-dev $(VENV)/.installed-bindings  ## the default tests; pass more with ARGS="-k name"
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
 
-test-long: $(VENV)/.installed-dev  ## the tests that start several processes and take half a minute each; CI runs them, too
-	@$(BIN)/python -m pytest -m long $(ARGS)
+test-long: $(VENV)/.installed-dev  ## the slow tests (four minutes); CI runs them, too
+	@$(PYTEST) -m long $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	@$(BIN)/ruff format --check .
@@ -24,7 +27,7 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 SUITES ?= prepare sample loader train engine screen
 bench: $(VENV)/.installed-dev  ## against peers, interleaved (an hour; SUITES="sample loader" ten minutes); prepare, screen need FASTFUNDUS_DATA
 	@for suite in $(SUITES); do \
-		$(BIN)/python -m pytest bench/suites/bench_$$suite.py --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
+		$(BIN)/python -m pytest bench/suites/bench_$$suite.py -m '' --benchmark-enable --benchmark-only --benchmark-json=$(VENV)/bench.json $(ARGS) && \
 		$(BIN)/python -m bench.tables.report $$suite $(VENV)/bench.json || exit 1; done
 
 bench-serve: $(VENV)/.installed-dev  ## memory of long runs, the server under load (twenty minutes)

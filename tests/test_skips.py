@@ -31,9 +31,9 @@ def test_plain():
 @pytest.mark.parametrize(
     ("required", "processes", "named"),
     [
-        ("", "0", []),
+        pytest.param("", "0", [], marks=pytest.mark.long),
         ("FASTFUNDUS_REQUIRE_KERNELS", "1", ["test_kernel"]),
-        ("FASTFUNDUS_REQUIRE_GPU", "0", ["test_kernel", "test_on_a_gpu"]),
+        pytest.param("FASTFUNDUS_REQUIRE_GPU", "0", ["test_kernel", "test_on_a_gpu"], marks=pytest.mark.long),
     ],
 )
 def test_skipped_kernel_tests_fail_the_run_that_requires_them(

@@ -1,7 +1,7 @@
 """Engines on the CPU against torch, interleaved in one run: throughput, latency of one photo, overhead of our calls.
 
     make bench SUITES=engine        timed
-    make test                       once with tiny inputs, without compiled variants
+    make test-long                  once with tiny inputs, without compiled variants
 
 Every variant takes the same uint8 photos and returns probabilities. Each is compared with torch in float32 in every
 round, and a difference above its gate ends the run. The baseline, which is what peers usually do, is eager torch in
@@ -174,6 +174,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("backbone", "size", "count", "rounds"), cases)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the exporters' own warnings
 def test_engine(benchmark: Any, tmp_path: Path, backbone: str, size: int, count: int, rounds: int) -> None:
     """Measure photos/s of calls with many photos, and the time of calls with one."""

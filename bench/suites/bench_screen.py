@@ -1,7 +1,7 @@
 """Screening of camera JPEGs on the CPU, against a typical PyTorch loop and its own stages, interleaved in one run.
 
     make bench SUITES=screen        timed; needs FASTFUNDUS_DATA
-    make test                       once with tiny synthetic photos
+    make test-long                  once with tiny synthetic photos
 
 In the typical loop, a DataLoader with one worker per core decodes with PIL and resizes and normalises with torchvision,
 and torch runs the model eagerly in float32 in batches of 16. The photos are camera JPEGs of 10 megapixels. The model is
@@ -202,6 +202,7 @@ def some_photos(folder: Path, *, tiny: bool) -> list[Path]:
     return sorted(folder.glob("*.jpg"))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the exporters' own warnings
 def test_screen(benchmark: Any, tmp_path: Path) -> None:
     """Measure the path from files to answers, and each stage alone."""

@@ -63,11 +63,17 @@ class AuditLog:
             except OSError as error:
                 message = f"cannot be written to ({error.strerror or error}); give another --audit-mirror"
                 raise DataError(message, path=mirror) from None
-        self._files = [file.open("a", encoding="utf-8", newline="\n") for file in (path, mirror) if file is not None]
-        if new:
-            for file in (path, mirror):
-                if file is not None:
-                    sync(file.absolute().parent)
+        with contextlib.ExitStack() as opened:
+            self._files = [
+                opened.enter_context(file.open("a", encoding="utf-8", newline="\n"))
+                for file in (path, mirror)
+                if file is not None
+            ]
+            if new:
+                for file in self._files:
+                    sync(Path(file.name).absolute().parent)
+            # Both are open and durable: from now on, `close` closes them.
+            opened.pop_all()
 
     @property
     def empty(self) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from bench.suites.bench_serve import CLIENTS, serve_under_load
 from bench.tables.report import RESULTS
 from bench.tables.study_table import study_table
 from tests.conftest import Trained
 
 
+@pytest.mark.long
 def test_wrong_answers_are_counted(trained: Trained, photo_folder: Path) -> None:
     files = sorted((photo_folder / "images").iterdir())[:6]
     found = serve_under_load(trained.bundle, files, seconds=1.0)

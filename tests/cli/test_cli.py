@@ -165,6 +165,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_run_that_resumes(trained: Trained, tmp_path: Path) -> None:
     metadata = json.loads((trained.bundle.path / "bundle.json").read_text())
     (cache,) = metadata["provenance"]["parity_photos"]

@@ -84,7 +84,7 @@ def test_onnx_answers_as_the_model_at_any_batch(trained: Trained, photos: np.nda
         np.testing.assert_allclose(got, expected[:count], atol=ENGINE_FP32)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("aoti", marks=pytest.mark.long)])
 def test_other_backends_answer_as_the_model(
     built: Callable[[str], Path], photos: np.ndarray, expected: np.ndarray, tmp_path: Path, backend: str
 ) -> None:
@@ -109,6 +109,7 @@ def test_other_backends_answer_as_the_model(
         bundle.load()
 
 
+@pytest.mark.long
 def test_package_for_another_machine_is_refused_but_graph_runs(
     built: Callable[[str], Path], photos: np.ndarray, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,6 +443,7 @@ def test_integers_keep_what_the_model_says(trained: Trained, tmp_path: Path, mon
     assert "FakeQuantize" in (bundle.path / "engine.xml").read_text()
 
 
+@pytest.mark.long
 def test_building_and_running_report_to_nobody(trained: Trained, tmp_path: Path) -> None:
     """Check that telemetry stays off: importing OpenVINO or NNCF sends usage statistics unless prevented."""
     code = """
@@ -533,6 +535,7 @@ def test_a_bundle_is_one_file_too(trained: Trained, archive: Path, photos: np.nd
         assert {member.compress_type for member in opened.infolist()} == {zipfile.ZIP_STORED}
 
 
+@pytest.mark.long
 def test_one_file_is_built_and_replaced(trained: Trained, tmp_path: Path) -> None:
     output = tmp_path / "bundle.zip"
     for _ in range(2):

@@ -40,6 +40,7 @@ def test_a_bundle_looks_where_its_model_looks(trained: Trained, cache: PhotoCach
         np.testing.assert_allclose(mapper.heat(photo), expected, atol=1e-4 * max(1.0, expected.max()), rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
 def test_heads_with_norms_and_several_labels(name: str, tmp_path: object) -> None:
     from pathlib import Path

@@ -47,6 +47,7 @@ def rewrite(bundle: Path, **changes: object) -> None:
     write_bundle_json(bundle, {key: value for key, value in metadata.items() if key not in ("files", "fingerprint")})
 
 
+@pytest.mark.long
 def test_native_code_from_elsewhere_does_not_run(
     built: Callable[[str], Path],
     photos: np.ndarray,
@@ -67,6 +68,7 @@ def test_native_code_from_elsewhere_does_not_run(
     Bundle.open(bundle).using("openvino").load().close()
 
 
+@pytest.mark.long
 def test_a_changed_native_bundle_is_not_the_one_that_was_built(built: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(built("aoti"), tmp_path / "mail"))
     data = bytearray((bundle / "engine.pt2").read_bytes())

@@ -143,6 +143,7 @@ def test_means_are_compared_pairwise() -> None:
     assert compare_means(hard, hard, patients).p == 1
 
 
+@pytest.mark.long
 def test_vessels_by_group_and_against_another_run(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     runs = []
     for seed in (0, 1):

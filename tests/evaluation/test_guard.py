@@ -131,6 +131,7 @@ def guarded_bundle(guarded: Run, tmp_path_factory: pytest.TempPathFactory) -> Bu
     return build_engine(guarded, tmp_path_factory.mktemp("guarded") / "bundle", precision="fp32")[0]
 
 
+@pytest.mark.long
 def test_every_backend_has_the_guard(guarded: Run, guarded_bundle: Bundle, cache: PhotoCache) -> None:
     assert guarded_bundle.guarded
     photos = np.ascontiguousarray(cache.photos[np.arange(6)])

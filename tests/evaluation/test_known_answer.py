@@ -101,6 +101,7 @@ def test_pretraining_helps_when_lesions_are_shared_and_only_then(sets: Path) -> 
     assert rows["sides"]["difference_high"] < rows["lesions"]["difference"]
 
 
+@pytest.mark.long
 def test_folds_that_lack_a_class(sets: Path) -> None:
     """A finding that only two patients can have fails in every fold, and the tables report it."""
     tasks = TEXT[TEXT.index("[tasks.eyes]") : TEXT.index("[inits]")].replace("epochs = 5", "epochs = 1")

@@ -91,6 +91,7 @@ def test_networks_without_separate_features_are_refused() -> None:
         add_local_contrast(torch.nn.Linear(2, 2), HALF, HALF)
 
 
+@pytest.mark.long
 def test_a_run_and_its_engines_compute_it(cache: PhotoCache, tmp_path: Path) -> None:
     settings = {
         "model": {"backbone": "test_resnet", "init": "scratch", "local_contrast": True},

@@ -21,8 +21,8 @@ from tests.conftest import Trained, copy_photos
 from tests.power import ERRORS, Disk, Faults
 from tests.screening.test_faults import SAME, screen
 
-EVERY = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 7])
-"""Every point where something is written, or every seventh."""
+EVERY = pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.long), 13])
+"""Every point where something is written, or every thirteenth."""
 
 
 @pytest.fixture

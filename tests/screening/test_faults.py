@@ -68,14 +68,15 @@ def stop_after(rows: int) -> object:
 
 
 @pytest.mark.slow
-def test_resume_after_twenty_kills_gives_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.long)])
+def test_resume_after_kills_gives_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path, kills: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.screening.kill_runs", trained.bundle.path, photos, tmp_path, "20", "7"],
+        [sys.executable, "-m", "tests.screening.kill_runs", trained.bundle.path, photos, tmp_path, str(kills), "7"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     killed, _ = map(int, done.stdout.split())
-    assert killed == 20
+    assert killed == kills
     found = verify(tmp_path / "torn", files=True)
     assert (found.faults, found.rows, found.files) == ([], 24, 24)
 
@@ -477,6 +478,7 @@ def test_masks_stay_in_their_folder() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_resumes_a_local_run_with_the_same_bytes(trained: Trained, photos: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.screening.ray_run", trained.bundle.path, photos, tmp_path],

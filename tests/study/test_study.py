@@ -139,6 +139,7 @@ def test_comparisons_use_the_same_photos(done: Path) -> None:
     assert row["photos"] == 36
 
 
+@pytest.mark.long
 def test_resume_gives_the_same_weights(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "torn"
     shutil.copytree(done, output)
@@ -209,6 +210,7 @@ def study_processes(output: Path) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_interruption_prints_how_to_continue(done: Path, caches: Path, tmp_path: Path) -> None:
     output = tmp_path / "interrupted"
     shutil.copytree(done, output)
@@ -225,6 +227,7 @@ def test_interruption_prints_how_to_continue(done: Path, caches: Path, tmp_path:
     assert "Traceback" not in errors
 
 
+@pytest.mark.long
 def test_vessels_with_two_jobs(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     free = tmp_path / "free"
     shutil.copytree(vessel_cache.path, free)

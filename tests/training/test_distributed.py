@@ -60,6 +60,7 @@ def two(cache: PhotoCache, config: Path, tmp_path_factory: pytest.TempPathFactor
     return output
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one(cache: PhotoCache, two: Path, config: Path, tmp_path: Path) -> None:
     """Accumulate two parts per step; each part is divided between the processes."""
     Trainer(cache, tmp_path / "one", TrainConfig.from_toml(config)).fit()

@@ -237,7 +237,12 @@ def test_pinned_buffers_are_not_overwritten_during_copies(cache: PhotoCache, mon
 
 @pytest.mark.parametrize(
     ("backbone", "maps"),
-    [("test_resnet", False), ("test_convnext", False), ("vit_tiny_patch16_224", False), ("test_resnet", True)],
+    [
+        ("test_resnet", False),
+        pytest.param("test_convnext", False, marks=pytest.mark.long),
+        pytest.param("vit_tiny_patch16_224", False, marks=pytest.mark.long),
+        ("test_resnet", True),
+    ],
 )
 def test_step_compiles_once_to_one_graph(backbone: str, maps: bool) -> None:
     """For each kind of network, torch.compile finds no graph break and does not recompile after the first step."""

@@ -87,6 +87,7 @@ def test_resume_is_bit_for_bit(
     assert metrics[0].equals(metrics[1])
 
 
+@pytest.mark.long
 def test_resume_is_bit_for_bit_with_all_options(cache: PhotoCache, tmp_path: Path) -> None:
     """Resume keeps the state of accumulation, float16 gradient scaling, class weights, mixup and layer-wise rates."""
     plain = settings(epochs=2, accumulate=2, amp=True, amp_dtype="float16").to_dict()

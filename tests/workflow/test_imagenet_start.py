@@ -72,6 +72,7 @@ def test_the_run_states_its_start(imagenet_run: Run, old_cache: PhotoCache) -> N
     assert imagenet_run.provenance["sha256"].startswith("579344248a93")
 
 
+@pytest.mark.long
 def test_evaluation_and_engine_normalise_alike(imagenet_run: Run, old_cache: PhotoCache, tmp_path: Path) -> None:
     bundle, _ = build_engine(imagenet_run, tmp_path / "bundle", backend="onnxruntime", precision="fp32")
     assert bundle.spec == imagenet_run.spec

@@ -66,8 +66,8 @@ def config(task: str, **sections: dict[str, object]) -> TrainConfig:
     ("task", "labels", "outputs", "score"),
     [
         ("multilabel", LESIONS, LESIONS, "auroc"),
-        ("multiclass", (), (*sorted(LESIONS), "normal"), "auroc"),
-        ("ordinal", (), ("dr_grade_ge1", "dr_grade_ge2", "dr_grade_ge3"), "qwk"),
+        pytest.param("multiclass", (), (*sorted(LESIONS), "normal"), "auroc", marks=pytest.mark.long),
+        pytest.param("ordinal", (), ("dr_grade_ge1", "dr_grade_ge2", "dr_grade_ge3"), "qwk", marks=pytest.mark.long),
     ],
 )
 def test_task_end_to_end(
@@ -199,6 +199,7 @@ def vessels(**sections: dict[str, object]) -> TrainConfig:
     return config("vessels", **(shares | quick))
 
 
+@pytest.mark.long
 def test_vessels_end_to_end(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     built_task = SegmentationTask(vessel_cache, vessels(), lambda text: None)
     # Images and masks are aligned: vessel pixels are darker than their surroundings.
@@ -306,6 +307,7 @@ def test_masks_survive_the_cache_round_trip(vessel_cache: PhotoCache) -> None:
         assert 2 * (back & vessels & field).sum() / ((back & field).sum() + (vessels & field).sum()) > 0.9
 
 
+@pytest.mark.long
 def test_vessels_resume_bit_for_bit(vessel_cache: PhotoCache, tmp_path: Path) -> None:
     settings = vessels(loop={"epochs": 2, "tiles": 3})
     Trainer(vessel_cache, tmp_path / "whole", settings).fit()
