@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import Any
+
+from fastfundus.errors import BundleError
 
 __all__ = ["forbid_telemetry", "shared_core"]
 
@@ -19,14 +22,27 @@ def forbid_telemetry(package: str) -> None:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-@functools.cache
 def shared_core() -> Any:
     """Return OpenVINO's core, shared by the whole process and never freed before it exits.
 
     The CPU plugin installs a signal handler stack and restores the previous one when it is freed. If two cores are
     freed in the order of their creation, a freed stack stays installed and the next Ctrl-C causes a segmentation fault.
+
+    Raises:
+        BundleError: this process is a fork of one that used OpenVINO, whose threads do not survive a fork.
     """
+    core, process = _core()
+    if process != os.getpid():
+        raise BundleError(
+            f"OpenVINO was used by process {process}, and this process is a fork of it, in which it would hang; start "
+            "processes with the 'spawn' method"
+        )
+    return core
+
+
+@functools.cache
+def _core() -> tuple[Any, int]:
     forbid_telemetry("openvino")
     import openvino
 
-    return openvino.Core()
+    return openvino.Core(), os.getpid()

@@ -71,6 +71,8 @@ class Engine(ABC):
         self._process, self._open = os.getpid(), True
         self.guarded = False
         """True if the engine has a guard; set by `load_backend`."""
+        self.outputs: int | None = None
+        """Number of columns that it must return, with that of the guard; set by `load_backend`."""
 
     def infer(self, photos: NDArray[np.uint8], *, guard: bool = False) -> NDArray[np.float32]:
         """Score photos.
@@ -134,7 +136,12 @@ class Engine(ABC):
         return checked if guard or not self.guarded else np.ascontiguousarray(checked[:, :-1])
 
     def _checked(self, answers: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the answers, or raise if any is not a probability."""
+        """Return the answers, or raise if any is not a probability, or belongs to no label."""
+        if self.outputs is not None and answers.shape[1] != self.outputs:
+            raise BundleError(
+                f"{self.name}: the engine returned {answers.shape[1]} values per photo, but its bundle names "
+                f"{self.outputs}; do not use it, rebuild it from its run"
+            )
         # Written so that NaN fails too; min and max avoid a copy of whole maps.
         if not (answers.min() >= 0 and answers.max() <= 1):
             parts = answers.reshape(len(answers), -1)
@@ -224,4 +231,5 @@ def load_backend(name: str, folder: Path, metadata: dict[str, Any]) -> Engine:
         )
     engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, metadata)
     engine.guarded = metadata.get("guard") is not None
+    engine.outputs = len(metadata["labels"]) + engine.guarded
     return engine

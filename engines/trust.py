@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfundus.errors import BundleError, ConfigError, require
+from fastfundus.files import atomic_write
 
 __all__ = ["check_signature", "is_built_here", "note_built_here", "sign", "signature_file"]
 
@@ -56,13 +57,17 @@ def sign(bundle: Path, fingerprint: str, key: Path) -> Path:
         key: PEM file with an Ed25519 private key, such as from `openssl genpkey -algorithm ed25519`.
 
     Raises:
-        ConfigError: the file has no such key.
+        ConfigError: the file has no such key, or the signature cannot be written.
         MissingDependency: the package cryptography is not installed.
     """
     serialization = _serialization()
     private = _load(serialization.load_pem_private_key, key, "Ed25519PrivateKey", password=None)
     file = signature_file(bundle)
-    file.write_bytes(base64.b64encode(private.sign(_MESSAGE + fingerprint.encode())) + b"\n")
+    try:
+        with atomic_write(file) as partial:
+            partial.write_bytes(base64.b64encode(private.sign(_MESSAGE + fingerprint.encode())) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{file}: the signature cannot be written ({error.strerror or error})") from None
     return file
 
 

@@ -52,6 +52,12 @@ class _Group(click.Group):
             raise click.ClickException(printable(error.message)) from error
         except FastFundusError as error:
             raise click.ClickException(printable(str(error))) from error
+        except OSError as error:
+            # Without a path, such as a broken pipe, it says nothing about what the user gave.
+            if error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+            raise click.ClickException(printable(text)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         # In order of use, not alphabetically.

@@ -105,7 +105,12 @@ class PhotoCache:
             )
             what = "is not a photo cache" if path.exists() else "does not exist"
             raise DataError(f"{what}; {hint}", path=path)
-        metadata = json.loads((path / "spec.json").read_text())
+        try:
+            metadata = json.loads((path / "spec.json").read_text())
+            if not isinstance(metadata, dict):
+                raise ValueError("spec.json is not an object")
+        except (OSError, ValueError) as error:
+            raise DataError(f"is damaged (spec.json: {error}); delete it and prepare it again", path=path) from None
         if metadata.get("schema") != SCHEMA:
             raise DataError(
                 f"has schema {metadata.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
@@ -11,6 +12,7 @@ from fastfundus.data.labels import LabelRow, LabelTable, read_labels
 from fastfundus.data.match import Match, match_listed, match_names
 from fastfundus.data.people import people_from_names
 from fastfundus.errors import DataError
+from fastfundus.photo.file import is_unmounted
 from fastfundus.records import SourcePhoto, utf8_name
 
 __all__ = ["join_labels"]
@@ -50,10 +52,12 @@ def join_labels(
     named: dict[str, LabelRow] = {}
     contradicted: list[str] = []
     absolute = os.path.abspath(root)
+    unmounted = lru_cache(maxsize=1024)(is_unmounted)
     for row, match in zip(table.rows, matches, strict=True):
         key = match.key or os.path.normpath(os.path.join(absolute, row.file.replace("\0", "\\0")))
         issue = None
-        if match.key is None:
+        # What lies on a share that is not mounted is not missing: reading it fails, and is tried again.
+        if match.key is None and not unmounted(Path(key).parent):
             issue = f"named in {path.name}, line {row.line}, but missing; correct the name or delete the row"
         other = named.setdefault(key, row)
         if other is not row:

@@ -88,8 +88,12 @@ def _list(
         adapter_named(adapter)
     paths = [sources] if isinstance(sources, Path) else list(sources)
     for path in paths:
-        if not path.exists():
-            raise DataError("does not exist; give a folder, a photo or a table", path=path)
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise DataError("does not exist; give a folder, a photo or a table", path=path) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be opened ({error}); give a folder, a photo or a table", path=path) from None
     paths, notes = _expand_lists(paths)
     listing = SourceList(_common_root(paths), [], notes)
     one_folder = len(paths) == 1 and paths[0].is_dir() and labels is None
@@ -117,7 +121,7 @@ def _list(
     photos = _photos(found, listing, adapter, has_tables=bool(tables))
     for table in tables:
         join_labels(table, photos, listing.root, listing.notes, listing.origins, eye_codes=eye_codes)
-    if tables and not found and all(photo.issue for photo in photos.values()):
+    if tables and not found and not any(os.path.lexists(photo.path) for photo in photos.values()):
         first = next(iter(photos.values()), None)
         raise DataError(
             f"none of its {len(photos)} names is a photo here, such as {first.name[:200] if first else ''}; give the "

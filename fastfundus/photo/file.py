@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -14,7 +15,7 @@ from fastfundus.errors import PhotoError, TransientError
 from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
-__all__ = ["PAUSES_S", "expansion_limit", "read_patiently", "read_photo", "unpacked"]
+__all__ = ["PAUSES_S", "expansion_limit", "is_unmounted", "read_patiently", "read_photo", "unpacked"]
 
 PAUSES_S = (0.5, 2.0, 5.0)
 """Pauses in seconds before reading a file again when the storage has failed."""
@@ -43,7 +44,7 @@ def read_photo(path: Path) -> bytes:
     except IsADirectoryError:
         raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
     except FileNotFoundError:
-        if not _holds_anything(path.parent):
+        if not _has_files(path.parent):
             raise TransientError("its folder is gone or empty; is the storage still mounted?") from None
         raise PhotoError(Status.UNREADABLE, "file not found; check the path") from None
     except PermissionError:
@@ -79,13 +80,21 @@ def read_patiently(
     return read_photo(path)
 
 
-def _holds_anything(folder: Path) -> bool:
-    """Return whether a folder exists and has entries: that of a share that is no longer mounted has none."""
+def _has_files(folder: Path) -> bool:
+    """Return whether a folder has files: that of a share that is no longer mounted has at most folders of results."""
     try:
         with os.scandir(folder) as entries:
-            return next(entries, None) is not None
+            return any(not entry.is_dir(follow_symlinks=False) for entry in entries)
     except OSError:
         return False
+
+
+def is_unmounted(folder: Path) -> bool:
+    """Return whether a path leads into an empty folder, such as that on which a share should be mounted."""
+    for parent in (folder, *folder.parents):
+        with contextlib.suppress(OSError), os.scandir(parent) as entries:
+            return next(entries, None) is None
+    return False
 
 
 def expansion_limit(size: int) -> int:

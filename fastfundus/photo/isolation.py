@@ -53,6 +53,7 @@ def prepare_isolated(
     *,
     limit_s: float = LIMIT_S,
     cancelled: Callable[[], bool] = lambda: False,
+    background: bool = False,
 ) -> PreparedPhoto:
     """Prepare a photo in another process; see `prepare_bytes`. Each calling thread uses a process of its own.
 
@@ -61,6 +62,7 @@ def prepare_isolated(
         spec: the preprocessing to apply.
         limit_s: CPU time that decoding may take, in seconds; rounded up to whole seconds.
         cancelled: asked now and then; the process is killed once it returns True.
+        background: decode only with the processor time that other processes leave.
 
     Raises:
         TransientError: memory is short, the process was killed from outside, none can be started, or the work was
@@ -70,7 +72,7 @@ def prepare_isolated(
     for attempt in range(2):
         if attempt:
             time.sleep(_PAUSE_S)
-        outcome = _attempt(data, spec, limit_s, cancelled)
+        outcome = _attempt(data, spec, limit_s, cancelled, background)
         if isinstance(outcome, PreparedPhoto):
             return outcome
         fault = outcome
@@ -99,13 +101,15 @@ class _Fault:
 
 
 def _attempt(
-    data: bytes, spec: PreprocessSpec, limit_s: float, cancelled: Callable[[], bool]
+    data: bytes, spec: PreprocessSpec, limit_s: float, cancelled: Callable[[], bool], background: bool
 ) -> PreparedPhoto | _Fault:
     try:
         decoder = _take()
     except OSError as error:
         return _Fault(f"no decoder process can be started ({error.strerror or error})")
     try:
+        if background:
+            decoder.yield_processor()
         answer = decoder.run(data, spec, limit_s, cancelled)
     except OSError as error:
         decoder.end()
@@ -115,8 +119,12 @@ def _attempt(
         raise
     if answer is None:
         return decoder.given_up or _fault_of(decoder.end(), decoder.waited_s, limit_s)
-    with _lock:
-        _idle.append(decoder)
+    if background:
+        # Only a privileged process could raise the priority again.
+        decoder.end()
+    else:
+        with _lock:
+            _idle.append(decoder)
     if "memory" in answer:
         if answer["memory"] == "ours":
             return _Fault(f"decoding it needs more than {MEMORY_BYTES >> 30} GiB of memory", Status.UNSUPPORTED, True)
@@ -228,6 +236,10 @@ class _Decoder:
             return self.channel.recv(RESULT.size)
         except ConnectionResetError:
             return b""
+
+    def yield_processor(self) -> None:
+        """Give the process the lowest priority."""
+        os.setpriority(os.PRIO_PROCESS, self.process, 19)
 
     def give_up(self, reason: str) -> None:
         """Kill the process."""

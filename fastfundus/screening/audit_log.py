@@ -113,6 +113,9 @@ def log_lines(path: Path) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(file, 1):
             try:
                 line = json.loads(text, object_pairs_hook=_once)
+                # The chain covers values: the same ones written in another way were written by another program.
+                if json.dumps(line, ensure_ascii=False) != text.removesuffix("\n"):
+                    raise ValueError("was not written by AuditLog")
                 yield {"event": str(line["event"]), "chain": str(line["chain"]), **line}
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError("is not a valid audit log line; the log was modified", path=path, row=number) from None

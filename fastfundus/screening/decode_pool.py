@@ -202,7 +202,9 @@ class DecodePool:
                 continue
             began = time.monotonic()
             try:
-                prepared = prepare_isolated(data, self.spec, limit_s=self.hang_s, cancelled=pending.done.is_set)
+                prepared = prepare_isolated(
+                    data, self.spec, limit_s=self.hang_s, cancelled=pending.done.is_set, background=large
+                )
             except TransientError as error:
                 prepared = PreparedPhoto(error.status, error.reason)
             except Exception as error:

@@ -16,6 +16,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -35,7 +36,7 @@ from fastfundus.screening.pipeline import BLOCK
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.results import eye_table, patient_table, results_table
 
-__all__ = ["FILES", "Store", "input_stamp", "parquet_bytes"]
+__all__ = ["FILES", "Store", "has_inputs", "input_stamp", "parquet_bytes"]
 
 FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.html", "audit.jsonl", "run.json")
 """Files of a finished results folder, besides masks."""
@@ -45,6 +46,11 @@ _SOURCE: dict[str, Any] = {
     "issue": pl.String,
 }  # fmt: skip
 _INPUTS = {**_SOURCE, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
+
+
+def has_inputs(output: Path) -> bool:
+    """Return whether a results folder has the inputs of a run that is not finished."""
+    return (output / "progress" / "listing.json").is_file()
 
 
 def input_stamp(path: Path) -> tuple[int, int]:
@@ -147,6 +153,9 @@ class Store:
                 _put(inputs, parquet_bytes(pl.concat([table, _pack(found)])))
                 self.photos += found
                 self._segments.append(len(found))
+            if not listing.photos:
+                # The sources themselves are gone: that makes nothing that appears in them later an input.
+                listing = replace(listing, lost=noted["lost"])
         text = json.dumps({"segments": self._segments, "lost": listing.lost})
         _put(state, text.encode())
         self._number_blocks()

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -26,14 +26,26 @@ _MAX_CONNECTIONS = 512
 
 
 class _Impatient(HttpToolsProtocol):
-    """HTTP/1.1 protocol that closes the connection if headers take too long or are too large."""
+    """HTTP/1.1 protocol that closes the connection if headers take too long or are too large.
 
+    When connections run out, the one closes that has been without a complete request for longest: whoever opens
+    hundreds and says nothing keeps nobody else out.
+    """
+
+    _silent: ClassVar[dict[_Impatient, None]] = {}
+    """Connections without a complete request, oldest first."""
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
+        if len(self.connections) >= _MAX_CONNECTIONS:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            # At once, because its loss is only reported in the next round of the event loop.
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         # Each further request on the same connection has its own deadline.
@@ -44,6 +56,7 @@ class _Impatient(HttpToolsProtocol):
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+            self._silent.pop(self, None)
             return
         # httptools itself would collect headers without end.
         self._header_bytes += len(data)
@@ -52,13 +65,16 @@ class _Impatient(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._silent.pop(self, None)
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         self._stop_waiting()
         super().on_response_complete()
+        self._silent[self] = None
 
     def _wait(self) -> None:
+        self._silent.setdefault(self)
         self._deadline = self.loop.call_later(_HEADERS_S, self.transport.abort)
 
     def _stop_waiting(self) -> None:

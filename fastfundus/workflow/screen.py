@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastfundus.data.source import SourceList, list_photos
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError, require
+from fastfundus.screening.output import has_inputs
 from fastfundus.screening.pipeline import Timing
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.run import BlockMaker, Progress, ScreeningRun, rows_of, screen_to_folder
@@ -102,7 +103,13 @@ def screen_sources(
     if backend:
         opened = opened.using(backend)
     # Every picture is an input here, including the masks and additional pictures of a public data set.
-    listing = list_photos(list(sources), adapter="folder")
+    try:
+        listing = list_photos(list(sources), adapter="folder")
+    except DataError as error:
+        if not (resume and has_inputs(Path(output))):
+            raise
+        # A resumed run knows its inputs: those not screened yet fail one by one, and can be accepted as failed.
+        listing = SourceList(Path.cwd(), [], lost=[str(error)])
     on_listed(listing)
     run = screen_to_folder(
         listing,

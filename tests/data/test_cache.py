@@ -372,6 +372,14 @@ def test_damage_is_found(photo_folder: Path, tmp_path: Path) -> None:
     assert "file not found" in found[2]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_description_is_an_error_in_words(photo_folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "spec.json").write_text(text)
+    with pytest.raises(DataError, match=r"is damaged \(spec.json: .*\); delete it and prepare it again"):
+        PhotoCache.open(tmp_path / "cache")
+
+
 def test_patients_are_hashed_with_a_salt(photo_folder: Path, tmp_path: Path) -> None:
     listing = list_photos(photo_folder)
     output = tmp_path / "cache"

@@ -646,6 +646,10 @@ if not child:
         engine.infer(photos)
     except BundleError as error:
         print(error, flush=True)
+    try:
+        Bundle.open(Path(sys.argv[1])).load()
+    except BundleError as error:
+        print(error, flush=True)
     engine.close()
     os._exit(0)
 os.waitpid(child, 0)
@@ -655,6 +659,7 @@ assert (engine.infer(photos) == before).all()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "this process is a fork of it; load the bundle in this process" in done.stdout
+    assert "this process is a fork of it, in which it would hang; start processes with the 'spawn'" in done.stdout
 
 
 def test_the_example_in_the_documentation_scores_photos(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:

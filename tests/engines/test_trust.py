@@ -78,6 +78,26 @@ def test_a_changed_native_bundle_is_not_the_one_that_was_built(built: Callable[[
         Bundle.open(bundle).load()
 
 
+def test_an_engine_with_another_number_of_outputs_is_refused(copied: Path, photos: np.ndarray) -> None:
+    """Labels are added to the description, whose hashes and fingerprint are made valid again."""
+    labels = json.loads((copied / "bundle.json").read_text())["labels"]
+    rewrite(copied, labels={**labels, "glaucoma": next(iter(labels.values()))})
+    with (
+        Bundle.open(copied).load() as engine,
+        pytest.raises(BundleError, match=r"the engine returned \d values per photo, but its bundle names \d; do not"),
+    ):
+        engine.infer(photos[:1])
+
+
+def test_a_signature_that_cannot_be_written_is_an_error_in_words(copied: Path, keys: tuple[Path, Path]) -> None:
+    signature_file = copied.with_name(f"{copied.name}.sig")
+    signature_file.mkdir()
+    result = run("sign", copied, "--key", keys[0])
+    assert result.exit_code == 1
+    assert f"{signature_file}: the signature cannot be written (" in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize("fingerprint", ["../../../etc/passwd", "", "a/b", "a\0b"])
 def test_fingerprints_are_no_paths(fingerprint: str) -> None:
     assert not trust.is_built_here(fingerprint)

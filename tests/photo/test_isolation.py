@@ -93,6 +93,21 @@ def test_cpu_time_is_limited(good: bytes, slow: bytes) -> None:
     same(prepare_isolated(good, SPEC, limit_s=0.1), prepare_bytes(good, SPEC))
 
 
+def test_work_in_the_background_leaves_the_processor_to_others(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    ask = isolation._Decoder._ask
+
+    def look(decoder: isolation._Decoder, *arguments: object) -> bytes:
+        seen.append(os.getpriority(os.PRIO_PROCESS, decoder.process))
+        return ask(decoder, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(isolation._Decoder, "_ask", look)
+    for background in (False, True, False):
+        same(prepare_isolated(good, SPEC, background=background), prepare_bytes(good, SPEC))
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert seen == [ours, 19, ours]
+
+
 def test_a_decoder_that_was_stopped_costs_nothing(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     struck = signal_each(monkeypatch, signal.SIGSTOP, times=1)
     waker = threading.Timer(1.2, lambda: os.kill(struck[0], signal.SIGCONT))

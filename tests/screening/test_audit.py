@@ -222,6 +222,15 @@ def test_columns_are_compared(
     assert any(said in fault for fault in verify(tmp_path / "out").faults)
 
 
+def test_the_same_values_written_in_another_way_are_found(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    screen(trained, photos, tmp_path / "out")
+    file = tmp_path / "out" / "audit.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0].replace(": ", ":", 1), *lines[1:]]))
+    with pytest.raises(DataError, match="line 1: is not a valid audit log line; the log was modified"):
+        verify(tmp_path / "out")
+
+
 def test_the_state_is_that_of_the_run_in_the_log(trained: Trained, photos: Path, tmp_path: Path) -> None:
     screen(trained, photos, tmp_path / "out")
     file = tmp_path / "out" / "run.json"

@@ -33,6 +33,7 @@ from fastfundus.screening.audit import verify
 from fastfundus.screening.pipeline import Timing, screen_photos
 from fastfundus.screening.policy import ScreenPolicy
 from fastfundus.screening.run import ScreeningRun, screen_to_folder
+from fastfundus.workflow.screen import screen_sources
 from tests.conftest import Trained, copy_photos
 
 SAME = ("results.parquet", "results.csv", "eyes.csv", "patients.csv")
@@ -384,6 +385,59 @@ def test_folders_that_could_not_be_listed_are_screened_by_resume(
     assert done.results.sort("path").drop("bundle").equals(whole.sort("path").drop("bundle"))
     assert verify(output).faults == []
     assert screen(trained, photos, output, resume=True).resumed == 24
+
+
+def test_a_source_of_which_only_folders_are_left_gets_no_verdicts(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the results lies among the photos, and keeps the source from looking empty."""
+    monkeypatch.setattr(decode_pool, "PAUSES_S", ())
+    listing = list_photos(photos)
+    for photo in listing.photos:
+        photo.path.unlink()
+    output = photos / "results"
+    with pytest.raises(FastFundusError, match=r"24 inputs failed.*\n.*its folder is gone or empty"):
+        screen_to_folder(listing, trained.bundle, output, sources=[photos])
+
+
+def test_a_table_that_names_an_unmounted_share_leaves_rows_open(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_pool, "PAUSES_S", ())
+    share = tmp_path / "share"
+    share.mkdir()
+    here = sorted(photos.iterdir())[:2]
+    table = tmp_path / "photos.csv"
+    names = [*here, photos / "never_there.jpg", share / "2024" / "001.jpg"]
+    table.write_text("file\n" + "\n".join(map(str, names)) + "\n")
+    output = tmp_path / "out"
+    with pytest.raises(FastFundusError, match=r"1 inputs failed.*\n.*001.jpg: its folder is gone or empty"):
+        screen(trained, table, output)
+    # Once it is mounted, the same command goes on; what is missing in a folder with photos is missing.
+    (share / "2024").mkdir()
+    shutil.copy(here[0], share / "2024" / "001.jpg")
+    statuses = dict(screen(trained, table, output, resume=True).results.select("path", "status").iter_rows())
+    assert [statuses[name] for name in sorted(statuses) if "photos/" not in name] == ["ok"]
+    assert sorted(statuses.values()) == ["ok", "ok", "ok", "unreadable"]
+
+
+def test_a_run_whose_source_is_gone_for_good_can_be_finished(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    monkeypatch.setattr(decode_pool, "PAUSES_S", ())
+    output = tmp_path / "out"
+    with pytest.raises(_Stop):
+        screen(trained, photos, output, on_progress=stop_after(9))
+    assert len(list((output / "progress" / "blocks").iterdir())) == 1
+    photos.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="does not exist"):
+        screen_sources([photos], trained.bundle, tmp_path / "new", resume=True)
+    with pytest.raises(FastFundusError, match=r"1 folders could not be listed.*(\n.*)*photos: does not exist"):
+        screen_sources([photos], trained.bundle, output, resume=True)
+    run, listing = screen_sources([photos], trained.bundle, output, resume=True, accept_failed=True)
+    assert listing.lost == [f"{photos}: does not exist; give a folder, a photo or a table"]
+    assert run.results["status"].to_list() == ["ok"] * 8 + ["failed"] * 16
+    assert verify(output).faults == []
 
 
 def test_hanging_storage_ends_the_run(

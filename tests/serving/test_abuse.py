@@ -14,6 +14,7 @@ import pytest
 
 from fastfundus.photo import isolation
 from fastfundus.serving.app import Limits
+from fastfundus.serving.server import _MAX_CONNECTIONS
 from tests.serving.conftest import Start
 
 JPEG = {"content-type": "image/jpeg"}
@@ -127,6 +128,22 @@ def test_pages_of_other_sites_cannot_post(start: Start, good: bytes) -> None:
 def test_crafted_file_names_are_no_error(start: Start, good: bytes, disposition: str) -> None:
     answer = start().post("/v1/screen", content=good, headers=JPEG | {"content-disposition": disposition})
     assert answer.json()["results"][0]["status"] == "ok"
+
+
+def test_connections_that_say_nothing_keep_nobody_out(start: Start, good: bytes) -> None:
+    client = start()
+    silent = []
+    try:
+        for number in range(_MAX_CONNECTIONS + 20):
+            silent.append(socket.create_connection((client.base_url.host, client.base_url.port or 80)))
+            if number % 2:
+                # A complete request makes it a connection that is kept for the next one.
+                silent[-1].sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert client.get("/livez").status_code == 200
+        assert client.post("/v1/screen", content=good, headers=JPEG).json()["results"][0]["status"] == "ok"
+    finally:
+        for connection in silent:
+            connection.close()
 
 
 def test_health_is_told_apart_from_load(start: Start, good: bytes, slow: bytes) -> None:
