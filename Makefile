@@ -16,7 +16,7 @@ demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen
 test: $(VENV)/.installed-dev $(VENV)/.installed-bindings  ## the default tests; pass more with ARGS="-k name"
 	@$(PYTEST) $(ARGS)
 
-test-long: $(VENV)/.installed-dev  ## the slow tests (four minutes); CI runs them, too
+test-long: $(VENV)/.installed-dev  ## the slow tests (four to six minutes); CI runs them, too
 	@$(PYTEST) -m long $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types

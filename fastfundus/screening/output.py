@@ -16,7 +16,6 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -131,7 +130,8 @@ class Store:
         folder = self.output / "progress"
         self._blocks.mkdir(parents=True, exist_ok=True)
         inputs, state = folder / "inputs.parquet", folder / "listing.json"
-        if not state.is_file():
+        lost = listing.lost
+        if not has_inputs(self.output):
             _put(inputs, parquet_bytes(_pack(listing.photos)))
             self._segments = [len(listing.photos)]
         else:
@@ -155,8 +155,8 @@ class Store:
                 self._segments.append(len(found))
             if not listing.photos:
                 # The sources themselves are gone: that makes nothing that appears in them later an input.
-                listing = replace(listing, lost=noted["lost"])
-        text = json.dumps({"segments": self._segments, "lost": listing.lost})
+                lost = noted["lost"]
+        text = json.dumps({"segments": self._segments, "lost": lost})
         _put(state, text.encode())
         self._number_blocks()
         for block in range(self.blocks):

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -32,31 +32,31 @@ class _Impatient(HttpToolsProtocol):
     hundreds and says nothing keeps nobody else out.
     """
 
-    _silent: ClassVar[dict[_Impatient, None]] = {}
-    """Connections without a complete request, oldest first."""
+    _silent_since = 0.0
+    """Time of the event loop when it was opened or its last request was answered."""
     _deadline: asyncio.TimerHandle | None = None
     _header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._silent_since = self.loop.time()
         self._wait()
         if len(self.connections) >= _MAX_CONNECTIONS:
-            oldest = next(iter(self._silent))
-            del self._silent[oldest]
+            silent = [other for other in self.connections if isinstance(other, _Impatient) and not other.answering]
+            oldest = min(silent, key=lambda other: other._silent_since)
             # At once, because its loss is only reported in the next round of the event loop.
             self.connections.discard(oldest)
             oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         # Each further request on the same connection has its own deadline.
-        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+        if self._deadline is None and not self.answering:
             self._wait()
         super().data_received(data)
         if self._deadline is None:
             return
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.answering:
             self._stop_waiting()
-            self._silent.pop(self, None)
             return
         # httptools itself would collect headers without end.
         self._header_bytes += len(data)
@@ -65,16 +65,19 @@ class _Impatient(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        self._silent.pop(self, None)
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         self._stop_waiting()
+        self._silent_since = self.loop.time()
         super().on_response_complete()
-        self._silent[self] = None
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request is complete and not answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
-        self._silent.setdefault(self)
         self._deadline = self.loop.call_later(_HEADERS_S, self.transport.abort)
 
     def _stop_waiting(self) -> None:

@@ -153,6 +153,17 @@ def test_training_without_torch_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     assert "torch is not installed; run: pip install 'fastfundus[train]'" in result.stderr
 
 
+def test_errors_of_the_operating_system_are_one_line(tmp_path: Path) -> None:
+    name = "x" * 300
+    sources = run("prepare", name, "--output", tmp_path / "cache")
+    assert (sources.exit_code, sources.output.count("\n")) == (1, 1)
+    assert f"{name}: cannot be opened (" in sources.output
+    # Nothing in the command expects this one.
+    cache = run("cache", "info", name)
+    assert (cache.exit_code, cache.output.count("\n")) == (1, 1)
+    assert f"{name}/spec.json: File name too long; check the path" in cache.output
+
+
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastfundus", *map(str, arguments)]
     return subprocess.Popen(

@@ -35,7 +35,7 @@ def child(*arguments: Path) -> int:
 
 
 def main(bundle: Path, source: Path, work: Path, kills: int, seed: int) -> None:
-    for module in (pipeline, run, store):
+    for module in (pipeline, store):
         module.BLOCK = 4
     began = time.monotonic()
     assert os.waitpid(child(bundle, source, work / "whole"), 0)[1] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -130,20 +131,21 @@ def test_crafted_file_names_are_no_error(start: Start, good: bytes, disposition:
     assert answer.json()["results"][0]["status"] == "ok"
 
 
-def test_connections_that_say_nothing_keep_nobody_out(start: Start, good: bytes) -> None:
+def test_connections_that_say_nothing_keep_nobody_out(start: Start, good: bytes, slow: bytes) -> None:
     client = start()
-    silent = []
-    try:
+    address = client.base_url.host, client.base_url.port or 80
+    with ThreadPoolExecutor(1) as pool, ExitStack() as silent:
+        # This one is older than all others, but not silent.
+        working = pool.submit(client.post, "/v1/screen", content=slow, headers={"content-type": "image/png"})
+        wait_until(client, 1)
         for number in range(_MAX_CONNECTIONS + 20):
-            silent.append(socket.create_connection((client.base_url.host, client.base_url.port or 80)))
+            connection = silent.enter_context(socket.create_connection(address))
             if number % 2:
                 # A complete request makes it a connection that is kept for the next one.
-                silent[-1].sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
+                connection.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
         assert client.get("/livez").status_code == 200
         assert client.post("/v1/screen", content=good, headers=JPEG).json()["results"][0]["status"] == "ok"
-    finally:
-        for connection in silent:
-            connection.close()
+        assert working.result().status_code == 200
 
 
 def test_health_is_told_apart_from_load(start: Start, good: bytes, slow: bytes) -> None:
