@@ -24,7 +24,7 @@ from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
 from fastfundus.engines.select_precision import EIGHT_BITS, ParityData, PrecisionSearch
 from fastfundus.engines.trust import note_built_here
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
-from fastfundus.files import sync, sync_folder
+from fastfundus.files import refuse_mount_point, sync, sync_folder
 from fastfundus.models.flops import count_flops
 from fastfundus.spec import PreprocessSpec
 
@@ -136,7 +136,8 @@ def _available_precisions(native: tuple[str, ...], precision: str, *, calibrated
 
 
 def _require_free(output: Path) -> None:
-    """Raise if `output` exists and is neither a bundle nor an empty folder."""
+    """Raise if `output` exists and is neither a bundle nor an empty folder, or cannot be replaced."""
+    refuse_mount_point(output)
     if is_archive(output):
         mine = not output.exists() or output.is_file()
     else:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "hash_file", "sync", "sync_folder"]
+from fastfundus.errors import ConfigError
+
+__all__ = ["atomic_write", "hash_file", "refuse_mount_point", "sync", "sync_folder"]
 
 
 @contextmanager
@@ -45,6 +47,19 @@ def sync_folder(folder: Path) -> None:
     """Write the files of a folder without subfolders to disk, and their list, so that it may get another name."""
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def refuse_mount_point(output: Path) -> None:
+    """Raise if a folder cannot be replaced as a whole, because something is mounted there.
+
+    Raises:
+        ConfigError: it is a mount point, such as a volume of a container.
+    """
+    if output.is_mount():
+        raise ConfigError(
+            f"{output} is a mount point, which cannot be replaced as a whole; give a folder in it, such as "
+            f"{output / 'output'}"
+        )
 
 
 def hash_file(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ class PreprocessSpec:
             older = self.version < 2
             cure = "prepare the photos and train again" if older else "upgrade FastFundus"
             raise ConfigError(f"spec.version is {self.version}, but this FastFundus supports only version 2; {cure}")
-        if not 32 <= self.size <= 4096:
+        if type(self.size) is not int or not 32 <= self.size <= 4096:
             raise ConfigError(f"spec.size must be 32 to 4096 pixels, got {self.size}")
         if self.field not in ("circle", "frame"):
             raise ConfigError(f"spec.field must be 'circle' or 'frame', got {self.field!r}")
@@ -68,7 +69,9 @@ class PreprocessSpec:
                 raise ConfigError(f"spec.{name} needs three numbers (R, G, B), got {len(values)}")
             # Lists from JSON become tuples, so that equal specs compare and hash equal.
             object.__setattr__(self, name, values)
-        if min(self.std) <= 0:
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ConfigError(f"spec.mean must be finite, got {self.mean}")
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ConfigError(f"spec.std must be positive, got {self.std}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Preparer, Row, file_stamp, identified, prepare_rows
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
-from fastfundus.files import atomic_write, sync, sync_folder
+from fastfundus.files import atomic_write, refuse_mount_point, sync, sync_folder
 from fastfundus.machine import usable_cores
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
@@ -323,6 +323,7 @@ def _previous(output: Path, spec: PreprocessSpec, salted: str | None) -> PhotoCa
         shutil.rmtree(older)
     if not output.exists():
         return None
+    refuse_mount_point(output)
     if not output.is_dir() or (any(output.iterdir()) and not (output / "spec.json").is_file()):
         raise DataError("already exists and is not a photo cache; choose another --output", path=output)
     if not (output / "spec.json").is_file():

@@ -16,7 +16,7 @@ from typing import Any
 import polars as pl
 
 from fastfundus.data.store import SHARD_BYTES, CheckedPhotos, PhotoArray, checksum_of, open_photos
-from fastfundus.errors import DataError, PhotoError
+from fastfundus.errors import ConfigError, DataError, PhotoError
 from fastfundus.photo.file import read_photo
 from fastfundus.spec import PreprocessSpec
 
@@ -106,26 +106,17 @@ class PhotoCache:
             what = "is not a photo cache" if path.exists() else "does not exist"
             raise DataError(f"{what}; {hint}", path=path)
         try:
-            metadata = json.loads((path / "spec.json").read_text())
-            if not isinstance(metadata, dict):
-                raise ValueError("spec.json is not an object")
-        except (OSError, ValueError) as error:
-            raise DataError(f"is damaged (spec.json: {error}); delete it and prepare it again", path=path) from None
-        if metadata.get("schema") != SCHEMA:
-            raise DataError(
-                f"has schema {metadata.get('schema')}, this version reads {SCHEMA}; prepare it again into a new folder",
-                path=path,
-            )
-        # Caches of earlier versions also stored a mean and std, which belong to the model.
-        spec = PreprocessSpec.from_dict(metadata["spec"]).pixels
-        try:
+            metadata = _Metadata.read(path)
             manifest = pl.read_parquet(path / "manifest.parquet", memory_map=False)
-            photos = open_photos(path, len(manifest), spec.size, metadata["photos_per_file"])
+            if missing := MANIFEST_COLUMNS.keys() - set(manifest.columns):
+                raise ValueError(f"manifest.parquet: has no column {min(missing)!r}")
+            photos = open_photos(path, len(manifest), metadata.spec.size, metadata.photos_per_file)
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
         photos = CheckedPhotos(photos, manifest["pixels_crc32"].to_list(), manifest["path"].to_list(), path)
-        origins, notes = metadata.get("origins", {}), tuple(metadata.get("notes", ()))
-        return cls(path, spec, photos, manifest, Path(metadata["source"]), metadata["salted"], origins, notes)
+        return cls(
+            path, metadata.spec, photos, manifest, metadata.source, metadata.salted, metadata.origins, metadata.notes
+        )
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -159,6 +150,57 @@ class PhotoCache:
                 yield f"{name}: the file has changed since it was prepared; run prepare again"
         except PhotoError as error:
             yield f"{name}: {error.reason}"
+
+
+_TYPES = {"source": str, "salted": str | None, "photos_per_file": int, "origins": dict, "notes": list}
+
+
+@dataclass(frozen=True, slots=True)
+class _Metadata:
+    """The contents of `spec.json`."""
+
+    spec: PreprocessSpec
+    source: Path
+    salted: str | None
+    photos_per_file: int
+    origins: dict[str, str]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> _Metadata:
+        """Read the file in a cache folder.
+
+        Raises:
+            DataError: it was written by another version of FastFundus, or a setting is out of range.
+            OSError: it cannot be read.
+            ValueError: it is not JSON, lacks a value, or has one of the wrong type.
+        """
+        try:
+            stored = json.loads((path / "spec.json").read_text())
+            if stored.get("schema") != SCHEMA:
+                raise DataError(
+                    f"has schema {stored.get('schema')}, this version reads {SCHEMA}; prepare it again into a new "
+                    "folder",
+                    path=path,
+                )
+            # Caches of earlier versions also stored a mean and std, which belong to the model.
+            spec = PreprocessSpec.from_dict(stored["spec"]).pixels
+            stored = {"origins": {}, "notes": []} | stored
+            for name, kind in _TYPES.items():
+                if not isinstance(stored[name], kind) or stored[name] is True:
+                    raise ValueError(f"{name} is {stored[name]!r}")
+            if stored["photos_per_file"] < 1:
+                raise ValueError(f"photos_per_file is {stored['photos_per_file']}")
+            return cls(
+                spec, Path(stored["source"]), stored["salted"], stored["photos_per_file"], stored["origins"],
+                tuple(map(str, stored["notes"])),
+            )  # fmt: skip
+        except KeyError as error:
+            raise ValueError(f"spec.json: has no {error}") from None
+        except ConfigError as error:
+            raise DataError(f"cannot be used: {error}", path=path / "spec.json") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"spec.json: {error}") from None
 
 
 def partial_folder(output: Path) -> Path:

@@ -40,8 +40,8 @@ RESULT = struct.Struct("<QQ")
 KEPT_BYTES = 32 << 20
 """Shared memory that a decoder keeps from one photo to the next."""
 FORK = b"fork"
-"""Asks the launcher for a decoder; it answers with its process ID. Any other message is the ID of a process that ended,
-and is answered with its wait status."""
+"""Asks the launcher for a decoder; it answers with its process ID. Any other message is the ID of a process that ends,
+and is answered with its wait status; one that is negative is not answered."""
 _SPARE_BYTES = 512 << 20
 _BYTES_PER_PIXEL = 12
 """More than a decoder needs at once: the picture in 16 bits with alpha, and the result in 8 bits."""
@@ -63,6 +63,8 @@ def main(control: int) -> None:
     cv2.setNumThreads(1)
     gc.freeze()
     decoders: set[int] = set()
+    # Decoders of low priority may take long to end; nobody waits for them.
+    ending: set[int] = set()
     while True:
         message, descriptors, *_ = socket.recv_fds(channel, 64, 3)
         if not message:
@@ -71,9 +73,15 @@ def main(control: int) -> None:
                 os.kill(decoder, signal.SIGKILL)
             os._exit(0)
         if message != FORK:
-            channel.send(b"%d" % os.waitpid(int(message), 0)[1])
-            decoders.discard(int(message))
+            if (process := int(message)) > 0:
+                channel.send(b"%d" % os.waitpid(process, 0)[1])
+                decoders.discard(process)
+            else:
+                ending.add(-process)
             continue
+        for process in [process for process in ending if os.waitpid(process, os.WNOHANG)[0]]:
+            ending.discard(process)
+            decoders.discard(process)
         os.ftruncate(descriptors[1], KEPT_BYTES)
         process = os.fork()
         if process == 0:

@@ -121,7 +121,7 @@ def _attempt(
         return decoder.given_up or _fault_of(decoder.end(), decoder.waited_s, limit_s)
     if background:
         # Only a privileged process could raise the priority again.
-        decoder.end()
+        decoder.leave()
     else:
         with _lock:
             _idle.append(decoder)
@@ -256,6 +256,12 @@ class _Decoder:
         except OSError:
             return None
 
+    def leave(self) -> None:
+        """Close the connection, which ends the process, and do not wait for its end."""
+        self._close()
+        with contextlib.suppress(OSError):
+            self._launcher.forget(self.process)
+
     def _close(self) -> None:
         self.channel.close()
         for file in (self.source, self.target):
@@ -289,6 +295,11 @@ class _Launcher:
         with self._lock:
             self.channel.send(b"%d" % process)
             return self._answer()
+
+    def forget(self, process: int) -> None:
+        """Let the launcher clean up after a decoder that ends."""
+        with self._lock:
+            self.channel.send(b"%d" % -process)
 
     def _answer(self) -> int:
         answer = self.channel.recv(64)

@@ -24,7 +24,7 @@ from fastfundus.engines.heatmap import Heatmapper
 from fastfundus.errors import FastFundusError
 from fastfundus.screening.pipeline import ScreenedPhoto
 from fastfundus.screening.policy import ScreenPolicy
-from fastfundus.serving.body import MAX_FILES, Held, read_photos
+from fastfundus.serving.body import MAX_FILES, Body, HeldBodies, read_photos
 from fastfundus.serving.metrics import Metrics
 from fastfundus.serving.service import Busy, Service
 
@@ -63,6 +63,11 @@ class Limits:
     def max_held_bytes(self) -> int:
         """Maximum size of all request bodies in memory, in bytes."""
         return 16 * self.max_bytes
+
+    @property
+    def max_held_bytes_of_client(self) -> int:
+        """Maximum size of the request bodies of one client address in memory, in bytes."""
+        return max(self.max_bytes, self.max_held_bytes // 2)
 
     @property
     def max_waiting_of_client(self) -> int:
@@ -170,12 +175,14 @@ def _add_guard(app: FastAPI, token: str | None, metrics: Metrics) -> None:
 
 def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, state: dict[str, Service]) -> None:
     """Add the route that screens photos."""
-    held, photos_of = Held(limits.max_held_bytes), Counter[str]()
+    held = HeldBodies(limits.max_held_bytes, limits.max_held_bytes_of_client)
+    photos_of = Counter[str]()
 
-    async def screened_of(request: Request, service: Service, pictures: bool) -> _Screened:
-        client = request.client.host if request.client else ""
-        with held.account() as count:
+    async def screened_of(request: Request, service: Service, pictures: bool, body: Body) -> _Screened:
+        client = body.client
+        with held.account(body) as count:
             photos = await read_photos(request, limits.max_bytes, count)
+            body.complete = True
             # Accept all photos of a request or none: a partial refusal would lose photos.
             if service.under_way + len(photos) > limits.max_waiting:
                 raise Busy(f"{service.under_way} photos are in progress, at most {limits.max_waiting} allowed")
@@ -200,9 +207,18 @@ def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metric
         """
         service = state["service"]
         try:
-            async with asyncio.timeout(limits.max_s):
-                screened, results = await screened_of(request, service, pictures)
+            async with asyncio.timeout(limits.max_s) as limit:
+                body = Body(
+                    request.client.host if request.client else "",
+                    drop=lambda: limit.reschedule(asyncio.get_running_loop().time()),
+                )
+                screened, results = await screened_of(request, service, pictures, body)
         except TimeoutError:
+            if body.dropped:
+                raise HTTPException(
+                    408, "the photos arrived too slowly while others waited; send them again",
+                    headers={"Connection": "close"},
+                ) from None  # fmt: skip
             raise HTTPException(504, f"not done within {limits.max_s:g} s", headers={"Connection": "close"}) from None
         except Busy as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from None
@@ -251,6 +267,7 @@ def _add_status(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metrics, 
             "limits": {
                 "bytes": limits.max_bytes,
                 "bytes_in_memory": limits.max_held_bytes,
+                "bytes_in_memory_of_client": limits.max_held_bytes_of_client,
                 "seconds": limits.max_s,
                 "photos_waiting": limits.max_waiting,
                 "photos_waiting_of_client": limits.max_waiting_of_client,

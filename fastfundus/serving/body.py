@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
@@ -12,46 +14,87 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-__all__ = ["MAX_FILES", "Held", "read_photos"]
+__all__ = ["MAX_FILES", "Body", "HeldBodies", "read_photos"]
 
 MAX_FILES = 32
 """Maximum number of photos per request."""
 _RAW = ("image/", "application/dicom", "application/octet-stream", "application/gzip", "application/x-gzip")
 
 
-class Held:
+_PATIENCE_S = 5.0
+"""Time in seconds that a body may take to arrive while there is no memory for others."""
+
+
+class Body:
+    """The body of one request, as far as it has arrived.
+
+    Args:
+        client: address of the client.
+        drop: ends the request.
+    """
+
+    def __init__(self, client: str, drop: Callable[[], None]) -> None:
+        self.client, self.drop = client, drop
+        self.began = time.monotonic()
+        self.bytes = 0
+        self.complete = self.dropped = False
+
+
+class HeldBodies:
     """Counts the bytes of all request bodies in memory, and refuses more than a limit.
+
+    A body that has been arriving for long gives way to others: whoever sends nearly all of it and then stalls keeps
+    nobody out.
 
     Args:
         max_bytes: maximum of their sum.
+        max_bytes_of_client: maximum of the sum of one client address.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.bytes = max_bytes, 0
+    def __init__(self, max_bytes: int, max_bytes_of_client: int) -> None:
+        self.max_bytes, self.max_bytes_of_client = max_bytes, max_bytes_of_client
+        self._bodies: list[Body] = []
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes in memory."""
+        return sum(body.bytes for body in self._bodies)
 
     @contextmanager
-    def account(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that counts bytes of one request, which are given back at the end.
+    def account(self, body: Body) -> Iterator[Callable[[int], None]]:
+        """Yield a function that counts bytes of a body, which are given back at the end.
 
         Raises:
             HTTPException: 503, raised by the function if there is no room for the bytes.
         """
-        mine = 0
+        self._bodies.append(body)
+        try:
+            yield functools.partial(self._add, body)
+        finally:
+            if not body.dropped:
+                self._bodies.remove(body)
 
-        def add(count: int) -> None:
-            nonlocal mine
-            if self.bytes + count > self.max_bytes:
+    def _add(self, body: Body, count: int) -> None:
+        of_client = [other for other in self._bodies if other.client == body.client]
+        self._make_room(body, count, of_client, self.max_bytes_of_client, "of this client ")
+        self._make_room(body, count, list(self._bodies), self.max_bytes, "")
+        body.bytes += count
+
+    def _make_room(self, body: Body, count: int, bodies: list[Body], limit: int, whose: str) -> None:
+        """Drop the oldest of some bodies until their sum leaves room."""
+        while (held := sum(other.bytes for other in bodies)) + count > limit:
+            arriving = [other for other in bodies if not other.complete]
+            oldest = min(arriving, key=lambda other: other.began)
+            if oldest is body or time.monotonic() - oldest.began < _PATIENCE_S:
                 raise HTTPException(
                     503,
-                    f"{self.bytes} bytes of photos are in progress, at most {self.max_bytes} allowed; retry shortly",
+                    f"{held} bytes of photos {whose}are in progress, at most {limit} allowed; retry shortly",
                     headers={"Retry-After": "1", "Connection": "close"},
                 )
-            self.bytes, mine = self.bytes + count, mine + count
-
-        try:
-            yield add
-        finally:
-            self.bytes -= mine
+            oldest.dropped = True
+            for kept in (bodies, self._bodies):
+                kept.remove(oldest)
+            oldest.drop()
 
 
 async def read_photos(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:

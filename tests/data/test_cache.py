@@ -24,7 +24,7 @@ from fastfundus.data import build as build_module
 from fastfundus.data import rows as rows_module
 from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.data.store import PhotoStore, open_photos
-from fastfundus.errors import DataError, SpecMismatch
+from fastfundus.errors import ConfigError, DataError, SpecMismatch
 from fastfundus.photo import prepare_photo
 from fastfundus.records import Status
 from fastfundus.spec import PreprocessSpec
@@ -372,12 +372,46 @@ def test_damage_is_found(photo_folder: Path, tmp_path: Path) -> None:
     assert "file not found" in found[2]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", '{"schema": 3}', "[" * 100_000])
 def test_a_damaged_description_is_an_error_in_words(photo_folder: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "spec.json").write_text(text)
     with pytest.raises(DataError, match=r"is damaged \(spec.json: .*\); delete it and prepare it again"):
         PhotoCache.open(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("spec", None), ("spec", {"size": "64"}), ("spec", {"size": 64.0}), ("spec", {"std": [1, 1, float("nan")]}),
+     ("spec", {"sise": 64}), ("photos_per_file", "2"), ("photos_per_file", 0), ("photos_per_file", True),
+     ("source", 3), ("salted", 7), ("origins", 3), ("notes", 3), ("schema", 2), ("schema", None)],
+)  # fmt: skip
+def test_wrong_values_of_a_description_are_errors_in_words(
+    photo_folder: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    cache = build(photo_folder, tmp_path / "cache").path
+    stored = json.loads((cache / "spec.json").read_text())
+    (cache / "spec.json").write_text(json.dumps(stored | {name: value}))
+    with pytest.raises(DataError, match=name if name != "spec" else "spec") as raised:
+        PhotoCache.open(cache)
+    assert str(cache) in str(raised.value)
+    del stored[name]
+    if name not in ("origins", "notes"):
+        (cache / "spec.json").write_text(json.dumps(stored))
+        with pytest.raises(DataError, match=name):
+            PhotoCache.open(cache)
+
+
+def test_a_mount_point_is_refused_before_anything_is_prepared(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "cache"
+    output.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == output)
+    with pytest.raises(ConfigError, match=r"is a mount point.*give a folder in it"):
+        build(photo_folder, output)
+    assert not any(output.iterdir())
+    assert not (tmp_path / "cache.partial").exists()
 
 
 def test_patients_are_hashed_with_a_salt(photo_folder: Path, tmp_path: Path) -> None:

@@ -108,6 +108,27 @@ def test_work_in_the_background_leaves_the_processor_to_others(good: bytes, monk
     assert seen == [ours, 19, ours]
 
 
+def test_nobody_waits_for_the_end_of_a_decoder_in_the_background(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow: list[int] = []
+    leave = isolation._Decoder.leave
+
+    def stop(decoder: isolation._Decoder) -> None:
+        os.kill(decoder.process, signal.SIGSTOP)
+        slow.append(decoder.process)
+        leave(decoder)
+
+    monkeypatch.setattr(isolation._Decoder, "leave", stop)
+    same(prepare_isolated(good, SPEC, background=True), prepare_bytes(good, SPEC))
+    for _ in range(2):
+        isolation._Decoder(isolation._running()).end()
+    os.kill(slow[0], signal.SIGCONT)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{slow[0]}").exists():
+        # The launcher cleans up when it forks the next decoder.
+        isolation._Decoder(isolation._running()).end()
+        assert time.monotonic() < deadline
+
+
 def test_a_decoder_that_was_stopped_costs_nothing(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     struck = signal_each(monkeypatch, signal.SIGSTOP, times=1)
     waker = threading.Timer(1.2, lambda: os.kill(struck[0], signal.SIGCONT))
