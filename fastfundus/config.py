@@ -84,6 +84,9 @@ class DataConfig:
     findings: tuple[str, ...] = ()
     """Outputs that make a photo positive in screening. By default all outputs, except a class or label named normal or
     similar."""
+    auxiliary: tuple[str, ...] = ()
+    """Further manifest columns of 0 and 1, or patterns such as "eye_*", that the network learns during training only,
+    with `loss.auxiliary`. Knowing which diseases a photo shows helps it to tell normal from abnormal."""
     split: Literal["folds", "holdout"] = "folds"
     """"folds": k-fold cross-validation by `folds` and `fold`; "holdout": one split by `test_share` and `val_share`. A
     split fixed by the label file or `split_file` takes precedence."""
@@ -197,6 +200,8 @@ class LossConfig:
     training photos, for each output. Multiclass: 0 weights classes by their rarity; otherwise 1."""
     mixup: float = 0.0
     """Mixup: photos and labels are blended pairwise with shares drawn from Beta(mixup, mixup), 0 (off) to 1."""
+    auxiliary: float = 0.3
+    """Weight of the mean loss of the labels of `data.auxiliary`, 0.01 to 10."""
     dice: float = 0.5
     """Vessels: share of the soft Dice loss, 0 to 1; the rest is cross-entropy."""
 
@@ -204,6 +209,7 @@ class LossConfig:
         _check_range("loss.label_smoothing", self.label_smoothing, 0, 0.5)
         _check_range("loss.focal_gamma", self.focal_gamma, 0, 5)
         _check_range("loss.mixup", self.mixup, 0, 1)
+        _check_range("loss.auxiliary", self.auxiliary, 0.01, 10)
         _check_range("loss.dice", self.dice, 0, 1)
         if self.positive_weight != 0:
             _check_range("loss.positive_weight", self.positive_weight, 0.01, 100)

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder to create  [required without --dry-run]")
 @click.option("--task", type=click.Choice(TASKS), help="What to learn  [default: abnormality]")
 @click.option("--label", "labels", multiple=True, help="Manifest column to learn; repeat it for multilabel.")
+@click.option(
+    "--auxiliary",
+    multiple=True,
+    metavar="COLUMN",
+    help="Column of 0 and 1, or pattern such as 'eye_*', learned beside the labels, in training only; may be repeated.",
+)
 @click.option("--backbone", help="timm model name  [default: resnet50]")
 @click.option(
     "--init",
@@ -149,7 +155,13 @@ def _settings(flags: dict[str, Any], recipe: str | None, config: Path | None, re
     from fastfundus.workflow.train import read_recipe
 
     sections = {"backbone": "model", "init": "model", "epochs": "loop", "batch_size": "loop", "amp": "loop"}
-    sections |= {"labels": "data", "fold": "data", "label_fraction": "data", "learning_rate": "optimizer"}
+    sections |= {
+        "labels": "data",
+        "auxiliary": "data",
+        "fold": "data",
+        "label_fraction": "data",
+        "learning_rate": "optimizer",
+    }
     given = {
         f"{sections[name]}.{name}" if name in sections else name: list(value) if isinstance(value, tuple) else value
         for name, value in flags.items()

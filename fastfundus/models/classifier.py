@@ -22,6 +22,7 @@ from fastfundus.models.pretrained import download_weights, find_weights, is_hub_
 __all__ = [
     "check_backbone",
     "create_model",
+    "first_outputs",
     "set_prior",
     "set_training",
     "uses_channels_last",
@@ -150,6 +151,17 @@ def set_prior(model: nn.Module, bias: Tensor) -> None:
         if getattr(head, "bias", None) is not None:
             with torch.no_grad():
                 head.bias.copy_(bias)  # type: ignore[operator]
+
+
+def first_outputs(model: nn.Module, count: int) -> dict[str, Tensor]:
+    """Return the state of a classifier whose head is reduced to its first outputs.
+
+    Args:
+        model: a classifier from `create_model` with `count` outputs or more.
+        count: number of outputs to keep.
+    """
+    heads = tuple(f"{part}." for part in _head_names(model))
+    return {name: value[:count] if name.startswith(heads) else value for name, value in model.state_dict().items()}
 
 
 def set_training(model: nn.Module, *, freeze: bool) -> None:

@@ -125,7 +125,7 @@ class Run:
 
 def save_best(
     path: Path,
-    module: nn.Module,
+    state: dict[str, Tensor],
     *,
     config: TrainConfig,
     spec: PreprocessSpec,
@@ -152,7 +152,7 @@ def save_best(
         "provenance": provenance,
     }
     # safetensors has a single memory layout: channels-last weights are written in the default order.
-    state: dict[str, Tensor] = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with run_file(path / "best.safetensors") as partial:
         save_file(state, partial, {"fastfundus": json.dumps(header)})
 

@@ -281,7 +281,7 @@ class Trainer:
             if self.world.leads:
                 save_best(
                     self.output,
-                    self.averaged.module,
+                    self.task.state(self.averaged.module),
                     config=self.config,
                     spec=self.task.spec,
                     provenance=state.provenance,

@@ -187,7 +187,7 @@ def test_a_full_disk_keeps_the_best_weights(trained: Trained, tmp_path: Path) ->
     metadata = {"config": run.config, "spec": run.spec, "labels": run.labels, "caches": run.caches, "provenance": {}}
     try:
         with pytest.raises(CheckpointError, match=r"best.safetensors: cannot be written .*free disk space"):
-            save_best(run.path, run.load_model(), **metadata, epoch=9, score=("auroc", 0.9))
+            save_best(run.path, run.load_model().state_dict(), **metadata, epoch=9, score=("auroc", 0.9))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (run.path / "best.safetensors").read_bytes() == before

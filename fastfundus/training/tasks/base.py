@@ -52,6 +52,10 @@ class Task(Protocol):
         """Return the loss: a function of logits and ground truth that returns a scalar."""
         ...
 
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the state of a network from `create`, without parts that only serve training."""
+        ...
+
     def load(self, device: torch.device, free_bytes: int) -> bool:
         """Prepare to make batches, and return whether the photos are now in device memory."""
         ...

@@ -14,7 +14,7 @@ from fastfundus.config import ModelConfig, TrainConfig
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import ConfigError, DataError
 from fastfundus.models.activation import ACTIVATIONS, probabilities
-from fastfundus.models.classifier import create_model, set_prior
+from fastfundus.models.classifier import create_model, first_outputs, set_prior
 from fastfundus.models.initial import InitReport
 from fastfundus.training.augment import draw_epoch
 from fastfundus.training.distributed import World
@@ -24,8 +24,8 @@ from fastfundus.training.precision import autocast_dtype
 from fastfundus.training.predict import predict_logits
 from fastfundus.training.schedule import training_size
 from fastfundus.training.tasks.base import Batch, assign_split
-from fastfundus.training.tasks.losses import LOSSES, known_labels, prior_bias, rarity_weight
-from fastfundus.training.tasks.targets import finding_outputs, read_targets, usable_rows
+from fastfundus.training.tasks.losses import LOSSES, binary_loss, known_labels, prior_bias, rarity_weight
+from fastfundus.training.tasks.targets import finding_outputs, read_auxiliary, read_targets, usable_rows
 
 __all__ = ["ClassificationTask"]
 
@@ -53,12 +53,16 @@ class ClassificationTask:
             )
         self._cache, self._config, self._kind, self.spec = cache, config, ACTIVATIONS[config.task], cache.spec
         self.outputs, self.summary = targets.outputs, targets.summary
+        auxiliary, names = read_auxiliary(cache.manifest, config.data.auxiliary, used=targets.outputs)
+        if names:
+            self.summary += f" (and, in training only, {', '.join(names)})"
         self.selection_metric = "qwk" if config.task == "ordinal" else "auroc"
         truth, strata = targets.truth[rows], targets.strata[rows]
         columns = dict(zip(targets.outputs, truth.T, strict=True))
         self.splits = assign_split(cache, rows, strata, config, columns, say)
         train, val = ((self.splits["split"] == name).to_numpy() for name in ("train", "val"))
         self._rows, self._truth, self.strata = rows[train], truth[train], strata[train]
+        self._auxiliary = auxiliary[self._rows]
         self._val_rows, self._val_truth = rows[val], truth[val]
         for name, column in zip(targets.outputs, self._truth.T, strict=True):
             if not (column == 1).any():
@@ -66,7 +70,8 @@ class ClassificationTask:
 
     def create(self, config: ModelConfig) -> tuple[nn.Module, InitReport]:
         """Build the network."""
-        model, init = create_model(config, len(self.outputs), size=self._cache.spec.size)
+        count = len(self.outputs) + self._auxiliary.shape[1]
+        model, init = create_model(config, count, size=self._cache.spec.size)
         if init.fresh or init.source == "scratch":
             set_prior(model, torch.from_numpy(self._prior()))
         first = self._config.loop.first_size
@@ -76,11 +81,16 @@ class ClassificationTask:
             )
         return model, init
 
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the state of the network, without the outputs of auxiliary labels."""
+        return first_outputs(model, len(self.outputs)) if self._auxiliary.size else model.state_dict()
+
     def _prior(self) -> NDArray[np.float32]:
+        own, auxiliary = prior_bias(self._truth, self._kind), prior_bias(self._auxiliary, "sigmoid")
         # Weights and a balanced sampler make rare outputs as frequent as others.
         if self._config.loss.positive_weight != 1 or self._config.loop.sampler == "balanced":
-            return np.zeros(len(self.outputs), np.float32)
-        return prior_bias(self._truth, self._kind)
+            own = np.zeros_like(own)
+        return np.concatenate([own, auxiliary])
 
     def loss(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the loss of the head; a weight of 0 is replaced by one computed from the training photos."""
@@ -90,13 +100,22 @@ class ClassificationTask:
             weight = torch.from_numpy(rarity_weight(self._truth, self._kind)).to(device)
         elif self._kind == "softmax" and weight != 1:
             raise ConfigError(f"loss.positive_weight is {weight}, but classes have no positive label; set it to 0 or 1")
-        return partial(
+        own = partial(
             LOSSES[self._kind],
             smoothing=config.label_smoothing,
             gamma=config.focal_gamma,
             weight=weight,
             known=known_labels(self._truth, self._kind),
         )
+        if not self._auxiliary.size:
+            return own
+        known, count = known_labels(self._auxiliary, "sigmoid"), len(self.outputs)
+
+        def both(logits: Tensor, truth: Tensor) -> Tensor:
+            auxiliary = binary_loss(logits[:, count:], truth[:, count:], known=known)
+            return own(logits[:, :count], truth[:, :count]) + config.auxiliary * auxiliary
+
+        return both
 
     def load(self, device: torch.device, free_bytes: int) -> bool:
         """Create the loader."""
@@ -110,12 +129,12 @@ class ClassificationTask:
         transforms = draw_epoch(config.augment, spec, count, seed=seed, epoch=epoch)
         size = training_size(epoch, epochs=config.loop.epochs, size=spec.size, first=config.loop.first_size)
         transforms = transforms.scaled(spec.size / size)
-        alpha = config.loss.mixup
+        alpha, labels = config.loss.mixup, np.concatenate([self._truth, self._auxiliary], axis=1)
         shares = np.random.default_rng([seed, epoch, 0x31]).beta(alpha, alpha, count) if alpha else None
 
         def make(batch: NDArray[np.int64]) -> Callable[[], Batch]:
             finish = self._loader.begin(self._rows[batch], transforms[batch], size)
-            truth = torch.from_numpy(self._truth[batch]).float()
+            truth = torch.from_numpy(labels[batch]).float()
             # The larger share is always the photo's own, so that every photo is learned once per epoch.
             share = None if shares is None else torch.from_numpy(np.maximum(shares, 1 - shares)[batch]).float()
             return lambda: _blended(finish(), truth.to(device, non_blocking=True), share)
@@ -131,7 +150,7 @@ class ClassificationTask:
         own = predict_logits(model, self._cache.photos, self._val_rows[mine], self.spec, dtype=dtype)
         logits = np.empty((len(self._val_rows), len(self.outputs)))
         for rank, values in enumerate(world.gather(own)):
-            logits[rank :: world.size] = values
+            logits[rank :: world.size] = values[:, : len(self.outputs)]
         loss = LOSSES[self._kind](
             torch.from_numpy(logits), torch.from_numpy(self._val_truth), known=known_labels(self._val_truth, self._kind)
         )

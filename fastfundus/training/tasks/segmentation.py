@@ -89,6 +89,10 @@ class SegmentationTask:
         """Return the weighted sum of cross-entropy and Dice loss."""
         return partial(vessel_loss, dice=self._config.loss.dice, weight=self._config.loss.positive_weight)
 
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the state of the network."""
+        return model.state_dict()
+
     def load(self, device: torch.device, free_bytes: int) -> bool:
         """Create the loaders of photos and masks."""
         # Masks take as much memory as photos.

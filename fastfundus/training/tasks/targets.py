@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,16 @@ from fastfundus.data.cache import MANIFEST_COLUMNS
 from fastfundus.errors import ConfigError, DataError, close_matches
 from fastfundus.records import NORMAL_NAMES, Status
 
-__all__ = ["Targets", "both_classes", "finding_outputs", "grades", "label_columns", "read_targets", "usable_rows"]
+__all__ = [
+    "Targets",
+    "both_classes",
+    "finding_outputs",
+    "grades",
+    "label_columns",
+    "read_auxiliary",
+    "read_targets",
+    "usable_rows",
+]
 
 _NORMAL_OUTPUTS = NORMAL_NAMES | {"no_finding", "no finding", "eye_n"}
 """Lower-case names of outputs that mean that nothing was found."""
@@ -58,6 +68,33 @@ def read_targets(
         ConfigError: too many or too few columns are given.
     """
     return _READERS[task](manifest, labels, outputs)
+
+
+def read_auxiliary(
+    manifest: pl.DataFrame, patterns: tuple[str, ...], used: tuple[str, ...] = ()
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Read the auxiliary labels of a manifest.
+
+    Args:
+        manifest: manifest of a cache, N rows.
+        patterns: see `DataConfig.auxiliary`.
+        used: columns that are learned already, which patterns leave out.
+
+    Returns:
+        [N, A] 1 for positive, 0 for negative, NaN for unknown; and the A columns.
+
+    Raises:
+        DataError: nothing matches a pattern, or a column has other values.
+    """
+    names: list[str] = []
+    for pattern in patterns:
+        choices = [name for name in label_columns(manifest) if name not in used]
+        found = [pattern] if pattern in choices else fnmatch.filter(choices, pattern)
+        if not found:
+            raise DataError(f"data.auxiliary: no label column matches {pattern!r}{close_matches(pattern, choices)}")
+        names += [name for name in found if name not in names]
+    values = [_yes_or_no(manifest, name) for name in names]
+    return np.stack(values, axis=1) if values else np.empty((len(manifest), 0)), tuple(names)
 
 
 def usable_rows(manifest: pl.DataFrame, targets: Targets) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from fastfundus.training.tasks.losses import (
     rarity_weight,
     vessel_loss,
 )
-from fastfundus.training.tasks.targets import finding_outputs, grades, read_targets
+from fastfundus.training.tasks.targets import finding_outputs, grades, read_auxiliary, read_targets
 
 NAN = np.nan
 
@@ -98,6 +98,19 @@ def test_findings_exclude_normal() -> None:
     assert finding_outputs(("a", "b"), ("b",)) == ("b",)
     with pytest.raises(ConfigError, match="did you mean 'dr_grade_ge2'"):
         finding_outputs(("dr_grade_ge1", "dr_grade_ge2"), ("dr_grade_g2",))
+
+
+def test_auxiliary_labels(table: pl.DataFrame) -> None:
+    truth, names = read_auxiliary(table, ("glau*", "DME", "[Dn]*ME"), used=("abnormal",))
+    assert names == ("glaucoma", "DME")
+    np.testing.assert_array_equal(truth, table.select(names).to_numpy())
+    assert read_auxiliary(table, ())[0].shape == (6, 0)
+    with pytest.raises(DataError, match=r"no label column matches 'glaucom'; did you mean 'glaucoma'"):
+        read_auxiliary(table, ("glaucom",))
+    with pytest.raises(DataError, match="no label column matches 'DME'"):
+        read_auxiliary(table, ("DME",), used=("DME",))
+    with pytest.raises(DataError, match=r"label 'age' must be 0 or 1, got 2.0"):
+        read_auxiliary(table, ("a*",))
 
 
 def test_unknown_labels_are_excluded_from_the_loss() -> None:

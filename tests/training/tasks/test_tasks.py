@@ -158,6 +158,41 @@ def test_sets_with_different_labels_train_together(cache: PhotoCache, tmp_path: 
         open_caches(cache.path, wrong)
 
 
+@pytest.mark.parametrize("task", ["abnormality", "ordinal"])
+def test_auxiliary_labels_serve_training_only(cache: PhotoCache, tmp_path: Path, task: str) -> None:
+    photos = labelled(cache)
+    settings = config(task, data={"auxiliary": list(LESIONS[1:])}, loss={"mixup": 0.3}, optimizer={"ema_decay": 0.0})
+    trainer = Trainer(photos, tmp_path / "run", settings)
+    own = len(trainer.task.outputs)
+    loss = trainer.task.loss(torch.device("cpu"))
+    logits, truth = torch.randn(8, own + 2), torch.zeros(8, own + 2)
+    truth[0, -1] = np.nan
+    plain = Trainer(photos, tmp_path / "plain", config(task)).task.loss(torch.device("cpu"))
+    auxiliary = torch.nn.functional.softplus(logits[:, own:])[truth[:, own:].isfinite()].sum() / (8 * 2)
+    torch.testing.assert_close(loss(logits, truth), plain(logits[:, :own], truth[:, :own]) + 0.3 * auxiliary)
+    head = trainer.model.get_classifier().weight.detach().clone()
+    trainer.fit()
+    learned = trainer.model.get_classifier().weight.detach()
+    assert (learned != head).any(dim=1).all()
+    run = Run.open(tmp_path / "run")
+    assert run.labels == trainer.task.outputs
+    best = run.load_model().get_classifier()
+    assert best.weight.shape[0] == own
+    # The next run starts from it as from any other.
+    Trainer(photos, tmp_path / "next", config(task, model={"init": str(tmp_path / "run")}))
+
+
+def test_auxiliary_labels_resume_bit_for_bit(cache: PhotoCache, tmp_path: Path) -> None:
+    photos = labelled(cache)
+    settings = config("abnormality", data={"auxiliary": ["drusen"]})
+    Trainer(photos, tmp_path / "whole", settings).fit()
+    with pytest.raises(Interrupted):
+        Trainer(photos, tmp_path / "parts", settings, observer=StopAt(1, 2)).fit()
+    Trainer(photos, tmp_path / "parts", settings, resume=True).fit()
+    one, two = (Run.open(tmp_path / name).load_model().state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_linear_probe_trains_only_the_head(cache: PhotoCache, tmp_path: Path) -> None:
     Trainer(cache, tmp_path / "up", config("abnormality", loop={"epochs": 1})).fit()
     probe = config(
