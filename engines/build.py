@@ -20,7 +20,7 @@ from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.export import ScreeningModel, export_onnx
 from fastfundus.engines.heatmap_export import export_heatmap
 from fastfundus.engines.parity import ParityReport
-from fastfundus.engines.runtime import BACKENDS, GRAPH, processor
+from fastfundus.engines.runtime import BACKENDS, GRAPH, backend_module, processor
 from fastfundus.engines.select_precision import EIGHT_BITS, ParityData, PrecisionSearch
 from fastfundus.engines.trust import note_built_here
 from fastfundus.errors import BundleError, ConfigError, GateRefused, close_matches
@@ -78,7 +78,7 @@ def build_bundle(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} cannot be built{close_matches(backend, BACKENDS)}")
-    module = importlib.import_module(f"fastfundus.engines.{backend}_backend")
+    module = backend_module(backend)
     available = _available_precisions(module.precisions(), precision, calibrated=len(data.calibration) > 0)
     _require_free(output)
     partial, refused = (output.with_name(f"{output.name}.{end}") for end in ("partial", "refused.json"))
@@ -88,6 +88,9 @@ def build_bundle(
     try:
         export_onnx(model, partial / GRAPH, list(labels))
         search = PrecisionSearch(backend, module, model, spec, labels, data, partial, options or {})
+        if not search.measured and precision == "auto":
+            # The speed that would justify 8 bits is unknown.
+            available = tuple(name for name in available if name not in EIGHT_BITS)
         tried = search.attempt(available if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed]
         if not passed:

@@ -82,6 +82,12 @@ class ScreeningModel(nn.Module):
             return self.calibrate(self.network(inputs))
         return self.from_features(self.network.forward_features(inputs))  # type: ignore[operator]
 
+    def answers(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return the outputs for photos [N, S, S, 3] in host memory, computed in batches of 16."""
+        with torch.inference_mode():
+            parts = [self(torch.from_numpy(photos[start : start + 16])).numpy() for start in range(0, len(photos), 16)]
+        return np.concatenate(parts)
+
     def from_features(self, features: Tensor) -> Tensor:
         """Return the outputs from the network's final features."""
         network: Any = self.network

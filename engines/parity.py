@@ -65,7 +65,7 @@ class ParityReport:
     decisions: int
     """Number of decisions: photos times outputs, or pixels of maps."""
     images_per_s: float
-    """Throughput of the engine alone, with photos in memory."""
+    """Throughput of the engine alone, with photos in memory; 0 if it was not measured: only its graph was run."""
     torch_images_per_s: float
     """Throughput of the float32 model in torch, on the same photos in the same process."""
     gate_probability: float
@@ -96,11 +96,12 @@ class ParityReport:
         speedup = (
             "" if self.speedup is None else f", {self.speedup:.2f}x the fastest 16/32-bit (at least {MIN_SPEEDUP})"
         )
+        rate = f"{self.images_per_s:.0f} images/s" if self.images_per_s else "not run yet"
         loss = "" if self.auroc_loss is None else f"AUROC loss {self.auroc_loss:.4f} (at most {MAX_AUROC_LOSS}), "
         return (
             f"{self.precision} {verdict}: |dp| {self.gated_difference:.2e} (at most {self.gate_probability:g}), "
             f"{self.flipped} of {self.decisions} decisions flipped (at most {self.gate_flipped:.3%}), {loss}"
-            f"{self.images_per_s:.0f} images/s, torch float32 {self.torch_images_per_s:.1f}{speedup}"
+            f"{rate}, torch float32 {self.torch_images_per_s:.1f}{speedup}"
         )
 
 

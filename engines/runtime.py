@@ -24,14 +24,17 @@ __all__ = [
     "OUTPUT",
     "Blueprint",
     "Engine",
+    "backend_module",
+    "complete_engine",
     "load_backend",
     "processor",
     "require_needs",
 ]
 
-BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt")
-"""Names of the available backends. Each is a module `<name>_backend` with `PACKAGE`, `precisions()`,
-`build(blueprint, folder, precision)` and `load(folder, metadata)`."""
+BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt", "tensorrt-rtx")
+"""Names of the available backends. Each is a module `<name>_backend` (with _ for -) with `PACKAGE`, `precisions()`,
+`build(blueprint, folder, precision)` and `load(folder, metadata)`; and `stand_in(folder, metadata)` if an engine may be
+built where it cannot run, which `runs_here(options)` tells: it runs the graph that `build` names as `proven_graph`."""
 GRAPH = "model.onnx"
 """File name of the ONNX graph in every bundle, whatever its backend."""
 INPUT, OUTPUT = "photos", "probabilities"
@@ -229,7 +232,17 @@ def load_backend(name: str, folder: Path, metadata: dict[str, Any]) -> Engine:
             f"{folder}: built for the backend {name!r}, but this FastFundus supports {', '.join(BACKENDS)}; upgrade "
             "FastFundus, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
         )
-    engine: Engine = importlib.import_module(f"fastfundus.engines.{name}_backend").load(folder, metadata)
+    engine: Engine = backend_module(name).load(folder, metadata)
+    return complete_engine(engine, metadata)
+
+
+def backend_module(name: str) -> Any:
+    """Return the module of one of `BACKENDS`."""
+    return importlib.import_module(f"fastfundus.engines.{name.replace('-', '_')}_backend")
+
+
+def complete_engine(engine: Engine, metadata: dict[str, Any]) -> Engine:
+    """Set what the engine of a bundle must return, from its `bundle.json`."""
     engine.guarded = metadata.get("guard") is not None
     engine.outputs = len(metadata["labels"]) + engine.guarded
     return engine

@@ -10,7 +10,7 @@ from typing import Any
 from fastfundus.engines.runtime import INPUT, Blueprint, Engine, require_needs
 from fastfundus.errors import BundleError, ConfigError, close_matches, require
 
-__all__ = ["PACKAGE", "build", "load", "needs", "precisions"]
+__all__ = ["PACKAGE", "build", "first_gpu", "load", "needs", "precisions", "typed_graph"]
 
 PACKAGE = "tensorrt"
 _PLAN, _TYPED, _LAYERS = "engine.plan", "engine.onnx", "layers.json"
@@ -20,13 +20,17 @@ _FLOAT8_FROM = (8, 9)
 """Minimum compute capability for float8: L4, H100 and later."""
 
 
-def _device() -> tuple[str, tuple[int, int]]:
+def first_gpu(extra: str = PACKAGE) -> tuple[str, tuple[int, int]]:
     """Return the name and compute capability of the first GPU.
+
+    Args:
+        extra: extra of FastFundus that installs pycuda.
 
     Raises:
         BundleError: if there is no GPU.
+        MissingDependency: if pycuda is not installed.
     """
-    require("pycuda", extra="tensorrt")
+    require("pycuda", extra=extra)
     import pycuda.driver as cuda
 
     try:
@@ -42,14 +46,14 @@ def _device() -> tuple[str, tuple[int, int]]:
 def needs() -> dict[str, str]:
     """Return what a machine needs to run a plan that is not portable: the same GPU model and TensorRT version."""
     trt = require("tensorrt", extra="tensorrt")
-    name, (major, minor) = _device()
+    name, (major, minor) = first_gpu()
     return {"device": f"{name} (compute capability {major}.{minor})", "tensorrt": trt.__version__}
 
 
 def precisions() -> tuple[str, ...]:
     """Return the precisions this GPU computes in, 8-bit ones last."""
     require("tensorrt", extra="tensorrt")
-    _, capability = _device()
+    _, capability = first_gpu()
     bf16 = ("bf16",) if capability >= _BFLOAT16_FROM else ()
     fp8 = ("fp8",) if capability >= _FLOAT8_FROM else ()
     return ("fp16", *bf16, "fp32", "int8", *fp8)
@@ -74,8 +78,6 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         BundleError: if TensorRT cannot build the plan.
         ConfigError: if an option is unknown.
     """
-    from fastfundus.engines.export import export_onnx
-    from fastfundus.engines.quantize import quantize_graph
     from fastfundus.engines.tensorrt_build import PlanOptions, build_plan
 
     trt = require("tensorrt", extra="tensorrt")
@@ -86,12 +88,7 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         raise ConfigError(f"tensorrt has no option {unknown[0]!r}{close_matches(unknown[0], known)}")
     options = PlanOptions(**named)
     typed = folder / _TYPED
-    if precision in ("int8", "fp8"):
-        quantize_graph(blueprint.graph, blueprint.calibration, typed, precision=precision)
-    elif precision == "fp32":
-        shutil.copy(blueprint.graph, typed)
-    else:
-        export_onnx(blueprint.model, typed, [], precision=precision)
+    typed_graph(blueprint, typed, precision)
     here = needs()
     plan = build_plan(
         trt, typed.read_bytes(), INPUT, options, exact=precision == "fp32", device=here["device"], progress=progress
@@ -107,6 +104,19 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         "batches": list(options.batches),
         "weights": typed.name if options.weightless else None,
     }
+
+
+def typed_graph(blueprint: Blueprint, output: Path, precision: str) -> None:
+    """Write the graph of an engine, whose tensor types are its precision; see `build`."""
+    from fastfundus.engines.export import export_onnx
+    from fastfundus.engines.quantize import quantize_graph
+
+    if precision in ("int8", "fp8"):
+        quantize_graph(blueprint.graph, blueprint.calibration, output, precision=precision)
+    elif precision == "fp32":
+        shutil.copy(blueprint.graph, output)
+    else:
+        export_onnx(blueprint.model, output, [], precision=precision)
 
 
 def load(folder: Path, metadata: dict[str, Any]) -> Engine:

@@ -16,7 +16,17 @@ from typing import Any
 from fastfundus.errors import BundleError, ConfigError
 from fastfundus.kernels.building import cache_folder
 
-__all__ = ["Plan", "PlanOptions", "Progress", "build_plan", "message_logger", "profile_ranges", "timing_cache_file"]
+__all__ = [
+    "Plan",
+    "PlanOptions",
+    "Progress",
+    "build_plan",
+    "message_logger",
+    "profile_ranges",
+    "read_graph",
+    "serialize",
+    "timing_cache_file",
+]
 
 Progress = Callable[[str, int, int], None]
 """Progress callback, called with the phase, the number of completed steps and the total number of steps."""
@@ -98,6 +108,33 @@ def build_plan(
         KeyboardInterrupt: if the user interrupted the build, once the builder has stopped.
     """
     logger = message_logger(trt)
+    builder, network, config = read_graph(trt, graph, tensor, options.batches, logger, exact=exact)
+    if options.portable:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.weightless:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+    kept = timing_cache_file(trt.__version__, device)
+    _use_timings(config, kept)
+    plan = serialize(trt, builder, network, config, logger, progress)
+    _keep_timings(config, kept)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = options.portable
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise BundleError(f"TensorRT {trt.__version__} cannot load the engine it built ({logger.last()})")
+    layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return Plan(plan, layers)
+
+
+def read_graph(
+    trt: Any, graph: bytes, tensor: str, batches: tuple[int, ...], logger: Any, *, exact: bool
+) -> tuple[Any, Any, Any]:
+    """Parse a graph; return the builder, the strongly typed network, and a configuration with its profiles.
+
+    The arguments are those of `build_plan`; `trt` may also be the module `tensorrt_rtx`.
+    """
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -108,20 +145,17 @@ def build_plan(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if exact:
         config.clear_flag(trt.BuilderFlag.TF32)
-    if options.portable:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.weightless:
-        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
     photo = tuple(network.get_input(0).shape)[1:]
-    for smallest, tuned, largest in profile_ranges(options.batches):
+    for smallest, tuned, largest in profile_ranges(batches):
         profile = builder.create_optimization_profile()
         profile.set_shape(tensor, (smallest, *photo), (tuned, *photo), (largest, *photo))
         if config.add_optimization_profile(profile) < 0:
             raise BundleError(f"TensorRT rejected a profile of {smallest} to {largest} photos ({logger.last()})")
-    kept = timing_cache_file(trt.__version__, device)
-    _use_timings(config, kept)
+    return builder, network, config
+
+
+def serialize(trt: Any, builder: Any, network: Any, config: Any, logger: Any, progress: Progress) -> bytes:
+    """Build the engine of a network; see `build_plan`."""
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     data = builder.build_serialized_network(network, config)
@@ -132,15 +166,7 @@ def build_plan(
             f"TensorRT {trt.__version__} cannot build the engine ({logger.last()}); try --max-batch 8, or "
             "--backend aoti"
         )
-    _keep_timings(config, kept)
-    plan = bytes(data)
-    runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = options.portable
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise BundleError(f"TensorRT {trt.__version__} cannot load the engine it built ({logger.last()})")
-    layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return Plan(plan, layers)
+    return bytes(data)
 
 
 def _use_timings(config: Any, file: Path) -> None:

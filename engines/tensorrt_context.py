@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,8 @@ class ExecutionContext:
     The device's context must be current in every call.
 
     Args:
-        trt: the module `tensorrt`.
+        create: returns an execution context of the engine that uses working memory of the caller.
         cuda: the module `pycuda.driver`.
-        engine: deserialised engine.
         ranges: smallest and largest batch size of each profile.
         batch: largest batch size of all profiles.
         photo: shape of one photo.
@@ -33,9 +32,8 @@ class ExecutionContext:
 
     def __init__(
         self,
-        trt: Any,
+        create: Callable[[], Any],
         cuda: Any,
-        engine: Any,
         ranges: list[tuple[int, int]],
         batch: int,
         photo: tuple[int, ...],
@@ -56,7 +54,7 @@ class ExecutionContext:
         self._device_frames: Any = None
         self._device_jobs: Any = None
         for number in range(len(ranges)):
-            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            context = create()
             context.set_device_memory(int(self._memory), memory)
             context.set_optimization_profile_async(number, self._stream.handle)
             context.set_tensor_address(INPUT, int(self._device_photos))
@@ -64,14 +62,16 @@ class ExecutionContext:
             self._contexts.append(context)
         self._stream.synchronize()
 
-    def record(self) -> bool:
-        """Record the largest batch of each profile as one graph; return whether all profiles run."""
+    def warm_up(self, *, record: bool) -> bool:
+        """Run the largest batch of each profile, and record it as one graph; return whether all profiles run."""
         self._photos[:] = 0
         for number, (_, largest) in enumerate(self._ranges):
             # Run once without recording: the first run of a shape does work that must not be recorded.
             if not self._enqueue(number, largest):
                 return False
             self._stream.synchronize()
+            if not record:
+                continue
             graph = CudaGraph()
             with graph.recorded(self._stream.handle):
                 self._enqueue(number, largest)

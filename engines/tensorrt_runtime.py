@@ -72,6 +72,7 @@ class TensorRtEngine(Engine):
     def _open_plan(self, trt: Any, plan: bytes, size: int, name: str, portable: bool, weights: bytes | None) -> None:
         runtime = trt.Runtime(self._logger)
         runtime.engine_host_code_allowed = portable
+        self._check(trt, runtime, plan, name)
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(
@@ -92,10 +93,22 @@ class TensorRtEngine(Engine):
         memory = max(int(engine.get_device_memory_size_for_profile_v2(p)) for p in range(len(ranges)))
         photo = (size, size, 3)
         for _ in range(CONTEXTS):
-            context = ExecutionContext(trt, self._cuda, engine, ranges, self._batch, photo, answer, memory)
+            context = ExecutionContext(
+                lambda: self._new_context(trt, engine), self._cuda, ranges, self._batch, photo, answer, memory
+            )
             self._contexts.append(context)
-            if not context.record():
+            if not context.warm_up(record=self._records):
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); rebuild it")
+
+    _records = True
+    """Whether the largest batch of each profile is recorded as a CUDA graph here."""
+
+    def _check(self, trt: Any, runtime: Any, plan: bytes, name: str) -> None:
+        """Raise if the plan cannot run on this machine, before it is loaded; overridden where TensorRT can tell."""
+
+    def _new_context(self, trt: Any, engine: Any) -> Any:
+        """Return an execution context that uses working memory of the caller."""
+        return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         rows = [slice(start, start + self._batch) for start in range(0, len(photos), self._batch)]

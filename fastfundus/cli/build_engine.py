@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["openvino", "onnxruntime", "aoti", "tensorrt"]),
+    type=click.Choice(["openvino", "onnxruntime", "aoti", "tensorrt", "tensorrt-rtx"]),
     default="openvino",
     show_default=True,
 )
@@ -42,7 +42,13 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Cache of photos for the ranges of int8 and fp8  [default: the training photos of the run]",
 )
-@click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt: largest batch  [default: 64]")
+@click.option("--max-batch", type=click.IntRange(min=1), help="tensorrt, tensorrt-rtx: largest batch  [default: 64]")
+@click.option(
+    "--targets",
+    metavar="SM,SM,...",
+    help="tensorrt-rtx: GPUs to build for, by compute capability: sm75, sm80, sm86, sm89, sm120, sm121  [default: sm80,"
+    "sm86,sm89,sm120]",
+)
 @click.option("--portable", is_flag=True, help="tensorrt: also run on later GPUs and in other versions; slower.")
 @click.option(
     "--weightless", is_flag=True, help="tensorrt: store no weights in the engine; they are refitted when it is loaded."
@@ -56,6 +62,7 @@ def build_engine(
     cache: Path | None,
     calibration: Path | None,
     max_batch: int | None,
+    targets: str | None,
     portable: bool,
     weightless: bool,
     as_json: bool,
@@ -67,7 +74,9 @@ def build_engine(
     they are at least 1.15 times as fast as the best of the others.
 
     openvino runs on any processor, and is the fastest there; onnxruntime is portable; aoti is compiled for this GPU or
-    processor and needs torch at runtime; tensorrt is built for this GPU and needs no torch at runtime.
+    processor and needs torch at runtime; tensorrt is built for this GPU and needs no torch at runtime; tensorrt-rtx is
+    for GPUs of workstations, and is built on any machine: where it cannot run, its graph is verified, and the engine
+    itself when it is first loaded.
 
     \b
     Example:
@@ -75,8 +84,12 @@ def build_engine(
     """
     from fastfundus.errors import require
 
-    if backend != "tensorrt" and (max_batch or portable or weightless):
-        raise click.UsageError("--max-batch, --portable and --weightless are for --backend tensorrt")
+    if backend != "tensorrt" and (portable or weightless):
+        raise click.UsageError("--portable and --weightless are for --backend tensorrt")
+    if max_batch and not backend.startswith("tensorrt"):
+        raise click.UsageError("--max-batch is for --backend tensorrt and tensorrt-rtx")
+    if targets and backend != "tensorrt-rtx":
+        raise click.UsageError("--targets is for --backend tensorrt-rtx")
     require("torch", extra="train")
     from fastfundus.cli.console import progress_bar, remark
     from fastfundus.workflow.build_engine import build_engine as build
@@ -86,9 +99,13 @@ def build_engine(
 
     options: dict[str, Any] = {}
     # Only one bar can be drawn at a time, and the quantisers of the other backends draw their own.
-    with progress_bar() if backend == "tensorrt" else nullcontext() as shown:
+    with progress_bar() if backend.startswith("tensorrt") else nullcontext() as shown:
         if shown is not None:
-            options = {"portable": portable, "weightless": weightless, "progress": _shown_steps(shown)}
+            options = {"progress": _shown_steps(shown)}
+            if backend == "tensorrt":
+                options |= {"portable": portable, "weightless": weightless}
+            if targets:
+                options["targets"] = tuple(target.strip().lower() for target in targets.split(","))
             if max_batch:
                 options["batches"] = (*(batch for batch in (1, 8, 64) if batch < max_batch), max_batch)
         bundle, report = build(
@@ -116,10 +133,16 @@ def build_engine(
             else "misses the gate"
         )
         click.echo(
-            f"{tried['precision']:<9}  {tried['images_per_s']:8.1f}  {tried['gated_difference']:16.1e}  "
+            f"{tried['precision']:<9}  {_rate(tried):>8}  {tried['gated_difference']:16.1e}  "
             f"{tried['flipped']:7}  {loss:>10}  {kept}"
         )
     click.echo(f"{output}: {backend} {report}")
+    if bundle.metadata.get("not_run"):
+        targets = ", ".join(bundle.metadata["targets"])
+        click.echo(
+            f"its graph was verified on this processor, which cannot run the engine (for {targets}); "
+            "it is verified itself when it is first loaded on such a GPU"
+        )
 
 
 def _shown_steps(shown: Progress) -> Callable[[str, int, int], None]:
@@ -134,3 +157,7 @@ def _shown_steps(shown: Progress) -> Callable[[str, int, int], None]:
             shown.remove_task(phases.pop(phase))
 
     return step
+
+
+def _rate(report: dict[str, Any]) -> str:
+    return f"{report['images_per_s']:.1f}" if report["images_per_s"] else "-"

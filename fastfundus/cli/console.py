@@ -104,6 +104,9 @@ class ProgressLines:
             left = f", {timedelta(seconds=round((self._total - self._done) / rate))} left"
         remark(f"{self._description}: {self._done:.0f}{of}, {rate:.3g}/s{left}{self._extra}")
 
+    def remove_task(self, task: int) -> None:
+        """Write no further lines on a task."""
+
     def stop(self) -> None:
         """Write no further lines."""
 

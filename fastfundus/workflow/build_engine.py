@@ -49,7 +49,7 @@ def build_engine(
         output: the bundle to write: a folder, or one file NAME.zip.
         cache: photos to verify it on; None uses the caches that the run was trained on.
         calibration: cache of photos for the ranges of 8-bit engines; None uses those the run was trained on.
-        backend: "openvino", "onnxruntime", "aoti" or "tensorrt".
+        backend: "openvino", "onnxruntime", "aoti", "tensorrt" or "tensorrt-rtx".
         precision: "auto" builds every precision that this machine computes natively and keeps the fastest that passes.
         options: further options of the backend.
 

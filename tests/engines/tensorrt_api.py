@@ -2,13 +2,15 @@
 
 The wheel can be imported without TensorRT's library if stub libraries export its few entry points. Classes, methods,
 signatures, properties and enums are then the real ones. Run as a script, this module prints them as JSON for one
-version, in a separate process because two versions cannot be loaded into the same one.
+version, given as the folder of an unpacked wheel or as the name of a module, in a separate process because two versions
+cannot be loaded into the same one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import importlib
 import inspect
 import json
 import re
@@ -180,4 +182,6 @@ class Double(types.ModuleType):
 
 
 if __name__ == "__main__":
-    json.dump(described(real_module(Path(sys.argv[1]))), sys.stdout)
+    given = Path(sys.argv[1])
+    module = real_module(given) if given.is_dir() else importlib.import_module(sys.argv[1])
+    json.dump(described(module), sys.stdout)

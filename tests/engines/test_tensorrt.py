@@ -25,7 +25,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build
+from fastfundus.engines import cuda_graph, cuda_sample, tensorrt_backend, tensorrt_build, tensorrt_rtx_backend
 from fastfundus.engines.cuda_graph import CudaGraph
 from fastfundus.engines.cuda_sample import OUTPUTS, current
 from fastfundus.engines.runtime import Blueprint
@@ -47,7 +47,9 @@ VERSIONS = Path(__file__).with_name("tensorrt_versions.txt").read_text().split()
 """TensorRT versions to test, newest first: version 11 and the last version 10."""
 # For tests that export models, which takes seconds; other tests make every TensorRT call with both versions.
 newest = pytest.mark.parametrize("api", VERSIONS[:1], indirect=True)
-SOURCES = sorted(Path(tensorrt_build.__file__).parent.glob("tensorrt_*.py"))
+SOURCES = sorted(
+    set(Path(tensorrt_build.__file__).parent.glob("tensorrt_*.py")) - {Path(tensorrt_rtx_backend.__file__)}
+)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -219,7 +221,9 @@ class World:
         def profile_shape(engine: Any, name: str, index: int) -> list[tuple[int, ...]]:
             return [(count, *shape_of(engine, name)[1:]) for count in engine._profiles[index]]
 
-        def create_context(engine: Any, strategy: Any) -> Any:
+        def create_context(engine: Any, strategy: Any = None, runtime_config: Any = None) -> Any:
+            # TensorRT for RTX takes it by its own kind of configuration.
+            strategy = strategy if runtime_config is None else runtime_config._strategy
             assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = trt.IExecutionContext.__new__(trt.IExecutionContext)
             context._engine, context._addresses = engine, {}
@@ -551,7 +555,7 @@ def test_a_bundle_is_built_proven_and_loaded(
         world.refuse = "refit"
         with pytest.raises(BundleError, match="its weights do not fit the engine"):
             bundle.load()
-    monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA A100", (8, 0)))
+    monkeypatch.setattr(tensorrt_backend, "first_gpu", lambda *_: ("NVIDIA A100", (8, 0)))
     with pytest.raises(
         BundleError, match=r"compiled for device NVIDIA H200 .*this machine has NVIDIA A100 .*--backend openvino"
     ):
@@ -590,7 +594,7 @@ def test_a_portable_bundle_loads_elsewhere(
         options={"batches": (8,), "portable": True},
     )  # fmt: skip
     assert bundle.metadata["needs"] == {}
-    monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA B200", (10, 0)))
+    monkeypatch.setattr(tensorrt_backend, "first_gpu", lambda *_: ("NVIDIA B200", (10, 0)))
     bundle.load().close()
     blueprint = Blueprint(None, trained.bundle.folder / "model.onnx", 64, np.empty(0, np.uint8), {"portible": True})
     with pytest.raises(ConfigError, match="tensorrt has no option 'portible'; did you mean 'portable'"):
@@ -599,9 +603,9 @@ def test_a_portable_bundle_loads_elsewhere(
 
 def test_precisions_are_those_of_the_gpu(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tensorrt_backend.precisions() == ("fp16", "bf16", "fp32", "int8", "fp8")
-    monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("Tesla T4", (7, 5)))
+    monkeypatch.setattr(tensorrt_backend, "first_gpu", lambda *_: ("Tesla T4", (7, 5)))
     assert tensorrt_backend.precisions() == ("fp16", "fp32", "int8")
-    monkeypatch.setattr(tensorrt_backend, "_device", lambda: ("NVIDIA A100", (8, 0)))
+    monkeypatch.setattr(tensorrt_backend, "first_gpu", lambda *_: ("NVIDIA A100", (8, 0)))
     assert tensorrt_backend.precisions() == ("fp16", "bf16", "fp32", "int8")
 
 

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": FOUNDATION,
     "training": {*FOUNDATION, "data", "kernels", "models", "photo"},
     # The torch-free runtime packs jobs in the kernels' format and compiles csrc.
-    "engines": {*FOUNDATION, "models", "kernels"},
+    "engines": {*FOUNDATION, "models", "kernels", "synthetic"},
     "dali": {*FOUNDATION, "photo", "data", "kernels", "training", "engines", "screening"},
     "pictures": set(),
     "csv_cells": set(),
@@ -71,6 +71,8 @@ NO_TORCH_MODULES |= {
     "engines.tensorrt_build",
     "engines.tensorrt_runtime",
     "engines.tensorrt_context",
+    "engines.tensorrt_rtx_backend",
+    "engines.proof",
     "kernels",
     "kernels.building",
     "kernels.host",
