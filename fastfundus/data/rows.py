@@ -57,7 +57,7 @@ def prepare_rows(
 
 def _prepare_file(path: Path, spec: PreprocessSpec) -> PreparedPhoto:
     try:
-        return prepare_isolated(read_patiently(path), spec)
+        return prepare_isolated(read_patiently(path, listed=True), spec)
     except PhotoError as error:
         return PreparedPhoto(error.status, error.reason)
 

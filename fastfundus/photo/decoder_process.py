@@ -7,6 +7,7 @@ their sizes. Nothing that a decoder sends is unpickled or executed.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -40,8 +41,8 @@ RESULT = struct.Struct("<QQ")
 KEPT_BYTES = 32 << 20
 """Shared memory that a decoder keeps from one photo to the next."""
 FORK = b"fork"
-"""Asks the launcher for a decoder; it answers with its process ID. Any other message is the ID of a process that ends,
-and is answered with its wait status; one that is negative is not answered."""
+"""Asks the launcher for a decoder; it answers with its process ID, or the negative number of an error. Another message
+is the ID of a process that ends, and is answered with its wait status; one that is negative is not answered."""
 _SPARE_BYTES = 512 << 20
 _BYTES_PER_PIXEL = 12
 """More than a decoder needs at once: the picture in 16 bits with alpha, and the result in 8 bits."""
@@ -82,8 +83,14 @@ def main(control: int) -> None:
         for process in [process for process in ending if os.waitpid(process, os.WNOHANG)[0]]:
             ending.discard(process)
             decoders.discard(process)
-        os.ftruncate(descriptors[1], KEPT_BYTES)
-        process = os.fork()
+        try:
+            os.ftruncate(descriptors[1], KEPT_BYTES)
+            process = os.fork()
+        except OSError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            channel.send(b"-%d" % (error.errno or errno.EIO))
+            continue
         if process == 0:
             channel.close()
             _serve(*descriptors)

@@ -15,7 +15,7 @@ from fastfundus.errors import PhotoError, TransientError
 from fastfundus.photo.header import MAX_BYTES
 from fastfundus.records import Status
 
-__all__ = ["PAUSES_S", "expansion_limit", "is_unmounted", "read_patiently", "read_photo", "unpacked"]
+__all__ = ["PAUSES_S", "expansion_limit", "is_unmounted", "missing_reason", "read_patiently", "read_photo", "unpacked"]
 
 PAUSES_S = (0.5, 2.0, 5.0)
 """Pauses in seconds before reading a file again when the storage has failed."""
@@ -25,8 +25,12 @@ _ALWAYS_ALLOWED = 64 << 20
 _MAX_RATIO = 20
 
 
-def read_photo(path: Path) -> bytes:
+def read_photo(path: Path, *, listed: bool = False) -> bytes:
     """Read a file, decompressing it if it is gzipped.
+
+    Args:
+        path: the file.
+        listed: whether the file was there when the work began: then it is no fault of its own that it is not any more.
 
     Raises:
         TransientError: The storage or this machine failed, or the folder of the file has vanished.
@@ -41,31 +45,55 @@ def read_photo(path: Path) -> bytes:
             if status.st_size > MAX_BYTES:
                 raise PhotoError(Status.UNSUPPORTED, f"the file is larger than {MAX_BYTES >> 20} MiB")
             data = file.readall()
-    except IsADirectoryError:
-        raise PhotoError(Status.UNREADABLE, "cannot be read: it is a folder") from None
-    except FileNotFoundError:
-        if not _has_files(path.parent):
-            raise TransientError("its folder is gone or empty; is the storage still mounted?") from None
-        raise PhotoError(Status.UNREADABLE, "file not found; check the path") from None
-    except PermissionError:
-        if not os.access(path.parent, os.X_OK):
-            raise TransientError("no permission to enter its folder; run chmod +x on it") from None
-        raise PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it") from None
     except ValueError as error:
         # A null byte in the path.
         raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({error})") from None
     except MemoryError:
         raise TransientError("there is not enough memory to read it") from None
     except OSError as error:
-        text = error.strerror or error
-        if error.errno in _OF_THE_PATH:
-            raise PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})") from None
-        raise TransientError(f"the storage failed ({text})") from None
+        raise _fault(path, error, listed) from None
     return unpacked(data)
 
 
+def missing_reason(path: Path) -> str | None:
+    """Return why a path leads to no file, before the work begins; None if it does, or if the storage is the cause."""
+    try:
+        os.stat(path)
+    except ValueError as error:
+        return f"the file cannot be read ({error})"
+    except OSError as error:
+        fault = _fault(path, error, listed=False)
+        return None if isinstance(fault, TransientError) else fault.reason
+    return None
+
+
+def _fault(path: Path, error: OSError, listed: bool) -> PhotoError:
+    """Return whether a file or something else is the cause of an error."""
+    text = error.strerror or str(error)
+    if isinstance(error, IsADirectoryError):
+        return PhotoError(Status.UNREADABLE, "cannot be read: it is a folder")
+    if isinstance(error, PermissionError):
+        if not os.access(path.parent, os.X_OK):
+            return TransientError("no permission to enter its folder; run chmod +x on it")
+        return PhotoError(Status.UNREADABLE, "no permission to read the file; run chmod +r on it")
+    if isinstance(error, FileNotFoundError):
+        if not _has_files(path.parent):
+            return TransientError("its folder is gone or empty; is the storage still mounted?")
+        if not listed:
+            return PhotoError(Status.UNREADABLE, "file not found; check the path")
+    elif error.errno not in _OF_THE_PATH:
+        return TransientError(f"the storage failed ({text})")
+    if listed:
+        return TransientError(f"it has vanished since the work began ({text}); is the storage still mounted?")
+    return PhotoError(Status.UNREADABLE, f"the file cannot be read ({text})")
+
+
 def read_patiently(
-    path: Path, *, pauses_s: Sequence[float] = PAUSES_S, wait: Callable[[float], object] = time.sleep
+    path: Path,
+    *,
+    listed: bool = False,
+    pauses_s: Sequence[float] = PAUSES_S,
+    wait: Callable[[float], object] = time.sleep,
 ) -> bytes:
     """Read a file as `read_photo` does, and again after each of some pauses while the storage fails.
 
@@ -74,10 +102,10 @@ def read_patiently(
     """
     for pause in pauses_s:
         try:
-            return read_photo(path)
+            return read_photo(path, listed=listed)
         except TransientError:
             wait(pause)
-    return read_photo(path)
+    return read_photo(path, listed=listed)
 
 
 def _has_files(folder: Path) -> bool:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import fcntl
 import functools
 import json
 import math
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from fastfundus.errors import TransientError
+from fastfundus.machine import available_memory
 from fastfundus.photo.decoder_process import FORK, JOB, KEPT_BYTES, MEMORY_BYTES, RESULT
 from fastfundus.photo.prepare import PreparedPhoto, known_of
 from fastfundus.records import FieldCircle, PhotoFacts, Status
@@ -39,6 +42,8 @@ LIMIT_S = 60.0
 """CPU time in seconds that decoding a photo may take. The slowest intact photos take two seconds."""
 _POLL_S = 0.25
 _PAUSE_S = 1.0
+_LAUNCHER_S = 60.0
+"""Time in seconds within which the launcher must answer."""
 _STALLED = 10
 """A decoder that has not answered after this many times its limit of CPU time is blocked, even on a busy machine."""
 _CODE = "import sys; sys.path[:] = {path!r}; from fastfundus.photo.decoder_process import main; main({control})"
@@ -118,7 +123,9 @@ def _attempt(
         decoder.give_up("interrupted")
         raise
     if answer is None:
-        return decoder.given_up or _fault_of(decoder.end(), decoder.waited_s, limit_s)
+        if decoder.given_up:
+            return decoder.given_up
+        return _fault_of(decoder.end(), decoder.waited_s, limit_s, decoder.memory_is_short())
     if background:
         # Only a privileged process could raise the priority again.
         decoder.leave()
@@ -132,7 +139,7 @@ def _attempt(
     return _prepared(answer)
 
 
-def _fault_of(status: int | None, waited_s: float, limit_s: float) -> _Fault:
+def _fault_of(status: int | None, waited_s: float, limit_s: float, memory_is_short: bool) -> _Fault:
     """Return what a decoder ended of, from its wait status."""
     if status is None:
         return _Fault("its decoder was killed together with the process that starts decoders")
@@ -146,6 +153,9 @@ def _fault_of(status: int | None, waited_s: float, limit_s: float) -> _Fault:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     if number not in _CRASHES:
         return _Fault(f"its decoder was killed ({name}), perhaps because memory is short")
+    if memory_is_short:
+        # Libraries that do not check whether they got memory crash.
+        return _Fault(f"its decoder crashed ({name}) while memory was short")
     return _Fault(f"it crashes the decoder ({name})", Status.UNREADABLE)
 
 
@@ -256,6 +266,10 @@ class _Decoder:
         except OSError:
             return None
 
+    def memory_is_short(self) -> bool:
+        """Return whether the system, or a limit that decoders inherit, leaves less memory than a decoder may use."""
+        return self._launcher.memory_is_short()
+
     def leave(self) -> None:
         """Close the connection, which ends the process, and do not wait for its end."""
         self._close()
@@ -275,6 +289,7 @@ class _Launcher:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.channel, theirs = _connection()
+        self.channel.settimeout(_LAUNCHER_S)
         one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         with theirs:
             code = _CODE.format(path=[os.path.abspath(entry) for entry in sys.path], control=theirs.fileno())
@@ -283,6 +298,15 @@ class _Launcher:
                 [sys.executable, "-c", code], pass_fds=[theirs.fileno()], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | one_thread,
             )  # fmt: skip
+
+    def memory_is_short(self) -> bool:
+        """See `_Decoder.memory_is_short`."""
+        free = available_memory()
+        with contextlib.suppress(OSError):
+            soft, _ = resource.prlimit(self._process.pid, resource.RLIMIT_AS)
+            if soft != resource.RLIM_INFINITY and soft < 2 * MEMORY_BYTES:
+                return True
+        return free is not None and free < MEMORY_BYTES // 4
 
     def fork(self, descriptors: list[int]) -> int:
         """Fork a decoder that owns copies of the descriptors, and return its process ID."""
@@ -302,10 +326,18 @@ class _Launcher:
             self.channel.send(b"%d" % -process)
 
     def _answer(self) -> int:
-        answer = self.channel.recv(64)
+        try:
+            answer = self.channel.recv(64)
+        except TimeoutError:
+            # Its answer might come later, and be taken for that to another question.
+            self._process.kill()
+            raise TimeoutError("the process that starts decoders does not answer; was it stopped?") from None
         if not answer:
             raise ConnectionResetError("the process that starts decoders has ended")
-        return int(answer)
+        if (number := int(answer)) < 0:
+            advice = "; raise the limit on file sizes (ulimit -f)" if -number == errno.EFBIG else ""
+            raise OSError(-number, os.strerror(-number) + advice)
+        return number
 
     def ended(self) -> bool:
         """Return whether the process has ended."""

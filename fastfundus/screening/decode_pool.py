@@ -183,7 +183,8 @@ class DecodePool:
                 # The decoder unpacks it: nothing of what a client sends may grow in this process.
                 return given
             # After a failure for good, the next files are tried only once, until the storage works again.
-            data = read_patiently(pending.source.path, pauses_s=PAUSES_S if self._storage_works else ())
+            pauses_s = PAUSES_S if self._storage_works else ()
+            data = read_patiently(pending.source.path, listed=True, pauses_s=pauses_s)
         except MemoryError:
             pending.settle(PreparedPhoto(Status.FAILED, "there is not enough memory to read it"))
             return None

@@ -16,6 +16,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastfundus.data.source import SourceList
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError
 from fastfundus.files import atomic_write
+from fastfundus.photo.file import missing_reason
 from fastfundus.records import SourcePhoto
 from fastfundus.screening.pipeline import BLOCK
 from fastfundus.screening.policy import ScreenPolicy
@@ -132,7 +134,12 @@ class Store:
         inputs, state = folder / "inputs.parquet", folder / "listing.json"
         lost = listing.lost
         if not has_inputs(self.output):
-            _put(inputs, parquet_bytes(_pack(listing.photos)))
+            table = _pack(listing.photos)
+            _put(inputs, parquet_bytes(table))
+            self.photos = [
+                photo if photo.issue == issue else replace(photo, issue=issue)
+                for photo, issue in zip(listing.photos, table["issue"], strict=True)
+            ]
             self._segments = [len(listing.photos)]
         else:
             try:
@@ -150,8 +157,9 @@ class Store:
             new = (photo for photo in listing.photos if Path(os.path.abspath(photo.path)) not in known)
             found = list(new) if noted["lost"] else []
             if found:
-                _put(inputs, parquet_bytes(pl.concat([table, _pack(found)])))
-                self.photos += found
+                more = _pack(found)
+                _put(inputs, parquet_bytes(pl.concat([table, more])))
+                self.photos += _unpack(more)
                 self._segments.append(len(found))
             if not listing.photos:
                 # The sources themselves are gone: that makes nothing that appears in them later an input.
@@ -306,6 +314,11 @@ def _pack(photos: list[SourcePhoto]) -> pl.DataFrame:
     # Absolute, because the run may be resumed in another folder.
     columns["path"] = [os.fsencode(os.path.abspath(photo.path)) for photo in photos]
     stamps = [input_stamp(photo.path) for photo in photos]
+    # What was never there has a row that says so; what vanishes later has none.
+    columns["issue"] = [
+        photo.issue or (missing_reason(photo.path) if size < 0 else None)
+        for photo, (size, _) in zip(photos, stamps, strict=True)
+    ]
     columns["bytes"], columns["mtime_ns"] = [size for size, _ in stamps], [changed for _, changed in stamps]
     return pl.DataFrame(columns, schema=_INPUTS)
 

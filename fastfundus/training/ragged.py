@@ -81,7 +81,7 @@ def sound_jpeg(data: bytes) -> PhotoHeader | None:
 def open_for_dali(path: Path) -> tuple[bytes | PhotoError, PhotoHeader | None]:
     """Return the bytes of a file, or the error on reading it; and its header if DALI can decode it (`sound_jpeg`)."""
     try:
-        data = read_photo(path)
+        data = read_photo(path, listed=True)
     except PhotoError as error:
         return error, None
     return data, sound_jpeg(data)

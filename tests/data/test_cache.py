@@ -458,10 +458,10 @@ def test_a_slow_disk_holds_up_one_photo_not_all(
     barrier = threading.Barrier(3, timeout=30)
     original = rows_module.read_patiently
 
-    def slow(path: Path) -> bytes:
+    def slow(path: Path, **options: bool) -> bytes:
         if path.name in ("p00000_left.jpg", "p00000_right.jpg", "p00001_left.jpg"):
             barrier.wait()
-        return original(path)
+        return original(path, **options)
 
     monkeypatch.setattr(rows_module, "read_patiently", slow)
     cache = build(photo_folder, tmp_path / "cache", workers=3)

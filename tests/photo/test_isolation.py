@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -106,6 +107,59 @@ def test_work_in_the_background_leaves_the_processor_to_others(good: bytes, monk
         same(prepare_isolated(good, SPEC, background=background), prepare_bytes(good, SPEC))
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert seen == [ours, 19, ours]
+
+
+def test_a_crash_while_memory_is_short_is_no_verdict(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_PAUSE_S", 0.0)
+    signal_each(monkeypatch, signal.SIGSEGV)
+    assert prepare_isolated(good, SPEC).status is Status.UNREADABLE
+    monkeypatch.setattr(isolation, "available_memory", lambda: 100 << 20)
+    with pytest.raises(TransientError, match=r"its decoder crashed \(SIGSEGV\) while memory was short"):
+        prepare_isolated(good, SPEC)
+    # A lower limit of the address space, which decoders inherit.
+    monkeypatch.setattr(isolation, "available_memory", lambda: None)
+    launcher = isolation._running()._process.pid
+    limits = resource.prlimit(launcher, resource.RLIMIT_AS)
+    resource.prlimit(launcher, resource.RLIMIT_AS, (6 << 30, limits[1]))
+    try:
+        with pytest.raises(TransientError, match="while memory was short"):
+            prepare_isolated(good, SPEC)
+    finally:
+        resource.prlimit(launcher, resource.RLIMIT_AS, limits)
+
+
+def test_a_launcher_that_was_stopped_is_replaced(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolation._forget()
+    monkeypatch.setattr(isolation, "_LAUNCHER_S", 2.0)
+    monkeypatch.setattr(isolation, "_PAUSE_S", 0.0)
+    same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
+    first = isolation._running()._process
+    for decoder in isolation._idle:
+        os.kill(decoder.process, signal.SIGKILL)
+    os.kill(first.pid, signal.SIGSTOP)
+    same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
+    assert first.poll() is not None
+    isolation._forget()
+
+
+def test_a_limit_on_file_sizes_is_named(broken_photos: Path) -> None:
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+from pathlib import Path
+from fastfundus.errors import TransientError
+from fastfundus.photo.isolation import prepare_isolated
+from fastfundus.spec import PreprocessSpec
+try:
+    prepare_isolated(Path({str(broken_photos / "good.jpg")!r}).read_bytes(), PreprocessSpec(size=64))
+except TransientError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (
+        "no decoder process can be started (File too large; raise the limit on file sizes (ulimit -f))" in done.stdout
+    )
+    assert not done.stderr
 
 
 def test_nobody_waits_for_the_end_of_a_decoder_in_the_background(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_files_that_appear_vanish_or_change_are_reported(trained: Trained, photo
             shutil.copy(photos / names[1], photos / "new.jpg")
 
     # Few photos are in flight at once, so the last one has not been read yet.
-    done = screen(trained, photos, tmp_path / "out", on_progress=meddle)
+    done = screen(trained, photos, tmp_path / "out", on_progress=meddle, accept_failed=True)
     assert done.results["path"].to_list() == names
     assert [note.split(" (")[1].rstrip(")") for note in done.notes] == [names[-1], names[0], "new.jpg"]
     assert [note.split()[2] for note in done.notes] == ["vanished", "changed", "appeared"]
@@ -272,10 +272,10 @@ def _read_with(monkeypatch: pytest.MonkeyPatch, before: Callable[[Path, int], No
     """Call `before` with the path and the number of earlier reads before each file is read."""
     count, lock, real = iter(range(10**6)), threading.Lock(), photo_file.read_photo
 
-    def read(path: Path) -> bytes:
+    def read(path: Path, *, listed: bool = False) -> bytes:
         with lock:
             before(path, next(count))
-        return real(path)
+        return real(path, listed=listed)
 
     monkeypatch.setattr(photo_file, "read_photo", read)
     monkeypatch.setattr(decode_pool, "PAUSES_S", (0.01,))
@@ -310,6 +310,39 @@ def test_a_source_that_vanishes_gets_no_verdicts(
     for name in SAME:
         assert (torn / name).read_bytes() == (whole / name).read_bytes()
     assert verify(torn).faults == []
+
+
+@pytest.mark.parametrize("fault", ["unmounted", "loop", "file"])
+def test_a_source_that_vanishes_behind_other_files_gets_no_verdicts(
+    trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None, fault: str
+) -> None:
+    """What lies under a mount point, such as NOT_MOUNTED.txt, is no proof that it is mounted."""
+    away, output = tmp_path / "away", tmp_path / "out"
+
+    def unmount(path: Path, reads: int) -> None:
+        if reads == 9:
+            photos.rename(away)
+            if fault == "unmounted":
+                photos.mkdir()
+                (photos / "NOT_MOUNTED.txt").write_text("mount the share here")
+            elif fault == "loop":
+                photos.symlink_to(photos)
+            else:
+                photos.write_text("")
+
+    with monkeypatch.context() as patch:
+        _read_with(patch, unmount)
+        with pytest.raises(FastFundusError, match=r"(?s)not finished, because \d+ inputs failed, .*still mounted"):
+            screen(trained, photos, output)
+    if fault == "unmounted":
+        (photos / "NOT_MOUNTED.txt").unlink()
+        photos.rmdir()
+    else:
+        photos.unlink()
+    away.rename(photos)
+    done = screen(trained, photos, output, resume=True)
+    assert set(done.results["status"]) == {"ok"}
+    assert done.notes == []
 
 
 def test_a_storage_error_leaves_its_photo_open(
