@@ -21,13 +21,14 @@ from fastfundus.engines.onnx_scan import external_files
 from fastfundus.engines.runtime import GRAPH, Engine, load_backend
 from fastfundus.engines.trust import check_signature, is_built_here
 from fastfundus.errors import BundleError, FastFundusError
-from fastfundus.files import hash_file
+from fastfundus.files import hash_file, open_regular, read_small
 from fastfundus.spec import PreprocessSpec, fingerprint_of
 
 __all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
 
 SCHEMA = 3
 """Version of the bundle format."""
+_MAX_DESCRIPTION_BYTES = 16 << 20
 GRAPH_BACKENDS = ("openvino", "onnxruntime")
 """Backends that can run the graph of any bundle."""
 
@@ -52,6 +53,8 @@ class Bundle:
     """Complete content of `bundle.json`."""
     folder: Path
     """Folder of its files: `path`, or the temporary folder of a single-file bundle, deleted with this object."""
+    signed_by: str | None = None
+    """Start of the hash of the public key for which a signature was required; None if none was."""
     _unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
     _allow_native_code: bool = field(default=False, repr=False, compare=False)
 
@@ -77,15 +80,18 @@ class Bundle:
         path = Path(path)
         unpacked = Unpacked(path) if is_archive(path) else None
         bundle = cls._read(path, unpacked.folder if unpacked else path, unpacked)
+        signed_by = None
         if require_signature is not None:
-            check_signature(path, bundle.fingerprint, Path(require_signature))
-        return replace(bundle, _allow_native_code=allow_native_code)
+            signed_by = check_signature(path, bundle.fingerprint, Path(require_signature))
+        return replace(bundle, signed_by=signed_by, _allow_native_code=allow_native_code)
 
     @classmethod
     def _read(cls, path: Path, folder: Path, unpacked: Unpacked | None) -> Bundle:
         try:
-            metadata = json.loads((folder / "bundle.json").read_text())
+            metadata = json.loads(read_small(folder / "bundle.json", _MAX_DESCRIPTION_BYTES))
         except FileNotFoundError:
+            if not path.exists():
+                raise BundleError(f"{path}: does not exist; give a bundle created by fastfundus build-engine") from None
             raise BundleError(
                 f"{path}: not an engine bundle (no bundle.json); create one with fastfundus build-engine"
             ) from None
@@ -127,11 +133,19 @@ class Bundle:
                 raise BundleError(f"{path}: {name} is missing; copy the whole folder or rebuild the engine")
             if hash_file(folder / name) != sha:
                 raise BundleError(f"{path}: {name} was modified after the bundle was built; rebuild it")
+        # Runtimes open files beside the one that they are given.
+        for file in folder.iterdir():
+            if file.name not in metadata["files"] and file.name != "bundle.json" and not file.name.startswith("."):
+                raise BundleError(
+                    f"{path}: contains {file.name!r}, which bundle.json does not list; do not use it, or remove that "
+                    "file if it is your own"
+                )
         for name in (metadata["engine"], metadata.get("weights")):
             if name is not None and name not in metadata["files"]:
                 raise BundleError(f"{path}: its engine file {name!r} is not listed in bundle.json; do not use it")
+        _check_kind(path, folder, metadata)
         for name in metadata["files"]:
-            if name.endswith(".onnx"):
+            if name.lower().endswith(".onnx"):
                 _check_graph(path, folder / name, metadata["files"])
         try:
             spec = PreprocessSpec.from_dict(metadata["spec"])
@@ -147,6 +161,7 @@ class Bundle:
             raise BundleError(f"{path}: has no labels; rebuild the engine")
         for name, entry in labels.items():
             _check_label(path, name, entry)
+        _check_reference(labels, metadata.get("reference"))
         thresholds = tuple(float(entry["threshold"]) for entry in labels.values())
         findings = tuple(name for name, entry in labels.items() if entry["finding"])
         return cls(
@@ -159,7 +174,7 @@ class Bundle:
             metadata["precision"],
             metadata,
             folder,
-            unpacked,
+            _unpacked=unpacked,
         )
 
     @property
@@ -217,6 +232,45 @@ class Bundle:
         return engine
 
 
+_KINDS = {
+    "openvino": (".xml", ".onnx"), "onnxruntime": (".onnx",), "aoti": (".pt2",), "tensorrt": (".plan",),
+    "tensorrt-rtx": (".plan",),
+}  # fmt: skip
+"""Endings of engine files by backend. Others are refused: runtimes guess formats by content."""
+
+
+def _check_kind(path: Path, folder: Path, metadata: dict[str, Any]) -> None:
+    """Raise if an engine is not the kind of file that its name says."""
+    name, backend = metadata["engine"], metadata["backend"]
+    if not isinstance(backend, str) or not backend.isprintable() or not backend.isascii():
+        raise TypeError(f"the backend is {backend!r}")
+    kinds = _KINDS.get(backend)
+    if kinds is None:
+        # Refused when it is loaded, with what else runs the bundle.
+        return
+    if not name.endswith(kinds):
+        raise BundleError(f"{path}: its engine file {name!r} must end in {' or '.join(kinds)}; do not use it")
+    if name.endswith(".xml"):
+        with open_regular(folder / name) as file:
+            if not file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
+                raise BundleError(f"{path}: its engine file {name!r} is not XML; do not use it")
+
+
+def _check_reference(labels: dict[str, Any], reference: Any) -> None:
+    """Raise unless the distributions with which the report compares are complete."""
+    if reference is None:
+        return
+    if strangers := set(reference["scores"]) - set(labels):
+        raise ValueError(f"the reference has scores of {min(strangers)!r}, which is no label")
+    for known in (*reference["scores"].values(), reference["quality"]):
+        if known is not None and not (
+            len(known["edges"]) == len(known["shares"]) - 1
+            and all(isinstance(value, int | float) for value in (*known["edges"], *known["shares"], known["photos"]))
+            and known["photos"] > 0
+        ):
+            raise ValueError("the reference is incomplete")
+
+
 def _check_label(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Raise unless the settings of a label can be used: they decide, and nobody would notice a wrong one."""
     for name_of, value in (("threshold", entry["threshold"]), ("temperature", entry["temperature"])):
@@ -229,6 +283,9 @@ def _check_label(path: Path, name: str, entry: dict[str, Any]) -> None:
         )
     if not 0 < temperature < float("inf"):
         raise BundleError(f"{path}: the temperature of {name!r} is {temperature}, not above 0; rebuild the engine")
+    for optional in ("target_sensitivity", "target_specificity"):
+        if not isinstance(entry.get(optional), int | float | None):
+            raise TypeError(f"the {optional} of {name!r} is {entry[optional]!r}")
     if not isinstance(entry["finding"], bool):
         raise TypeError(f"whether {name!r} is a finding is {entry['finding']!r}")
     if not name or not name.isprintable():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastfundus.engines.runtime import GRAPH, Blueprint, Engine
+from fastfundus.engines.runtime import GRAPH, Blueprint, Engine, require_size
 from fastfundus.errors import BundleError, require
 from fastfundus.machine import usable_cores
 
@@ -60,7 +60,9 @@ class OnnxRuntimeEngine(Engine):
             raise BundleError(
                 f"{file}: ONNX Runtime cannot load it ({str(error).splitlines()[0]}); rebuild it"
             ) from None
-        self._input = self._session.get_inputs()[0].name
+        entry = self._session.get_inputs()[0]
+        self._input = entry.name
+        require_size(file, entry.shape, size)
         super().__init__(size, str(file.parent))
 
     def _run(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:

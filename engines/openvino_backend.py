@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.openvino_core import shared_core
 from fastfundus.engines.quantize import quantize_openvino
-from fastfundus.engines.runtime import Blueprint, Engine
+from fastfundus.engines.runtime import Blueprint, Engine, require_size
 from fastfundus.errors import BundleError
 from fastfundus.machine import cpu_computes_bfloat16, cpu_quota, usable_cores
 
@@ -91,6 +91,9 @@ class OpenVinoEngine(Engine):
             config["INFERENCE_NUM_THREADS"] = usable_cores()
         try:
             model = core.read_model(file)
+            require_size(
+                file, [dim.get_length() if dim.is_static else None for dim in model.input(0).partial_shape], size
+            )
             # A fixed batch size of one lets the compiler plan memory; photos are distributed over streams.
             model.reshape([1, size, size, 3])
             self._model: Any = core.compile_model(model, "CPU", config)

@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ __all__ = [
     "load_backend",
     "processor",
     "require_needs",
+    "require_size",
 ]
 
 BACKENDS = ("openvino", "onnxruntime", "aoti", "tensorrt", "tensorrt-rtx")
@@ -213,6 +215,21 @@ def require_needs(folder: Path, wanted: dict[str, str], here: dict[str, str]) ->
                 f"{folder}: compiled for {name} {value}, but this machine has {here.get(name, 'unknown')}; rebuild it "
                 "here from its run, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
             )
+
+
+def require_size(file: Path, shape: Sequence[Any], size: int) -> None:
+    """Raise if a graph was made for photos of another size; runtimes would change it silently.
+
+    Args:
+        file: file of the graph.
+        shape: shape of its input, [N, S, S, 3]; dimensions that are free are not integers.
+        size: side of the photos in pixels.
+
+    Raises:
+        BundleError: they differ.
+    """
+    if len(shape) != 4 or any(type(side) is int and side != size for side in shape[1:3]):
+        raise BundleError(f"{file}: was made for photos of shape {list(shape)}, not of {size} pixels; do not use it")
 
 
 def load_backend(name: str, folder: Path, metadata: dict[str, Any]) -> Engine:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from fastfundus.errors import BundleError, ConfigError, require
-from fastfundus.files import atomic_write
+from fastfundus.files import atomic_write, read_small
 
 __all__ = ["check_signature", "is_built_here", "note_built_here", "sign", "signature_file"]
 
@@ -71,8 +72,8 @@ def sign(bundle: Path, fingerprint: str, key: Path) -> Path:
     return file
 
 
-def check_signature(bundle: Path, fingerprint: str, key: Path) -> None:
-    """Check the signature of a bundle.
+def check_signature(bundle: Path, fingerprint: str, key: Path) -> str:
+    """Check the signature of a bundle, and return the first 16 hex digits of the SHA-256 of the public key.
 
     Args:
         bundle: path of the bundle.
@@ -89,27 +90,39 @@ def check_signature(bundle: Path, fingerprint: str, key: Path) -> None:
     exceptions: Any = require("cryptography.exceptions", extra="sign")
     file = signature_file(bundle)
     try:
-        signature = base64.b64decode(file.read_bytes().strip(), validate=True)
+        signature = base64.b64decode(read_small(file, 4096).strip(), validate=True)
         public.verify(signature, _MESSAGE + fingerprint.encode())
     except FileNotFoundError:
         raise BundleError(f"{bundle}: is not signed ({file.name} is missing); sign it with fastfundus sign") from None
     except (OSError, binascii.Error, exceptions.InvalidSignature):
         raise BundleError(
-            f"{bundle}: the signature in {file.name} was not made for this bundle with the key of {key}; do not use it"
+            f"{bundle}: the signature in {file.name} was not made for this bundle with the key of {key}; do not use "
+            "it; if you have rebuilt it since, sign it again"
         ) from None
+    raw = public.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).hexdigest()[:16]
 
 
 def _serialization() -> Any:
     return require("cryptography.hazmat.primitives.serialization", extra="sign")
 
 
+_ADVICE = {
+    "Ed25519PrivateKey": "make one with openssl genpkey -algorithm ed25519 -out key.pem",
+    "Ed25519PublicKey": "make it from the private key with openssl pkey -in key.pem -pubout -out key.pub",
+}
+
+
 def _load(load: Any, key: Path, kind: str, **options: Any) -> Any:
     try:
-        loaded = load(key.read_bytes(), **options)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: has no {kind} in PEM format ({str(error).splitlines()[0]})") from None
+        loaded = load(read_small(key, 65536), **options)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot be read ({error.strerror or error}); give a key file in PEM format") from None
+    except (ValueError, TypeError) as error:
+        advice = _ADVICE[kind]
+        raise ConfigError(f"{key}: has no {kind} in PEM format ({str(error).splitlines()[0]}); {advice}") from None
     if not isinstance(
         loaded, getattr(require("cryptography.hazmat.primitives.asymmetric.ed25519", extra="sign"), kind)
     ):
-        raise ConfigError(f"{key}: has a {type(loaded).__name__}, but an {kind} is needed")
+        raise ConfigError(f"{key}: contains another kind of key ({type(loaded).__name__}, not {kind}); {_ADVICE[kind]}")
     return loaded

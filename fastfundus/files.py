@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from fastfundus.errors import ConfigError
 
-__all__ = ["atomic_write", "hash_file", "refuse_mount_point", "sync", "sync_folder"]
+__all__ = ["atomic_write", "hash_file", "open_regular", "read_small", "refuse_mount_point", "sync", "sync_folder"]
 
 
 @contextmanager
@@ -63,6 +66,32 @@ def refuse_mount_point(output: Path) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hex digits."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a regular file as 64 hex digits."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_small(path: Path, max_bytes: int = 64 << 20) -> bytes:
+    """Read a regular file that may come from anywhere.
+
+    Raises:
+        OSError: it is missing, is not a regular file, or is larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
+    return data
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file to read: a pipe without a writer would be waited for, and a device might never end.
+
+    Raises:
+        OSError: it is missing or not a regular file.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return file

@@ -6,6 +6,7 @@ Results go to stdout, progress and notes to stderr. Exit codes: 0 for success, 1
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -53,10 +54,11 @@ class _Group(click.Group):
         except FastFundusError as error:
             raise click.ClickException(printable(str(error))) from error
         except OSError as error:
-            # Without a path, such as a broken pipe, it says nothing about what the user gave.
-            if error.filename is None:
+            if error.errno == errno.EPIPE:
                 raise
-            text = f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+            # Without a path, it is the terminal, or whatever stands in for it.
+            text = f"{error.filename or 'standard output'}: {error.strerror or error}; check the path, its permissions "
+            text += "and the free space"
             raise click.ClickException(printable(text)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:

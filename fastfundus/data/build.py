@@ -16,7 +16,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -30,11 +29,11 @@ from fastfundus.data.duplicates import write_duplicates
 from fastfundus.data.journal import cut_lines, journal_rows, locked, mend_journal
 from fastfundus.data.manifest import write_manifest
 from fastfundus.data.rows import FACTS, Preparer, Row, file_stamp, identified, prepare_rows
+from fastfundus.data.source import mark_missing
 from fastfundus.data.store import PhotoStore, not_written
 from fastfundus.errors import DataError
 from fastfundus.files import atomic_write, refuse_mount_point, sync, sync_folder
 from fastfundus.machine import usable_cores
-from fastfundus.photo.file import missing_reason
 from fastfundus.photo.memory import keep_memory
 from fastfundus.records import PhotoFacts, SourcePhoto, Status
 from fastfundus.spec import PreprocessSpec
@@ -154,24 +153,18 @@ class _Build:
         self.partial = partial_folder(output)
         self.finished = 0
         # Found before the first photo is read: what vanishes later is no fault of its own.
-        self.missing = {
-            index: reason
-            for index, photo in enumerate(self.photos)
-            if self.source_rows[index] < 0 and photo.issue is None and (reason := missing_reason(photo.path))
-        }
+        fresh = np.flatnonzero(self.source_rows < 0)
+        marked = zip(fresh, mark_missing(self.photos[index] for index in fresh), strict=True)
+        self.missing = {int(index): photo for index, photo in marked if photo is not self.photos[index]}
         where = output if self.extends else self.partial
         self.store = PhotoStore(where, spec.size, photos_per_file(spec.size))
         self._begin()
 
     def prepare(self, indices: list[int]) -> list[Row]:
         """Return rows and pixels of photos, copied from the previous cache where a rebuild finds them unchanged."""
-        fresh = [self._listed(index) for index in indices if self.source_rows[index] < 0]
+        fresh = [self.missing.get(index, self.photos[index]) for index in indices if self.source_rows[index] < 0]
         rows = iter(prepare_rows(fresh, self.spec, self.salt, self.preparer))
         return [next(rows) if self.source_rows[index] < 0 else self._taken_over(index) for index in indices]
-
-    def _listed(self, index: int) -> SourcePhoto:
-        photo = self.photos[index]
-        return replace(photo, issue=self.missing[index]) if index in self.missing else photo
 
     def _taken_over(self, index: int) -> Row:
         assert self.previous is not None

@@ -17,6 +17,7 @@ import polars as pl
 
 from fastfundus.data.store import SHARD_BYTES, CheckedPhotos, PhotoArray, checksum_of, open_photos
 from fastfundus.errors import ConfigError, DataError, PhotoError
+from fastfundus.files import read_small
 from fastfundus.photo.file import read_photo
 from fastfundus.spec import PreprocessSpec
 
@@ -107,11 +108,10 @@ class PhotoCache:
             raise DataError(f"{what}; {hint}", path=path)
         try:
             metadata = _Metadata.read(path)
-            manifest = pl.read_parquet(path / "manifest.parquet", memory_map=False)
-            if missing := MANIFEST_COLUMNS.keys() - set(manifest.columns):
-                raise ValueError(f"manifest.parquet: has no column {min(missing)!r}")
+            manifest = _read_parquet(path / "manifest.parquet")
+            _check_manifest(manifest)
             photos = open_photos(path, len(manifest), metadata.spec.size, metadata.photos_per_file)
-        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        except (OSError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
             raise DataError(f"is damaged ({error}); delete it and prepare it again", path=path) from None
         photos = CheckedPhotos(photos, manifest["pixels_crc32"].to_list(), manifest["path"].to_list(), path)
         return cls(
@@ -125,7 +125,13 @@ class PhotoCache:
 
     def duplicates(self) -> pl.DataFrame:
         """Return duplicates and near duplicates among photos of different patients, with `DUPLICATE_COLUMNS`."""
-        pairs = pl.read_parquet(self.path / "duplicates.parquet", memory_map=False)
+        try:
+            pairs = _read_parquet(self.path / "duplicates.parquet")
+            if {name: pairs.schema.get(name) for name in DUPLICATE_COLUMNS} != DUPLICATE_COLUMNS:
+                raise ValueError("duplicates.parquet: has other columns")
+        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"is damaged ({reason}); delete it and prepare it again", path=self.path) from None
         # A build that is just finishing may have written its pairs before its manifest.
         return pairs.filter(pl.col("row_b") < len(self.manifest))
 
@@ -152,6 +158,21 @@ class PhotoCache:
             yield f"{name}: {error.reason}"
 
 
+def _read_parquet(file: Path) -> pl.DataFrame:
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    return pl.read_parquet(file, memory_map=False)
+
+
+def _check_manifest(manifest: pl.DataFrame) -> None:
+    for name, kind in MANIFEST_COLUMNS.items():
+        if manifest.schema.get(name) != kind:
+            raise ValueError(f"manifest.parquet: its column {name!r} is {manifest.schema.get(name) or 'missing'}")
+    for name in ("path", "status", "patient"):
+        if manifest[name].null_count():
+            raise ValueError(f"manifest.parquet: its column {name!r} is incomplete")
+
+
 _TYPES = {"source": str, "salted": str | None, "photos_per_file": int, "origins": dict, "notes": list}
 
 
@@ -176,7 +197,7 @@ class _Metadata:
             ValueError: it is not JSON, lacks a value, or has one of the wrong type.
         """
         try:
-            stored = json.loads((path / "spec.json").read_text())
+            stored = json.loads(read_small(path / "spec.json"))
             if stored.get("schema") != SCHEMA:
                 raise DataError(
                     f"has schema {stored.get('schema')}, this version reads {SCHEMA}; prepare it again into a new "
@@ -184,7 +205,10 @@ class _Metadata:
                     path=path,
                 )
             # Caches of earlier versions also stored a mean and std, which belong to the model.
-            spec = PreprocessSpec.from_dict(stored["spec"]).pixels
+            whole = PreprocessSpec.from_dict(stored["spec"])
+            spec = whole.pixels
+            if stored.get("fingerprint") not in (whole.fingerprint, spec.fingerprint):
+                raise ValueError("its settings do not have its fingerprint")
             stored = {"origins": {}, "notes": []} | stored
             for name, kind in _TYPES.items():
                 if not isinstance(stored[name], kind) or stored[name] is True:

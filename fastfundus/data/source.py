@@ -19,6 +19,7 @@ from fastfundus.data.people import note_crowded_patients, people_from_names
 from fastfundus.data.tables import TABLE_SUFFIXES
 from fastfundus.errors import DataError
 from fastfundus.identifiers import EyeName
+from fastfundus.photo.file import missing_reason
 from fastfundus.records import PHOTO_SUFFIXES, SourcePhoto, utf8_name
 
 __all__ = ["LAYOUTS", "SourceList", "list_photos"]
@@ -174,6 +175,14 @@ def _list_data_set(listing: SourceList, files: list[str], adapter: str) -> bool:
 def _common_root(paths: list[Path]) -> Path:
     folders = [str((path if path.is_dir() else path.parent).absolute()) for path in paths]
     return Path(os.path.commonpath(folders)) if folders else Path.cwd()
+
+
+def mark_missing(photos: Iterable[SourcePhoto]) -> list[SourcePhoto]:
+    """Return photos with an issue where there is no file: what vanishes later has none."""
+    return [
+        replace(photo, issue=reason) if photo.issue is None and (reason := missing_reason(photo.path)) else photo
+        for photo in photos
+    ]
 
 
 def _key(path: Path) -> str:

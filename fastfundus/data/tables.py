@@ -11,6 +11,7 @@ import csv
 import io
 import re
 import stat
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fastfundus.errors import DataError, require
+from fastfundus.files import read_small
+from fastfundus.photo.file import expansion_limit
 
 __all__ = ["TABLE_SUFFIXES", "UNKNOWN", "RawTable", "read_cells", "read_text"]
 
@@ -27,6 +30,8 @@ UNKNOWN = frozenset({"", "nan", "na", "n/a", "#n/a", "none", "null", "?", "<na>"
 """Lower-case texts of cells that denote an unknown value."""
 _DELIMITERS = ",;\t|"
 _MAX_COLUMNS = 5_000
+_MAX_BYTES = 1 << 30
+"""A million photos with a hundred columns need a third of it."""
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -102,7 +107,7 @@ def read_text(path: Path) -> tuple[str, list[str]]:
         if not stat.S_ISREG(path.stat().st_mode):
             # Reading a pipe would wait for its writer.
             raise DataError("is not a regular file; give a table or a list", path=path)
-        data = path.read_bytes()
+        data = read_small(path, _MAX_BYTES)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); check the path", path=path) from None
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None)
@@ -134,6 +139,10 @@ def _read_workbook(path: Path) -> RawTable:
     openpyxl = require("openpyxl", extra="train")
     notes: list[str] = []
     try:
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(entry.file_size for entry in archive.infolist())
+        if expanded > expansion_limit(path.stat().st_size):
+            raise ValueError(f"it expands to {expanded >> 20} MiB")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
         sheets = book.worksheets
         rows = [[_cell_text(cell) for cell in row[:_MAX_COLUMNS]] for row in sheets[0].iter_rows()]
@@ -143,7 +152,8 @@ def _read_workbook(path: Path) -> RawTable:
         book.close()
     except Exception as error:
         # openpyxl lets exceptions of its zip and XML readers through.
-        raise DataError(f"cannot be read as an Excel workbook ({error}); save it as CSV UTF-8", path=path) from None
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"cannot be read as an Excel workbook ({reason}); save it as CSV UTF-8", path=path) from None
     lines = [(number, cells) for number, cells in enumerate(rows, start=1) if any(map(str.strip, cells))]
     return RawTable(lines, notes=notes)
 

@@ -15,7 +15,7 @@ from fastfundus.errors import CheckpointError
 from fastfundus.files import hash_file
 from fastfundus.models.guard import Guard, GuardModel, Penultimate, fit_guard_model
 from fastfundus.training.predict import forward_batches
-from fastfundus.training.run import Run, run_file
+from fastfundus.training.run import Run, read_table, run_file
 
 __all__ = ["MIN_GUARD_PHOTOS", "REFUSED_SHARE", "fit_guard", "load_guard"]
 
@@ -95,7 +95,7 @@ def load_guard(run: Run, entry: dict[str, Any] | None) -> Guard | None:
 
 
 def _training_rows(run: Run, cache: PhotoCache) -> NDArray[np.int64]:
-    splits = pl.read_parquet(run.path / "splits.parquet").filter(pl.col("split") == "train")
+    splits = read_table(run.path, "splits.parquet").filter(pl.col("split") == "train")
     rows = cache.manifest.select("path", "sha256").with_row_index("row")
     # A photo that has left the cache is one of many here.
     return splits.join(rows, on=["path", "sha256"], how="inner")["row"].unique().sort().to_numpy().astype(np.int64)

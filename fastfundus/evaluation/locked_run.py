@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.errors import CheckpointError
-from fastfundus.files import atomic_write, hash_file
+from fastfundus.files import atomic_write, hash_file, read_small
 from fastfundus.spec import fingerprint_of
-from fastfundus.training.run import Run, learned_before, learned_photos
+from fastfundus.training.run import Run, learned_before, learned_photos, read_table
 
 __all__ = [
     "Measured", "is_locked", "read_operating_point", "rows_by_split", "rows_to_measure", "weights_hash",
@@ -108,14 +108,18 @@ def read_operating_point(run: Run) -> dict[str, Any]:
         CheckpointError: the file is missing or has another schema, or it or the weights changed after locking.
     """
     file = run.path / _FILE
+    anew = f"remove {_FILE} and finish the run again: fastfundus train ... --resume"
     try:
-        document: dict[str, Any] = json.loads(file.read_text())
+        document: dict[str, Any] = json.loads(read_small(file))
+        schema, locked = document.get("schema"), document.get("lock")
+        same = schema == SCHEMA and locked == _lock(run, document["labels"], document.get("guard"))
     except FileNotFoundError:
         raise CheckpointError(f"{run.path} has no {_FILE}; finish the run: fastfundus train ... --resume") from None
-    anew = f"remove {_FILE} and finish the run again: fastfundus train ... --resume"
-    if document.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file} has schema {document.get('schema')}, this FastFundus reads {SCHEMA}; {anew}")
-    if document["lock"] != _lock(run, document["labels"], document.get("guard")):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: is damaged ({error}); {anew}") from None
+    if schema != SCHEMA:
+        raise CheckpointError(f"{file} has schema {schema}, this FastFundus reads {SCHEMA}; {anew}")
+    if not same:
         raise CheckpointError(
             f"{file}: the thresholds, the temperatures or the run's weights were changed after they were locked; {anew}"
         )
@@ -125,7 +129,7 @@ def read_operating_point(run: Run) -> dict[str, Any]:
 def rows_by_split(run: Run, cache: PhotoCache) -> dict[str, NDArray[np.int64]]:
     """Return the rows of the run's validation and test photos in its cache."""
     cache.spec.require_same(run.spec, mine=f"the cache {cache.path}", theirs=f"the run {run.path}")
-    splits = pl.read_parquet(run.path / "splits.parquet")
+    splits = read_table(run.path, "splits.parquet")
     place = {(path, sha): row for row, (path, sha) in enumerate(cache.manifest.select("path", "sha256").iter_rows())}
     result = {}
     for name in ("val", "test"):

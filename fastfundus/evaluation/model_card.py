@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import polars as pl
-
 from fastfundus import __version__
 from fastfundus.data.split import side_counts
 from fastfundus.evaluation.figures import METRIC_NAMES, differences, prevalence_of
 from fastfundus.evaluation.locked_run import read_operating_point, weights_hash
 from fastfundus.records import interval_text
-from fastfundus.training.run import Run
+from fastfundus.training.run import Run, read_table
 
 __all__ = ["model_card"]
 
@@ -99,10 +97,10 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _data(run: Run) -> Iterator[str]:
-    splits = pl.read_parquet(run.path / "splits.parquet")
+    splits = read_table(run.path, "splits.parquet")
     sides = ", ".join(f"{count} {side}" for side, count in side_counts(splits["split"]).items())
     yield f"- From {', '.join(f'`{path.name}`' for path in run.caches)}; photos: {sides}. No patient is in two splits."
-    table = pl.read_parquet(run.path / "predictions.parquet")
+    table = read_table(run.path, "predictions.parquet")
     for name in run.labels:
         known = table[f"label_{name}"].drop_nulls()
         yield f"- `{name}`: {int(known.sum())} of {len(known)} validation and test photos are positive."

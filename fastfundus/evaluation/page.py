@@ -17,7 +17,7 @@ from fastfundus.pages import write_page
 from fastfundus.pictures import as_svg, thumbnail
 from fastfundus.records import interval_text
 from fastfundus.training.precision import describe_precision
-from fastfundus.training.run import Run
+from fastfundus.training.run import Run, read_table
 
 __all__ = ["write_run_page"]
 
@@ -32,7 +32,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         cache: the run's own cache, for pictures of wrong decisions.
     """
     document = read_operating_point(run)
-    table = pl.read_parquet(run.path / "predictions.parquet")
+    table = read_table(run.path, "predictions.parquet")
     history = pl.read_csv(run.path / "metrics.csv")
     vessels = run.config.task == "vessels"
     test = table.filter(pl.col("split") == "test")
@@ -48,7 +48,7 @@ def write_run_page(run: Run, cache: PhotoCache) -> None:
         decision=None if vessels else decision_curves(test, run.labels),
         rows=[_row(name, point) for name, point in document["labels"].items()],
         overall=document["overall"]["test"],
-        counts=side_counts(pl.read_parquet(run.path / "splits.parquet")["split"]).items(),
+        counts=side_counts(read_table(run.path, "splits.parquet")["split"]).items(),
         worst=_worst(test, document["labels"], cache, vessels),
         vessels=vessels,
         text=interval_text,

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import polars as pl
 
 from fastfundus.csv_cells import csv_text
 from fastfundus.errors import DataError, PhotoError
-from fastfundus.files import hash_file
+from fastfundus.files import hash_file, read_small
 from fastfundus.photo.file import read_photo
 from fastfundus.records import Status, bytes_of_name
 from fastfundus.screening.audit_log import START, chain_link, log_lines
@@ -41,14 +42,18 @@ class Verification:
     head: str = START
     """Chain value of the last line: kept elsewhere, it proves that nobody has made a new chain."""
     faults: list[str] = field(default_factory=list)
+    more_faults: int = 0
+    """Number of further faults, which are not listed."""
 
     def note(self, fault: str) -> None:
         """Add a fault; only the first 100 are kept."""
         if len(self.faults) < 100:
             self.faults.append(fault)
+        else:
+            self.more_faults += 1
 
 
-def verify(output: Path, *, files: bool = False, head: str | None = None) -> Verification:
+def verify(output: Path, *, files: bool = False, head: str | None = None, mirror: Path | None = None) -> Verification:
     """Verify a results folder by recomputing its contents.
 
     Checks the hash chain of the log; every decision, from the recorded probabilities and thresholds; the results, eye
@@ -59,10 +64,24 @@ def verify(output: Path, *, files: bool = False, head: str | None = None) -> Ver
         output: a finished results folder.
         files: read every input file again and check its hash.
         head: chain value that the last line must have, as the screening printed it.
+        mirror: the second file of the log, which must have the same content.
 
     Raises:
-        DataError: the folder has no log or no finished results, or the log cannot be read.
+        DataError: the folder has no log or no finished results, or they cannot be read.
     """
+    try:
+        found = _verified(output, files, head)
+        if mirror is not None and hash_file(mirror) != hash_file(output / "audit.jsonl"):
+            sizes = f"{mirror.stat().st_size} and {(output / 'audit.jsonl').stat().st_size} bytes"
+            found.note(f"{mirror}: is not a copy of audit.jsonl ({sizes})")
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, pl.exceptions.PolarsError) as error:
+        # Anything may have been written there, with a chain that fits.
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"has a missing or wrong value ({reason}); it was modified", path=output) from None
+
+
+def _verified(output: Path, files: bool, head: str | None) -> Verification:
     log = output / "audit.jsonl"
     for needed in (log, output / "results.parquet"):
         if not needed.is_file():
@@ -88,7 +107,10 @@ def verify(output: Path, *, files: bool = False, head: str | None = None) -> Ver
             if line["event"] == "start":
                 start, policy, inputs = line, ScreenPolicy(**line["policy"]), line["inputs"]
             elif line["event"] == "resume":
-                inputs = line.get("inputs", inputs)
+                # After a crash between the end of the log and that of the run, there are two ends.
+                inputs, end = line.get("inputs", inputs), None
+            elif end is not None:
+                found.note(f"audit.jsonl, line {number}: follows the end of the run")
             elif line["event"] == "photo":
                 found.rows += 1
                 if start is None:
@@ -101,7 +123,7 @@ def verify(output: Path, *, files: bool = False, head: str | None = None) -> Ver
                 f"lacks a value or has a wrong one ({error}); the log was modified", path=log, row=number
             ) from None
     _check_counts(output, found, len(results), inputs, end)
-    _check_identity(output, start or {}, found)
+    _check_identity(output, start or {}, end or {}, found)
     if head is not None and head != found.head:
         found.note(f"audit.jsonl: its head is {found.head}, not {head}; the log is another one, or not complete")
     _check_tables(output, results, policy, found)
@@ -129,16 +151,25 @@ def _check_counts(output: Path, found: Verification, results: int, inputs: int, 
             found.note("masks: some are missing, were added or modified")
 
 
-def _check_identity(output: Path, start: dict[str, Any], found: Verification) -> None:
+_IDENTITY = {"fastfundus", "bundle", "backend", "precision", "spec", "decode", "policy", "sources"}
+"""What `run.json` repeats of the start of every log."""
+_FINISH_S = 60
+"""Largest difference in seconds between the ends in log and `run.json`; earlier versions wrote it a moment later."""
+
+
+def _check_identity(output: Path, start: dict[str, Any], end: dict[str, Any], found: Verification) -> None:
     """Check that the state of the folder is that of the run in the log."""
     try:
-        state = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        finished, identity = state["finished"] is not None, dict(state["identity"])
+        state = json.loads(read_small(output / "run.json"))
+        identity = dict(state["identity"])
+        apart = datetime.fromisoformat(state["finished"]) - datetime.fromisoformat(end.get("time", state["finished"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        finished, identity = False, {}
-    if not finished:
-        found.note("run.json: does not say that the run has finished")
-    if differing := [name for name, value in identity.items() if start.get(name) != value]:
+        found.note("run.json: is damaged, or does not say that the run has finished")
+        return
+    if not 0 <= apart.total_seconds() <= _FINISH_S:
+        found.note("run.json: says another time of the end than the log")
+    names = sorted({*identity, *_IDENTITY})
+    if differing := [name for name in names if name not in identity or start.get(name) != identity[name]]:
         found.note(f"run.json: differs from the start of the log in {', '.join(map(str, differing))}")
 
 

@@ -56,8 +56,6 @@ class AuditLog:
                 self.head = line["chain"]
                 self.rows += line["event"] == "photo"
         if mirror is not None:
-            if mirror.resolve() == path.resolve():
-                raise DataError("is the audit log itself; give --audit-mirror another file", path=mirror)
             try:
                 _catch_up(path, mirror)
             except OSError as error:
@@ -80,26 +78,38 @@ class AuditLog:
         """True if no event has ever been written."""
         return self.head == START
 
-    def write(self, event: str, **facts: Any) -> None:
-        """Append one event with the current time. It may stay in memory until `flush`."""
+    def write(self, event: str, **facts: Any) -> str:
+        """Append one event with the current time, which is returned. It may stay in memory until `flush`."""
         whole = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **facts}
         self.head = chain_link(self.head, whole)
         self.rows += event == "photo"
         text = json.dumps({**whole, "chain": self.head}, ensure_ascii=False) + "\n"
         for file in self._files:
-            file.write(text)
+            with _named(file.name):
+                file.write(text)
+        return str(whole["time"])
 
     def flush(self) -> None:
         """Write all buffered events to disk."""
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+            with _named(file.name):
+                file.flush()
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files. Unflushed events that a full disk cannot hold are dropped; they were never guaranteed."""
         for file in self._files:
             with contextlib.suppress(OSError):
                 file.close()
+
+
+@contextlib.contextmanager
+def _named(file: str) -> Iterator[None]:
+    """Add the name of a file to errors, because the log and its mirror may lie on different disks."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file) from None
 
 
 def log_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -131,7 +141,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _catch_up(path: Path, mirror: Path) -> None:
     """Append to a mirror what the log has and it lacks, such as after a crash between the two."""
     check_mirror(path, mirror)
-    mirror.parent.mkdir(parents=True, exist_ok=True)
     mirror.touch()
     with mirror.open("rb+") as copy, contextlib.ExitStack() as stack:
         copy.truncate(min(mirror.stat().st_size, path.stat().st_size if path.is_file() else 0))
@@ -151,8 +160,17 @@ def check_mirror(path: Path, mirror: Path, *, fresh: bool = False) -> None:
         fresh: whether the log will be deleted, so that the mirror must be empty.
 
     Raises:
-        DataError: the mirror contains something else.
+        DataError: the mirror contains something else, lies among the results, or its folder does not exist.
     """
+    if mirror.resolve().is_relative_to(path.parent.resolve()) or (
+        path.exists() and mirror.exists() and mirror.samefile(path)
+    ):
+        raise DataError(
+            "is no second place for the audit log; give --audit-mirror a file on other storage", path=mirror
+        )
+    if not mirror.parent.is_dir():
+        # To make it would write to the local disk what belongs on a share.
+        raise DataError("its folder does not exist; is the storage mounted? If it is, create the folder", path=mirror)
     if not mirror.exists() or mirror.is_dir():
         return
     log_size, size = path.stat().st_size if path.is_file() and not fresh else 0, mirror.stat().st_size
@@ -165,6 +183,7 @@ def check_mirror(path: Path, mirror: Path, *, fresh: bool = False) -> None:
                 left -= 1 << 20
     if not same:
         raise DataError(
-            f"is not a copy of {path}; give another --audit-mirror, or find out which of the two was modified",
+            f"is not a copy of {path}; give another --audit-mirror if it belongs to another run, otherwise find out "
+            "which of the two was modified",
             path=mirror,
         )

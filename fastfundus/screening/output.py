@@ -17,7 +17,6 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from fastfundus.csv_cells import csv_text
 from fastfundus.data.source import SourceList
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError
-from fastfundus.files import atomic_write
+from fastfundus.files import atomic_write, read_small
 from fastfundus.photo.file import missing_reason
 from fastfundus.records import SourcePhoto
 from fastfundus.screening.pipeline import BLOCK
@@ -68,6 +67,9 @@ def _put(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+_OPTIONS = {"signed_by": "--require-signature"}
+
+
 class Store:
     """A new or resumed output folder. The caller must hold its lock.
 
@@ -77,6 +79,7 @@ class Store:
         sources: the paths given by the user.
         bundle: the bundle that screens them.
         policy: the policy that makes the decisions.
+        mirror: second file for the audit log; None writes none.
         decode: the decoder: "cpu" or "dali", whose grey levels differ slightly.
         resume: resume an unfinished run.
         overwrite: delete the output of an earlier run.
@@ -98,8 +101,10 @@ class Store:
         decode: str = "cpu",
         resume: bool = False,
         overwrite: bool = False,
+        mirror: Path | None = None,
     ) -> None:
         self.output, self.bundle, self.policy = output, bundle, policy
+        self._mirror = None if mirror is None else str(mirror.absolute())
         self.identity = {
             "fastfundus": __version__,
             "bundle": bundle.fingerprint,
@@ -109,12 +114,17 @@ class Store:
             "decode": decode,
             "policy": policy.to_dict(),
             "sources": [str(source.absolute()) for source in sources],
+            "signed_by": bundle.signed_by,
         }
         output.mkdir(parents=True, exist_ok=True)
         self.finished = False
         earlier = self._earlier()
         if earlier is not None and resume and not overwrite:
             self._same_as(earlier["identity"])
+            if earlier["mirror"] is not None and mirror is None:
+                raise ConfigError(
+                    f"{output}: its audit log is mirrored to {earlier['mirror']}; add --audit-mirror with that file"
+                )
             self.finished = earlier["finished"] is not None
         else:
             self._make_room(earlier, overwrite)
@@ -123,7 +133,7 @@ class Store:
             return
         self.photos = listing.photos
         """The inputs, in the order of the results: photos of folders that only a resumed run could list come last."""
-        if earlier is None or not resume or overwrite:
+        if earlier is None or not resume or overwrite or earlier["mirror"] != self._mirror:
             self._note(None)
         self._list_inputs(listing)
 
@@ -183,17 +193,20 @@ class Store:
         if not path.is_file():
             return None
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            return {"identity": state["identity"], "finished": state["finished"]}
-        except (ValueError, KeyError, TypeError):
+            state = json.loads(read_small(path))
+            identity, mirror = dict(state["identity"]), state.get("mirror")
+            if not isinstance(mirror, str | None):
+                raise TypeError(mirror)
+            return {"identity": identity, "finished": state["finished"], "mirror": mirror}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise DataError("was not written by a screening run; choose another --output", path=path) from None
 
     def _same_as(self, earlier: dict[str, Any]) -> None:
         for name, value in self.identity.items():
             if earlier.get(name) != value:
                 raise ConfigError(
-                    f"{self.output}: was started with another {name} ({earlier.get(name)}, now {value}); resume with "
-                    "the original settings, or choose another --output"
+                    f"{self.output}: was started with another {_OPTIONS.get(name, name)} ({earlier.get(name)}, now "
+                    f"{value}); resume with the original settings, or choose another --output"
                 )
 
     def _make_room(self, earlier: dict[str, Any] | None, overwrite: bool) -> None:
@@ -215,7 +228,7 @@ class Store:
                 path.unlink()
 
     def _note(self, finished: str | None) -> None:
-        state = {"identity": self.identity, "finished": finished}
+        state = {"identity": self.identity, "mirror": self._mirror, "finished": finished}
         _put(self.output / "run.json", (json.dumps(state, indent=1, ensure_ascii=False) + "\n").encode())
 
     @property
@@ -290,9 +303,9 @@ class Store:
                 partial.write_text(csv_text(table), encoding="utf-8", newline="")
         return results
 
-    def finish(self) -> None:
-        """Mark the run as finished and remove its progress folder."""
-        self._note(datetime.now(UTC).isoformat(timespec="seconds"))
+    def finish(self, when: str) -> None:
+        """Mark the run as finished at the time of the last event of its log, and remove its progress folder."""
+        self._note(when)
         shutil.rmtree(self.output / "progress", ignore_errors=True)
 
     def results(self) -> pl.DataFrame:

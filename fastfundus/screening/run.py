@@ -106,17 +106,30 @@ def screen_to_folder(
         with locked(output, output / ".lock", "screened into"):
             store = Store(
                 output, listing, sources=sources, bundle=bundle, policy=policy, decode=decode,
-                resume=resume, overwrite=overwrite,
+                resume=resume, overwrite=overwrite, mirror=audit_mirror,
             )  # fmt: skip
             if store.finished:
-                results = store.results()
-                return ScreeningRun(results, Timing(), output / "report.html", resumed=len(results))
+                results, head = store.results(), ""
+                if audit_mirror is not None:
+                    # It may be new, or lack the last lines.
+                    log = AuditLog(output / "audit.jsonl", audit_mirror)
+                    head = log.head
+                    log.flush()
+                    log.close()
+                return ScreeningRun(results, Timing(), output / "report.html", resumed=len(results), head=head)
             began = True
             return _run(store, listing, sources, make_blocks or local_blocks, on_progress, accept_failed, audit_mirror)
     except OSError as error:
         # Photos that cannot be read are reported in rows, so the error comes from the output.
         step = "finished rows are kept: fix the cause, then add --resume" if began else "choose another --output"
-        raise DataError(f"cannot be written to ({error.strerror or error}); {step}", path=output) from error
+        raise DataError(
+            f"cannot be written to ({error.strerror or error}); {step}", path=_place(error, output)
+        ) from error
+
+
+def _place(error: OSError, output: Path) -> Path:
+    """Return what could not be written to: the results, or a mirror elsewhere."""
+    return Path(error.filename) if isinstance(error.filename, str) and error.filename else output
 
 
 def local_blocks(
@@ -214,9 +227,9 @@ def _run(
         if listing.lost and not accept_failed:
             raise _unfinished(store, failed, listing.lost)
         covered = {"report_sha256": hash_file(store.output / "report.html"), "masks_sha256": hash_masks(store.output)}
-        audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes, **covered)
+        when = audit.write("end", rows=len(results), seconds=round(timing.wall, 3), notes=notes, **covered)
         audit.flush()
-        store.finish()
+        store.finish(when)
     finally:
         audit.close()
     return ScreeningRun(results, timing, store.output / "report.html", resumed, notes, audit.head)

@@ -42,7 +42,7 @@ class _Impatient(HttpToolsProtocol):
         self._silent_since = self.loop.time()
         self._wait()
         if len(self.connections) >= _MAX_CONNECTIONS:
-            silent = [other for other in self.connections if isinstance(other, _Impatient) and not other.answering]
+            silent = [other for other in self.connections if isinstance(other, _Impatient) and other.incomplete]
             oldest = min(silent, key=lambda other: other._silent_since)
             # At once, because its loss is only reported in the next round of the event loop.
             self.connections.discard(oldest)
@@ -73,8 +73,13 @@ class _Impatient(HttpToolsProtocol):
         super().on_response_complete()
 
     @property
+    def incomplete(self) -> bool:
+        """Whether the client has not sent a whole request since the last answer, its body included."""
+        return not self.answering or bool(self.cycle.more_body)
+
+    @property
     def answering(self) -> bool:
-        """Whether a request is complete and not answered yet."""
+        """Whether the headers of a request are complete and it is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:

@@ -28,7 +28,7 @@ from fastfundus.errors import ConfigError, DataError
 from fastfundus.evaluation.locked_run import is_locked
 from fastfundus.study.config import UPSTREAM, Cell, StudyConfig
 from fastfundus.study.workers import Job, Runner, local_runner
-from fastfundus.training.run import Run, describe_environment
+from fastfundus.training.run import Run, describe_environment, read_table
 
 __all__ = ["CellResult", "run_study"]
 
@@ -128,7 +128,7 @@ def _require_disjoint(study: StudyConfig, upstream: dict[str, Run], caches: dict
     """Raise DataError if an upstream run that inits start from has seen photos of any task."""
     used = {value.removeprefix(UPSTREAM) for value in study.inits.values() if value.startswith(UPSTREAM)}
     for name in sorted(used):
-        splits = pl.read_parquet(upstream[name].path / "splits.parquet")
+        splits = read_table(upstream[name].path, "splits.parquet")
         seen = set(splits["sha256"])
         for task, cache in caches.items():
             shared = cache.manifest.filter(pl.col("sha256").is_in(list(seen)))

@@ -27,7 +27,7 @@ from fastfundus.evaluation.metrics import auroc, mean_with_interval
 from fastfundus.study.config import StudyConfig
 from fastfundus.study.page import Group, write_study_page
 from fastfundus.study.run import CellResult
-from fastfundus.training.run import Run
+from fastfundus.training.run import Run, read_table
 
 __all__ = ["write_tables"]
 
@@ -82,7 +82,7 @@ def _cells(results: Sequence[CellResult]) -> pl.DataFrame:
 def _pooled(results: Sequence[CellResult]) -> pl.DataFrame:
     """Return every test photo once, with the scores of models that have not seen its patient, averaged over seeds."""
     parts = [
-        pl.read_parquet(result.path / "predictions.parquet")
+        read_table(result.path, "predictions.parquet")
         .filter(pl.col("split") == "test")
         .with_columns(fold=pl.lit(result.cell.fold))
         for result in results

@@ -15,7 +15,7 @@ from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.spec import IMAGENET_MEAN, IMAGENET_STD
 from fastfundus.training.distributed import World
 from fastfundus.training.optimizer import AveragedModel
-from fastfundus.training.run import SCHEMA, run_file
+from fastfundus.training.run import SCHEMA, read_table, run_file
 
 __all__ = ["TrainState", "make_checkpoint", "restore_checkpoint", "save_checkpoint"]
 
@@ -88,7 +88,7 @@ def restore_checkpoint(
         raise ConfigError(
             f"{output} was started with different settings; resuming requires those of its config.toml, unchanged"
         )
-    if saved["spec"] != cache.spec.fingerprint or not pl.read_parquet(output / "splits.parquet").equals(splits):
+    if saved["spec"] != cache.spec.fingerprint or not read_table(output, "splits.parquet").equals(splits):
         raise CheckpointError(f"{output} was started on different photos, labels or preprocessing than {cache.path}")
     model.load_state_dict(saved["model"])
     averaged.module.load_state_dict(saved["averaged"])

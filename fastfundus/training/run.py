@@ -47,6 +47,7 @@ __all__ = [
     "describe_environment",
     "learned_before",
     "learned_photos",
+    "read_table",
     "run_file",
     "save_best",
 ]
@@ -204,6 +205,28 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 _SEEN_FILE = "learned_before.parquet"
 
 
+def read_table(run: Path, name: str) -> pl.DataFrame:
+    """Read `splits.parquet` or `predictions.parquet` of a run.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = run / name
+    try:
+        if not file.is_file():
+            raise ValueError("it is missing")
+        table = pl.read_parquet(file)
+        for column in ("path", "sha256", "patient", "split"):
+            if table.schema.get(column) != pl.String or table[column].null_count():
+                raise ValueError(f"its column {column!r} is missing or incomplete")
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file}: cannot be read ({reason}); finish the run with --resume, or train again"
+        ) from None
+    return table
+
+
 def learned_before(run: Path) -> set[str]:
     """Return the hashes of the photos that earlier runs learned from before this one started from their weights."""
     file = run / _SEEN_FILE
@@ -212,7 +235,7 @@ def learned_before(run: Path) -> set[str]:
 
 def learned_photos(run: Path) -> set[str]:
     """Return the hashes of all photos that a run learned from, those of the runs before it included."""
-    splits = pl.read_parquet(run / "splits.parquet")
+    splits = read_table(run, "splits.parquet")
     return set(splits.filter(pl.col("split").is_in(["train", "val"]))["sha256"]) | learned_before(run)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastfundus.config import TrainConfig
+from fastfundus.errors import ConfigError
 from fastfundus.models.initial import resolve_init, resolve_local_contrast
 from fastfundus.models.pretrained import is_hub_name
 from fastfundus.training.optimizer import resolve_rates
@@ -61,6 +62,11 @@ def settings_of_run(config: TrainConfig, folder: Path, device: torch.device) -> 
         ConfigError: the run's config.toml is missing or invalid.
     """
     kept = TrainConfig.from_run(folder)
+    if kept.optimizer.learning_rate == "auto" or kept.model.init == "auto":
+        raise ConfigError(
+            f"{folder / 'config.toml'}: lacks settings that the run stored there; restore the file, or start again in "
+            "another folder"
+        )
     for section, name in _FIXED_BY_RUN:
         table: Any = getattr(config, section)
         value, stored = getattr(table, name), getattr(getattr(kept, section), name)

@@ -24,7 +24,7 @@ from fastfundus.evaluation.locked_run import read_operating_point
 from fastfundus.models.activation import ACTIVATIONS
 from fastfundus.models.segmenter import STRIDE_PX
 from fastfundus.screening.drift import reference_of
-from fastfundus.training.run import Run
+from fastfundus.training.run import Run, read_table
 from fastfundus.training.tasks.segmentation import mask_column, masks_in_cache
 from fastfundus.training.tasks.targets import read_targets
 from fastfundus.workflow.inputs import open_any_run
@@ -112,7 +112,7 @@ def _choose_photos(
     run: Run, photos: PhotoCache, calibration: PhotoCache
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows of `photos` to verify the engine on, and the rows of `calibration` to calibrate it on."""
-    splits = pl.read_parquet(run.path / "splits.parquet")
+    splits = read_table(run.path, "splits.parquet")
     learned = splits.filter(pl.col("split") == "train")["sha256"]
     usable = pl.col("status") == "ok"
     rows = _rows(photos, usable & ~pl.col("sha256").is_in(learned.implode()))
@@ -133,7 +133,7 @@ def _choose_photos(
 
 def _reference(run: Run, photos: PhotoCache, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the reference distributions for drift: scores of photos the run has not learned from, quality of all."""
-    scores = pl.read_parquet(run.path / "predictions.parquet")
+    scores = read_table(run.path, "predictions.parquet")
     return {
         "scores": {name: reference_of(scores[f"p_{name}"].drop_nulls().to_numpy()) for name in labels},
         "quality": reference_of(photos.manifest["quality"].drop_nulls().to_numpy()),

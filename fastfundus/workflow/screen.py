@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fastfundus.data.source import SourceList, list_photos
+from fastfundus.data.source import SourceList, list_photos, mark_missing
 from fastfundus.engines.bundle import Bundle
 from fastfundus.errors import ConfigError, DataError, require
 from fastfundus.screening.output import has_inputs
@@ -49,7 +49,7 @@ def screen(
     if listing.lost:
         raise DataError("; ".join(["some inputs could not be listed", *listing.lost]))
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
-    return rows_of(listing.photos, opened, policy or ScreenPolicy(), timing or Timing())
+    return rows_of(mark_missing(listing.photos), opened, policy or ScreenPolicy(), timing or Timing())
 
 
 def screen_sources(

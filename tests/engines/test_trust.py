@@ -220,9 +220,9 @@ def test_a_signature_is_for_one_bundle(copied: Path, keys: tuple[Path, Path]) ->
 def test_other_keys_are_named(copied: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
     secret, public = write_keys(tmp_path, "ec", generate_private_key(SECP256R1()))
     for key, message in (
-        (secret, "has a ECPrivateKey, but an Ed25519PrivateKey is needed"),
+        (secret, r"another kind of key \(ECPrivateKey, not Ed25519PrivateKey\); make one with openssl genpkey"),
         (keys[1], "has no Ed25519PrivateKey in PEM format"),
-        (tmp_path / "none", "has no Ed25519PrivateKey in PEM format"),
+        (tmp_path / "none", "cannot be read .No such file or directory.; give a key file"),
     ):
         with pytest.raises(ConfigError, match=message):
             trust.sign(copied, "f", key)
