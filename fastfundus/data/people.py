@@ -57,6 +57,12 @@ def people_from_names(names: Mapping[str, str]) -> tuple[dict[str, EyeName], lis
                 f"{count} names begin with the eye, and the rest occurs for one eye only: their patients are unknown; "
                 "name them in a column 'patient' of a label file"
             )
+    folders = Counter(_last(patient) for patient in {found.patient for found in read.values() if found.patient})
+    if several := sorted(name for name, count in folders.items() if count > 1):
+        notes.append(
+            f"{len(several)} names such as {several[0]!r} occur in several folders, and are taken for different "
+            "people; if they are the same ones, name them in a column 'patient' of a table"
+        )
     return read, notes
 
 

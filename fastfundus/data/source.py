@@ -125,8 +125,9 @@ def _list(
     if tables and not found and not any(os.path.lexists(photo.path) for photo in photos.values()):
         first = next(iter(photos.values()), None)
         raise DataError(
-            f"none of its {len(photos)} names is a photo here, such as {first.name[:200] if first else ''}; give the "
-            "folder of the photos as the source, and this table as --labels",
+            f"none of its {len(photos)} names is a photo here, such as {first.name[:200] if first else ''}; they "
+            "count from the folder of the table: move it to the photos, or give their folder and, to prepare, this "
+            "table as --labels",
             path=tables[0],
         )
     if not photos:

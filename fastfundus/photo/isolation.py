@@ -36,7 +36,7 @@ from fastfundus.photo.prepare import PreparedPhoto, known_of
 from fastfundus.records import FieldCircle, PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
 
-__all__ = ["LIMIT_S", "prepare_isolated", "start_decoders"]
+__all__ = ["LIMIT_S", "decoders_cpu_s", "prepare_isolated", "start_decoders"]
 
 LIMIT_S = 60.0
 """CPU time in seconds that decoding a photo may take. The slowest intact photos take two seconds."""
@@ -92,6 +92,23 @@ def start_decoders() -> None:
     """Start the process from which decoders are forked, if it does not run yet, so that it is ready when needed."""
     with _lock, contextlib.suppress(OSError):
         _running()
+
+
+def decoders_cpu_s() -> float:
+    """Return the CPU time in seconds that the processes have used which decode for this one, those that ended included.
+
+    Decoders that are busy right now do not count.
+    """
+    with _lock:
+        processes = [decoder.process for decoder in _idle]
+        if _launcher is not None:
+            processes.append(_launcher._process.pid)
+    ticks = 0
+    for process in processes:
+        with contextlib.suppress(OSError), open(f"/proc/{process}/stat", encoding="ascii", errors="replace") as file:
+            # User and system time of the process, and of those that it has waited for; the name may contain spaces.
+            ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import Engine
+from fastfundus.photo.isolation import decoders_cpu_s
 from fastfundus.photo.memory import keep_memory
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import GUARD_LIMIT, SourcePhoto, Status
@@ -67,7 +68,7 @@ class Timing:
     engine: float = 0.0
     """Time in the engine."""
     cpu: float = 0.0
-    """CPU time of this process during the run."""
+    """CPU time of this process and of its decoders during the run."""
     photos: int = 0
     workers: int = 0
     """Number of decoding threads."""
@@ -98,6 +99,10 @@ class Timing:
     def limit(self) -> str:
         """The busiest stage, which limits the throughput of the run."""
         return max(self.busy.items(), key=lambda entry: entry[1])[0]
+
+
+def _cpu_s() -> float:
+    return time.process_time() + decoders_cpu_s()
 
 
 def screen_photos(
@@ -134,7 +139,7 @@ def screen_photos(
     loading = thread.submit(lambda: engine or bundle.load())
     decode_pool = DecodePool(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = decode_pool.decoders, decode_pool.readers
-    began, began_cpu = time.perf_counter(), time.process_time()
+    began, began_cpu = time.perf_counter(), _cpu_s()
     scorer = Scorer(str(bundle.path), lambda images: loading.result().infer(np.stack(images), guard=True))
 
     def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
@@ -151,7 +156,7 @@ def screen_photos(
             answers = group.answers.result() if group.answers else iter(())
             timing.photos += len(group.photos)
             timing.read, timing.decode, timing.engine = decode_pool.read_s, decode_pool.decode_s, scorer.seconds
-            timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu
+            timing.wall, timing.cpu = time.perf_counter() - began, _cpu_s() - began_cpu
             yield from _rows(group, iter(answers), bundle, policy)
 
         for group in _prepared_groups(photos, decode_pool, batch_size):

@@ -183,6 +183,10 @@ def _add_screening(app: FastAPI, bundle: Bundle, limits: Limits, metrics: Metric
         with held.account(body) as count:
             photos = await read_photos(request, limits.max_bytes, count)
             body.complete = True
+            if len(photos) > limits.max_waiting_of_client:
+                raise HTTPException(
+                    413, f"{len(photos)} photos in one request; send at most {limits.max_waiting_of_client} at once"
+                )
             # Accept all photos of a request or none: a partial refusal would lose photos.
             if service.under_way + len(photos) > limits.max_waiting:
                 raise Busy(f"{service.under_way} photos are in progress, at most {limits.max_waiting} allowed")

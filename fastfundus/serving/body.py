@@ -152,6 +152,10 @@ async def _parts(request: Request, max_bytes: int, count: Callable[[int], None])
     try:
         form = await parser.parse()
     except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise HTTPException(
+                413, f"more than {MAX_FILES} photos in one request; send the others in another"
+            ) from None
         raise HTTPException(400, f"malformed multipart/form-data: {error.message}") from None
     except (KeyError, ValueError, AssertionError, UnicodeError) as error:
         # Errors of the parser for headers that no regular client sends.

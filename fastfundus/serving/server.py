@@ -118,7 +118,7 @@ def make_server(app: Any, limits: Limits, *, host: str, port: int) -> uvicorn.Se
     """
     config = uvicorn.Config(
         app, host=host, port=port, http=_Impatient, ws="none", loop="uvloop", lifespan="on", log_level="info",
-        access_log=False, server_header=False, limit_concurrency=_MAX_CONNECTIONS, timeout_keep_alive=_IDLE_S,
+        access_log=False, server_header=False, limit_concurrency=2 * _MAX_CONNECTIONS, timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=round(limits.max_s) + 5,
     )  # fmt: skip
     return _Server(config)

@@ -15,7 +15,7 @@ from fastfundus.data.journal import locked
 from fastfundus.data.split import SIDES
 from fastfundus.errors import ConfigError
 from fastfundus.evaluation.folds import pool_folds
-from fastfundus.evaluation.locked_run import is_locked
+from fastfundus.evaluation.locked_run import is_locked, read_operating_point
 from fastfundus.evaluation.operating_point import fit_operating_point
 from fastfundus.evaluation.page import write_run_page
 from fastfundus.photo.memory import keep_memory
@@ -136,13 +136,18 @@ def train_run(
     # Two trainings in one folder would mix the settings of one with the weights of the other.
     with locked(folder, folder.with_name(folder.name + ".lock"), "trained into") if world.leads else nullcontext():
         Trainer(cache, folder, config, resume=resume, observer=observer, world=world).fit()
-        return _finish_run(cache, folder, targets, observer) if world.leads else {}
+        return _finish_run(cache, folder, targets, observer, resume) if world.leads else {}
 
 
 def _finish_run(
-    cache: PhotoCache, folder: Path, targets: ThresholdTargets, observer: Observer | None
+    cache: PhotoCache, folder: Path, targets: ThresholdTargets, observer: Observer | None, resume: bool
 ) -> dict[str, Any]:
     say = (observer or Observer()).say
+    if resume and is_locked(folder):
+        # Whoever chose thresholds again after seeing the test results would fit them to the test patients.
+        document = read_operating_point(Run.open(folder))
+        say("the run is finished: its thresholds are locked and its test patients measured; nothing was changed")
+        return document
     say("fitting temperatures, thresholds and the guard on validation; measuring on test")
     run = Run.open(folder)
     document = fit_operating_point(

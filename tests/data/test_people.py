@@ -196,3 +196,14 @@ def test_spellings_of_eyes() -> None:
         None,
         None,
     ]
+
+
+def test_the_same_name_in_several_folders_is_noted() -> None:
+    names = ("north/P001_L.jpg", "north/P001_R.jpg", "south/P001_L.jpg", "south/P002_L.jpg", "south/P002_R.jpg")
+    _, notes = people_from_names({name: name for name in names})
+    assert notes == [
+        "1 names such as 'P001' occur in several folders, and are taken for different people; if they are the same "
+        "ones, name them in a column 'patient' of a table"
+    ]
+    _, notes = people_from_names({name: name for name in names if "south/P001" not in name})
+    assert notes == []

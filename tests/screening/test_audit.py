@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 from fastfundus.csv_cells import csv_text
-from fastfundus.errors import DataError
+from fastfundus.errors import ConfigError, DataError
 from fastfundus.records import bytes_of_name, utf8_name
 from fastfundus.screening import output as output_module
 from fastfundus.screening import pipeline
-from fastfundus.screening.audit import verify
+from fastfundus.screening.audit import Verification, verify
 from fastfundus.screening.audit_log import START, AuditLog, chain_link
 from tests.cli.test_cli import run
 from tests.conftest import Trained, copy_photos
@@ -89,6 +90,7 @@ def test_a_mirror_is_a_copy_and_catches_up(
     trained: Trained, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, mirror = tmp_path / "out" / "audit.jsonl", tmp_path / "elsewhere" / "mirror.jsonl"
+    mirror.parent.mkdir()
     screen(trained, photos, tmp_path / "out", audit_mirror=mirror)
     assert mirror.read_bytes() == log.read_bytes()
     # A crash between the two files.
@@ -98,7 +100,7 @@ def test_a_mirror_is_a_copy_and_catches_up(
     mirror.write_bytes(b"x" + mirror.read_bytes()[1:])
     with pytest.raises(DataError, match="is not a copy of"):
         AuditLog(log, mirror)
-    with pytest.raises(DataError, match="is the audit log itself"):
+    with pytest.raises(DataError, match="is no second place"):
         AuditLog(log, tmp_path / "out" / ".." / "out" / "audit.jsonl")
     with pytest.raises(DataError, match=r"cannot be written to \(Is a directory\)"):
         AuditLog(log, tmp_path)
@@ -173,6 +175,114 @@ def test_a_file_that_is_no_mirror_is_not_touched(trained: Trained, photos: Path,
     mirror.write_bytes(mirror.read_bytes() + b"{}\n")
     AuditLog(tmp_path / "out" / "audit.jsonl", mirror).close()
     assert mirror.read_bytes() == (tmp_path / "out" / "audit.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["results.csv", "report.html", ".lock", "progress/m.jsonl", "masks/m.jsonl", "run.json", "audit.jsonl"]
+)
+def test_a_mirror_among_the_results_is_refused(trained: Trained, photos: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is no second place for the audit log"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=tmp_path / "out" / name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mirror_is_no_link_to_the_log_and_its_folder_exists(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="its folder does not exist; is the storage mounted"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=tmp_path / "worm" / "m.jsonl")
+    assert not (tmp_path / "worm").exists()
+    screen(trained, photos, tmp_path / "out")
+    (tmp_path / "m.jsonl").hardlink_to(tmp_path / "out" / "audit.jsonl")
+    with pytest.raises(DataError, match="is no second place"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=tmp_path / "m.jsonl", resume=True)
+
+
+def test_a_mirror_is_never_forgotten(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "out" / "audit.jsonl"
+    mirror, later = tmp_path / "m.jsonl", tmp_path / "later.jsonl"
+    head = screen(trained, photos, output, audit_mirror=mirror).head
+    with pytest.raises(ConfigError, match=r"its audit log is mirrored to .*m.jsonl; add --audit-mirror"):
+        screen(trained, photos, output, resume=True)
+    mirror.write_bytes(mirror.read_bytes()[:-700])
+    assert verify(output, mirror=mirror).faults == [
+        f"{mirror}: is not a copy of audit.jsonl ({mirror.stat().st_size} and {log.stat().st_size} bytes)"
+    ]
+    assert screen(trained, photos, output, resume=True, audit_mirror=mirror).head == head
+    assert verify(output, mirror=mirror, head=head).faults == []
+    # A finished run gets a mirror later.
+    screen(trained, photos, output, resume=True, audit_mirror=later)
+    assert later.read_bytes() == log.read_bytes()
+    result = run(
+        "audit", "verify", output, "--audit-mirror", photos / sorted(path.name for path in photos.iterdir())[0]
+    )
+    assert (result.exit_code, "is not a copy of audit.jsonl" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda state: {"identity": {}, "finished": "x"}, lambda state: state | {"identity": {}},
+     lambda state: state | {"finished": "2001-01-01T00:00:00+00:00"}, lambda state: state | {"finished": None},
+     lambda state: state["identity"].pop("bundle") and state, lambda state: [], lambda state: state | {"finished": 3}],
+)  # fmt: skip
+def test_a_changed_state_of_the_run_is_found(
+    trained: Trained, photos: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    screen(trained, photos, tmp_path / "out")
+    file = tmp_path / "out" / "run.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    assert [fault.split(":")[0] for fault in verify(tmp_path / "out").faults] == ["run.json"]
+
+
+def rechained(log: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Rewrite a log with a new chain, as whoever can write to it could."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    change(lines)
+    chain_again(log.parent, lines)
+
+
+def objections(output: Path) -> list[str]:
+    """Return what verification objects to, in a report or by an error."""
+    try:
+        return verify(output, files=True).faults
+    except DataError as error:
+        return [str(error)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda lines: lines[-1].pop("masks_sha256"), lambda lines: lines[0].pop("root"),
+     lambda lines: lines[0].update(root=5), lambda lines: lines[0].update(policy={"x": 1}),
+     lambda lines: lines[3].update(quality="good"), lambda lines: lines[-1].update(time=5)],
+)  # fmt: skip
+def test_logs_with_wrong_values_are_no_crash(
+    trained: Trained, photos: Path, tmp_path: Path, change: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    screen(trained, photos, tmp_path / "out")
+    rechained(tmp_path / "out" / "audit.jsonl", change)
+    assert objections(tmp_path / "out")
+
+
+def test_what_follows_the_end_is_found(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    screen(trained, photos, tmp_path / "out")
+    log = tmp_path / "out" / "audit.jsonl"
+    rechained(log, lambda lines: lines.append(dict(lines[-1])))
+    assert any("follows the end of the run" in fault for fault in verify(tmp_path / "out").faults)
+
+
+@pytest.mark.parametrize("column", ["status", "decision", "path", "quality", "patient"])
+def test_results_of_other_types_are_no_crash(trained: Trained, photos: Path, tmp_path: Path, column: str) -> None:
+    screen(trained, photos, tmp_path / "out")
+    file = tmp_path / "out" / "results.parquet"
+    table = pl.read_parquet(file)
+    for wrong in (pl.lit(3), pl.lit(None), pl.lit([1, 2])):
+        table.with_columns(wrong.alias(column)).write_parquet(file)
+        assert objections(tmp_path / "out")
+
+
+def test_only_the_first_faults_are_listed_and_the_others_counted() -> None:
+    found = Verification()
+    for number in range(103):
+        found.note(f"fault {number}")
+    assert (len(found.faults), found.more_faults) == (100, 3)
 
 
 def test_a_key_that_occurs_twice_is_found(trained: Trained, photos: Path, tmp_path: Path) -> None:

@@ -118,6 +118,26 @@ def test_many_clients_that_stall_give_way(start: Start, good: bytes, monkeypatch
         connection.close()
 
 
+def test_requests_that_can_never_be_answered_are_not_to_be_repeated(start: Start, good: bytes) -> None:
+    client = start(limits=Limits(max_waiting=4))
+    answer = client.post("/v1/screen", files=[("photos", ("a.jpg", good)) for _ in range(5)])
+    assert (answer.status_code, answer.json()["detail"]) == (413, "5 photos in one request; send at most 4 at once")
+    assert "retry-after" not in answer.headers
+    answer = start().post("/v1/screen", files=[("photos", ("a.jpg", good)) for _ in range(33)])
+    assert (answer.status_code, answer.json()["detail"].split(";")[0]) == (413, "more than 32 photos in one request")
+
+
+def test_connections_that_stall_in_mid_body_keep_nobody_out(start: Start, good: bytes) -> None:
+    client = start()
+    connections = [send(client, b"x", 1000) for _ in range(_MAX_CONNECTIONS + 3)]
+    with httpx.Client(base_url=client.base_url, timeout=10, trust_env=False) as other:
+        for _ in range(3):
+            assert other.get("/livez").status_code == 200
+            assert other.post("/v1/screen", content=good, headers=JPEG).status_code == 200
+    for connection in connections:
+        connection.close()
+
+
 def test_one_client_cannot_crowd_out_the_others(start: Start, good: bytes, slow: bytes) -> None:
     client = start(limits=Limits(max_waiting=64))
     connections = [send(client, slow, len(slow)) for _ in range(32)]

@@ -148,14 +148,22 @@ def _column(manifest: pl.DataFrame, label: str) -> pl.Series:
 def _check(manifest: pl.DataFrame, label: str, sound: Callable[[float], bool], allowed: str) -> NDArray[np.float64]:
     """Read a numeric column, NaN where it is empty."""
     values = _column(manifest, label)
-    wrong = [value for value in values.drop_nulls().unique().to_list() if isinstance(value, str) or not sound(value)]
-    if wrong:
-        row = values.to_list().index(wrong[0])
+    # One cell of text makes the whole column one of text.
+    wrong = {value for value in values.drop_nulls().unique().to_list() if not _is_sound(value, sound)}
+    row = next((row for row, value in enumerate(values) if value in wrong), None)
+    if row is not None:
         raise DataError(
-            f"label {label!r} must be {allowed}, got {wrong[0]!r} for {manifest['path'][row]}; correct the label file "
-            "and prepare again"
+            f"label {label!r} must be {allowed}, got {values[row]!r} for {manifest['path'][row]}; correct the label "
+            "file and prepare again"
         )
     return values.cast(pl.Float64).to_numpy().astype(np.float64)
+
+
+def _is_sound(value: str | float, sound: Callable[[float], bool]) -> bool:
+    try:
+        return sound(float(value))
+    except ValueError:
+        return False
 
 
 def _yes_or_no(manifest: pl.DataFrame, label: str) -> NDArray[np.float64]:

@@ -100,6 +100,14 @@ def test_findings_exclude_normal() -> None:
         finding_outputs(("dr_grade_ge1", "dr_grade_ge2"), ("dr_grade_g2",))
 
 
+def test_the_wrong_cell_of_a_column_of_text_is_named(table: pl.DataFrame) -> None:
+    text = table.with_columns(normal=pl.Series(["1", "0", None, "maybe", "0", "1"]))
+    with pytest.raises(DataError, match="must be 0 or 1, got 'maybe' for d;"):
+        read_targets(text, "abnormality")
+    right = table.with_columns(normal=pl.Series(["1", "0", None, "1", "0", "0"]))
+    np.testing.assert_array_equal(read_targets(right, "abnormality").truth, read_targets(table, "abnormality").truth)
+
+
 def test_auxiliary_labels(table: pl.DataFrame) -> None:
     truth, names = read_auxiliary(table, ("glau*", "DME", "[Dn]*ME"), used=("abnormal",))
     assert names == ("glaucoma", "DME")
