@@ -78,10 +78,9 @@ def read_small(path: Path, max_bytes: int = 64 << 20) -> bytes:
         OSError: it is missing, is not a regular file, or is larger than `max_bytes`.
     """
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
-    return data
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
+        return file.read(max_bytes)
 
 
 def open_regular(path: Path) -> BufferedReader:

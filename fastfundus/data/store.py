@@ -131,6 +131,8 @@ def open_photos(folder: Path, count: int, size: int, per_file: int) -> PhotoArra
     """
     parts = []
     for number in range(max(1, -(-count // per_file))):
+        if not _file(folder, number).is_file():
+            raise ValueError(f"{_file(folder, number).name} is missing")
         part = np.load(_file(folder, number), mmap_mode="r", allow_pickle=False)
         if part.shape[1:] != (size, size, 3) or part.dtype != np.uint8:
             raise ValueError(f"{_file(folder, number).name} contains {part.dtype} {part.shape}")

@@ -525,3 +525,50 @@ def test_what_does_not_fit_is_refused(broken_photos: Path, tmp_path: Path) -> No
     (output / "photos.npy").write_bytes((output / "photos.npy").read_bytes()[:5000])
     with pytest.raises(DataError, match="is damaged"):
         PhotoCache.open(output)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name in ("path", "status", "patient", "sha256", "pixels_crc32")
+     for change in ("drop", "list", "text")] + [(name, "null") for name in ("path", "status", "patient")],
+)  # fmt: skip
+def test_a_damaged_manifest_is_an_error_in_words(photo_folder: Path, tmp_path: Path, name: str, change: str) -> None:
+    cache = build(photo_folder, tmp_path / "cache").path
+    file = cache / "manifest.parquet"
+    table = pl.read_parquet(file)
+    if change == "drop":
+        table = table.drop(name)
+    elif change == "null":
+        table = table.with_columns(pl.lit(None, pl.String).alias(name))
+    else:
+        table = table.with_columns(pl.lit([1]).alias(name) if change == "list" else pl.lit(2.5).alias(name))
+    table.write_parquet(file)
+    with pytest.raises(DataError, match=rf"is damaged \(manifest.parquet: its column '{name}' is .*\); delete it"):
+        PhotoCache.open(cache)
+
+
+def test_other_damaged_files_of_a_cache_are_errors_in_words(photo_folder: Path, tmp_path: Path) -> None:
+    cache = build(photo_folder, tmp_path / "cache").path
+    for junk in (b"", b"junk"):
+        (cache / "duplicates.parquet").write_bytes(junk)
+        with pytest.raises(DataError, match="is damaged"):
+            PhotoCache.open(cache).duplicates()
+    pl.DataFrame({"row_a": [1]}).write_parquet(cache / "duplicates.parquet")
+    with pytest.raises(DataError, match=r"duplicates.parquet: has other columns"):
+        PhotoCache.open(cache).duplicates()
+    photos = (cache / "photos.npy").read_bytes()
+    for shape in (b"(-1,", b"(99999999999999999999999,"):
+        (cache / "photos.npy").write_bytes(
+            photos.replace(b"(" + str(len(PhotoCache.open(cache).photos)).encode(), shape[:-1], 1)
+        )
+        with pytest.raises(DataError, match="is damaged"):
+            PhotoCache.open(cache)
+        (cache / "photos.npy").write_bytes(photos)
+    for name in ("manifest.parquet", "photos.npy"):
+        (cache / name).rename(cache / "kept")
+        os.mkfifo(cache / name)
+        with pytest.raises(DataError, match="is damaged"):
+            PhotoCache.open(cache)
+        (cache / name).unlink()
+        (cache / "kept").rename(cache / name)
+    PhotoCache.open(cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,20 @@ def test_files_that_are_no_table_are_refused(tmp_path: Path, name: str, data: by
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_cells(tmp_path / name)
+
+
+def test_a_workbook_that_expands_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.xlsx"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", b" " * (80 << 20))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"cannot be read as an Excel workbook .it expands to 80 MiB.; save it as CSV"):
+        read_cells(path)
+
+
+def test_a_table_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.csv"
+    with path.open("wb") as file:
+        file.truncate(20 << 30)
+    with pytest.raises(DataError, match=r"cannot be read .is larger than 1073741824 bytes"):
+        read_cells(path)

@@ -26,6 +26,7 @@ from fastfundus.engines.archive import pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
 from fastfundus.engines.onnx_scan import external_files
 from fastfundus.errors import BundleError, ConfigError
+from fastfundus.spec import PreprocessSpec, fingerprint_of
 from tests.cli.test_cli import run
 from tests.conftest import Trained
 
@@ -87,6 +88,109 @@ def test_an_engine_with_another_number_of_outputs_is_refused(copied: Path, photo
         pytest.raises(BundleError, match=r"the engine returned \d values per photo, but its bundle names \d; do not"),
     ):
         engine.infer(photos[:1])
+
+
+def unlist(bundle: Path, *names: str) -> None:
+    """Leave files out of the description, and make its fingerprint valid again."""
+    metadata = json.loads((bundle / "bundle.json").read_text())
+    for name in names:
+        del metadata["files"][name]
+    del metadata["fingerprint"]
+    (bundle / "bundle.json").write_text(json.dumps(metadata | {"fingerprint": fingerprint_of(metadata)}))
+
+
+def test_files_that_nobody_listed_are_refused_even_if_the_bundle_is_signed(
+    copied: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    """OpenVINO reads the weights beside the file that it is given."""
+    unlist(copied, "engine.bin")
+    trust.sign(copied, json.loads((copied / "bundle.json").read_text())["fingerprint"], keys[0])
+    with pytest.raises(BundleError, match=r"contains 'engine.bin', which bundle.json does not list; do not use it"):
+        Bundle.open(copied, require_signature=keys[1])
+    assert "does not list" in run("sign", copied, "--key", keys[0]).output
+
+
+def test_hidden_files_of_the_system_do_no_harm(copied: Path) -> None:
+    (copied / ".DS_Store").write_bytes(b"x")
+    Bundle.open(copied).load().close()
+
+
+@pytest.mark.parametrize("name", ["engine.ONNX", "engine.pb", "engine", "engine.onnx", "engine.xml"])
+def test_engines_are_what_their_names_say(copied: Path, tmp_path: Path, name: str) -> None:
+    """Runtimes guess the format by content: another name must not get round the check of files outside."""
+    model = onnx.load(copied / "model.onnx")
+    with_external(model, "initializer", str(tmp_path / "secret"))
+    onnx.save(model, str(copied / "engine.tmp"))
+    (copied / "engine.tmp").replace(copied / name)
+    for rest in ("engine.bin", "engine.xml"):
+        if rest != name:
+            (copied / rest).unlink()
+    rewrite(copied, engine=name)
+    with pytest.raises(BundleError, match=r"do not use it|must end in"):
+        Bundle.open(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"backend": "\ud800"}, {"backend": ["openvino"]}, {"reference": {"scores": {"other": None}, "quality": None}},
+     {"reference": {"scores": {}}}, {"reference": 3},
+     {"reference": {"scores": {}, "quality": {"edges": [0.5], "shares": [1.0], "photos": 9}}},
+     {"reference": {"scores": {}, "quality": {"edges": [0.5], "shares": [1, 0], "photos": 0}}}],
+)  # fmt: skip
+def test_what_the_report_reads_is_checked_before_anything_is_screened(copied: Path, change: dict[str, object]) -> None:
+    rewrite(copied, **change)
+    with pytest.raises(BundleError, match="is malformed"):
+        Bundle.open(copied)
+
+
+def test_a_size_that_is_not_that_of_the_graph_is_refused(copied: Path) -> None:
+    metadata = json.loads((copied / "bundle.json").read_text())
+    spec = PreprocessSpec.from_dict(metadata["spec"] | {"size": 128})
+    rewrite(copied, spec=spec.to_dict(), spec_fingerprint=spec.fingerprint)
+    for bundle in (Bundle.open(copied), Bundle.open(copied).using("onnxruntime")):
+        with pytest.raises(BundleError, match=r"was made for photos of shape .*64, 64, 3.*, not of 128 pixels"):
+            bundle.load()
+
+
+def test_labels_without_a_target_make_a_report_all_the_same(copied: Path, broken_photos: Path, tmp_path: Path) -> None:
+    labels = json.loads((copied / "bundle.json").read_text())["labels"]
+    for entry in labels.values():
+        entry.pop("target_sensitivity", None)
+    rewrite(copied, labels=labels)
+    assert run("screen", copied, broken_photos, "--output", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("place", ["bundle.json", "signature", "key"])
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_pipes_and_devices_are_neither_waited_for_nor_read(
+    copied: Path, tmp_path: Path, keys: tuple[Path, Path], place: str, kind: str
+) -> None:
+    trust.sign(copied, Bundle.open(copied).fingerprint, keys[0])
+    file = {"bundle.json": copied / "bundle.json", "signature": copied.with_name("copy.sig"), "key": tmp_path / "k"}[
+        place
+    ]
+    file.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    began = time.monotonic()
+    with pytest.raises((BundleError, ConfigError)):
+        Bundle.open(copied, require_signature=file if place == "key" else keys[1])
+    assert time.monotonic() - began < 5
+
+
+def test_who_signed_a_bundle_is_in_the_log_and_kept_by_resume(
+    copied: Path, broken_photos: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    trust.sign(copied, Bundle.open(copied).fingerprint, keys[0])
+    arguments = ("screen", copied, broken_photos, "--output", tmp_path / "out")
+    assert run(*arguments, "--require-signature", keys[1]).exit_code == 0
+    start = json.loads((tmp_path / "out" / "audit.jsonl").read_text().splitlines()[0])
+    assert start["signed_by"] == Bundle.open(copied, require_signature=keys[1]).signed_by
+    again = run(*arguments, "--resume")
+    assert (again.exit_code, "was started with another --require-signature" in again.output) == (1, True)
+    assert run(*arguments, "--resume", "--require-signature", keys[1]).exit_code == 0
 
 
 def test_a_signature_that_cannot_be_written_is_an_error_in_words(copied: Path, keys: tuple[Path, Path]) -> None:
