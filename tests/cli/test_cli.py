@@ -231,3 +231,14 @@ def test_names_cannot_command_the_terminal(trained: Trained, broken_photos: Path
     assert "unreadable: a\\x1b[2J\\x07b\\u202e.jpg" in result.stderr
     result = run("train", tmp_path / "a\x1bb", "--output", tmp_path / "run")
     assert "a\\x1bb: does not exist" in result.stderr
+
+
+def test_a_full_disk_behind_standard_output_is_an_error_in_words(trained: Trained) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastfundus", "audit", "--help"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr

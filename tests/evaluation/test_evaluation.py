@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -206,3 +207,24 @@ def test_float32_means_float32(trained: Trained, cache: PhotoCache) -> None:
     predict_logits(model, cache.photos, np.arange(2), cache.spec, dtype=torch.bfloat16)
     assert seen == [False, True]
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("name", ["splits.parquet", "predictions.parquet", "operating_point.json"])
+@pytest.mark.parametrize("content", [None, b"junk", b'{"schema": 2, "labels": 3}'])
+def test_damaged_files_of_a_run_are_errors_in_words(
+    trained: Trained, cache: PhotoCache, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    folder = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    for command in (
+        ("evaluate", folder, cache.path, "--output", tmp_path / "out"),
+        ("build-engine", folder, "--output", tmp_path / "bundle"),
+    ):
+        result = run(*command)
+        assert result.exit_code in (0, 1)
+        assert isinstance(result.exception, SystemExit | None), result.exception
+        if result.exit_code:
+            assert name in result.output
+    assert result.exit_code == 1, "building an engine reads all three"
