@@ -88,10 +88,7 @@ def build_bundle(
     try:
         export_onnx(model, partial / GRAPH, list(labels))
         search = PrecisionSearch(backend, module, model, spec, labels, data, partial, options or {})
-        if not search.measured and precision == "auto":
-            # The speed that would justify 8 bits is unknown.
-            available = tuple(name for name in available if name not in EIGHT_BITS)
-        tried = search.attempt(available if precision == "auto" else (precision,))
+        tried = search.attempt(search.worthwhile(available) if precision == "auto" else (precision,))
         passed = [report for report in tried if report.passed]
         if not passed:
             # Try the precisions that were not requested; 8-bit engines are never closer to the model than wider ones.

@@ -81,6 +81,10 @@ class PrecisionSearch:
         runs_here: Callable[[dict[str, Any]], bool] = getattr(self.module, "runs_here", lambda options: True)
         return runs_here(self.blueprint.options)
 
+    def worthwhile(self, precisions: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the precisions to try: where speed is unknown, nothing justifies 8 bits."""
+        return precisions if self.measured else tuple(name for name in precisions if name not in EIGHT_BITS)
+
     def attempt(self, precisions: tuple[str, ...]) -> list[ParityReport]:
         """Build engines and compare them with the model, and 8-bit engines also with the fastest passing other one."""
         reports = [self._compared(name) for name in precisions]

@@ -13,6 +13,9 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from fastfundus.engines.bundle import Bundle
+    from fastfundus.engines.parity import ParityReport
+
 
 @click.command("build-engine")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -97,17 +100,15 @@ def build_engine(
     if (output / "bundle.json").is_file() or output.is_file():
         remark(f"{output}: holds a bundle, which the new one replaces once it has passed the gate")
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"portable": portable, "weightless": weightless} if backend == "tensorrt" else {}
+    if targets:
+        options["targets"] = tuple(target.strip().lower() for target in targets.split(","))
+    if max_batch:
+        options["batches"] = (*(batch for batch in (1, 8, 64) if batch < max_batch), max_batch)
     # Only one bar can be drawn at a time, and the quantisers of the other backends draw their own.
     with progress_bar() if backend.startswith("tensorrt") else nullcontext() as shown:
         if shown is not None:
-            options = {"progress": _shown_steps(shown)}
-            if backend == "tensorrt":
-                options |= {"portable": portable, "weightless": weightless}
-            if targets:
-                options["targets"] = tuple(target.strip().lower() for target in targets.split(","))
-            if max_batch:
-                options["batches"] = (*(batch for batch in (1, 8, 64) if batch < max_batch), max_batch)
+            options["progress"] = _shown_steps(shown)
         bundle, report = build(
             run,
             output,
@@ -119,7 +120,11 @@ def build_engine(
         )
     if as_json:
         click.echo(json.dumps({"bundle": str(output), "fingerprint": bundle.fingerprint, "parity": report.to_dict()}))
-        return
+    else:
+        _print_reports(output, bundle, report)
+
+
+def _print_reports(output: Path, bundle: Bundle, report: ParityReport) -> None:
     click.echo("precision  images/s  |dp| at the gate  flipped  AUROC loss  kept")
     for tried in bundle.metadata["tried"]:
         loss = "-" if tried["auroc_loss"] is None else f"{tried['auroc_loss']:.4f}"
@@ -136,7 +141,7 @@ def build_engine(
             f"{tried['precision']:<9}  {_rate(tried):>8}  {tried['gated_difference']:16.1e}  "
             f"{tried['flipped']:7}  {loss:>10}  {kept}"
         )
-    click.echo(f"{output}: {backend} {report}")
+    click.echo(f"{output}: {bundle.backend} {report}")
     if bundle.metadata.get("not_run"):
         targets = ", ".join(bundle.metadata["targets"])
         click.echo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ class DaliPreparer:
             device, equal to their `image`.
         """
         with ThreadPoolExecutor(self._threads) as pool:
-            files = list(pool.map(open_for_dali, paths))
+            files = list(pool.map(partial(open_for_dali, listed=True), paths))
             sound = {
                 n: _Sound(data, header)
                 for n, (data, header) in enumerate(files)

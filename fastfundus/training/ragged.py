@@ -78,10 +78,10 @@ def sound_jpeg(data: bytes) -> PhotoHeader | None:
     return header
 
 
-def open_for_dali(path: Path) -> tuple[bytes | PhotoError, PhotoHeader | None]:
+def open_for_dali(path: Path, *, listed: bool = False) -> tuple[bytes | PhotoError, PhotoHeader | None]:
     """Return the bytes of a file, or the error on reading it; and its header if DALI can decode it (`sound_jpeg`)."""
     try:
-        data = read_photo(path, listed=True)
+        data = read_photo(path, listed=listed)
     except PhotoError as error:
         return error, None
     return data, sound_jpeg(data)
