@@ -23,7 +23,7 @@ from fastfundus.screening.scorer import Answer, Scorer
 
 __all__ = ["GROUP", "dali_blocks"]
 
-_ON_DEVICE = ("tensorrt", "aoti")
+_ON_DEVICE = ("tensorrt", "tensorrt-rtx", "aoti")
 GROUP = 32
 """Photos that are decoded and scored together. A group never spans more than one block."""
 

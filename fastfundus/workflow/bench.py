@@ -137,7 +137,7 @@ def _predicted(
 ) -> dict[str, Any]:
     if "prepare" not in found or "engine" not in found:
         raise ConfigError("--predict needs all measurements; omit SUITE or use all")
-    if found["backend"] == "tensorrt" and not gpu_rate:
+    if found["backend"].startswith("tensorrt") and not gpu_rate:
         gpu_rate = found["engine"]["photos_per_s"]
     machine = Machine(cores or found["cores"], gpus, storage)
     prediction = predict(

@@ -20,6 +20,8 @@ _PARTS = {
     "server": (["fastapi", "uvicorn"], "pip install 'fastfundus[serve]'"),
     "DALI": (["nvidia-dali-cuda130"], "pip install 'fastfundus[dali]'"),
     "TensorRT": (["tensorrt", "pycuda"], "pip install 'fastfundus[tensorrt]'"),
+    "building for TensorRT-RTX": (["tensorrt-rtx-cu13-bindings"], "pip install 'fastfundus[tensorrt-rtx]'"),
+    "signatures": (["cryptography"], "pip install 'fastfundus[sign]'"),
     "fleet": (["ray"], "pip install 'fastfundus[fleet]'"),
 }
 """Packages of each part, and the command that installs them."""
