@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from fastfundus.errors import BundleError
-from fastfundus.files import sync
+from fastfundus.files import open_regular, sync
 
 __all__ = ["Unpacked", "is_archive", "pack"]
 
@@ -104,7 +104,8 @@ def _unpack(file: Path, folder: Path) -> None:
         BundleError: if the file is not an archive, is damaged, or contains compressed or unlisted members.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        # Opening a pipe by its name would wait for its writer.
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
             members = archive.infolist()
             names = [member.filename for member in members]
             if _DESCRIPTION not in names:

@@ -145,7 +145,7 @@ class PhotoCache:
         pixels = self.photos.unchecked if isinstance(self.photos, CheckedPhotos) else self.photos
         for row, (name, sha256, checksum) in enumerate(rows):
             if checksum is not None and checksum_of(pixels[row]) != checksum:
-                yield f"{name}: the pixels in the cache have changed; prepare it again"
+                yield f"{name}: the pixels in the cache have changed; delete the cache and prepare it again"
             if sources and sha256:
                 yield from self._verify_source(name, sha256)
             on_photo()

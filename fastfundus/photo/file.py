@@ -22,6 +22,8 @@ PAUSES_S = (0.5, 2.0, 5.0)
 _OF_THE_PATH = {errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO, errno.EOPNOTSUPP}
 """Errors that say something about the path. All others say something about the storage or this machine."""
 _ALWAYS_ALLOWED = 64 << 20
+_GZIP = b"\x1f\x8b"
+_MAX_MEMBERS = 100_000
 _MAX_RATIO = 20
 
 
@@ -136,19 +138,35 @@ def expansion_limit(size: int) -> int:
 def unpacked(data: bytes) -> bytes:
     """Decompress the data if it is gzipped, up to the size limit of a photo or 20 times its own size.
 
+    All members of the file are read, as in those of bgzip; what follows them is ignored, as by gunzip.
+
     Raises:
         PhotoError: The data is damaged, or decompresses to more than the limit.
     """
-    if data[:2] != b"\x1f\x8b":
-        return data
-    unpacker = zlib.decompressobj(wbits=31)
-    limit = expansion_limit(len(data))
+    limit, place, members = expansion_limit(len(data)), 0, 0
+    whole = bytearray()
     try:
-        whole = unpacker.decompress(data, limit)
+        while data.startswith(_GZIP, place):
+            place = _unpack_member(data, place, whole, limit)
+            members += 1
+            if members > _MAX_MEMBERS:
+                raise PhotoError(Status.UNSUPPORTED, f"the gzip file has more than {_MAX_MEMBERS} members")
     except zlib.error as error:
         raise PhotoError(Status.UNREADABLE, f"the gzip file is damaged ({error}); copy it again") from None
-    if not unpacker.eof:
-        if len(whole) == limit:
+    return bytes(whole) if members else data
+
+
+def _unpack_member(data: bytes, place: int, whole: bytearray, limit: int) -> int:
+    """Append the content of one member of a gzip file to `whole`, and return the position behind it."""
+    unpacker, step = zlib.decompressobj(wbits=31), 4096
+    while not unpacker.eof:
+        piece = data[place : place + step]
+        if not piece:
+            raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
+        whole += unpacker.decompress(piece, limit - len(whole) + 1)
+        if len(whole) > limit:
             raise PhotoError(Status.UNSUPPORTED, f"the file unpacks to more than {limit >> 20} MiB")
-        raise PhotoError(Status.UNREADABLE, "the gzip file is incomplete; copy it again")
-    return whole
+        place += len(piece) - len(unpacker.unused_data)
+        # Small first steps, because what follows a small member would be copied once for each of them.
+        step = min(2 * step, 1 << 20)
+    return place

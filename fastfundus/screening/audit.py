@@ -71,7 +71,9 @@ def verify(output: Path, *, files: bool = False, head: str | None = None, mirror
     """
     try:
         found = _verified(output, files, head)
-        if mirror is not None and hash_file(mirror) != hash_file(output / "audit.jsonl"):
+        if mirror is not None and mirror.exists() and mirror.samefile(output / "audit.jsonl"):
+            found.note(f"{mirror}: is audit.jsonl itself, and proves nothing")
+        elif mirror is not None and hash_file(mirror) != hash_file(output / "audit.jsonl"):
             sizes = f"{mirror.stat().st_size} and {(output / 'audit.jsonl').stat().st_size} bytes"
             found.note(f"{mirror}: is not a copy of audit.jsonl ({sizes})")
         return found

@@ -14,8 +14,11 @@ import polars as pl
 
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.heatmap import Heatmapper
+from fastfundus.errors import PhotoError
 from fastfundus.machine import usable_cores
-from fastfundus.photo.prepare import PreparedPhoto, prepare_photo
+from fastfundus.photo.file import read_photo
+from fastfundus.photo.isolation import prepare_isolated
+from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.pictures import blend, thumbnail, with_heat
 from fastfundus.records import Status
 from fastfundus.screening.policy import NEGATIVE
@@ -103,7 +106,10 @@ def _prepared(rows: Iterable[dict[str, Any]], paths: Mapping[str, Path], bundle:
     def again(row: dict[str, Any]) -> PreparedPhoto | None:
         if row["status"] not in (Status.OK.value, Status.UNGRADABLE.value, Status.FAILED.value):
             return None
-        photo = prepare_photo(paths[row["path"]], bundle.spec)
+        try:
+            photo = prepare_isolated(read_photo(paths[row["path"]]), bundle.spec)
+        except PhotoError:
+            return None
         return photo if photo.sha256 == row["sha256"] else None
 
     with ThreadPoolExecutor(usable_cores()) as threads:

@@ -100,6 +100,8 @@ def screen_to_folder(
         )
     began = False
     if audit_mirror is not None:
+        if audit_mirror.resolve().is_relative_to(bundle.path.resolve()):
+            raise DataError("is in the bundle, which must not change; give another --audit-mirror", path=audit_mirror)
         # Before --overwrite deletes anything.
         check_mirror(output / "audit.jsonl", audit_mirror, fresh=overwrite)
     try:

@@ -182,11 +182,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / "metrics.csv"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # raised inside TensorBoard's own protobuf code
-            from torch.utils.tensorboard import SummaryWriter
-        self._events: Any = SummaryWriter(str(folder))
+        self._folder, self._file = folder, folder / "metrics.csv"
+        self._events: Any = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -194,7 +191,8 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def write(self, history: list[dict[str, float]]) -> None:
         """Write metrics.csv, one row per epoch, and add the last epoch to TensorBoard."""
@@ -202,6 +200,12 @@ class MetricsWriter:
             writer = csv.DictWriter(file, list(history[0]))
             writer.writeheader()
             writer.writerows(history)
+        if self._events is None:
+            # Not before there is something to write: a finished run that is resumed must not change.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # raised inside TensorBoard's own protobuf code
+                from torch.utils.tensorboard import SummaryWriter
+            self._events = SummaryWriter(str(self._folder))
         for name, value in history[-1].items():
             if name not in ("epoch", "seconds"):
                 self._events.add_scalar(name, value, history[-1]["epoch"])

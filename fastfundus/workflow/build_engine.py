@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastfundus.data.cache import PhotoCache
 from fastfundus.data.joined_cache import open_caches
+from fastfundus.data.journal import locked
 from fastfundus.data.masks import photos_with_masks
 from fastfundus.engines.build import MAX_PARITY_MAPS, MAX_PARITY_PHOTOS, build_bundle
 from fastfundus.engines.bundle import Bundle
@@ -59,6 +60,7 @@ def build_engine(
     Raises:
         CheckpointError: the cache contains no photo that the run has not trained on, or the run is incomplete.
         GateRefused: no engine passes the gate.
+        DataError: another process is building the same output.
         MissingDependency: the backend is not installed.
 
     Example:
@@ -94,18 +96,20 @@ def build_engine(
         _truth(run, photos, chosen),
         np.ascontiguousarray(ranges.photos[calibration_rows]),
     )
-    return build_bundle(
-        model,
-        run.spec,
-        labels,
-        data,
-        Path(output),
-        provenance=provenance,
-        reference=None if maps else _reference(run, photos, run.labels),
-        backend=backend,
-        precision=precision,
-        options=options,
-    )
+    reference = None if maps else _reference(run, photos, run.labels)
+    with locked(Path(output), Path(f"{output}.lock"), "built"):
+        return build_bundle(
+            model,
+            run.spec,
+            labels,
+            data,
+            Path(output),
+            provenance=provenance,
+            reference=reference,
+            backend=backend,
+            precision=precision,
+            options=options,
+        )
 
 
 def _choose_photos(

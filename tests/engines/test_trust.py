@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import TensorProto, helper, numpy_helper
 
+from fastfundus.data.journal import locked
 from fastfundus.engines import archive, trust
 from fastfundus.engines.archive import pack
 from fastfundus.engines.bundle import Bundle, write_bundle_json
@@ -178,6 +179,18 @@ def test_pipes_and_devices_are_neither_waited_for_nor_read(
     with pytest.raises((BundleError, ConfigError)):
         Bundle.open(copied, require_signature=file if place == "key" else keys[1])
     assert time.monotonic() - began < 5
+
+
+def test_a_pipe_named_like_a_bundle_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "bundle.zip")
+    with pytest.raises(BundleError, match="is not a regular file"):
+        Bundle.open(tmp_path / "bundle.zip")
+
+
+def test_two_builds_do_not_share_an_output(trained: Trained, tmp_path: Path) -> None:
+    with locked(tmp_path / "bundle", tmp_path / "bundle.lock", "built"):
+        result = run("build-engine", trained.run, "--output", tmp_path / "bundle")
+    assert (result.exit_code, "is being built by another process; wait for it" in result.output) == (1, True)
 
 
 def test_who_signed_a_bundle_is_in_the_log_and_kept_by_resume(

@@ -40,6 +40,23 @@ def test_gzip_expands_twenty_times_at_most() -> None:
     assert len(unpacked(gzip.compress(noise, 1))) == 70 << 20
 
 
+def test_all_members_of_a_gzip_file_are_read_within_one_limit() -> None:
+    data = np.random.default_rng(1).integers(0, 256, 300_000, np.uint8).tobytes()
+    parts = [data[start : start + 16_384] for start in range(0, len(data), 16_384)]
+    assert unpacked(b"".join(map(gzip.compress, parts))) == data
+    assert unpacked(gzip.compress(b"") + gzip.compress(data)) == data
+    # gunzip ignores what follows, too.
+    assert unpacked(gzip.compress(data) + b"\0" * 512) == data
+    whole = gzip.compress(bytes(40 << 20))
+    with pytest.raises(PhotoError, match="unpacks to more than 64 MiB"):
+        unpacked(whole + whole)
+    for cut in (3, 9, len(whole) - 1):
+        with pytest.raises(PhotoError, match="is incomplete"):
+            unpacked(gzip.compress(data) + whole[:cut])
+    with pytest.raises(PhotoError, match="has more than 100000 members"):
+        unpacked(gzip.compress(b"") * 100_001)
+
+
 def test_a_deflated_dicom_file_expands_as_little(tmp_path: Path) -> None:
     rgb = draw_photo(3, long_side=400).image[20:380]
     dataset = pydicom.dcmread(io.BytesIO(dicom(rgb.tobytes())))

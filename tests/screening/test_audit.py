@@ -196,6 +196,21 @@ def test_a_mirror_is_no_link_to_the_log_and_its_folder_exists(trained: Trained, 
         screen(trained, photos, tmp_path / "out", audit_mirror=tmp_path / "m.jsonl", resume=True)
 
 
+def test_a_mirror_in_the_bundle_or_the_log_itself_is_refused(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is in the bundle, which must not change"):
+        screen(trained, photos, tmp_path / "out", audit_mirror=trained.bundle.path / "m.jsonl")
+    screen(trained, photos, tmp_path / "out")
+    log = tmp_path / "out" / "audit.jsonl"
+    (tmp_path / "link").symlink_to(log)
+    (tmp_path / "hard").hardlink_to(log)
+    for mirror in (log, tmp_path / "link", tmp_path / "hard"):
+        assert verify(tmp_path / "out", mirror=mirror).faults == [
+            f"{mirror}: is audit.jsonl itself, and proves nothing"
+        ]
+    result = run("audit", "verify", tmp_path / "out", "--audit-mirror", tmp_path)
+    assert f"{tmp_path}: is not a regular file" in result.output
+
+
 def test_a_mirror_is_never_forgotten(trained: Trained, photos: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "out", tmp_path / "out" / "audit.jsonl"
     mirror, later = tmp_path / "m.jsonl", tmp_path / "later.jsonl"

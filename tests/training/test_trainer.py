@@ -32,6 +32,7 @@ from fastfundus.training.schedule import learning_rate
 from fastfundus.training.settings import resolve_settings
 from fastfundus.training.tasks import losses as loss
 from fastfundus.training.trainer import Interrupted, Trainer
+from fastfundus.workflow.train import ThresholdTargets, train_run
 from tests.conftest import Trained
 
 
@@ -126,6 +127,29 @@ def test_resume_after_sigkill_is_bit_for_bit(cache: PhotoCache, whole_run: Path,
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), name
     assert states[0]["state"]["history"][2]["train_loss"] == states[1]["state"]["history"][2]["train_loss"]
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(trained: Trained, cache: PhotoCache, tmp_path: Path) -> None:
+    """Thresholds that were chosen again after the test results were seen would be fitted to the test patients."""
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    seen: list[str] = []
+
+    class Listener(Observer):
+        def say(self, text: str) -> None:
+            seen.append(text)
+
+    document = train_run(
+        cache,
+        run,
+        TrainConfig.from_run(run),
+        resume=True,
+        observer=Listener(),
+        targets=ThresholdTargets(sensitivity=0.5),
+    )
+    assert document == json.loads((run / "operating_point.json").read_text())
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert "its thresholds are locked and its test patients measured; nothing was changed" in seen[-1]
 
 
 def test_metrics_are_replaced_atomically(cache: PhotoCache, tmp_path: Path) -> None:
