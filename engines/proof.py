@@ -7,8 +7,10 @@ checked when it is first loaded on a GPU. They are drawn because a bundle travel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ __all__ = ["PROOF", "RoundedEngine", "draw_photos", "prove", "rounded_graph", "w
 PROOF = "proof.npz"
 """Photos [N, S, S, 3] uint8 and the model's answers to them, float32."""
 _PHOTOS = 12
+_MAX_BYTES = 1 << 30
+"""More than they take at 4096 px."""
 
 
 def draw_photos(size: int, count: int = _PHOTOS) -> NDArray[np.uint8]:
@@ -72,11 +76,7 @@ def prove(engine: Engine, folder: Path, precision: str, report: Path, device: st
         except (OSError, ValueError, TypeError):
             # An older version, or damaged: check again.
             pass
-    try:
-        with np.load(folder / PROOF) as proof:
-            photos, expected = proof["photos"], proof["expected"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder / PROOF}: cannot be read ({error}); build the engine again") from None
+    photos, expected = _read_proof(folder / PROOF)
     # Decisions of drawn eyes mean nothing: only probabilities are compared.
     nowhere = np.full(expected.shape[1], np.nan)
     got = engine.infer(photos, guard=True)
@@ -87,10 +87,26 @@ def prove(engine: Engine, folder: Path, precision: str, report: Path, device: st
             f"{result.largest_difference:.2e}, more than {result.gate_probability:g}; do not use it there: build it "
             "with --precision fp32, or run the float32 graph in the bundle: --backend openvino or onnxruntime"
         )
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(report) as partial:
-        partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    # Where nothing can be kept, the engine is checked whenever it is loaded.
+    with contextlib.suppress(OSError):
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(report) as partial:
+            partial.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     return result
+
+
+def _read_proof(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_BYTES:
+                raise ValueError("it expands to more than any valid one")
+        with np.load(file) as proof:
+            photos, expected = proof["photos"], proof["expected"]
+        if photos.dtype != np.uint8 or photos.ndim != 4 or expected.ndim < 2 or len(photos) != len(expected):
+            raise ValueError(f"it has {photos.dtype} {photos.shape} and {expected.shape}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleError(f"{file}: cannot be read ({error}); build the engine again") from None
+    return photos, expected
 
 
 class RoundedEngine(OnnxRuntimeEngine):

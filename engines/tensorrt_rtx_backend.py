@@ -7,6 +7,7 @@ for which TensorRT is. Building needs the extra `tensorrt-rtx`; running also nee
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -144,7 +145,9 @@ _loggers: dict[str, Any] = {}
 
 def _logger(trt: Any) -> Any:
     """Return the logger of this process: NVIDIA's library ignores a second one, with a warning."""
-    return _loggers.setdefault(trt.__version__, message_logger(trt))
+    if trt.__version__ not in _loggers:
+        _loggers[trt.__version__] = message_logger(trt)
+    return _loggers[trt.__version__]
 
 
 class TensorRtRtxEngine(TensorRtEngine):
@@ -171,6 +174,9 @@ class TensorRtRtxEngine(TensorRtEngine):
         self._cache: Any = None
         super().__init__(trt, plan, size, name)
         self._keep_compiled()
+
+    def _new_logger(self, trt: Any) -> Any:
+        return _logger(trt)
 
     def _check(self, trt: Any, runtime: Any, plan: bytes, name: str) -> None:
         validity, found = runtime.get_engine_validity(plan)
@@ -205,10 +211,12 @@ class TensorRtRtxEngine(TensorRtEngine):
     def _keep_compiled(self) -> None:
         with current(self._context, cuda=self._cuda):
             data = bytes(self._cache.serialize())
-        self._compiled.parent.mkdir(exist_ok=True)
-        partial = self._compiled.with_name(f"{self._compiled.name}.{os.getpid()}")
-        partial.write_bytes(data)
-        partial.replace(self._compiled)
+        # Without it, such as on a full disk, the next start takes seconds longer.
+        with contextlib.suppress(OSError):
+            self._compiled.parent.mkdir(exist_ok=True)
+            partial = self._compiled.with_name(f"{self._compiled.name}.{os.getpid()}")
+            partial.write_bytes(data)
+            partial.replace(self._compiled)
 
     def _free(self) -> None:
         # Batches of other sizes have been compiled since.

@@ -50,7 +50,7 @@ class TensorRtEngine(Engine):
         require("pycuda", extra="tensorrt")
         import pycuda.driver as cuda
 
-        self._cuda, self._logger = cuda, message_logger(trt)
+        self._cuda, self._logger = cuda, self._new_logger(trt)
         cuda.init()
         self._context = cuda.Device(0).retain_primary_context()
         self._contexts: list[ExecutionContext] = []
@@ -102,6 +102,9 @@ class TensorRtEngine(Engine):
 
     _records = True
     """Whether the largest batch of each profile is recorded as a CUDA graph here."""
+
+    def _new_logger(self, trt: Any) -> Any:
+        return message_logger(trt)
 
     def _check(self, trt: Any, runtime: Any, plan: bytes, name: str) -> None:
         """Raise if the plan cannot run on this machine, before it is loaded; overridden where TensorRT can tell."""

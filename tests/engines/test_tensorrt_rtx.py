@@ -197,6 +197,28 @@ def test_an_engine_that_answers_wrongly_is_refused(
     assert not list((cache_folder() / "tensorrt-rtx").glob("*.json")), "nothing vouches for it"
 
 
+def test_a_proof_that_cannot_be_read_is_an_error_in_words(
+    world: RtxWorld, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built(trained, tmp_path / "bundle")
+    with_gpu(monkeypatch, "NVIDIA L4", (8, 9))
+    file = bundle.folder / PROOF
+    whole = file.read_bytes()
+    np.savez(tmp_path / "other.npz", photos=np.zeros((2, 8), np.uint8), expected=np.zeros(2))
+    for content in (
+        b"",
+        b"junk",
+        whole[:-30],
+        whole[:200] + bytes(50) + whole[250:],
+        (tmp_path / "other.npz").read_bytes(),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(BundleError, match=r"proof.npz: cannot be read .*; build the engine again"):
+            bundle.load()
+    file.write_bytes(whole)
+    bundle.load().close()
+
+
 def test_why_an_engine_cannot_run_is_said(
     world: RtxWorld, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
