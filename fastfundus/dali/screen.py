@@ -51,7 +51,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
         if bundle.backend not in _ON_DEVICE:
             raise ConfigError(
                 f"{bundle.path}: the backend {bundle.backend} accepts photos only from the host; build it with "
-                f"--backend {' or '.join(_ON_DEVICE)}, or decode with --decode cpu"
+                f"--backend {', '.join(_ON_DEVICE[:-1])} or {_ON_DEVICE[-1]}, or decode with --decode cpu"
             )
         began, began_cpu = time.perf_counter(), time.process_time()
         with bundle.load() as engine, ThreadPoolExecutor(1, "decoding") as ahead:

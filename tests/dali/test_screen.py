@@ -66,7 +66,7 @@ def test_rows_are_those_of_the_host(
 
 def test_engines_of_the_host_are_refused(trained: Trained, photo_folder: Path, tmp_path: Path) -> None:
     listing = list_photos(photo_folder / "images")
-    with pytest.raises(ConfigError, match="only from the host; build it with --backend tensorrt or aoti"):
+    with pytest.raises(ConfigError, match="only from the host; build it with --backend tensorrt, tensorrt-rtx or aoti"):
         screen_to_folder(
             listing,
             trained.bundle,
