@@ -16,11 +16,11 @@ from pathlib import Path
 from fastfundus.errors import BundleError
 from fastfundus.files import open_regular, sync
 
-__all__ = ["Unpacked", "is_archive", "pack"]
+__all__ = ["MAX_DESCRIPTION_BYTES", "Unpacked", "is_archive", "pack"]
 
 _SUFFIX = ".zip"
 _DESCRIPTION = "bundle.json"
-_MAX_DESCRIPTION_BYTES = 64 << 20
+MAX_DESCRIPTION_BYTES = 16 << 20
 _PREFIX = "fastfundus-bundle-"
 _ORPHAN_S = 60
 
@@ -121,7 +121,7 @@ def _unpack(file: Path, folder: Path) -> None:
                     raise BundleError(f"{file}: {name} is compressed; pack the bundle again without compression")
             if len(set(names)) != len(names):
                 raise BundleError(f"{file}: contains two files of the same name; do not use it")
-            if archive.getinfo(_DESCRIPTION).file_size > _MAX_DESCRIPTION_BYTES:
+            if archive.getinfo(_DESCRIPTION).file_size > MAX_DESCRIPTION_BYTES:
                 raise BundleError(f"{file}: its {_DESCRIPTION} is larger than any valid one; do not use it")
             wanted = {_DESCRIPTION, *json.loads(archive.read(_DESCRIPTION)).get("files", {})}
             if extra := sorted(set(names) - wanted):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastfundus.engines.archive import Unpacked, is_archive
+from fastfundus.engines.archive import MAX_DESCRIPTION_BYTES, Unpacked, is_archive
 from fastfundus.engines.onnx_scan import external_files
 from fastfundus.engines.runtime import GRAPH, Engine, load_backend
 from fastfundus.engines.trust import check_signature, is_built_here
@@ -28,7 +28,6 @@ __all__ = ["GRAPH_BACKENDS", "SCHEMA", "Bundle", "write_bundle_json"]
 
 SCHEMA = 3
 """Version of the bundle format."""
-_MAX_DESCRIPTION_BYTES = 16 << 20
 GRAPH_BACKENDS = ("openvino", "onnxruntime")
 """Backends that can run the graph of any bundle."""
 
@@ -88,7 +87,7 @@ class Bundle:
     @classmethod
     def _read(cls, path: Path, folder: Path, unpacked: Unpacked | None) -> Bundle:
         try:
-            metadata = json.loads(read_small(folder / "bundle.json", _MAX_DESCRIPTION_BYTES))
+            metadata = json.loads(read_small(folder / "bundle.json", MAX_DESCRIPTION_BYTES))
         except FileNotFoundError:
             if not path.exists():
                 raise BundleError(f"{path}: does not exist; give a bundle created by fastfundus build-engine") from None

@@ -55,6 +55,9 @@ class PrecisionSearch:
     ) -> None:
         self.module, self.photos, self.truth, self.folder = module, data.photos, data.truth, folder
         self.blueprint = Blueprint(model, folder / GRAPH, spec.size, data.calibration, options)
+        runs_here: Callable[[dict[str, Any]], bool] = getattr(module, "runs_here", lambda options: True)
+        self.measured = runs_here(options)
+        """Whether this machine can run the engines; otherwise only their graphs are compared, and speed is unknown."""
         self.expected, self.torch_rate = _run_torch(model, self.photos)
         self.metadata: dict[str, Any] = {
             "backend": backend,
@@ -74,12 +77,6 @@ class PrecisionSearch:
             self.truth = None if self.truth is None else np.concatenate([self.truth, unknown], axis=1)
         self.built: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, ParityReport] = {}
-
-    @property
-    def measured(self) -> bool:
-        """Whether this machine can run the engines; otherwise only their graphs are compared, and speed is unknown."""
-        runs_here: Callable[[dict[str, Any]], bool] = getattr(self.module, "runs_here", lambda options: True)
-        return runs_here(self.blueprint.options)
 
     def worthwhile(self, precisions: tuple[str, ...]) -> tuple[str, ...]:
         """Return the precisions to try: where speed is unknown, nothing justifies 8 bits."""

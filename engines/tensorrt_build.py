@@ -21,6 +21,7 @@ __all__ = [
     "PlanOptions",
     "Progress",
     "build_plan",
+    "keep_cached",
     "message_logger",
     "profile_ranges",
     "read_graph",
@@ -118,7 +119,7 @@ def build_plan(
     kept = timing_cache_file(trt.__version__, device)
     _use_timings(config, kept)
     plan = serialize(trt, builder, network, config, logger, progress)
-    _keep_timings(config, kept)
+    keep_cached(kept, bytes(config.get_timing_cache().serialize()))
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = options.portable
     engine = runtime.deserialize_cuda_engine(plan)
@@ -180,10 +181,11 @@ def _use_timings(config: Any, file: Path) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def _keep_timings(config: Any, file: Path) -> None:
+def keep_cached(file: Path, data: bytes) -> None:
+    """Write a file of the cache folder as a whole; other processes may write it at the same time."""
     file.parent.mkdir(exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+    partial.write_bytes(data)
     partial.replace(file)
 
 

@@ -8,7 +8,6 @@ for which TensorRT is. Building needs the extra `tensorrt-rtx`; running also nee
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from fastfundus.engines.cuda_sample import current
 from fastfundus.engines.proof import RoundedEngine, draw_photos, prove, write_proof
 from fastfundus.engines.runtime import INPUT, Blueprint, Engine, complete_engine
 from fastfundus.engines.tensorrt_backend import first_gpu, typed_graph
-from fastfundus.engines.tensorrt_build import PlanOptions, message_logger, read_graph, serialize
+from fastfundus.engines.tensorrt_build import PlanOptions, keep_cached, message_logger, read_graph, serialize
 from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 from fastfundus.errors import BundleError, ConfigError, MissingDependency, close_matches, require
 from fastfundus.kernels.building import cache_folder
@@ -213,10 +212,7 @@ class TensorRtRtxEngine(TensorRtEngine):
             data = bytes(self._cache.serialize())
         # Without it, such as on a full disk, the next start takes seconds longer.
         with contextlib.suppress(OSError):
-            self._compiled.parent.mkdir(exist_ok=True)
-            partial = self._compiled.with_name(f"{self._compiled.name}.{os.getpid()}")
-            partial.write_bytes(data)
-            partial.replace(self._compiled)
+            keep_cached(self._compiled, data)
 
     def _free(self) -> None:
         # Batches of other sizes have been compiled since.

@@ -17,7 +17,7 @@ from fastfundus.errors import ConfigError
 from fastfundus.photo.prepare import PreparedPhoto
 from fastfundus.records import SourcePhoto, Status
 from fastfundus.screening.output import Store
-from fastfundus.screening.pipeline import Timing, make_result
+from fastfundus.screening.pipeline import Timing, cpu_s, make_result
 from fastfundus.screening.run import BlockMaker, row_of
 from fastfundus.screening.scorer import Answer, Scorer
 
@@ -53,7 +53,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
                 f"{bundle.path}: the backend {bundle.backend} accepts photos only from the host; build it with "
                 f"--backend {', '.join(_ON_DEVICE[:-1])} or {_ON_DEVICE[-1]}, or decode with --decode cpu"
             )
-        began, began_cpu = time.perf_counter(), time.process_time()
+        began, began_cpu = time.perf_counter(), cpu_s()
         with bundle.load() as engine, ThreadPoolExecutor(1, "decoding") as ahead:
             device = _Device(engine, bundle, DaliDecoder(device_id=device_id, batch_size=GROUP))
             timing.workers = timing.readers = 1
@@ -74,7 +74,7 @@ def dali_blocks(device_id: int | None) -> BlockMaker:
                     rows.append(row_of(make_result(source, photo, answer, bundle, store.policy), bundle, store.output))
                 timing.photos += len(photos)
                 timing.decode, timing.engine = device.decode_s, device.scorer.seconds
-                timing.wall, timing.cpu = time.perf_counter() - began, time.process_time() - began_cpu
+                timing.wall, timing.cpu = time.perf_counter() - began, cpu_s() - began_cpu
                 on_rows(len(photos))
                 if len(rows) == len(store.inputs_of(block)):
                     yield block, rows

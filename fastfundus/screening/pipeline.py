@@ -29,7 +29,7 @@ from fastfundus.screening.decode_pool import HANG_S, DecodePool, PendingPhoto
 from fastfundus.screening.policy import RETAKE, ScreenPolicy
 from fastfundus.screening.scorer import Answer, Scorer
 
-__all__ = ["BATCH", "BLOCK", "ScreenedPhoto", "Timing", "make_result", "screen_photos"]
+__all__ = ["BATCH", "BLOCK", "ScreenedPhoto", "Timing", "cpu_s", "make_result", "screen_photos"]
 
 BATCH = 16
 BLOCK = 512
@@ -101,7 +101,8 @@ class Timing:
         return max(self.busy.items(), key=lambda entry: entry[1])[0]
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """Return the CPU time in seconds that this process and its decoders have used."""
     return time.process_time() + decoders_cpu_s()
 
 
@@ -139,7 +140,7 @@ def screen_photos(
     loading = thread.submit(lambda: engine or bundle.load())
     decode_pool = DecodePool(bundle.spec, hang_s=hang_s)
     timing.workers, timing.readers = decode_pool.decoders, decode_pool.readers
-    began, began_cpu = time.perf_counter(), _cpu_s()
+    began, began_cpu = time.perf_counter(), cpu_s()
     scorer = Scorer(str(bundle.path), lambda images: loading.result().infer(np.stack(images), guard=True))
 
     def begin_scoring(group: list[tuple[SourcePhoto, PreparedPhoto]]) -> Future[list[Answer]] | None:
@@ -156,7 +157,7 @@ def screen_photos(
             answers = group.answers.result() if group.answers else iter(())
             timing.photos += len(group.photos)
             timing.read, timing.decode, timing.engine = decode_pool.read_s, decode_pool.decode_s, scorer.seconds
-            timing.wall, timing.cpu = time.perf_counter() - began, _cpu_s() - began_cpu
+            timing.wall, timing.cpu = time.perf_counter() - began, cpu_s() - began_cpu
             yield from _rows(group, iter(answers), bundle, policy)
 
         for group in _prepared_groups(photos, decode_pool, batch_size):

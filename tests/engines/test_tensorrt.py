@@ -15,9 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -114,6 +114,9 @@ assert 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     command = [sys.executable, "-W", "ignore", "-c", code, str(WHEELS / api["version"])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+Made = TypeVar("Made", bound="World")
 
 
 class World:
@@ -302,17 +305,28 @@ class World:
         logger.log(self.trt.ILogger.Severity.ERROR, text)
 
 
-@pytest.fixture
-def world(api: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
-    gpu = install(monkeypatch)
-    made = World(api, gpu)
-    monkeypatch.setitem(sys.modules, "tensorrt", made.trt)
+def on_double(
+    kind: Callable[[dict[str, Any], Gpu], Made],
+    api: dict[str, Any],
+    module: str,
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+) -> Iterator[Made]:
+    """Put a world in the place of a module, of pycuda, of libcuda's graphs and of the cache folder."""
+    gpu = install(patch)
+    made = kind(api, gpu)
+    patch.setitem(sys.modules, module, made.trt)
     driver = GraphDriver(gpu)
-    monkeypatch.setattr(cuda_graph, "driver", lambda: driver)
-    (tmp_path / "cache").mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    patch.setattr(cuda_graph, "driver", lambda: driver)
+    (folder / "cache").mkdir(mode=0o700)
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     yield made
     assert not gpu.current, "a context is still current"
+
+
+@pytest.fixture
+def world(api: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[World]:
+    yield from on_double(World, api, "tensorrt", monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastfundus.engines import cuda_graph, tensorrt_rtx_backend
+from fastfundus.engines import tensorrt_rtx_backend
 from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.proof import PROOF, draw_photos
 from fastfundus.errors import BundleError, ConfigError, MissingDependency
@@ -20,8 +20,7 @@ from fastfundus.kernels.building import cache_folder
 from fastfundus.training.run import Run
 from fastfundus.workflow.build_engine import build_engine
 from tests.conftest import Trained
-from tests.engines.gpu_double import GraphDriver, install
-from tests.engines.test_tensorrt import World
+from tests.engines.test_tensorrt import World, on_double
 
 REAL: Any = pytest.importorskip(
     "tensorrt_rtx_bindings", reason="NVIDIA's builder is not installed: pip install -e '.[dev]' on Linux x86-64"
@@ -85,16 +84,8 @@ class RtxWorld(World):
 
 @pytest.fixture
 def world(api: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RtxWorld]:
-    gpu = install(monkeypatch)
-    made = RtxWorld(api, gpu)
-    monkeypatch.setitem(sys.modules, tensorrt_rtx_backend.PACKAGE, made.trt)
     monkeypatch.setattr(tensorrt_rtx_backend, "_loggers", {})
-    driver = GraphDriver(gpu)
-    monkeypatch.setattr(cuda_graph, "driver", lambda: driver)
-    (tmp_path / "cache").mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield made
-    assert not gpu.current, "a context is still current"
+    yield from on_double(RtxWorld, api, tensorrt_rtx_backend.PACKAGE, monkeypatch, tmp_path)
 
 
 def built(trained: Trained, output: Path, **options: Any) -> Bundle:
