@@ -348,6 +348,9 @@ class _Launcher:
         except TimeoutError:
             # Its answer might come later, and be taken for that to another question.
             self._process.kill()
+            # Otherwise the next attempt might still find it there.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
             raise TimeoutError("the process that starts decoders does not answer; was it stopped?") from None
         if not answer:
             raise ConnectionResetError("the process that starts decoders has ended")

@@ -130,7 +130,7 @@ def test_a_crash_while_memory_is_short_is_no_verdict(good: bytes, monkeypatch: p
 
 def test_a_launcher_that_was_stopped_is_replaced(good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     isolation._forget()
-    monkeypatch.setattr(isolation, "_LAUNCHER_S", 10.0)
+    monkeypatch.setattr(isolation, "_LAUNCHER_S", 5.0)
     monkeypatch.setattr(isolation, "_PAUSE_S", 0.0)
     same(prepare_isolated(good, SPEC), prepare_bytes(good, SPEC))
     first = isolation._running()._process
