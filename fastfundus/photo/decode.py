@@ -28,7 +28,7 @@ from fastfundus.photo.png import check_png, check_rows
 from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 
-__all__ = ["decode", "decode_with_room", "eight_bit_rgb"]
+__all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage"]
 
 _DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
 """Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
@@ -113,9 +113,14 @@ def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np
             return room
         except ValueError as error:
             message = str(error)
-        if not _DAMAGE.search(message):
+        if not is_damage(message):
             return None
     raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({message}); copy it again")
+
+
+def is_damage(message: str) -> bool:
+    """Return whether an error of the strict JPEG decoder is about damage, rather than a kind that it cannot decode."""
+    return bool(_DAMAGE.search(message))
 
 
 def _opencv(data: bytes) -> NDArray[np.uint8] | None:

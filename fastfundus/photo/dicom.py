@@ -1,9 +1,7 @@
 """Fundus photographs in DICOM files: Ophthalmic Photography objects and comparable camera exports.
 
-An image compressed as baseline JPEG is extracted and decoded like any other JPEG, including scaled decoding. pydicom
-decodes everything else, with GDCM (BSD licence) for lossless JPEG and JPEG-LS. What the pixel data says of itself is
-believed over the header, which exports often fill by template. Sources: DICOM PS3.3 A.41 (Ophthalmic Photography),
-PS3.6 (identifiers), PS3.5 A.4 (encapsulation).
+An image compressed as baseline JPEG is extracted and decoded like any other JPEG, including scaled decoding.
+`photo.dicom_pixels` decodes everything else. Sources: DICOM PS3.3 A.41 (Ophthalmic Photography), PS3.6 (identifiers).
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
 from fastfundus.identifiers import is_placeholder, normal_eye
-from fastfundus.photo.decode import decode, eight_bit_rgb
+from fastfundus.photo.decode import decode
 from fastfundus.photo.decode_plan import DecodePlan
+from fastfundus.photo.dicom_pixels import decode_pixels, first_frame, with_colours_said
 from fastfundus.photo.file import expansion_limit
 from fastfundus.photo.header import PhotoHeader, check_size, read_header
 from fastfundus.photo.inflate import inflated_length
@@ -40,7 +38,6 @@ _OCT = {
     "1.2.840.10008.5.1.4.1.1.82.1",
 }
 _JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
-_JPEG_2000 = {"1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"}
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _WIDEST_DEGREES = 75.0
 """Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
@@ -49,11 +46,8 @@ _EYE_CODES = {"G-A100": "R", "24028007": "R", "G-A101": "L", "7771000": "L"}
 _REGION_CODES = {"1290041000": "R", "1290032005": "R", "1290043002": "L", "1290031003": "L"}
 """Codes of the right and left eye as regions: entire eye, structure of the eye proper."""
 _DAMAGED = "the DICOM header is damaged; export it again"
-_DAMAGED_PIXELS = "the image is damaged or incomplete; export it again"
 # pydicom logs tracebacks of its decoders; every fault becomes the row of its photo instead.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-"""Adobe segment with transform 0, which declares the components as plain R, G, B."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +71,7 @@ class DicomPhoto:
         """
         if self._frame is not None:
             return decode(self._frame, self.header, plan)
-        return _pixels(self._dataset)
+        return decode_pixels(self._dataset)
 
 
 def is_dicom(data: bytes) -> bool:
@@ -113,7 +107,7 @@ def read_dicom(data: bytes) -> DicomPhoto:
                     pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
                 )
             syntax = str(dataset.file_meta.TransferSyntaxUID)
-            frame = _first_frame(dataset) if syntax in _JPEG_8_BIT else None
+            frame = first_frame(dataset) if syntax in _JPEG_8_BIT else None
             photometric = str(dataset.PhotometricInterpretation)
             width, height = int(dataset.Columns), int(dataset.Rows)
     except PhotoError:
@@ -122,7 +116,7 @@ def read_dicom(data: bytes) -> DicomPhoto:
         # pydicom raises many types of errors on damaged files.
         raise PhotoError(Status.UNREADABLE, _DAMAGED) from None
     if frame is not None:
-        frame = _with_colours_said(frame, photometric)
+        frame = with_colours_said(frame, photometric)
         # DICOM defines the orientation; ignore EXIF data that a converter left in the JPEG.
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
     check_size(width, height)
@@ -199,6 +193,8 @@ def _complete(dataset: Any) -> None:
         dataset.PhotometricInterpretation = photometric or "RGB"
     allocated = int(_number(dataset, "BitsAllocated") or 8)
     stored = int(_number(dataset, "BitsStored") or allocated)
+    # Samples may be stored at the upper end of their words: then the lowest bits are zeros.
+    stored = max(stored, int(_number(dataset, "HighBit") or 0) + 1)
     dataset.BitsAllocated, dataset.BitsStored = allocated, min(stored, allocated)
     dataset.HighBit = dataset.BitsStored - 1
     for name in ("PlanarConfiguration", "PixelRepresentation"):
@@ -253,83 +249,3 @@ def _eye(dataset: Any) -> str | None:
 def _items(dataset: Any, name: str) -> list[Any]:
     value = _value(dataset, name)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-
-
-def _first_frame(dataset: Any) -> bytes:
-    from pydicom.encaps import get_frame
-
-    return bytes(get_frame(dataset.PixelData, 0, number_of_frames=1))
-
-
-def _with_colours_said(frame: bytes, photometric: str) -> bytes:
-    """Declare the colour space inside a JPEG where only the DICOM header names it.
-
-    Decoders assume YCbCr for a JPEG without a JFIF or Adobe segment. If DICOM states RGB, insert an Adobe segment that
-    declares it. A JPEG with such a segment is left unchanged, because some exports label YCbCr images as RGB in the
-    DICOM header.
-    """
-    start = frame[: frame.find(b"\xff\xda")]
-    if photometric == "RGB" and b"JFIF\0" not in start and b"Adobe" not in start:
-        return frame[:2] + _ADOBE_RGB + frame[2:]
-    return frame
-
-
-def _pixels(dataset: Any) -> NDArray[np.uint8]:
-    from pydicom.pixels import apply_color_lut, pixel_array
-
-    palette = _text(dataset, "PhotometricInterpretation") == "PALETTE COLOR"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if "NumberOfFrames" in dataset:
-                # It is 1, or not a number.
-                dataset.NumberOfFrames = 1
-            if _transforms_itself(dataset):
-                dataset.PhotometricInterpretation = "RGB"
-            pixels = pixel_array(dataset)
-            if palette:
-                pixels = apply_color_lut(pixels, dataset)
-            bits = int(_number(dataset, "BitsStored") or 8)
-    except (NotImplementedError, RuntimeError) as error:
-        # pydicom raises these when no installed decoder supports the compression, or when one fails.
-        if "missing" in str(error) or isinstance(error, NotImplementedError):
-            syntax = dataset.file_meta.TransferSyntaxUID
-            raise PhotoError(
-                Status.UNSUPPORTED, f"unsupported compression ({syntax.name}); export it uncompressed"
-            ) from None
-        raise PhotoError(Status.UNREADABLE, _DAMAGED_PIXELS) from None
-    except Exception:
-        raise PhotoError(Status.UNREADABLE, _DAMAGED_PIXELS) from None
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype.kind not in "ui" or pixels.dtype.itemsize > 2:
-        raise PhotoError(Status.UNSUPPORTED, "pixels that are not 8-bit or 16-bit RGB; export as RGB with 8 bits")
-    if pixels.dtype.kind == "i":
-        # Colours have no sign; headers that claim one are filled by template.
-        pixels = pixels.view(f"u{pixels.dtype.itemsize}")
-    if pixels.dtype == np.uint16 and not palette:
-        pixels = _to_full_scale(pixels, bits)
-    return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-
-
-def _transforms_itself(dataset: Any) -> bool:
-    """Return whether a JPEG 2000 codestream contains a colour transform, so that it decodes to RGB.
-
-    Source: ITU-T T.800, annex A.6.1: the fifth byte of the COD segment.
-    """
-    if str(dataset.file_meta.TransferSyntaxUID) not in _JPEG_2000:
-        return False
-    frame = _first_frame(dataset)
-    at = frame.find(b"\xff\x52")
-    return 0 <= at < len(frame) - 8 and frame[at + 8] == 1
-
-
-def _to_full_scale(pixels: NDArray[np.uint16], bits: int) -> NDArray[np.uint16]:
-    """Map samples to the full range of 16 bits, so that 12-bit samples in 16 bits do not become a dark image.
-
-    The header may say 16 bits where the camera stored 12: then the range of the values decides.
-    """
-    # One hot pixel must not decide: one in ten thousand may be brighter.
-    used = int(np.partition(pixels.ravel(), -1 - pixels.size // 10_000)[-1 - pixels.size // 10_000]).bit_length()
-    stored = next(size for size in (8, 10, 12, 14, 16) if used <= size)
-    # A photo may leave the brightest half of its range unused, but hardly three quarters.
-    bits = stored if used > bits or stored <= bits - 2 else bits
-    return np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)

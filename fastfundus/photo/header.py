@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from PIL import Image, UnidentifiedImageError
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.exif import read_exif
+from fastfundus.photo.exif import Exif, read_exif
+from fastfundus.photo.jpeg import has_another_photo
 from fastfundus.photo.png import PNG_SIGNATURE, read_png_header
 from fastfundus.photo.tiff import choose_page, is_tiff, read_pages
 from fastfundus.records import Status
@@ -40,6 +41,7 @@ _GREYSCALE = "greyscale image; a colour fundus photograph is required"
 _PRINT_COLOURS = {5: "CMYK", 8: "LAB", 9: "LAB", 10: "LAB"}
 """Photometric interpretations of TIFF."""
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _CODINGS = {0: "baseline", 1: "extended", 2: "progressive", 9: "arithmetic", 10: "arithmetic"}
 """JPEG coding by start-of-frame marker; all other markers are lossless or hierarchical."""
 
@@ -120,11 +122,11 @@ def check_size(width: int, height: int) -> None:
 
 
 def _read_png(data: bytes) -> PhotoHeader:
-    width, height, grey, (orientation, camera) = read_png_header(data)
+    width, height, grey, exif = read_png_header(data)
     check_size(width, height)
     if grey:
         raise PhotoError(Status.UNSUPPORTED, _GREYSCALE)
-    return PhotoHeader("PNG", width, height, orientation, camera=camera)
+    return PhotoHeader("PNG", width, height, exif.orientation, camera=exif.camera)
 
 
 def _read_tiff(data: bytes) -> PhotoHeader:
@@ -146,12 +148,13 @@ def _read_tiff(data: bytes) -> PhotoHeader:
         raise PhotoError(
             Status.UNSUPPORTED, f"{_PRINT_COLOURS[page.photometric]} colours, intended for print; export as RGB"
         )
-    orientation, camera = read_exif(data)
-    # OpenCV and Pillow apply the orientation of TIFFs themselves.
-    width, height = (page.height, page.width) if orientation >= 5 else (page.width, page.height)
-    return PhotoHeader(
-        "TIFF", width, height, 1, camera=camera, page=sum(not p.below for p in pages[:index]), samples=page.samples
-    )
+    exif = read_exif(data)
+    width, height, orientation = page.width, page.height, exif.orientation
+    if not exif.by_xmp:
+        # OpenCV and Pillow apply the tag of TIFFs themselves.
+        width, height, orientation = (height, width, 1) if orientation >= 5 else (width, height, 1)
+    number = sum(not p.below for p in pages[:index])
+    return PhotoHeader("TIFF", width, height, orientation, camera=exif.camera, page=number, samples=page.samples)
 
 
 def _read_by_pillow(data: bytes) -> PhotoHeader:
@@ -165,7 +168,10 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
             form, mode, (width, height) = image.format or "", image.mode, image.size
             # Counting frames scans the whole file, which is slow for some formats.
             frames = getattr(image, "n_frames", 1) if form in ("WEBP", "AVIF", "HEIF") else 1
-            orientation, camera = read_exif((image.info.get("exif") or b"").removeprefix(b"Exif\0\0"))
+            xmp = image.info.get("xmp") or b""
+            exif = read_exif(
+                (image.info.get("exif") or b"").removeprefix(b"Exif\0\0"), xmp if isinstance(xmp, bytes) else b""
+            )
     except UnidentifiedImageError:
         if kind[4:] in _HEIF_BRANDS:
             raise PhotoError(
@@ -186,7 +192,7 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
     if mode in ("CMYK", "LAB"):
         raise PhotoError(Status.UNSUPPORTED, f"{mode} colours, intended for print; export as RGB")
     # libheif turns photos upright while it decodes.
-    return PhotoHeader(form, width, height, 1 if form == "HEIF" else orientation, camera=camera)
+    return PhotoHeader(form, width, height, 1 if form == "HEIF" else exif.orientation, camera=exif.camera)
 
 
 def register_heif() -> bool:
@@ -220,7 +226,7 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
     Raises:
         PhotoError: The frame header is missing or invalid, or of a kind that is not supported.
     """
-    at, exif, seen = 2, read_exif(b""), False
+    at, exif, xmp = 2, b"", b""
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             # Skip stray bytes between segments, as decoders do.
@@ -234,15 +240,21 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
             break
         (length,) = struct.unpack_from(">H", data, at + 2)
         # Of two segments the first counts, as for other programs; the byte after the zero is padding.
-        if marker == 0xE1 and data[at + 4 : at + 9] == b"Exif\0" and not seen:
-            exif, seen = read_exif(data[at + 10 : at + 2 + length]), True
+        if marker == 0xE1 and data[at + 4 : at + 9] == b"Exif\0":
+            exif = exif or data[at + 10 : at + 2 + length]
+        elif marker == 0xE1 and data.startswith(_XMP, at + 4):
+            xmp = xmp or data[at + 4 + len(_XMP) : at + 2 + length]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return _read_frame(marker - 0xC0, data[at + 4 : at + 2 + length], exif, at + 2 + length)
+            end = at + 2 + length
+            header = _read_frame(marker - 0xC0, data[at + 4 : end], read_exif(exif, xmp), end)
+            if has_another_photo(data, end, header.width * header.height):
+                raise PhotoError(Status.UNSUPPORTED, "several images in one file; export one photo per file")
+            return header
         at += 2 + length
     raise PhotoError(Status.UNREADABLE, "the header is damaged (JPEG without a frame header); copy it again")
 
 
-def _read_frame(kind: int, segment: bytes, exif: tuple[int, str | None], end: int) -> PhotoHeader:
+def _read_frame(kind: int, segment: bytes, exif: Exif, end: int) -> PhotoHeader:
     if len(segment) < 6 or len(segment) < 6 + 3 * segment[5]:
         raise PhotoError(Status.UNREADABLE, "the header is damaged (truncated JPEG frame header); copy it again")
     bits, height, width, components = struct.unpack_from(">BHHB", segment)
@@ -258,5 +270,5 @@ def _read_frame(kind: int, segment: bytes, exif: tuple[int, str | None], end: in
     # Number of luma samples per chroma sample, horizontally and vertically.
     names = {0x11: "444", 0x21: "422", 0x22: "420", 0x12: "440", 0x41: "411"}
     sampling = "444" if set(others) == {first} else names.get(first, "other") if set(others) == {0x11} else "other"
-    orientation, camera = exif
-    return PhotoHeader("JPEG", width, height, orientation, JpegFrame(_CODINGS[kind], sampling, end), camera)
+    frame = JpegFrame(_CODINGS[kind], sampling, end)
+    return PhotoHeader("JPEG", width, height, exif.orientation, frame, exif.camera)

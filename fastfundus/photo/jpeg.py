@@ -8,21 +8,30 @@ Source: ITU-T T.81, annexes B and G.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 
 from fastfundus.errors import PhotoError
 from fastfundus.records import Status
 
-__all__ = ["has_all_scans", "without_harmless_faults"]
+__all__ = ["has_all_scans", "has_another_photo", "without_harmless_faults"]
 
 _SOS, _EOI = 0xDA, 0xD9
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 """The next marker in entropy-coded data: stuffed zeros, fill bytes and restart markers do not end it."""
 _MAX_SCANS = 64
 """Programs write ten; the standard allows some hundred."""
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_MAX_HEADER = 1 << 20
+"""Bytes that the header of a second picture may have: EXIF, profile and thumbnail are some ten thousand."""
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 _KEPT = frozenset({0xDB, 0xC4, 0xDD, *range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)})
 """Segments that decoding needs: quantisation and Huffman tables, restart interval, frame."""
+_START = b"\xff\xd8\xff"
+_MAX_PICTURES = 16
+_MIN_SHARE_OF_PHOTO = 0.5
+_GAIN_MAP = (b"hdrgm", b"HDRGainMap", b"iso:ts:21496")
+"""Words in the header of a gain map, the second picture of photos from phones for bright screens."""
 _JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 
 
@@ -41,7 +50,7 @@ def has_all_scans(data: bytes) -> bool:
     scans = 0
     for marker, start, end in _segments(data):
         body = data[start:end]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if marker in _FRAMES:
             progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
             components = [body[6 + 3 * index] for index in range(body[5])] if len(body) > 5 else []
         elif marker == _SOS and body:
@@ -61,6 +70,36 @@ def has_all_scans(data: bytes) -> bool:
     return bool(components) and all(
         precision.get((component, coefficient)) == 0 for component in components for coefficient in range(64)
     )
+
+
+def has_another_photo(data: bytes, start: int, area: int) -> bool:
+    """Return whether a second photo follows in the same file, as in stereo pairs of cameras (MPO): nobody would see it.
+
+    Previews, which are smaller, depth maps, which are grey, and gain maps are no photos.
+
+    Args:
+        data: the file.
+        start: end of the frame header of the first photo; thumbnails come before it.
+        area: number of pixels of the first photo.
+    """
+    for _ in range(_MAX_PICTURES):
+        # Cannot occur within the pixels of a JPEG.
+        begin = data.find(_START, start)
+        if begin < 0:
+            return False
+        start = begin + 2
+        for marker, first, end in _segments(data[begin : begin + _MAX_HEADER]):
+            if marker == _SOS:
+                break
+            if marker in _FRAMES and end - first >= 6:
+                start = begin + end
+                height, width, components = struct.unpack_from(">xHHB", data, begin + first)
+                header = data[begin:start]
+                large = components == 3 and width * height > _MIN_SHARE_OF_PHOTO * area
+                if large and not any(word in header for word in _GAIN_MAP):
+                    return True
+                break
+    return False
 
 
 def without_harmless_faults(data: bytes, filling: int = 0) -> bytes:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.exif import read_exif
+from fastfundus.photo.exif import Exif, read_exif
 from fastfundus.photo.inflate import inflated_length
 from fastfundus.records import Status
 
@@ -20,9 +20,11 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS = (2, 3, 6)
 """Colour types with colours: RGB, palette and RGBA; 0 and 4 are greyscale."""
 _END = b"\0\0\0\0IEND\xaeB`\x82"
+_XMP_KEYWORD = b"XML:com.adobe.xmp\0\0"
+"""Keyword of a text that is not compressed."""
 
 
-def read_png_header(data: bytes) -> tuple[int, int, bool, tuple[int, str | None]]:
+def read_png_header(data: bytes) -> tuple[int, int, bool, Exif]:
     """Return width, height, whether the picture is greyscale, and its EXIF orientation and camera.
 
     Raises:
@@ -33,13 +35,15 @@ def read_png_header(data: bytes) -> tuple[int, int, bool, tuple[int, str | None]
     if kind != b"IHDR" or end - start != 13 or end + 4 > len(data):
         raise PhotoError(Status.UNREADABLE, "the header is damaged (PNG without a header chunk); copy it again")
     width, height, _, colour = struct.unpack_from(">IIBB", data, start)
-    exif = read_exif(b"")
+    exif, xmp = b"", b""
     for kind, start, end in chunks:
         if kind == b"eXIf":
-            exif = read_exif(data[start:end].removeprefix(b"Exif\0\0"))
+            exif = data[start:end].removeprefix(b"Exif\0\0")
+        elif kind == b"iTXt" and data.startswith(_XMP_KEYWORD, start):
+            xmp = data[start:end]
         elif kind == b"acTL" and end - start >= 4 and struct.unpack_from(">I", data, start)[0] > 1:
             raise PhotoError(Status.UNSUPPORTED, "several images in one file; export one photo per file")
-    return width, height, colour not in _COLOURS, exif
+    return width, height, colour not in _COLOURS, read_exif(exif, xmp)
 
 
 def check_png(data: bytes) -> bytes:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.inflate import inflated_length
+from fastfundus.photo.lzw import lzw_length
 from fastfundus.records import Status
 
 __all__ = ["TiffPage", "check_tiff", "choose_page", "is_tiff", "read_pages"]
@@ -25,8 +26,8 @@ _MAX_ENTRIES = 512
 _MAX_PARTS = 1_000_000
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _SAMPLES, _ROWS_PER_STRIP, _PLANAR, _SUB_PAGES, _JPEG_TABLES = 277, 278, 284, 330, 347
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
-_DEFLATE, _JPEG, _PACKBITS, _YCBCR = (8, 32946), 7, 32773, 6
+_TILE_WIDTH, _TILE_HEIGHT, _FILL_ORDER = 322, 323, 266
+_LZW, _DEFLATE, _JPEG, _PACKBITS, _YCBCR = 5, (8, 32946), 7, 32773, 6
 _MIN_SHARE_OF_PHOTO = 0.5
 _OFFSETS, _COUNTS = (273, 324), (279, 325)
 """Offsets and byte counts of the strips, or of the tiles."""
@@ -59,6 +60,8 @@ class TiffPage:
     tiled: bool
     sub_pages: tuple[int, ...]
     """Where directories of further pages below this one begin, as in DNG files."""
+    reversed_bits: bool = False
+    """True if the lowest bit of each byte comes first."""
     below: bool = False
     """True for such a page, which decoders do not count."""
 
@@ -159,6 +162,7 @@ def _page(tags: _Tags, data: bytes, order: str) -> TiffPage:
         part_height=first(_TILE_HEIGHT, 0) if tiled else min(height, first(_ROWS_PER_STRIP, height)),
         tiled=tiled,
         sub_pages=values(_SUB_PAGES),
+        reversed_bits=first(_FILL_ORDER, 1) == 2,
     )
 
 
@@ -186,8 +190,9 @@ def choose_page(pages: list[TiffPage]) -> int:
 def check_tiff(data: bytes, page: TiffPage) -> None:
     """Verify that every strip or tile of a page is whole, because decoders continue after damage.
 
-    Deflate streams carry a checksum, JPEG data is decoded strictly, and LZW is decoded by Pillow, which reports errors.
-    Damage of uncompressed data cannot be seen.
+    Deflate streams carry a checksum, JPEG data is decoded strictly, and the codes of LZW and PackBits are counted: they
+    have to end where the strip does. Damage that changes values only, as in uncompressed data, cannot be seen. Rare
+    kinds are decoded by Pillow, which reports errors.
 
     Raises:
         PhotoError: a strip or tile is damaged or truncated.
@@ -202,11 +207,14 @@ def check_tiff(data: bytes, page: TiffPage) -> None:
         row = index // across % down
         rows = page.part_height if page.tiled else min(page.part_height, page.height - row * page.part_height)
         samples = 1 if page.planar else page.samples
-        size = rows * ((page.part_width * samples * page.bits + 7) // 8)
-        if len(part) < count or not _is_whole(part, page, size):
+        row_bytes = (page.part_width * samples * page.bits + 7) // 8
+        # Some programs store the last strip with as many rows as the others.
+        sizes = (rows * row_bytes, page.part_height * row_bytes)
+        if len(part) < count or not _is_whole(part, page, sizes):
             where = f"part {index + 1} of {len(page.offsets)}"
             raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({where}); copy it again")
-    if page.compression not in (1, *_DEFLATE, _JPEG):
+    counted = page.compression == _LZW and not _is_old_lzw(data[page.offsets[0] : page.offsets[0] + 2])
+    if page.compression not in (1, *_DEFLATE, _JPEG, _PACKBITS) and not counted:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
@@ -219,13 +227,22 @@ def check_tiff(data: bytes, page: TiffPage) -> None:
             ) from None
 
 
-def _is_whole(part: bytes, page: TiffPage, size: int) -> bool:
-    """Return whether a strip or tile decodes to `size` bytes; subsampled colours need fewer and are not checked."""
-    size = 0 if page.photometric == _YCBCR else size
+def _is_old_lzw(part: bytes) -> bool:
+    """Return whether LZW data has the order of bits that programs used before TIFF 6.0 defined one."""
+    return part[:1] == b"\0" and len(part) > 1 and part[1] & 1 == 1
+
+
+def _is_whole(part: bytes, page: TiffPage, sizes: tuple[int, int]) -> bool:
+    """Return whether a strip or tile decodes to one of two sizes; subsampled colours need less and are not checked."""
+    size = 0 if page.photometric == _YCBCR else sizes[0]
     if page.compression == 1:
         return len(part) >= size
     if page.compression == _PACKBITS:
-        return _unpacked_bits(part) == size or size == 0
+        return _unpacked_bits(part) in sizes or size == 0
+    if page.compression == _LZW and not _is_old_lzw(part):
+        found = lzw_length(part, reversed_bits=page.reversed_bits)
+        # Some programs leave out the mark at the end.
+        return found is not None and (size == 0 or found[0] in sizes or (not found[1] and found[0] >= size))
     if page.compression in _DEFLATE:
         try:
             length, complete = inflated_length([part])

@@ -333,8 +333,8 @@ def test_jpegs_that_no_camera_writes_are_named(rgb: np.ndarray, changes: dict[st
     assert caught.value.status is Status.UNSUPPORTED
 
 
-def test_mpo_shows_its_first_picture(rgb: np.ndarray) -> None:
-    data = encoded(rgb, "MPO", save_all=True, append_images=[Image.new("RGB", (400, 360))], quality=90)
+def test_mpo_with_a_preview_shows_the_photo(rgb: np.ndarray) -> None:
+    data = encoded(rgb, "MPO", save_all=True, append_images=[Image.new("RGB", (160, 144))], quality=90)
     header = read_header(data)
     assert (header.format, header.width) == ("JPEG", 400)
     assert np.abs(decode(data, header).astype(int) - np.array(Image.open(io.BytesIO(data)))).max() <= 1

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pydicom
 import pytest
@@ -30,6 +31,7 @@ from fastfundus.errors import PhotoError
 from fastfundus.photo import prepare_photo
 from fastfundus.photo.decode_plan import plan_decode
 from fastfundus.photo.dicom import is_dicom, read_dicom
+from fastfundus.photo.dicom_pixels import first_frame
 from fastfundus.photo.prepare import decode_at, prepare_bytes
 from fastfundus.records import PhotoFacts, Status
 from fastfundus.spec import PreprocessSpec
@@ -249,25 +251,102 @@ def test_an_unknown_compression_is_unsupported(rgb: np.ndarray) -> None:
     assert result.facts.patient == "P-007"
 
 
-@pytest.mark.parametrize("syntax", ["JPEGLSLossless", "JPEGLosslessProcess14_1", "JPEGLosslessProcess14"])
-def test_lossless_compressions_of_archives_are_exact(rgb: np.ndarray, tmp_path: Path, syntax: str) -> None:
+def compressed(rgb: np.ndarray, folder: Path, syntax: str) -> bytes:
     gdcm = pytest.importorskip("gdcm")
-    (tmp_path / "plain.dcm").write_bytes(dicom(rgb.tobytes()))
+    (folder / "plain.dcm").write_bytes(dicom(rgb.tobytes()))
     reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-    reader.SetFileName(str(tmp_path / "plain.dcm"))
+    reader.SetFileName(str(folder / "plain.dcm"))
     assert reader.Read()
     change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
     change.SetInput(reader.GetImage())
     assert change.Change()
-    writer.SetFileName(str(tmp_path / "compressed.dcm"))
+    writer.SetFileName(str(folder / "compressed.dcm"))
     writer.SetFile(reader.GetFile())
     writer.SetImage(change.GetOutput())
     assert writer.Write()
-    data = (tmp_path / "compressed.dcm").read_bytes()
+    return (folder / "compressed.dcm").read_bytes()
+
+
+@pytest.mark.parametrize("syntax", ["JPEGLSLossless", "JPEGLosslessProcess14_1", "JPEGLosslessProcess14"])
+def test_lossless_compressions_of_archives_are_exact(rgb: np.ndarray, tmp_path: Path, syntax: str) -> None:
+    data = compressed(rgb, tmp_path, syntax)
     np.testing.assert_array_equal(read_dicom(data).decode(None), rgb)
     cut = prepare_bytes(data[: len(data) // 2], SPEC)
     assert cut.status is Status.UNREADABLE
     assert re.fullmatch("the (pixels are cut off|image is damaged).*export it again", cut.reason)
+
+
+@pytest.mark.parametrize("syntax", ["JPEGLSLossless", "JPEGLosslessProcess14_1"])
+def test_damage_of_lossless_compression_is_noticed(rgb: np.ndarray, tmp_path: Path, syntax: str) -> None:
+    data = compressed(rgb, tmp_path, syntax)
+    frame = first_frame(pydicom.dcmread(io.BytesIO(data)))
+    start, generator = data.index(frame[:60]), np.random.default_rng(0)
+    scored = 0
+    for _ in range(30):
+        at = start + int(generator.integers(400, len(frame) - 400))
+        junk = generator.integers(0, 256, 64).astype(np.uint8).tobytes()
+        result = prepare_bytes(data[:at] + junk + data[at + 64 :], SPEC)
+        scored += result.status is not Status.UNREADABLE
+    # Junk may consist of valid codes for as many pixels: lossless JPEG has no checksum.
+    assert scored <= 3
+
+
+def test_high_throughput_jpeg_2000(tmp_path: Path) -> None:
+    """Drawn, and encoded by OpenJPH through imagecodecs 2026.3.6, because nothing installed here can encode it."""
+    frame = (Path(__file__).parent / "files" / "drawn.htj2k").read_bytes()
+    drawn = draw_photo(3, lesions=("exudates",), long_side=512).image
+    expected = cv2.resize(drawn, (64, 64), interpolation=cv2.INTER_AREA)
+    data = dicom(frame, "1.2.840.10008.1.2.4.201", Rows=64, Columns=64, PhotometricInterpretation="YBR_RCT")
+    # OpenCV's area interpolation may round otherwise on another processor.
+    assert np.abs(read_dicom(data).decode(None).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("stored", ["RGB", "YBR_FULL"])
+@pytest.mark.parametrize("said", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+def test_black_surroundings_tell_rgb_from_ybr(rgb: np.ndarray, stored: str, said: str) -> None:
+    """Templates of exports state one of them for both kinds of photos."""
+    samples = rgb if stored == "RGB" else convert_color_space(rgb, "RGB", "YBR_FULL")
+    decoded = read_dicom(dicom(samples.tobytes(), PhotometricInterpretation=said)).decode(None)
+    assert int(np.abs(decoded.astype(int) - rgb).max()) <= (0 if stored == "RGB" else 2)
+
+
+@pytest.mark.parametrize("said", ["RGB", "YBR_FULL"])
+def test_without_black_surroundings_the_header_is_believed(rgb: np.ndarray, said: str) -> None:
+    inner = np.maximum(rgb, 40)
+    samples = inner if said == "RGB" else convert_color_space(inner, "RGB", "YBR_FULL")
+    decoded = read_dicom(dicom(samples.tobytes(), PhotometricInterpretation=said)).decode(None)
+    assert int(np.abs(decoded.astype(int) - inner).max()) <= 2
+
+
+def test_subsampled_ybr_without_compression(rgb: np.ndarray) -> None:
+    ybr = convert_color_space(rgb, "RGB", "YBR_FULL").astype(int)
+    chroma = (ybr[:, 0::2, 1:] + ybr[:, 1::2, 1:]) // 2
+    samples = np.dstack([ybr[:, 0::2, 0], ybr[:, 1::2, 0], chroma]).astype(np.uint8)
+    decoded = read_dicom(dicom(samples.tobytes(), PhotometricInterpretation="YBR_FULL_422")).decode(None)
+    # Two neighbours share a colour.
+    assert float(np.abs(decoded.astype(int) - rgb).mean()) < 1
+
+
+@pytest.mark.parametrize(("depth", "high"), [(12, 15), (10, 15), (12, 13)])
+def test_samples_at_the_upper_end_of_their_words(rgb: np.ndarray, depth: int, high: int) -> None:
+    samples = (rgb.astype(np.uint32) * (2**depth - 1) // 255) << (high + 1 - depth)
+    data = dicom(samples.astype("<u2").tobytes(), BitsAllocated=16, BitsStored=depth, HighBit=high)
+    assert int(np.abs(read_dicom(data).decode(None).astype(int) - rgb).max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "factor", "said"), [(8, 1, 8), (16, 257, 16), (16, 256, 16), (16, 1, 16), (16, 1, 8), (8, 1, 16)]
+)
+def test_palettes_of_8_and_16_bits(rgb: np.ndarray, bits: int, factor: int, said: int) -> None:
+    reduced = Image.fromarray(rgb).quantize(256)
+    table = np.array(reduced.getpalette(), int).reshape(-1, 3)
+    elements: dict[str, Any] = {"SamplesPerPixel": 1, "PhotometricInterpretation": "PALETTE COLOR"}
+    for index, colour in enumerate(("Red", "Green", "Blue")):
+        values = (np.pad(table[:, index], (0, 256 - len(table))) * factor).astype(f"<u{bits // 8}")
+        elements[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, said]
+        elements[f"{colour}PaletteColorLookupTableData"] = values.tobytes()
+    decoded = read_dicom(dicom(np.array(reduced).tobytes(), PlanarConfiguration=None, **elements)).decode(None)
+    assert int(np.abs(decoded.astype(int) - table[np.array(reduced)]).max()) <= 1
 
 
 def test_signed_colours_are_colours(rgb: np.ndarray) -> None:

@@ -16,11 +16,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from fastfundus.errors import PhotoError
 from fastfundus.photo.field import count_fields, without_margin
+from fastfundus.photo.header import read_header
 from fastfundus.photo.jpeg import has_all_scans
+from fastfundus.photo.lzw import lzw_length
 from fastfundus.photo.prepare import PreparedPhoto, decode_at, prepare_bytes
 from fastfundus.photo.resample import shrink
 from fastfundus.photo.tiff import check_tiff, read_pages
@@ -112,6 +115,109 @@ def test_strips_that_lack_rows_are_never_scored(rgb: np.ndarray, compression: st
     ):
         with pytest.raises(PhotoError, match="incomplete"):
             check_tiff(data, broken)
+
+
+@pytest.mark.parametrize("kind", ["photo", "black", "noise", "one strip"])
+def test_the_length_of_lzw_data_is_that_of_libtiff(rgb: np.ndarray, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 200, 3)).astype(np.uint8)
+    image = {"black": np.zeros((900, 700, 3), np.uint8), "noise": noise}.get(kind, rgb)
+    options = {"strip_size": image.nbytes} if kind == "one strip" else {}
+    data = encoded(image, "TIFF", compression="tiff_lzw", **options)
+    page = read_pages(data)[0]
+    found = 0
+    for offset, count in zip(page.offsets, page.counts, strict=True):
+        strip = data[offset : offset + count]
+        length, ended = lzw_length(strip) or (0, False)
+        found += length
+        assert ended
+        assert lzw_length(bytes(int(f"{byte:08b}"[::-1], 2) for byte in strip), reversed_bits=True) == (length, True)
+    assert found == image.nbytes
+
+
+def test_damage_of_lzw_that_decoders_pass_over_is_noticed(rgb: np.ndarray) -> None:
+    """libtiff stops as soon as a strip is full: of single damaged bytes, half were scored."""
+    data = encoded(rgb, "TIFF", compression="tiff_lzw", strip_size=20_000)
+    page = read_pages(data)[0]
+    generator = np.random.default_rng(0)
+    damaged = scored = 0
+    for _ in range(60):
+        part = int(generator.integers(len(page.offsets)))
+        at = page.offsets[part] + int(generator.integers(page.counts[part]))
+        broken = data[:at] + bytes([data[at] ^ int(generator.integers(1, 256))]) + data[at + 1 :]
+        result = prepare_bytes(broken, replace(SPEC, size=500))
+        changed = result.status is Status.OK and not np.array_equal(decode_at(broken, 0), rgb)
+        damaged, scored = damaged + 1, scored + changed
+    # What remains has the same length: a code was replaced by another that stands for as many bytes, which nothing in
+    # the file tells.
+    assert scored <= 0.35 * damaged
+
+
+def test_a_padded_last_strip_and_a_missing_end_mark_are_no_damage(rgb: np.ndarray) -> None:
+    data = encoded(rgb[:494], "TIFF", compression="tiff_lzw", strip_size=20_000)
+    page = read_pages(data)[0]
+    assert page.height % page.part_height == 0
+    check_tiff(data, replace(page, height=page.height - 5))
+    check_tiff(data, replace(page, counts=tuple(count - 1 for count in page.counts)))
+    with pytest.raises(PhotoError, match="damaged or incomplete"):
+        check_tiff(data, replace(page, width=page.width - 1, part_width=page.width - 1))
+
+
+def xmp(orientation: int, element: bool = False) -> bytes:
+    said = f">{ELEMENT.format(orientation)}" if element else f' tiff:Orientation="{orientation}">'
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        f'<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"{said}</rdf:Description></rdf:RDF>'
+        "</x:xmpmeta>"
+    ).encode()
+
+
+ELEMENT = "<tiff:Orientation>{}</tiff:Orientation>"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("element", [False, True])
+def test_orientation_that_only_xmp_has(rgb: np.ndarray, form: str, element: bool) -> None:
+    packet = xmp(6, element)
+    if form == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", packet.decode())
+        data = encoded(rgb, "PNG", pnginfo=info)
+    elif form == "TIFF":
+        data = encoded(rgb, "TIFF", tiffinfo={700: packet})
+    else:
+        data = encoded(rgb, form, xmp=packet, **({"quality": 92} if form == "JPEG" else {"lossless": True}))
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    tolerance = 1 if form == "JPEG" else 0  # Pillow's libjpeg may round its inverse DCT otherwise
+    assert np.abs(decode_at(data, 0).astype(int) - expected).max() <= tolerance
+    assert expected.shape[:2] == rgb.shape[1::-1]
+
+
+def test_exif_is_believed_over_xmp(rgb: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(rgb, "JPEG", exif=exif, xmp=xmp(6), quality=92)
+    assert read_header(data).orientation == 3
+
+
+def test_a_second_photo_in_the_same_file_is_not_passed_over(rgb: np.ndarray) -> None:
+    first, other = encoded(rgb, "JPEG", quality=92), encoded(rgb[::-1].copy(), "JPEG", quality=80)
+    stereo = encoded(rgb, "MPO", save_all=True, append_images=[Image.fromarray(rgb[:, ::-1].copy())])
+    for data in (first + other, first + b"\0" * 100 + other, stereo):
+        check_refused(prepare_bytes(data, SPEC), Status.UNSUPPORTED, "several images in one file")
+
+
+def test_previews_and_gain_maps_are_no_second_photo(rgb: np.ndarray) -> None:
+    first = encoded(rgb, "JPEG", quality=92)
+    alone = prepare_bytes(first, SPEC).image
+    assert alone is not None
+    preview = encoded(cv2.resize(rgb, (250, 250)), "JPEG")
+    grey = encoded(Image.fromarray(rgb).convert("L"), "JPEG")
+    gain_map = encoded(rgb, "JPEG", xmp=b'<rdf:Description xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/"/>')
+    for name, second in (("preview", preview), ("depth map", grey), ("gain map", gain_map), ("film", b"ftypmp42" * 99)):
+        result = prepare_bytes(first + second, SPEC)
+        assert result.status is Status.OK, name
+        np.testing.assert_array_equal(result.image, alone, err_msg=name)
 
 
 def test_a_png_that_was_closed_early_is_never_scored(rgb: np.ndarray) -> None:
