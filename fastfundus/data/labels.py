@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastfundus.data.roles import SPLITS, Roles, find_roles
+from fastfundus.data.roles import SPLITS, Roles, find_roles, is_header
 from fastfundus.data.tables import UNKNOWN, RawTable, read_cells
 from fastfundus.errors import DataError
 from fastfundus.identifiers import is_placeholder, normal_eye
@@ -63,7 +63,7 @@ def read_labels(path: Path, *, eye_codes: Mapping[str, str] | None = None) -> La
         DataError: the file cannot be read, has no header or no file column, a row has too many cells, or two rows of
             one file disagree.
     """
-    raw = read_cells(path)
+    raw = read_cells(path, is_header=is_header)
     table = LabelTable(path, [], raw.notes)
     header = _header(raw, path)
     lines, cells = _body(raw, header, table)

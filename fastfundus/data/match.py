@@ -1,9 +1,9 @@
 """The one rule by which a name in a table or list denotes a file.
 
 A name matches, in this order: the whole path; the whole path ignoring case and Unicode form; the end of a path; the end
-of a path without extensions; a file beside the table; and, for absolute paths of another machine, a photo whose path in
-the source is their end. A match that is not unique is an error, and a name with another folder is another file: nobody
-may get the labels of someone else.
+of a path without extensions; a file beside the table; for absolute paths of another machine, a photo whose path in the
+source is their end; and all of this again for the path that a URL or an escaped name stands for. A match that is not
+unique is an error, and a name with another folder is another file: nobody may get the labels of someone else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from fastfundus.records import PHOTO_SUFFIXES
 
@@ -91,7 +92,27 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
             or _on_disk(name, bases, disk)
             or (index.foreign(plain) if _is_absolute(name) else None)
         )
-    return [match or _MISSING for match in matches]
+    found_all = [match or _MISSING for match in matches]
+    written = {position: plain for position, name in enumerate(names) if (plain := _from_url(name)) != name}
+    again = [position for position in written if found_all[position] is _MISSING]
+    if again:
+        for position, match in zip(
+            again, match_names([written[position] for position in again], found, folders, root), strict=True
+        ):
+            found_all[position] = match
+    return found_all
+
+
+def _from_url(name: str) -> str:
+    """Return the path that a URL or an escaped name stands for, as labelling tools write them."""
+    if "://" in name:
+        # The host is no folder here; some tools give the path as a query.
+        path, _, query = name.split("://", 1)[1].partition("?")
+        name = path[path.find("/") :] if "/" in path else path
+        name = query.removeprefix("d=") if query.startswith("d=") else name
+    elif "?d=" in name:
+        name = name.split("?d=", 1)[1]
+    return unquote(name) if "%" in name else name
 
 
 def _is_absolute(name: str) -> bool:

@@ -10,8 +10,9 @@ from pathlib import Path
 from fastfundus.data.tables import UNKNOWN
 from fastfundus.errors import DataError
 from fastfundus.identifiers import normal_eye
+from fastfundus.records import PHOTO_SUFFIXES
 
-__all__ = ["SPLITS", "Roles", "find_roles"]
+__all__ = ["SPLITS", "Roles", "find_roles", "is_header"]
 
 _FILE = (
     "file", "path", "image", "filename", "filepath", "imagepath", "imagefile", "imagename", "imgname", "imgpath", "img",
@@ -62,7 +63,7 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
     Raises:
         DataError: no column identifies the photos.
     """
-    plain = [re.sub(r"[\W_]+", "", name).lower() for name in header]
+    plain = list(map(_plain, header))
     values = {
         column: {cell for cell in set(cells[column]) if cell.lower() not in UNKNOWN}
         for column, name in enumerate(plain)
@@ -108,6 +109,17 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
             header[column], values[column], eye_codes, column == roles.columns.get("eye"), path
         )
     return roles
+
+
+def is_header(cells: list[str]) -> bool:
+    """Return whether cells name the columns of a table of photos: several, of which one identifies the photo."""
+    plain = [name for name in map(_plain, cells) if name]
+    named = any(Path(cell.strip()).suffix.lower() in PHOTO_SUFFIXES for cell in cells)
+    return len(plain) > 1 and not named and any(name in _FILE for name in plain)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
 def _fit(values: set[str], fits: Callable[[str], object]) -> bool:

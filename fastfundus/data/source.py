@@ -16,7 +16,8 @@ from fastfundus.data.classes import FolderLayout, is_normal_class, read_folders
 from fastfundus.data.files import find_files, is_photo, read_list
 from fastfundus.data.join import join_labels
 from fastfundus.data.people import note_crowded_patients, people_from_names
-from fastfundus.data.tables import TABLE_SUFFIXES
+from fastfundus.data.roles import is_header
+from fastfundus.data.tables import TABLE_SUFFIXES, has_header
 from fastfundus.errors import DataError
 from fastfundus.identifiers import EyeName
 from fastfundus.photo.file import missing_reason
@@ -54,9 +55,10 @@ def list_photos(
     """List every input once.
 
     Args:
-        sources: folders (searched recursively), photos, tables that list photos, or .txt files with one path per line,
-            relative to the file. Other files named here are inputs regardless of their extension; in folders, only
-            files with an extension in `PHOTO_SUFFIXES` and files whose first bytes are those of a picture are.
+        sources: folders (searched recursively), photos, tables that list photos, or .txt files with a table or with one
+            path per line, relative to the file. Other files named here are inputs regardless of their extension; in
+            folders, only files with an extension in `PHOTO_SUFFIXES` and files whose first bytes are those of a picture
+            are.
         labels: a label table; see `data.match` for how its names denote photos.
         adapter: one of `LAYOUTS`, or the name of a public data set, which requires a single folder.
         eye_codes: "L" or "R" by cell text, for label tables that code eyes by numbers.
@@ -95,12 +97,12 @@ def _list(
             raise DataError("does not exist; give a folder, a photo or a table", path=path) from None
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be opened ({error}); give a folder, a photo or a table", path=path) from None
-    paths, notes = _expand_lists(paths)
+    paths, tables, notes = _expand_lists(paths)
     listing = SourceList(_common_root(paths), [], notes)
     one_folder = len(paths) == 1 and paths[0].is_dir() and labels is None
     if adapter not in LAYOUTS and not one_folder:
         raise DataError(f"the adapter {adapter!r} reads a single folder with its own label files", path=paths[0])
-    tables = [path for path in paths if path.suffix.lower() in TABLE_SUFFIXES]
+    given = set(tables)
     tables += [] if labels is None else [labels]
     found: dict[str, str] = {}
     ignored: Counter[str] = Counter()
@@ -112,7 +114,7 @@ def _list(
             if one_folder and adapter not in ("folder", "classes", "csv") and _list_data_set(listing, files, adapter):
                 return listing
             _take_photos(files, (str(path), base), listing, found, ignored, own)
-        elif path.suffix.lower() not in TABLE_SUFFIXES:
+        elif path not in given:
             _add(_key(path), str(path), listing, found)
     if ignored:
         kinds = ", ".join(f"{count} {suffix or '(no extension)'}" for suffix, count in sorted(ignored.items()))
@@ -141,18 +143,25 @@ def _finished(listing: SourceList, photos: Iterable[SourcePhoto]) -> SourceList:
     return listing
 
 
-def _expand_lists(paths: list[Path]) -> tuple[list[Path], list[str]]:
-    """Replace list files by the paths in them."""
+def _expand_lists(paths: list[Path]) -> tuple[list[Path], list[Path], list[str]]:
+    """Replace list files by the paths in them; return all paths, those of them that are tables, and notes.
+
+    A text file that begins with a header is a table.
+    """
     expanded: list[Path] = []
+    tables: list[Path] = []
     notes: list[str] = []
     for path in paths:
-        if path.suffix.lower() == ".txt":
+        text = path.suffix.lower() == ".txt" and not path.is_dir()
+        if path.suffix.lower() in TABLE_SUFFIXES or (text and has_header(path, is_header)):
+            tables.append(path)
+        if text and path not in tables:
             named, remarks = read_list(path)
             expanded += named
             notes += remarks
         else:
             expanded.append(path)
-    return expanded, notes
+    return expanded, tables, notes
 
 
 def _list_data_set(listing: SourceList, files: list[str], adapter: str) -> bool:

@@ -13,6 +13,7 @@ import re
 import stat
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastfundus.errors import DataError, require
 from fastfundus.files import read_small
 from fastfundus.photo.file import expansion_limit
 
-__all__ = ["TABLE_SUFFIXES", "UNKNOWN", "RawTable", "read_cells", "read_text"]
+__all__ = ["TABLE_SUFFIXES", "UNKNOWN", "RawTable", "has_header", "read_cells", "read_text"]
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".xlsx", ".xlsm"})
 """Lower-case file name suffixes of tables."""
@@ -30,6 +31,7 @@ UNKNOWN = frozenset({"", "nan", "na", "n/a", "#n/a", "none", "null", "?", "<na>"
 """Lower-case texts of cells that denote an unknown value."""
 _DELIMITERS = ",;\t|"
 _MAX_COLUMNS = 5_000
+_MAX_TITLE, _MAX_TITLE_LINES = 100_000, 10
 _MAX_BYTES = 1 << 30
 """A million photos with a hundred columns need a third of it."""
 _BYTE_ORDER_MARKS = (
@@ -53,13 +55,17 @@ class RawTable:
     """How the file was read where that is not obvious, one line each."""
 
 
-def read_cells(path: Path, *, delimiter: str | None = None) -> RawTable:
+def read_cells(
+    path: Path, *, delimiter: str | None = None, is_header: Callable[[list[str]], bool] | None = None
+) -> RawTable:
     """Read a CSV file or an Excel workbook.
 
     Args:
         path: the table. Files that end in .xlsx or .xlsm are workbooks; all others are text.
         delimiter: character between cells, or " " for any white space; None detects a comma, semicolon, tab or bar
             from the first line, or uses that of a line `sep=;`, as Excel writes it.
+        is_header: whether cells are a header. Lines above the first header among the first ten, such as a title, are
+            left out, with a note. If none is a header, the first line counts.
 
     Raises:
         DataError: the file cannot be read, is in a format of spreadsheets that is not supported, or has too many
@@ -69,7 +75,7 @@ def read_cells(path: Path, *, delimiter: str | None = None) -> RawTable:
     if suffix in (".xls", ".ods", ".numbers"):
         raise DataError(f"tables in the format {suffix} cannot be read; save it as .xlsx or as CSV UTF-8", path=path)
     if suffix in (".xlsx", ".xlsm"):
-        return _read_workbook(path)
+        return _without_title(_read_workbook(path), path, is_header)
     text, notes = read_text(path)
     if delimiter == " ":
         lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
@@ -78,7 +84,7 @@ def read_cells(path: Path, *, delimiter: str | None = None) -> RawTable:
     declared = re.match(r'"?sep=(.)"?[^\r\n]*(\r\n|\r|\n)', text, re.IGNORECASE)
     if declared:
         text, skipped, delimiter = text[declared.end() :], 1, declared[1]
-    delimiter = delimiter or _detect_delimiter(text)
+    delimiter = delimiter or _detect_delimiter(_header_line(text, is_header))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     lines, before = [], 0
     try:
@@ -91,7 +97,44 @@ def read_cells(path: Path, *, delimiter: str | None = None) -> RawTable:
                 lines.append((number, cells))
     except csv.Error as error:
         raise DataError(f"is not a valid CSV file ({error}); close the quotes", path=path, row=before + 1) from None
-    return RawTable(lines, delimiter != ",", notes)
+    return _without_title(RawTable(lines, delimiter != ",", notes), path, is_header)
+
+
+def has_header(path: Path, is_header: Callable[[list[str]], bool]) -> bool:
+    """Return whether a text file is a table with a header, among its first ten lines.
+
+    Raises:
+        DataError: see `read_text`.
+    """
+    text = read_text(path)[0]
+    text = text[text.find("\n") + 1 :] if re.match(r'"?sep=.', text, re.IGNORECASE) else text
+    return is_header(_cells(_header_line(text, is_header)))
+
+
+def _cells(line: str) -> list[str]:
+    return next(csv.reader([line], delimiter=_detect_delimiter(line), skipinitialspace=True), [])
+
+
+def _header_line(text: str, is_header: Callable[[list[str]], bool] | None) -> str:
+    """Return the first line that is a header when it is split by its own separator, or else the first line."""
+    lines = [line for line in text[:_MAX_TITLE].splitlines() if line.strip()][:_MAX_TITLE_LINES]
+    for line in lines if is_header is not None else ():
+        if is_header is not None and is_header(_cells(line)):
+            return line
+    return lines[0] if lines else ""
+
+
+def _without_title(table: RawTable, path: Path, is_header: Callable[[list[str]], bool] | None) -> RawTable:
+    """Leave out the lines above the header."""
+    if is_header is None:
+        return table
+    above = next((at for at, (_, cells) in enumerate(table.lines[:_MAX_TITLE_LINES]) if is_header(cells)), 0)
+    if above:
+        title = " ".join(cell.strip() for cell in table.lines[0][1] if cell.strip())[:60]
+        number = table.lines[above][0]
+        table.notes.append(f"{path}: the header is line {number}; what stands above it is not read, such as {title!r}")
+        table.lines = table.lines[above:]
+    return table
 
 
 def read_text(path: Path) -> tuple[str, list[str]]:
@@ -128,10 +171,9 @@ def read_text(path: Path) -> tuple[str, list[str]]:
     return text, notes
 
 
-def _detect_delimiter(text: str) -> str:
-    """Return the separator that is most frequent in the first line outside quotes."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    counts = Counter(char for char in re.sub(r'"[^"]*"', "", first) if char in _DELIMITERS)
+def _detect_delimiter(line: str) -> str:
+    """Return the separator that is most frequent in a line outside quotes."""
+    counts = Counter(char for char in re.sub(r'"[^"]*"', "", line) if char in _DELIMITERS)
     return max(_DELIMITERS, key=lambda char: counts[char])
 
 

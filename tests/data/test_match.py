@@ -147,3 +147,44 @@ def test_a_table_among_the_sources_is_no_skipped_file(tmp_path: Path) -> None:
 def test_numbers_in_dicom_identifiers_are_no_extension() -> None:
     names = ("1.2.840.1", "a.jpg", "a.b.JPEG", "im.ppm.gz", "plain")
     assert [without_photo_suffix(name) for name in names] == ["1.2.840.1", "a", "a.b", "im", "plain"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "left%20eye/%C3%A9toile.jpg",
+        "%C3%A9toile.jpg",
+        "file:///C:/study/left%20eye/%C3%A9toile.jpg",
+        "https://host:8080/media/left%20eye/%C3%A9toile.jpg?size=full",
+        "/data/local-files/?d=left%20eye/%C3%A9toile.jpg",
+    ],
+)
+def test_urls_and_escaped_names(tmp_path: Path, written: str) -> None:
+    found = join(tmp_path, ["left eye/\u00e9toile.jpg", "left eye/b.jpg"], f"{written},Anna\n")
+    assert found == {"left eye/\u00e9toile.jpg": "Anna"}
+
+
+def test_a_percent_sign_in_a_name_is_one(tmp_path: Path) -> None:
+    photos = ["50%20a.jpg", "50 a.jpg", "100%.jpg"]
+    rows = "50%20a.jpg,Anna\n50 a.jpg,Ben\n100%.jpg,Carla\n"
+    assert join(tmp_path, photos, rows) == {"50%20a.jpg": "Anna", "50 a.jpg": "Ben", "100%.jpg": "Carla"}
+
+
+def test_an_escaped_name_of_a_missing_photo_takes_no_other(tmp_path: Path) -> None:
+    found = join(tmp_path, ["site A/1.jpg"], "site%20B/1.jpg,Carla\n")
+    assert found == {"site%20B/1.jpg": "Carla"}
+
+
+@pytest.mark.parametrize("text", ["image,patient\na.jpg,Anna\n", "Export\nimage\tpatient\na\tAnna\n"])
+def test_a_text_file_with_a_header_is_a_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text(text)
+    (photo,) = list_photos(tmp_path / "list.txt").photos
+    assert (photo.name, photo.patient, photo.issue) == ("a.jpg", "Anna", None)
+
+
+def test_a_list_of_names_with_commas_is_a_list(tmp_path: Path) -> None:
+    for name in ("image, left.jpg", "id;1.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("image, left.jpg\nid;1.jpg\n")
+    assert [photo.name for photo in list_photos(tmp_path / "list.txt").photos] == ["id;1.jpg", "image, left.jpg"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import zipfile
 from pathlib import Path
 
@@ -120,3 +121,43 @@ def test_a_table_without_end_is_refused(tmp_path: Path) -> None:
         file.truncate(20 << 30)
     with pytest.raises(DataError, match=r"cannot be read .is larger than 1073741824 bytes"):
         read_cells(path)
+
+
+TITLED = {
+    "title": "Study export 2024\n\nimage,patient,normal\na.jpg,P1,1\n",
+    "title with commas": "Export, 3 March 2024, site B\nimage,patient,normal\na.jpg,P1,1\n",
+    "semicolons below a comma": "Export, 3 March 2024\nimage;patient;normal\na.jpg;P1;1\n",
+    "excel's separator": "sep=;\nExport;;\nimage;patient;normal\na.jpg;P1;1\n",
+}
+
+
+@pytest.mark.parametrize("name", TITLED)
+def test_a_title_above_the_header_is_passed_over(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(TITLED[name])
+    table = read_labels(path)
+    (row,) = table.rows
+    assert (row.file, row.patient, row.columns) == ("a.jpg", "P1", {"normal": 1.0})
+    assert row.line == TITLED[name].count("\n")
+    (note,) = table.notes
+    assert re.search(rf"the header is line {row.line - 1};.*'(Study )?[Ee]xport", note)
+
+
+def test_a_title_above_the_header_of_a_workbook(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for cells in (["Study export"], [], ["image", "patient"], ["a.jpg", "P1"]):
+        book.active.append(cells)
+    book.save(tmp_path / "labels.xlsx")
+    table = read_labels(tmp_path / "labels.xlsx")
+    assert [(row.file, row.patient, row.line) for row in table.rows] == [("a.jpg", "P1", 4)]
+
+
+def test_a_header_without_known_names_is_still_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("quality,grade\nimage,id\n1,2\n")
+    # Its second line looks like a header, but the message should name the columns that are there.
+    assert [row.file for row in read_labels(path).rows] == ["1"]
+    path.write_text("quality,grade\n1,2\n")
+    with pytest.raises(DataError, match="no column that identifies the photos; columns: quality, grade"):
+        read_labels(path)
