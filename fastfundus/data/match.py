@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import unquote
 
 from fastfundus.records import PHOTO_SUFFIXES
@@ -49,6 +50,21 @@ def fold_name(name: str) -> str:
     return "/".join(part for part in parts if part not in ("", "."))
 
 
+def _fold_all(names: Sequence[str], fold: Callable[[str], str] = fold_name) -> list[str]:
+    """Fold many names; if none has anything special, all at once and in a tenth of the time."""
+    joined = "\n".join(names)
+    special = ("\\", ":", "//", "./", "\n/", "/\n")
+    if not joined.isascii() or joined.startswith("/") or joined.endswith("/") or any(map(joined.__contains__, special)):
+        return list(map(fold, names))
+    folded = joined.lower().split("\n")
+    return folded if len(folded) == len(names) else list(map(fold, names))
+
+
+def _fold_file(name: str) -> str:
+    """Fold the name of a file in a folder: a colon in it follows no drive."""
+    return fold_name("/" + name)
+
+
 def without_photo_suffix(name: str) -> str:
     """Return a name without the extension of a photo; numbers at the end of DICOM identifiers are no extension."""
     stem, dot, suffix = name.rpartition(".")
@@ -74,15 +90,18 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
     bases = list(dict.fromkeys(os.path.abspath(folder) for folder in folders))
     # A name without a folder can only be that of a photo directly in a base, and often there is none.
     direct = [base for base in bases if any(key.rfind("/") == len(base) and key.startswith(base) for key in found)]
-    matches: list[Match | None] = [_whole(name, found, bases if "/" in name else direct) for name in names]
+    matches: list[Match | None] = [
+        _whole(name, found, bases if "/" in name else direct) if direct or "/" in name or "\0" in name else None
+        for name in names
+    ]
     if None not in matches:
         return matches  # type: ignore[return-value]
     index, disk = _Index(found, root), _Disk()
     folded_bases = [fold_name(base) for base in bases]
-    for position, name in enumerate(names):
+    for position, plain in enumerate(_fold_all(names)):
         if matches[position] is not None:
             continue
-        plain = fold_name(name)
+        name = names[position]
         # Whatever ends like the name has its last part.
         known = index.has_last(plain)
         matches[position] = (
@@ -91,16 +110,19 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
             or index.stem_ending(plain)
             or _on_disk(name, bases, disk)
             or (index.foreign(plain) if _is_absolute(name) else None)
+            or _MISSING
         )
-    found_all = [match or _MISSING for match in matches]
-    written = {position: plain for position, name in enumerate(names) if (plain := _from_url(name)) != name}
-    again = [position for position in written if found_all[position] is _MISSING]
-    if again:
-        for position, match in zip(
-            again, match_names([written[position] for position in again], found, folders, root), strict=True
-        ):
-            found_all[position] = match
-    return found_all
+    return _from_urls(names, matches, lambda again: match_names(again, found, folders, root))  # type: ignore[arg-type]
+
+
+def _from_urls(names: Sequence[str], matches: list[Match], match: Callable[[list[str]], list[Match]]) -> list[Match]:
+    """Match the names that are still missing again, if they are URLs or escaped."""
+    written = {
+        at: plain for at, name in enumerate(names) if matches[at] is _MISSING and (plain := _from_url(name)) != name
+    }
+    for at, found in zip(written, match(list(written.values())) if written else [], strict=True):
+        matches[at] = found
+    return matches
 
 
 def _from_url(name: str) -> str:
@@ -187,13 +209,19 @@ def _on_disk(name: str, bases: list[str], disk: _Disk) -> Match | None:
     return next((Match(place) for place in _places(name, bases) if disk.has(place)), None)
 
 
-def _add(index: dict[str, str | list[str]], name: str, key: str) -> None:
-    """Add a key under a name. Most names have one key, and a million lists would take seconds to make."""
-    before = index.setdefault(name, key)
-    if isinstance(before, list):
-        before.append(key)
-    elif before is not key:
-        index[name] = [before, key]
+def _by_name(names: list[str], keys: list[str]) -> dict[str, str | list[str]]:
+    """Return the key, or the list of keys, of each name."""
+    if len(index := dict(zip(names, keys, strict=True))) == len(keys):
+        # Most names have one key, and a million lists would take seconds to make.
+        return cast(dict[str, str | list[str]], index)
+    several: dict[str, str | list[str]] = {}
+    for name, key in zip(names, keys, strict=True):
+        before = several.setdefault(name, key)
+        if isinstance(before, list):
+            before.append(key)
+        elif before is not key:
+            several[name] = [before, key]
+    return several
 
 
 def _all(index: dict[str, str | list[str]], name: str) -> list[str]:
@@ -206,15 +234,14 @@ class _Index:
 
     def __init__(self, keys: Iterable[str], root: str) -> None:
         self._start = len(fold_name(root)) + 1 if root else 0
-        self._folded = {key: fold_name(key) for key in keys}
-        self._whole: dict[str, str | list[str]] = {}
-        self._last: dict[str, str | list[str]] = {}
-        self._stem: dict[str, str | list[str]] = {}
-        for key, plain in self._folded.items():
-            last = plain[plain.rfind("/") + 1 :]
-            _add(self._whole, plain, key)
-            _add(self._last, last, key)
-            _add(self._stem, without_photo_suffix(last), key)
+        self._keys = list(keys)
+        last = _fold_all([key[key.rfind("/") + 1 :] for key in self._keys], _fold_file)
+        self._last = _by_name(last, self._keys)
+        self._stem = _by_name(list(map(without_photo_suffix, last)), self._keys)
+
+    @cached_property
+    def _whole(self) -> dict[str, str | list[str]]:
+        return _by_name(list(map(fold_name, self._keys)), self._keys)
 
     def has_last(self, plain: str) -> bool:
         """Return whether any photo has the last part of a path as its own."""
@@ -232,28 +259,31 @@ class _Index:
         """Match the end of a path."""
         hits = _all(self._last, plain[plain.rfind("/") + 1 :])
         if len(hits) > 1 or "/" in plain:
-            hits = [key for key in hits if f"/{self._folded[key]}".endswith(f"/{plain}")]
+            hits = [key for key in hits if f"/{fold_name(key)}".endswith(f"/{plain}")]
         return _unique(hits)
 
     def stem_ending(self, plain: str) -> Match | None:
         """Match the end of a path, ignoring extensions."""
         folder, _, last = plain.rpartition("/")
-        hits = _all(self._stem, without_photo_suffix(last))
+        found = self._stem.get(without_photo_suffix(last))
+        if not folder and isinstance(found, str):
+            return Match(found, (), True)
+        hits = [] if found is None else [found] if isinstance(found, str) else found
         if folder:
-            hits = [key for key in hits if f"/{self._folded[key]}".rpartition("/")[0].endswith(f"/{folder}")]
+            hits = [key for key in hits if f"/{fold_name(key)}".rpartition("/")[0].endswith(f"/{folder}")]
         return _unique(hits, by_stem=True)
 
     def foreign(self, plain: str) -> Match | None:
         """Match a path of another machine that ends like the path of a photo within the source."""
         last = plain[plain.rfind("/") + 1 :]
-        hits = [key for key in _all(self._last, last) if f"/{plain}".endswith(f"/{self._folded[key][self._start :]}")]
+        hits = [key for key in _all(self._last, last) if f"/{plain}".endswith(f"/{fold_name(key)[self._start :]}")]
         if hits:
             return _unique(hits, foreign_path=True)
         stem = without_photo_suffix(plain)
         hits = [
             key
             for key in _all(self._stem, without_photo_suffix(last))
-            if f"/{stem}".endswith("/" + without_photo_suffix(self._folded[key][self._start :]))
+            if f"/{stem}".endswith("/" + without_photo_suffix(fold_name(key)[self._start :]))
         ]
         return _unique(hits, by_stem=True, foreign_path=True)
 
