@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError, ConfigError
-from fastfundus.models.foreign import resample_positions, without_prefix
+from fastfundus.models.foreign import refuse_deeper_network, resample_positions, without_prefix
 from fastfundus.models.initial import InitReport, load_state, stated_normalisation
 from fastfundus.models.local_contrast import add_local_contrast
+from fastfundus.models.other_names import with_timm_names
 from fastfundus.models.pretrained import download_weights, find_weights, is_hub_name
 
 __all__ = [
@@ -186,7 +187,7 @@ def set_training(model: nn.Module, *, freeze: bool) -> None:
 def _take_over(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) -> InitReport:
     """Load every tensor with a matching name and shape; only tensors of the head may be missing or differ in shape."""
     source, wanted = config.init, model.state_dict()
-    state = without_prefix(state, wanted)
+    state = without_prefix(with_timm_names(state, wanted), wanted)
     head = {name for name in wanted if any(name.startswith(f"{part}.") for part in _head_names(model))}
     place = wanted.get("pos_embed")
     if place is not None and "pos_embed" in state and state["pos_embed"].shape != place.shape:
@@ -198,6 +199,7 @@ def _take_over(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) 
             f"{source}: {len(missing)} of the {len(wanted)} tensors of this backbone are missing or differ in shape, "
             f"such as {missing[0]}; is it the same model.backbone?"
         )
+    refuse_deeper_network(state, (name for name in wanted if name not in head), source)
     # A head of which only a part matches would be a mixture of two.
     fresh = tuple(sorted(name for name in head if name not in fitting))
     if fresh:

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastfundus.errors import CheckpointError, ConfigError
 from fastfundus.files import atomic_write, hash_file
 from fastfundus.models.classifier import check_backbone
-from fastfundus.models.foreign import network_prefix, read_foreign, resample_positions
+from fastfundus.models.foreign import network_prefix, read_foreign, refuse_deeper_network, resample_positions
+from fastfundus.models.other_names import with_timm_names
 
 __all__ = ["ConvertReport", "convert_weights", "guess_backbone"]
 
@@ -85,6 +86,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
     if output.suffix != ".safetensors":
         raise ConfigError(f"the output must end in .safetensors, got {output.name}")
     tensors, what = read_foreign(path)
+    tensors = with_timm_names(tensors)
     if backbone == "auto":
         backbone = guess_backbone(tensors)
         if not backbone:
@@ -95,6 +97,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
     check_backbone(backbone)
     # No head is created, because every task adds its own.
     wanted = timm.create_model(backbone, pretrained=False, num_classes=0).state_dict()
+    tensors = with_timm_names(tensors, wanted)
     prefix = network_prefix(tensors, wanted)
     taken: dict[str, Tensor] = {}
     used, reshaped = [], []
@@ -120,6 +123,7 @@ def convert_weights(path: Path, output: Path, *, backbone: str = "auto") -> Conv
             f"{path}: lacks {len(missing)} of the {len(wanted)} tensors of {backbone}, such as {missing[0]}; it has "
             f"{', '.join(list(tensors)[:3])}, ...; if the backbone is another one, give its name with --backbone"
         )
+    refuse_deeper_network((n.removeprefix(prefix) for n in tensors if n.startswith(prefix)), wanted, str(path))
     known = {*used, *reshaped}
     report = ConvertReport(
         path.name, hash_file(path), what, backbone, prefix, tuple(used), tuple(reshaped),

