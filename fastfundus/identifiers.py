@@ -11,7 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["EyeName", "is_device_word", "is_placeholder", "normal_eye", "parse_eye_codes", "read_eye_name"]
+__all__ = [
+    "EyeName",
+    "is_device_word",
+    "is_patient_folder",
+    "is_placeholder",
+    "normal_eye",
+    "parse_eye_codes",
+    "read_eye_name",
+]
 
 _LEFT = ("l", "left", "os", "oi", "og", "le", "lt", "left eye", "lefteye", "oculus sinister", "sinister", "izquierdo")
 _RIGHT = ("r", "right", "od", "re", "rt", "right eye", "righteye", "oculus dexter", "dexter", "derecho")
@@ -24,6 +32,10 @@ _ATTACHED = re.compile(r"(.*\d)(OD|OS|OI|OG|RE|LE)")
 _ATTACHED_EYES = frozenset({"OD", "OS", "OI", "OG", "RE", "LE"})
 _LONGEST_EYE = 20
 _DATED = re.compile(r"[_\-. ](19|20)\d{2}[_\-. ]?(0[1-9]|1[0-2])[_\-. ]?[0-3]\d$")
+_VISITED = re.compile(
+    r"[_\-. ](?:bl|baseline|screening|(?:visit|v|fu|month|m|year|yr|y|week|tp|ses)[_\-]?\d{1,3})$", re.I
+)
+_SEPARATOR = re.compile(r"[_\-. ]")
 _PATIENT_FOLDER = re.compile(r"(?:p|pt|pat|patient|subj|subject|sub|participant|person)[_\-. ]?\d+", re.IGNORECASE)
 _DEVICE_WORDS = frozenset(
     {
@@ -38,9 +50,19 @@ _PLACEHOLDERS = frozenset(
         "notapplicable", "removed", "deleted", "redacted", "hidden", "masked", "blank", "empty", "dummy", "default",
         "test", "testpatient", "patient", "patientid", "subject", "id", "anon", "anonymous", "anonymized", "anonymised",
         "anonymouspatient", "anonymizedpatient", "anonymisedpatient", "anonymouspatientid", "deidentified",
-        "deidentifiedpatient", "pseudonymized", "pseudonymised",
+        "deidentifiedpatient", "pseudonymized", "pseudonymised", "unk", "anonym", "anonyme", "anonimo", "nn", "nobody",
+        "undefined", "unspecified", "novalue", "nodata", "notknown", "notspecified", "missing", "unbekannt", "inconnu",
+        "desconocido", "private", "confidential", "tbd",
     }
 )  # fmt: skip
+_NUMBERED_NOBODY = re.compile(r"(anonym|unknown|unk|noname|nobody)\w*?\d{1,2}", re.IGNORECASE)
+_VISIT = re.compile(
+    r"(baseline|bl|screening|(visit|v|visita|visite|session|ses|timepoint|tp|follow[_\-. ]?up|fu|exam"
+    r"|month|mo|m|year|yr|y|week|wk|w|day)[_\-. ]?\d{1,3}|\d{1,3}[_\-. ]?(months?|years?|weeks?|days?|mo|yrs?))",
+    re.IGNORECASE,
+)
+"""A folder or the end of a name that tells the visit, not the person."""
+_DATE = re.compile(r"(19|20)\d{2}[_\-. ]?(0[1-9]|1[0-2])[_\-. ]?[0-3]\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +124,11 @@ def is_placeholder(patient: str, *, zeros: bool = False) -> bool:
 
     Args:
         patient: the identifier.
-        zeros: whether identifiers of only zeros, dashes or the letter x count, too; tables may number people from 0.
+        zeros: whether identifiers of only zeros and numbered ones such as "ANONYMOUS1" count, too; tables may number
+            people.
     """
     if patient.isalnum() and any(map(str.isdigit, patient)):
-        return zeros and set(patient) <= {"0"}
+        return zeros and (set(patient) <= {"0"} or _NUMBERED_NOBODY.fullmatch(patient) is not None)
     plain = re.sub(r"[\W_]+", "", patient).lower()
     if not plain or plain in _PLACEHOLDERS:
         return True
@@ -132,16 +155,14 @@ def read_eye_name(name: str) -> EyeName:
     numbered = _NUMBERED.fullmatch(stem) if len(stem) < _LONGEST_EYE else None
     if numbered and folders:
         shot = stem[numbered.end(1) :].strip("_-. ()")
-        return EyeName(normal_eye(numbered[1]), parent, shot=shot, in_folder=True)
+        return EyeName(normal_eye(numbered[1]), _person_of(folders), shot=shot, in_folder=True)
     words = list(_SEPARATED.finditer(stem))
     eyes = {_eye_of(word[1]) for word in words}
     if words and len(eyes) == 1:
         before = stem[: words[0].start()].rstrip("_-. ")
         after = stem[words[0].end() :].lstrip("_-. ")
         if before:
-            # A date belongs to the visit: the patient is the same at the next one.
-            person = (_DATED.sub("", before) or before) if before[-2:].isdigit() and len(before) > 8 else before
-            return EyeName(eyes.pop(), f"{parent}{slash}{person}", shot=after)
+            return EyeName(eyes.pop(), f"{parent}{slash}{_without_visit(before)}", shot=after)
         return EyeName(eyes.pop(), f"{parent}{slash}{after}" if after else None, eye_first=True)
     if words:
         return EyeName()
@@ -158,12 +179,41 @@ def _from_folders(folders: tuple[str, ...], stem: str) -> EyeName:
         place, eye = eyes[0]
         others = (*folders[:place], *folders[place + 1 :])
         if others:
-            return EyeName(eye, "/".join(others), shot=stem, in_folder=True)
+            return EyeName(eye, _person_of(others), shot=stem, in_folder=True)
         return EyeName(eye, stem, eye_first=True)
     for depth in range(len(folders), 0, -1):
         if _PATIENT_FOLDER.fullmatch(folders[depth - 1]):
             return EyeName(None, "/".join(folders[:depth]), shot=stem, in_folder=True)
     return EyeName()
+
+
+def _without_visit(before: str) -> str:
+    """Remove a date or a visit from the end of the text before the eye: the patient is the same at the next one.
+
+    After a name without a number, a date may be that of birth, which tells two people of one name apart.
+    """
+    for ending in (_DATED, _VISITED) if _SEPARATOR.search(before) else ():
+        shorter = ending.sub("", before)
+        if shorter != before and _has_digit(shorter):
+            return shorter
+    return before
+
+
+def _person_of(folders: tuple[str, ...]) -> str:
+    """Return the folders of a person without those of visits below them."""
+    kept = list(folders)
+    while len(kept) > 1 and (_VISIT.fullmatch(kept[-1]) or _DATE.fullmatch(kept[-1])) and _has_digit(kept[-2]):
+        kept.pop()
+    return "/".join(kept)
+
+
+def _has_digit(text: str) -> bool:
+    return any(map(str.isdigit, text))
+
+
+def is_patient_folder(name: str) -> bool:
+    """Return whether a folder is named like a patient, such as `P001`."""
+    return _PATIENT_FOLDER.fullmatch(name) is not None
 
 
 def is_device_word(patient: str) -> bool:

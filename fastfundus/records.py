@@ -130,6 +130,10 @@ class SourcePhoto:
     """Labels and other columns of the label file, by column name."""
     issue: str | None = None
     """Fault found while listing, such as a file that the label file names but that does not exist."""
+    patient_by_name: bool = False
+    """True if only names of files and folders tell the patient: what a DICOM header says takes precedence."""
+    eye_by_name: bool = False
+    """True if only names tell the eye: if a DICOM header says another, it is unknown."""
 
 
 def interval_text(entry: dict[str, float | None]) -> str:
@@ -171,8 +175,12 @@ def bytes_of_name(name: str) -> bytes:
 def identity(source: SourcePhoto, facts: PhotoFacts) -> tuple[str, bool, str | None]:
     """Return the patient of a photo, whether the patient is known, and the eye.
 
-    A label file or an informative file name takes precedence over DICOM, because it was written for this purpose.
+    A label file takes precedence over DICOM, because it was written for this purpose, and DICOM over the patient in a
+    name. An eye that names and DICOM contradict each other about is unknown.
     """
-    if source.patient_known or facts.patient is None:
-        return source.patient, source.patient_known, source.eye or facts.eye
-    return facts.patient, True, source.eye or facts.eye
+    eye = source.eye or facts.eye
+    if source.eye_by_name and source.eye and facts.eye and source.eye != facts.eye:
+        eye = None
+    if facts.patient is not None and (source.patient_by_name or not source.patient_known):
+        return facts.patient, True, eye
+    return source.patient, source.patient_known, eye

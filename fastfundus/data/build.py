@@ -239,9 +239,9 @@ class _Build:
     def _origins(self, origins: Mapping[str, str]) -> dict[str, str]:
         """Add DICOM as the origin of patients and eyes that the listing does not know."""
         said = dict(origins)
-        if any(photo.path.suffix.lower() in ("", ".dcm", ".dicom") for photo in self.photos):
+        if any(map(_may_be_dicom, self.photos)):
             for role in ("patient", "eye"):
-                said[role] = f"{said[role]}, else DICOM" if role in said else "DICOM"
+                said[role] = f"{said[role]}, and DICOM" if role in said else "DICOM"
         return said
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -257,7 +257,8 @@ class _Build:
             if not self.extends or row < 0:
                 facts = next(journal)
             # The label file may name the patient by now.
-            known_patient = facts["patient"] if facts["patient_known"] else None
+            stored = facts["patient_known"] and (_may_be_dicom(photo) or not photo.patient_by_name)
+            known_patient = facts["patient"] if stored else None
             said = PhotoFacts(known_patient, facts["eye"], facts["camera"])
             yield facts | identified(photo, said, self.salt)
 
@@ -373,6 +374,10 @@ def _order(
     ordered = [known[row] for row in range(len(names))] + [photo for photo in photos if photo.name not in rows]
     source_rows = np.array([row if fresh[row] else -1 for row in range(len(names))] + [-1] * (len(photos) - len(names)))
     return ordered, source_rows.astype(np.int64), True
+
+
+def _may_be_dicom(photo: SourcePhoto) -> bool:
+    return photo.issue is None and photo.path.suffix.lower() in ("", ".dcm", ".dicom")
 
 
 def _move_into_place(partial: Path, output: Path) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fastfundus.data.roles import SPLITS
+from fastfundus.identifiers import is_patient_folder, normal_eye
 from fastfundus.records import NORMAL_NAMES
 
-__all__ = ["FolderLayout", "is_normal_class", "read_folders"]
+__all__ = ["FolderLayout", "is_normal_class", "read_folders", "split_of"]
 
+_MAX_SPLITS, _MAX_CLASSES, _MIN_PHOTOS_OF_A_CLASS = 6, 40, 3
 _MIN_SHARE = 0.9
 """Share of the photos that must follow a layout: an overview or a mask beside them does not change it."""
 _SPLIT_FOLDER = re.compile(
-    r"(?:[a-z0-9][.)]\s*)?(train|training|val|valid|validation|test|testing)"
+    r"(?:[a-z0-9][.)]\s*)?(train|training|val|valid|validation|dev|test|testing)"
     r"(?:[ _-]?(?:set|images?|imgs|data|dataset))?"
 )
 _DOUBTFUL = re.compile(r"suspect|ungrad|unknown|unclear|uncertain|other|poor|bad|quality|unlabel|todo", re.IGNORECASE)
@@ -44,7 +46,8 @@ def is_normal_class(name: str) -> bool:
 _NORMAL = {" ".join(name.replace("_", " ").split()) for name in NORMAL_NAMES} | {
     "no disease", "no diseases", "0", "grade 0", "level 0", "class 0", "normal fundus", "normal retina", "normal eye",
     "normal eyes", "healthy eye", "healthy eyes", "healthy retina", "normals", "no finding", "no findings", "non dr",
-    "no abnormality", "no retinopathy", "control", "controls", "normal control",
+    "no abnormality", "no retinopathy", "control", "controls", "normal control", "negative", "non glaucoma",
+    "no glaucoma", "not glaucoma", "glaucoma negative", "non glaucomatous",
 }  # fmt: skip
 
 
@@ -61,12 +64,16 @@ def read_folders(names: Mapping[str, str], *, require_classes: bool = False) -> 
     """
     parents = {key: tuple(name.split("/")[:-1]) for key, name in names.items()}
     splits, position = _find_splits(parents)
+    hints = [] if splits else _hint_at_splits(parents)
     rest = {
         key: parts if position is None else (*parts[:position], *parts[position + 1 :])
         for key, parts in parents.items()
         if not splits or key in splits
     }
     classes, notes = _find_classes(rest, with_splits=bool(splits), require_classes=require_classes)
+    if not classes and not require_classes:
+        hints += _hint_at_classes(rest)
+    notes += hints
     used = {key: (1 if key in splits else 0) + (1 if key in classes else 0) for key in names}
     outside = [
         name for key, name in names.items() if (splits and key not in splits) or (classes and key not in classes)
@@ -81,19 +88,44 @@ def read_folders(names: Mapping[str, str], *, require_classes: bool = False) -> 
     return FolderLayout(splits, classes, used, tuple(notes))
 
 
+def _hint_at_splits(parents: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return a note if some folders look like splits and others beside them do not."""
+    first = {parts[0] for parts in parents.values() if parts}
+    known = sorted(name for name in first if split_of(name))
+    others = sorted(first - set(known))
+    if not known or not others or len(first) > _MAX_SPLITS:
+        return []
+    return [
+        f"the folder {known[0]!r} looks like a split, but {others[0]!r} does not: splits and classes are not read from "
+        "folders; call them train, val and test, or name splits and labels in a table"
+    ]
+
+
+def _hint_at_classes(parents: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return a note if folders look like classes of which none is called normal."""
+    counts = Counter(parts[0] for parts in parents.values() if len(parts) == 1)
+    named = [name for name in counts if not is_patient_folder(name) and not normal_eye(name) and not name.isdigit()]
+    if sum(counts.values()) < len(parents) or not 2 <= len(counts) <= _MAX_CLASSES or len(named) < len(counts):
+        return []
+    if min(counts.values()) < _MIN_PHOTOS_OF_A_CLASS:
+        return []
+    shown = ", ".join(sorted(counts)[:4])
+    return [f"the folders {shown} may be classes: --adapter classes reads them as such"]
+
+
 def _find_splits(parents: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, str], int | None]:
     for position in (0, 1):
         found = {
             key: side
             for key, parts in parents.items()
-            if len(parts) > position and (side := _split_of(parts[position])) is not None
+            if len(parts) > position and (side := split_of(parts[position])) is not None
         }
         if len(set(found.values())) > 1 and len(found) >= _MIN_SHARE * len(parents):
             return found, position
     return {}, None
 
 
-def _split_of(folder: str) -> str | None:
+def split_of(folder: str) -> str | None:
     """Return the split that a folder such as `train`, `a. Training Set` or `test_images` names."""
     match = _SPLIT_FOLDER.fullmatch(folder.strip().lower())
     return SPLITS.get(match[1]) if match else None
@@ -102,6 +134,8 @@ def _split_of(folder: str) -> str | None:
 def _find_classes(
     parents: Mapping[str, tuple[str, ...]], *, with_splits: bool, require_classes: bool
 ) -> tuple[dict[str, str], list[str]]:
+    if not with_splits and _have_folders_of_people(parents):
+        parents = {key: parts[:1] for key, parts in parents.items()}
     fitting = sum(len(parts) == 1 for parts in parents.values())
     if not parents or (fitting < _MIN_SHARE * len(parents) and not require_classes):
         return {}, []
@@ -117,6 +151,17 @@ def _find_classes(
     first = {plain: next(iter(names)) for plain, names in spellings.items()}
     classes = {key: first[parts[0].strip().lower()] for key, parts in parents.items() if parts}
     return classes, _describe(sorted(first.values()), spellings.values(), has_normal=has_normal)
+
+
+def _have_folders_of_people(parents: Mapping[str, tuple[str, ...]]) -> bool:
+    """Return whether the folders are `class / patient`: one class is normal, and the folders below are many."""
+    if not parents or not all(len(parts) == 2 for parts in parents.values()):
+        return False
+    classes = {parts[0] for parts in parents.values()}
+    people = {parts[1] for parts in parents.values()}
+    return (
+        any(map(is_normal_class, classes)) and not any(map(split_of, classes)) and all(map(is_patient_folder, people))
+    )
 
 
 def _describe(classes: list[str], spellings: Iterable[Mapping[str, None]], *, has_normal: bool) -> list[str]:

@@ -71,6 +71,13 @@ def is_photo(path: str) -> bool:
     return start[128:] == b"DICM" or _PICTURES.match(start) is not None
 
 
+def _with_slashes(line: str, folder: Path) -> str:
+    """Return a line with the slashes of this system, unless a file has a backslash in its name."""
+    if "\\" not in line or os.path.lexists(folder / line.replace("\0", "")):
+        return line
+    return line.replace("\\", "/")
+
+
 def read_list(path: Path) -> tuple[list[Path], list[str]]:
     """Read the paths in a list file, relative to it, without empty lines and lines that begin with #.
 
@@ -81,7 +88,7 @@ def read_list(path: Path) -> tuple[list[Path], list[str]]:
         DataError: the file cannot be read, names nothing, or a name denotes several files.
     """
     text, notes = read_text(path)
-    lines = [line.strip().strip('"') for line in text.splitlines()]
+    lines = [_with_slashes(line.strip().strip('"'), path.parent) for line in text.splitlines()]
     named = [line for line in lines if line and not line.startswith("#")]
     if not named:
         raise DataError("names no photo; give one path per line", path=path)

@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from fastfundus.data.cache import MANIFEST_COLUMNS
+from fastfundus.data.classes import split_of
 from fastfundus.data.labels import LabelRow, LabelTable, read_labels
-from fastfundus.data.match import Match, match_listed, match_names
+from fastfundus.data.match import Match, fold_name, match_listed, match_names
 from fastfundus.data.people import people_from_names
 from fastfundus.errors import DataError
+from fastfundus.identifiers import is_patient_folder
 from fastfundus.photo.file import is_unmounted
 from fastfundus.records import SourcePhoto, utf8_name
 
@@ -43,15 +45,17 @@ def join_labels(
         DataError: the table is invalid, a name denotes several photos, or two rows describe one photo differently.
     """
     table = _without_clashes(read_labels(path, eye_codes=eye_codes))
-    notes += table.notes
     names = [row.file for row in table.rows]
     matches = match_names(names, photos, (root, path.parent), str(root)) if photos else match_listed(names, path.parent)
+    _settle_by_folders(table, matches, root)
     _require_unique(table, matches)
+    _require_own_folders(table, matches, root)
+    notes += table.notes
     if not photos:
         _add_listed(table, matches, photos, root, notes)
     named: dict[str, LabelRow] = {}
     contradicted: list[str] = []
-    absolute = os.path.abspath(root)
+    absolute, has_patients = os.path.abspath(root), "patient" in table.roles
     unmounted = lru_cache(maxsize=1024)(is_unmounted)
     for row, match in zip(table.rows, matches, strict=True):
         key = match.key or os.path.normpath(os.path.join(absolute, row.file.replace("\0", "\\0")))
@@ -69,7 +73,7 @@ def join_labels(
         photo = photos.get(key) or _bare_photo(key, root)
         if photo.eye and row.eye and photo.eye != row.eye:
             contradicted.append(photo.name)
-        photos[key] = _with_row(photo, row, issue)
+        photos[key] = _with_row(photo, row, issue, has_patients=has_patients)
     if contradicted:
         notes.append(
             f"{path}: contradicts the eye in the names of {len(contradicted)} photos, such as {contradicted[0]}; the "
@@ -79,6 +83,62 @@ def join_labels(
     for role, header in table.roles.items():
         origins[role] = f"column {header!r} of {path.name}"
     origins["labels"] = path.name
+
+
+@lru_cache(maxsize=4096)
+def _folders(parent: str, root: str) -> tuple[str, ...]:
+    """Return the folders of photos in a folder below the source, without differences of case."""
+    inner = os.path.relpath(parent, root)
+    return () if inner == "." else tuple(map(fold_name, inner.split("/")))
+
+
+def _folders_of(key: str, root: Path) -> tuple[str, ...]:
+    return _folders(key[: key.rfind("/")], str(root))
+
+
+def _settle_by_folders(table: LabelTable, matches: list[Match], root: Path) -> None:
+    """Of several photos of one name, choose the one in the folder of the row's patient and split."""
+    for position, match in enumerate(matches):
+        row = table.rows[position]
+        if not match.candidates or "/" in row.file:
+            continue
+        fitting = list(match.candidates)
+        if row.patient is not None:
+            fitting = [key for key in fitting if fold_name(row.patient) in _folders_of(key, root)] or fitting
+        if row.split is not None:
+            fitting = [key for key in fitting if row.split in map(split_of, _folders_of(key, root))] or fitting
+        if len(fitting) == 1:
+            matches[position] = Match(fitting[0], (), match.by_stem, match.foreign_path)
+
+
+def _require_own_folders(table: LabelTable, matches: list[Match], root: Path) -> None:
+    """Raise if a name without a folder fits a photo in the folder of another patient only; note other splits."""
+    agreeing, strange, torn = 0, [], []
+    for row, match in zip(table.rows, matches, strict=True):
+        if match.key is None or "/" in row.file or not (folders := _folders_of(match.key, root)):
+            continue
+        if row.split is not None and {row.split} != {split_of(folder) or row.split for folder in folders}:
+            torn.append((row, match.key))
+        patient = fold_name(row.patient) if row.patient else None
+        if patient in folders:
+            agreeing += 1
+        elif patient is not None:
+            alike = is_patient_folder(patient) and any(map(is_patient_folder, folders))
+            strange.append((row, match.key, alike))
+    if torn:
+        row, key = torn[0]
+        table.notes.append(
+            f"{table.path}: {len(torn)} rows have another split than the folder of their photo, such as line "
+            f"{row.line} ({row.split}, {os.path.relpath(key, root)}); the table is believed"
+        )
+    for row, key, alike in strange:
+        if alike or agreeing >= len(strange):
+            raise DataError(
+                f"{row.file} of patient {row.patient} fits only {os.path.relpath(key, root)}, in the folder of another "
+                "patient; write the folder before the name, or delete the row",
+                path=table.path,
+                row=row.line,
+            )
 
 
 def _require_unique(table: LabelTable, matches: list[Match]) -> None:
@@ -110,6 +170,8 @@ def _add_listed(
             patient=person.patient or names[key],
             patient_known=person.patient is not None,
             eye=person.eye,
+            patient_by_name=person.patient is not None,
+            eye_by_name=person.eye is not None,
         )
 
 
@@ -156,15 +218,20 @@ def _without_clashes(table: LabelTable) -> LabelTable:
     return table
 
 
-def _with_row(photo: SourcePhoto, row: LabelRow, issue: str | None) -> SourcePhoto:
+def _with_row(photo: SourcePhoto, row: LabelRow, issue: str | None, *, has_patients: bool) -> SourcePhoto:
+    # A table with patients is not completed by names: the two would call one person by two identifiers.
+    by_name = photo.patient_by_name and row.patient is None and not has_patients
+    known = row.patient is not None or (photo.patient_known and (by_name or not photo.patient_by_name))
     return SourcePhoto(
         path=photo.path,
         name=photo.name,
-        patient=row.patient or photo.patient,
-        patient_known=photo.patient_known or row.patient is not None,
+        patient=row.patient or (photo.patient if known else photo.name),
+        patient_known=known,
         eye=row.eye or photo.eye,
         split=row.split or photo.split,
         camera=row.camera,
         columns={**photo.columns, **row.columns} if photo.columns else row.columns,
         issue=issue,
+        patient_by_name=by_name,
+        eye_by_name=photo.eye_by_name and row.eye is None,
     )

@@ -18,6 +18,8 @@ __all__ = ["LabelRow", "LabelTable", "read_labels", "value_of"]
 
 _MAX_PHOTOS_OF_ONE = 6
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_ROUNDED = re.compile(r"\d([.,]\d+)?[eE]\+?\d+")
+"""A number as spreadsheets show one that is too long, such as 1.10105E+17."""
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
@@ -46,7 +48,8 @@ class LabelTable:
     notes: list[str] = field(default_factory=list)
     """Handled faults to show to the user, one line each."""
     roles: dict[str, str] = field(default_factory=dict)
-    """Header of the column that was read as "file", "patient", "eye", "split" and "camera", where there is one."""
+    """Header of the column that was read as "file", "patient", "eye", "split", "is_valid" and "camera", where there is
+    one."""
 
 
 def read_labels(path: Path, *, eye_codes: Mapping[str, str] | None = None) -> LabelTable:
@@ -145,6 +148,13 @@ def _special(
         return [None if cell.lower() in UNKNOWN else cell for cell in cells[roles.columns[role]]]
 
     patients = texts("patient")
+    rounded = [line for line, patient in zip(lines, patients, strict=True) if patient and _ROUNDED.fullmatch(patient)]
+    if rounded:
+        table.notes.append(
+            f"{table.path}: {len(rounded)} patients are rounded numbers, such as "
+            f"{patients[lines.index(rounded[0])]} in line {rounded[0]}: unknown; export the column as text"
+        )
+        patients = [None if patient and _ROUNDED.fullmatch(patient) else patient for patient in patients]
     nobody = {patient for patient in set(patients) if patient is not None and is_placeholder(patient)}
     if nobody:
         rows = [patient for patient in patients if patient in nobody]
@@ -152,9 +162,24 @@ def _special(
             f"{table.path}: {rows[0]!r} in {len(rows)} rows is a placeholder: these patients are unknown"
         )
         patients = [None if patient in nobody else patient for patient in patients]
+    gaps = [line for line, patient in zip(lines, patients, strict=True) if patient is None]
+    if gaps and len(gaps) < count and not nobody:
+        table.notes.append(
+            f"{table.path}: no patient in {len(gaps)} rows, such as line {gaps[0]}: unknown there (of merged cells, "
+            "only the first has the text)"
+        )
     patients = _people(patients, table)
     eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")]
     splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
+    if "is_valid" in roles.columns:
+        # As fast.ai writes it: what is not for validation is for training.
+        sides = [value_of(text) if text is not None else None for text in texts("is_valid")]
+        return (
+            patients,
+            eyes,
+            ["val" if side == 1.0 else "train" if side == 0.0 else None for side in sides],
+            texts("camera"),
+        )
     for line, text, split in zip(lines, texts("split"), splits, strict=True):
         if text is not None and split is None:
             table.notes.append(f"{table.path}, line {line}: split {text!r} is not train, val or test; set to unknown")
@@ -199,9 +224,11 @@ def value_of(cell: str) -> float | str | None:
 
 
 def _merge_repeats(table: LabelTable) -> None:
-    first: dict[str, LabelRow] = {}
+    first: dict[tuple[str, str | None, str | None], LabelRow] = {}
     for row in table.rows:
-        kept = first.setdefault(row.file, row)
+        # Numbering may restart for each patient and split: their folders tell such photos apart.
+        bare = "/" not in row.file
+        kept = first.setdefault((row.file, row.patient if bare else None, row.split if bare else None), row)
         if kept is row:
             continue
         _require_agreement(kept, row, table.path)

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from fastfundus.records import PHOTO_SUFFIXES
 
-__all__ = ["Match", "match_listed", "match_names", "without_photo_suffix"]
+__all__ = ["Match", "fold_name", "match_listed", "match_names", "without_photo_suffix"]
 
 
 # A named tuple, because a million of them are made for a large table.
@@ -112,7 +112,25 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
             or (index.foreign(plain) if _is_absolute(name) else None)
             or _MISSING
         )
+    _drop_inconsistent(names, matches, index)  # type: ignore[arg-type]
     return _from_urls(names, matches, lambda again: match_names(again, found, folders, root))  # type: ignore[arg-type]
+
+
+def _drop_inconsistent(names: Sequence[str], matches: list[Match], index: _Index) -> None:
+    """Give up matches of another machine's paths that would place its source in two folders, one within the other.
+
+    If `/mnt/x/siteA/2.jpg` is `siteA/2.jpg`, then `/mnt/x/siteB/1.jpg` is not the `1.jpg` beside the folders.
+    """
+    roots = {
+        position: index.foreign_root(names[position], match.key)
+        for position, match in enumerate(matches)
+        if match.foreign_path and match.key is not None
+    }
+    distinct = set(roots.values())
+    below = {root for root in distinct if any(root.startswith(f"{other}/") for other in distinct if other != root)}
+    for position, root in roots.items() if below else ():
+        if root in below:
+            matches[position] = _MISSING
 
 
 def _from_urls(names: Sequence[str], matches: list[Match], match: Callable[[list[str]], list[Match]]) -> list[Match]:
@@ -265,13 +283,19 @@ class _Index:
     def stem_ending(self, plain: str) -> Match | None:
         """Match the end of a path, ignoring extensions."""
         folder, _, last = plain.rpartition("/")
-        found = self._stem.get(without_photo_suffix(last))
+        # Of `a.tif.jpg` and `a.jpg`, the first is what a program makes of `a.tif`.
+        found = self._stem.get(last) or self._stem.get(without_photo_suffix(last))
         if not folder and isinstance(found, str):
             return Match(found, (), True)
         hits = [] if found is None else [found] if isinstance(found, str) else found
         if folder:
             hits = [key for key in hits if f"/{fold_name(key)}".rpartition("/")[0].endswith(f"/{folder}")]
         return _unique(hits, by_stem=True)
+
+    def foreign_root(self, name: str, key: str) -> str:
+        """Return the folder that is the source on another machine, if a name of it denotes this photo."""
+        inner = without_photo_suffix(fold_name(key)[self._start :])
+        return without_photo_suffix(fold_name(name)).removesuffix(inner).rstrip("/")
 
     def foreign(self, plain: str) -> Match | None:
         """Match a path of another machine that ends like the path of a photo within the source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,18 +24,23 @@ _PATIENT = (
     "subjectid", "subjid", "participant", "participantid", "person", "personid", "individual", "individualid", "mrn",
     "eid", "caseid",
 )  # fmt: skip
-_PATIENT_LIKE = re.compile(r"pat|subj|person|participant|proband|mrn|(study|case|record|hospital)(id|no|number)")
+_PATIENT_LIKE = re.compile(
+    r"(?:^pat|patient|subj|person|participant|proband|mrn|(study|case|record|hospital)(id|no|number))"
+    r"(?!.*(age|sex|gender|weight|height|history|status|group|type|label|diagnos|name|date|birth))"
+)
 _EYE = (
     "eye", "laterality", "eyeside", "eyelaterality", "imagelaterality", "side", "odos", "whicheye", "eyerl", "eyelr",
     "rele", "lere", "rl", "lr", "leftright", "rightleft", "auge", "oeil", "ojo", "occhio",
 )  # fmt: skip
 _SPLIT = ("split", "set", "subset", "partition", "datasplit", "dataset")
+_IS_VALID = ("isvalid", "isval", "isvalidation")
 _CAMERA = ("camera", "cameramodel", "device", "devicemodel", "manufacturermodelname")
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
 """Split by lower-case text, in tables and folder names."""
+_LOOKED_AT = 1000
 _NUMERIC_CODES = frozenset({"0", "1", "2"})
 
 
@@ -43,7 +49,8 @@ class Roles:
     """The columns with a special meaning."""
 
     columns: dict[str, int]
-    """Index of the column by role: "file" always; "patient", "eye", "split" and "camera" where there is one."""
+    """Index of the column by role: "file" always; "patient", "eye", "split", "is_valid" and "camera" where there is
+    one."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,6 +93,7 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
             )
 
     choose("file", _FILE)
+    _prefer_names_of_photos(header, cells, roles, path)
     if "file" not in roles.columns:
         raise DataError(
             f"has no column that identifies the photos; columns: {', '.join(filter(None, header))}; rename the right "
@@ -103,12 +111,45 @@ def find_roles(header: list[str], cells: list[list[str]], *, eye_codes: Mapping[
             )
     choose("eye", _EYE, lambda value: normal_eye(value, eye_codes))
     choose("split", _SPLIT, lambda value: value.lower() in SPLITS)
+    if "split" not in roles.columns:
+        choose("is_valid", _IS_VALID)
     choose("camera", _CAMERA)
     for column in (column for column, name in enumerate(plain) if name in _EYE):
         roles.notes += _notes_on_eyes(
             header[column], values[column], eye_codes, column == roles.columns.get("eye"), path
         )
     return roles
+
+
+def _prefer_names_of_photos(header: list[str], cells: list[list[str]], roles: Roles, path: Path) -> None:
+    """If the values of another column are names of photos, and those of the chosen one are not, choose that one.
+
+    Raises:
+        DataError: there are two such columns, as in tables with one row per patient.
+    """
+    chosen = roles.columns.get("file")
+    if chosen is not None and _names_photos(cells[chosen]):
+        return
+    fitting = [column for column, values in enumerate(cells) if header[column] and _names_photos(values)]
+    if len(fitting) > 1:
+        names = " and ".join(repr(header[column]) for column in fitting[:3])
+        raise DataError(
+            f"has names of photos in the columns {names}; one row per photo is needed (if it belongs to a public data "
+            "set, give its folder without --labels)",
+            path=path,
+            row=1,
+        )
+    if fitting:
+        roles.columns["file"] = fitting[0]
+        other = f", and {header[chosen]!r} as a label" if chosen is not None else ""
+        roles.notes.append(f"{path}: column {header[fitting[0]]!r} has names of photos and is read as the file{other}")
+
+
+def _names_photos(values: list[str]) -> bool:
+    """Return whether most of the first cells of a column that are not empty end like the name of a photo."""
+    first = [value for value in values[:_LOOKED_AT] if value]
+    fitting = sum(os.path.splitext(value)[1].lower() in PHOTO_SUFFIXES for value in first)
+    return bool(first) and fitting > len(first) / 2
 
 
 def is_header(cells: list[str]) -> bool:

@@ -289,6 +289,8 @@ def _photo(path: Path, name: str, person: EyeName, layout: FolderLayout, key: st
         eye=person.eye,
         split=layout.splits.get(key),
         columns=columns,
+        patient_by_name=person.patient is not None,
+        eye_by_name=person.eye is not None,
     )
 
 

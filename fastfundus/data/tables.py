@@ -31,6 +31,8 @@ UNKNOWN = frozenset({"", "nan", "na", "n/a", "#n/a", "none", "null", "?", "<na>"
 """Lower-case texts of cells that denote an unknown value."""
 _DELIMITERS = ",;\t|"
 _MAX_COLUMNS = 5_000
+_MAX_EXACT = 10**15
+"""Spreadsheets keep 15 digits of a number."""
 _MAX_TITLE, _MAX_TITLE_LINES = 100_000, 10
 _MAX_BYTES = 1 << 30
 """A million photos with a hundred columns need a third of it."""
@@ -41,6 +43,10 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+class _LostDigitsError(ValueError):
+    """A number of a workbook is not the one that was entered."""
 
 
 @dataclass(slots=True)
@@ -97,7 +103,23 @@ def read_cells(
                 lines.append((number, cells))
     except csv.Error as error:
         raise DataError(f"is not a valid CSV file ({error}); close the quotes", path=path, row=before + 1) from None
+    _require_closed_quotes(text, lines, delimiter, path, skipped)
     return _without_title(RawTable(lines, delimiter != ",", notes), path, is_header)
+
+
+def _require_closed_quotes(
+    text: str, lines: list[tuple[int, list[str]]], delimiter: str, path: Path, skipped: int
+) -> None:
+    """Raise if the last row ends within quotes: every row below the quote would be part of one cell."""
+    number, cells = lines[-1] if lines else (0, [])
+    if not any("\n" in cell or "\r" in cell for cell in cells):
+        return
+    rest = io.StringIO("".join(text.splitlines(keepends=True)[number - 1 - skipped :]), newline="")
+    try:
+        list(csv.reader(rest, delimiter=delimiter, skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise DataError("has a quote that is never closed; close or delete it", path=path, row=number) from None
 
 
 def has_header(path: Path, is_header: Callable[[list[str]], bool]) -> bool:
@@ -192,6 +214,8 @@ def _read_workbook(path: Path) -> RawTable:
             names = ", ".join(sheet.title for sheet in sheets[1:])
             notes.append(f"{path}: only the first sheet, {sheets[0].title!r}, is read; not read: {names}")
         book.close()
+    except _LostDigitsError as error:
+        raise DataError(str(error), path=path) from None
     except Exception as error:
         # openpyxl lets exceptions of its zip and XML readers through.
         reason = " ".join(str(error).split())[:200]
@@ -210,6 +234,11 @@ def _cell_text(place: Any) -> str:
         return f"{int(cell):0{len(place.number_format)}d}"
     if isinstance(cell, bool):
         return str(int(cell))
+    if isinstance(cell, int | float) and abs(cell) >= _MAX_EXACT:
+        raise _LostDigitsError(
+            f"cell {place.coordinate} is a number of more than 15 digits, of which Excel lost the last ones; format "
+            "the column as text and enter it again"
+        )
     if isinstance(cell, float) and cell.is_integer():
         return str(int(cell))
     if isinstance(cell, datetime):

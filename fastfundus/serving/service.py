@@ -107,7 +107,7 @@ class Service:
             raise Busy(f"{self.under_way} photos are in progress, at most {self.max_waiting} allowed; retry shortly")
         self.under_way += 1
         try:
-            source = SourcePhoto(Path("/dev/null"), name, name, eye=read_eye_name(name).eye)
+            source = SourcePhoto(Path("/dev/null"), name, name, eye=read_eye_name(name).eye, eye_by_name=True)
             prepared = await self._prepared(source, data)
             answer = None
             if prepared.status is Status.OK and prepared.image is not None:

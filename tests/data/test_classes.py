@@ -111,3 +111,26 @@ def test_folders_of_splits_by_the_names_that_sets_have(tmp_path: Path, train: st
 
 def test_no_photos_no_layout() -> None:
     assert read_folders({}).classes == {}
+
+
+def test_classes_above_folders_of_people() -> None:
+    names = {name: name for name in ("normal/P2/OS.jpg", "dr/P2/OD.jpg", "dr/P3/OD.jpg")}
+    layout = read_folders(names)
+    assert layout.classes == {"normal/P2/OS.jpg": "normal", "dr/P2/OD.jpg": "dr", "dr/P3/OD.jpg": "dr"}
+    assert set(layout.used.values()) == {1}
+
+
+def test_a_split_beside_an_unknown_folder_is_noted() -> None:
+    names = {name: name for name in ("train/normal/1.jpg", "train/dr/2.jpg", "external/normal/3.jpg")}
+    layout = read_folders(names)
+    assert (layout.splits, layout.classes) == ({}, {})
+    assert any("'train' looks like a split, but 'external' does not" in note for note in layout.notes)
+
+
+def test_folders_that_may_be_classes_are_noted() -> None:
+    names = {name: name for name in (f"{folder}/{n}.jpg" for folder in ("RG", "NRG") for n in range(3))}
+    layout = read_folders(names)
+    assert layout.classes == {}
+    assert any("the folders NRG, RG may be classes: --adapter classes" in note for note in layout.notes)
+    people = {name: name for name in (f"P00{folder}/{n}.jpg" for folder in (1, 2) for n in range(3))}
+    assert read_folders(people).notes == ()

@@ -9,6 +9,7 @@ import pytest
 from fastfundus.data import list_photos
 from fastfundus.data.people import people_from_names
 from fastfundus.identifiers import is_placeholder, normal_eye, parse_eye_codes, read_eye_name
+from fastfundus.records import PhotoFacts, SourcePhoto, identity
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,14 @@ from fastfundus.identifiers import is_placeholder, normal_eye, parse_eye_codes, 
         ("plain.jpg", None, None),
         ("blurred.jpg", None, None),
         ("1_L.ppm.gz", "1", "L"),
+        ("P001/baseline/OD.jpg", "P001", "R"),
+        ("P001/month12/OD.jpg", "P001", "R"),
+        ("P001/2020-03-01/OD/1.jpg", "P001", "R"),
+        ("P001_V1_OD.jpg", "P001", "R"),
+        ("P001_month_6_OD.jpg", "P001", "R"),
+        ("P001_20200301_OD.jpg", "P001", "R"),
+        ("Doe_John_19600101_OD.jpg", "Doe_John_19600101", "R"),
+        ("Visit2_OD.jpg", "Visit2", "R"),
     ],
 )
 def test_names_that_tell_patient_and_eye(name: str, patient: str | None, eye: str | None) -> None:
@@ -100,7 +109,26 @@ def test_a_number_after_the_eye_is_a_patient_only_if_it_has_both_eyes() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ANONYMIZED", "anonymous", "Unknown", "N/A", "None", "XXXX", "DE-IDENTIFIED", "No Name", "test", "-"]
+    "name",
+    [
+        "ANONYMIZED",
+        "anonymous",
+        "Unknown",
+        "N/A",
+        "None",
+        "XXXX",
+        "DE-IDENTIFIED",
+        "No Name",
+        "test",
+        "-",
+        "UNK",
+        "N.N.",
+        "anonym",
+        "nobody",
+        "Undefined",
+        "no value",
+        "ANONYM^^",
+    ],
 )
 def test_placeholders(name: str) -> None:
     assert is_placeholder(name)
@@ -110,6 +138,8 @@ def test_placeholders(name: str) -> None:
 def test_identifiers_that_are_no_placeholders(name: str) -> None:
     assert not is_placeholder(name)
     assert is_placeholder("0000", zeros=True)
+    assert is_placeholder("ANONYMOUS1", zeros=True)
+    assert not is_placeholder(name if name != "0" else "1", zeros=True)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +237,26 @@ def test_the_same_name_in_several_folders_is_noted() -> None:
     ]
     _, notes = people_from_names({name: name for name in names if "south/P001" not in name})
     assert notes == []
+
+
+def test_a_table_with_patients_is_not_completed_by_names(tmp_path: Path) -> None:
+    """Cells that were merged in a spreadsheet are empty but for the first: 10_right would become a second person."""
+    for name in ("10_left.jpg", "10_right.jpg", "11_left.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("image,patient\n10_left.jpg,A\n10_right.jpg,\n11_left.jpg,B\n")
+    listing = list_photos(tmp_path, labels=tmp_path / "labels.csv")
+    assert [(photo.patient, photo.patient_known) for photo in listing.photos] == [
+        ("A", True),
+        ("10_right.jpg", False),
+        ("B", True),
+    ]
+    assert any("no patient in 1 rows, such as line 3" in note for note in listing.notes)
+
+
+def test_what_dicom_says_of_people_goes_before_names() -> None:
+    by_name = SourcePhoto(Path("x"), "exam1_OD.dcm", "exam1", True, "R", patient_by_name=True, eye_by_name=True)
+    assert identity(by_name, PhotoFacts(patient="A", eye="R")) == ("A", True, "R")
+    assert identity(by_name, PhotoFacts(patient="A", eye="L")) == ("A", True, None)
+    assert identity(by_name, PhotoFacts()) == ("exam1", True, "R")
+    by_table = SourcePhoto(Path("x"), "exam1_OD.dcm", "T7", True, "R")
+    assert identity(by_table, PhotoFacts(patient="A", eye="L")) == ("T7", True, "R")

@@ -128,7 +128,7 @@ def test_a_patient_in_two_splits_is_taken_out_and_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "has no header"),
-        ("who,abnormal\na.jpg,1\n", "no column that identifies the photos; columns: who, abnormal"),
+        ("who,abnormal\na,1\n", "no column that identifies the photos; columns: who, abnormal"),
         ("file,abnormal\na.jpg,1,0\n", "line 2: has 3 cells but the header has 2"),
         ("file,abnormal,abnormal\na.jpg,1,0\n", "has the column 'abnormal' twice"),
     ],

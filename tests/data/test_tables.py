@@ -161,3 +161,60 @@ def test_a_header_without_known_names_is_still_the_first_line(tmp_path: Path) ->
     path.write_text("quality,grade\n1,2\n")
     with pytest.raises(DataError, match="no column that identifies the photos; columns: quality, grade"):
         read_labels(path)
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text('image,note,level\na.jpg,fine,0\nb.jpg,"5 mm,1\nc.jpg,fine,2\n')
+    with pytest.raises(DataError, match=r"line 3: has a quote that is never closed"):
+        read_labels(path)
+    path.write_text('image,note,level\na.jpg,"two\nlines",0\nb.jpg,say "x" here,1\n')
+    assert [row.file for row in read_labels(path).rows] == ["a.jpg", "b.jpg"]
+
+
+def test_numbers_of_which_excel_lost_digits_are_refused(tmp_path: Path) -> None:
+    """Two people of one national registry would become one, and a name that of another photo."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["image", "patient"])
+    book.active.append(["a.jpg", 1.10105199001011e17])
+    book.save(tmp_path / "labels.xlsx")
+    with pytest.raises(DataError, match=r"cell B2 is a number of more than 15 digits"):
+        read_labels(tmp_path / "labels.xlsx")
+
+
+def test_rounded_numbers_are_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("image,patient\na.jpg,1.10105E+17\nb.jpg,1.10105E+17\nc.jpg,12\n")
+    table = read_labels(path)
+    assert [row.patient for row in table.rows] == [None, None, "12"]
+    assert any("2 patients are rounded numbers, such as 1.10105E+17 in line 2" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("true", "false"), [("True", "False"), ("1", "0")])
+def test_the_split_of_fastai(tmp_path: Path, true: str, false: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"fname,label,is_valid\na.jpg,1,{true}\nb.jpg,0,{false}\nc.jpg,0,\n")
+    assert [row.split for row in read_labels(path).rows] == ["val", "train", None]
+    assert list(read_labels(path).rows[0].columns) == ["label"]
+
+
+def test_the_column_with_names_of_photos_is_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("ID,Picture of the eye,level\n0,a.jpg,1\n1,b.jpg,0\n")
+    table = read_labels(path)
+    assert [row.file for row in table.rows] == ["a.jpg", "b.jpg"]
+    assert any(
+        "'Picture of the eye' has names of photos and is read as the file, and 'ID' as a label" in n
+        for n in table.notes
+    )
+    path.write_text("ID,Left-Fundus,Right-Fundus,N\n0,0_left.jpg,0_right.jpg,1\n")
+    with pytest.raises(DataError, match="names of photos in the columns 'Left-Fundus' and 'Right-Fundus'; one row per"):
+        read_labels(path)
+
+
+@pytest.mark.parametrize("name", ["Retinopathy grade", "Patient Age", "Patient Sex", "Spatial"])
+def test_facts_about_patients_are_no_patients(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"image,{name}\na.jpg,1\n")
+    assert read_labels(path).notes == []
