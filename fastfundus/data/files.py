@@ -12,6 +12,7 @@ from pathlib import Path
 from fastfundus.data.match import Match, match_listed
 from fastfundus.data.tables import read_text
 from fastfundus.errors import DataError
+from fastfundus.photo.header import OTHER_PICTURES
 from fastfundus.records import PHOTO_SUFFIXES
 
 __all__ = ["find_files", "is_photo", "read_list"]
@@ -68,7 +69,8 @@ def is_photo(path: str) -> bool:
     except OSError as error:
         # What cannot be read now may be a photo: it gets a row that says so.
         return error.errno in (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
-    return start[128:] == b"DICM" or _PICTURES.match(start) is not None
+    known = (_PICTURES, *OTHER_PICTURES.values())
+    return start[128:] == b"DICM" or any(pattern.match(start) for pattern in known)
 
 
 def _with_slashes(line: str, folder: Path) -> str:

@@ -27,6 +27,8 @@ _WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes of data parallelism and torch.compile, at any place of a name."""
 _NETWORKS = ("ema", "teacher", "model", "backbone", "encoder", "net", "student")
 """Words in prefixes of networks, in the order in which they are preferred."""
+_IN_FOLDERS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+"""Names of weights in the folder of a run, or of a model of the Hugging Face hub."""
 _DEEPEST = 16
 _INERT_MODULES = (
     nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear, nn.Sequential,
@@ -98,6 +100,8 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
         CheckpointError: the file is missing or damaged, contains other objects, or contains no tensors.
     """
     path = _file_in(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder without {', '.join(_IN_FOLDERS)}; give the file with the weights")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a .safetensors file, or a file written by torch.save")
     _refuse_other_kinds(path)
@@ -113,8 +117,7 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _file_in(path: Path) -> Path:
-    names = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
-    return next((path / name for name in names if (path / name).is_file()), path) if path.is_dir() else path
+    return next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path) if path.is_dir() else path
 
 
 def _refuse_other_kinds(path: Path) -> None:

@@ -141,7 +141,7 @@ def _header_of_run(path: Path) -> dict[str, Any] | None:
         CheckpointError: the file is damaged.
     """
     file = path / "best.safetensors" if path.is_dir() else path
-    if file.suffix != ".safetensors":
+    if file.suffix != ".safetensors" or not file.exists():
         return None
     try:
         with safe_open(file, "pt") as tensors:

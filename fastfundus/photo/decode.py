@@ -33,6 +33,7 @@ __all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage"]
 _DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
 """Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
 _ROWS = 256
+_COMMENT, _MAX_PPM_HEADER = re.compile(rb"#[^\n]*\n?"), 4096
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
@@ -87,8 +88,9 @@ def decode_with_room(
             check_rows(data)
         elif header.format == "TIFF":
             check_tiff(data, [page for page in read_pages(data) if not page.below][header.page])
-        # OpenCV reads the first page, and multiplies by the fourth channel without being asked.
-        if header.page == 0 and header.samples == 3:
+        # OpenCV reads the first page, multiplies by the fourth channel without being asked, and takes every PPM to
+        # reach up to 255 or 65535, and every BMP to have the usual order of channels.
+        if header.page == 0 and header.samples == 3 and not _is_unusual(data, header):
             rgb = _opencv(data)
     if rgb is None:
         rgb = _pillow(data, plan.divisor, header.page)
@@ -115,12 +117,21 @@ def _turbo(data: bytes, plan: DecodePlan, room: NDArray[np.uint8]) -> NDArray[np
             message = str(error)
         if not is_damage(message):
             return None
-    raise PhotoError(Status.UNREADABLE, f"the image is damaged or incomplete ({message}); copy it again")
+    raise PhotoError(Status.UNREADABLE, "the image is damaged or incomplete; copy it again")
 
 
 def is_damage(message: str) -> bool:
     """Return whether an error of the strict JPEG decoder is about damage, rather than a kind that it cannot decode."""
     return bool(_DAMAGE.search(message))
+
+
+def _is_unusual(data: bytes, header: PhotoHeader) -> bool:
+    """Return whether a PPM has another range than 8 or 16 bits, or a BMP channels in an order of its own."""
+    if header.format == "PPM":
+        numbers = _COMMENT.sub(b" ", data[:_MAX_PPM_HEADER]).split(maxsplit=4)
+        return len(numbers) > 3 and numbers[3] not in (b"255", b"65535")
+    # Compression 3 and 6 have masks of their own.
+    return header.format == "BMP" and data[30:34] in (b"\3\0\0\0", b"\6\0\0\0")
 
 
 def _opencv(data: bytes) -> NDArray[np.uint8] | None:
@@ -189,10 +200,11 @@ def _pillow(data: bytes, divisor: int, page: int = 0) -> NDArray[np.uint8]:
             if image.mode == "RGBA":
                 return eight_bit_rgb(cv2.cvtColor(np.array(image), cv2.COLOR_RGBA2BGRA))
             return np.array(image.convert("RGB"))
-    except Exception as error:
+    except Exception:
         # As in read_header: damaged pixel data raises OSError, ValueError, SyntaxError, struct.error and others.
         raise PhotoError(
-            Status.UNREADABLE, f"the image is damaged, incomplete or of an unknown kind ({type(error).__name__})"
+            Status.UNREADABLE,
+            "the image is damaged, incomplete or of an unknown kind; copy it again, or export it anew",
         ) from None
 
 

@@ -38,7 +38,11 @@ _OCT = {
     "1.2.840.10008.5.1.4.1.1.82.1",
 }
 _JPEG_8_BIT = {"1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"}
+_ITEM = b"\xfe\xff\x00\xe0"
+"""Tag of a fragment of encapsulated pixels."""
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_FIRST_ELEMENTS = {bytes((element, 0)) for element in (0x00, 0x01, 0x05, 0x08, 0x12, 0x16, 0x18)}
+"""Numbers of elements of group 8 that may be the first of a dataset."""
 _WIDEST_DEGREES = 75.0
 """Largest accepted field of view; standard fundus cameras show 30 to 60 degrees."""
 _EYE_CODES = {"G-A100": "R", "24028007": "R", "G-A101": "L", "7771000": "L"}
@@ -79,7 +83,11 @@ def is_dicom(data: bytes) -> bool:
     if data[128:132] == b"DICM" or (data[:2] == b"\x08\x00" and data[4:6].isalpha() and data[4:6].isupper()):
         return True
     # Without the preamble, but with file meta information: its first element is the length of the group.
-    return data[:8] == b"\x02\x00\x00\x00UL\x04\x00"
+    if data[:8] == b"\x02\x00\x00\x00UL\x04\x00":
+        return True
+    # Without either, and without types of values: an element of group 8, with a short even length.
+    length = int.from_bytes(data[4:8], "little")
+    return data[:2] == b"\x08\x00" and data[2:4] in _FIRST_ELEMENTS and 0 < length <= 64 and length % 2 == 0
 
 
 def read_dicom(data: bytes) -> DicomPhoto:
@@ -106,6 +114,7 @@ def read_dicom(data: bytes) -> DicomPhoto:
                 dataset.file_meta.TransferSyntaxUID = (
                     pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
                 )
+            _correct_syntax(dataset)
             syntax = str(dataset.file_meta.TransferSyntaxUID)
             frame = first_frame(dataset) if syntax in _JPEG_8_BIT else None
             photometric = str(dataset.PhotometricInterpretation)
@@ -121,6 +130,18 @@ def read_dicom(data: bytes) -> DicomPhoto:
         return DicomPhoto(facts, replace(read_header(frame), orientation=1), frame, None)
     check_size(width, height)
     return DicomPhoto(facts, PhotoHeader("DICOM", width, height, 1), None, dataset)
+
+
+def _correct_syntax(dataset: Any) -> None:
+    """Correct the syntax of an object that is called uncompressed, but contains a JPEG or JPEG 2000 in a fragment."""
+    if dataset.file_meta.TransferSyntaxUID.is_compressed or not dataset.PixelData.startswith(_ITEM):
+        return
+    start = first_frame(dataset)[:4]
+    if start.startswith(b"\xff\xd8\xff"):
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.50"
+    elif start == b"\xff\x4f\xff\x51":
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.90"
+    dataset["PixelData"].is_undefined_length = True
 
 
 def _check_deflated(data: bytes) -> None:
@@ -180,6 +201,8 @@ def _judge_kind(dataset: Any) -> None:
         )
     samples = _number(dataset, "SamplesPerPixel") or 1
     if samples != 3 and _text(dataset, "PhotometricInterpretation") != "PALETTE COLOR":
+        if samples != 1:
+            raise PhotoError(Status.UNSUPPORTED, f"{samples:g} channels; a colour fundus photograph has three")
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
 
 

@@ -111,12 +111,18 @@ def with_colours_said(frame: bytes, photometric: str) -> bytes:
 
     Decoders assume YCbCr for a JPEG without a JFIF or Adobe segment. If DICOM states RGB, insert an Adobe segment that
     declares it. A JPEG with such a segment is left unchanged, because some exports label YCbCr images as RGB in the
-    DICOM header.
+    DICOM header; so is one with subsampled components, which are never R, G and B.
     """
     start = frame[: frame.find(b"\xff\xda")]
-    if photometric == "RGB" and b"JFIF\0" not in start and b"Adobe" not in start:
+    if photometric == "RGB" and b"JFIF\0" not in start and b"Adobe" not in start and not _is_subsampled(start):
         return frame[:2] + _ADOBE_RGB + frame[2:]
     return frame
+
+
+def _is_subsampled(start: bytes) -> bool:
+    """Return whether the components of a baseline or extended JPEG have different sampling factors."""
+    at = max(start.find(b"\xff\xc0"), start.find(b"\xff\xc1"))
+    return at >= 0 and len({start[at + 11 + 3 * index : at + 12 + 3 * index] for index in range(3)}) > 1
 
 
 def _lossless_jpeg(frame: bytes) -> NDArray[np.uint8] | None:

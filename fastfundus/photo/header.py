@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import struct
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "MIN_SIDE_PX",
+    "OTHER_PICTURES",
     "JpegFrame",
     "PhotoHeader",
     "check_size",
@@ -36,6 +38,14 @@ MIN_SIDE_PX = 64
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "PPM", "WEBP", "JPEG2000", "HEIF", "AVIF")
 """Supported image formats. DICOM files are handled separately and contain one of these or their own encoding."""
 
+OTHER_PICTURES = {
+    "JPEG XL": re.compile(rb"\0\0\0\x0cJXL \r\n\x87\n|\xff\x0a[\x00-\xff]{60}", re.DOTALL),
+    "JPEG XR": re.compile(rb"II\xbc"),
+    "raw camera": re.compile(rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|II(?:RO|RS)|MMOR|\0MRM", re.DOTALL),
+    "PCX": re.compile(rb"\x0a\x05\x01[\x01\x02\x04\x08]"),
+    "PAM": re.compile(rb"P7\nWIDTH|P7\n#"),
+}
+"""The first bytes of pictures that are named, not read, by kind."""
 _GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F"})
 _GREYSCALE = "greyscale image; a colour fundus photograph is required"
 _PRINT_COLOURS = {5: "CMYK", 8: "LAB", 9: "LAB", 10: "LAB"}
@@ -100,10 +110,15 @@ def read_header(data: bytes) -> PhotoHeader:
     if data[:3] == b"\xff\xd8\xff":
         header = _read_jpeg(data)
     elif data[:8] == PNG_SIGNATURE:
+        if data[12:16] == b"CgBI":
+            raise PhotoError(Status.UNSUPPORTED, "PNG in the form of iPhone apps; export it as a usual PNG or JPEG")
         header = _read_png(data)
     elif is_tiff(data):
         header = _read_tiff(data)
     else:
+        kind = next((name for name, pattern in OTHER_PICTURES.items() if pattern.match(data)), None)
+        if kind is not None:
+            raise PhotoError(Status.UNSUPPORTED, f"{kind} files are not supported; export as JPEG, PNG or TIFF")
         header = _read_by_pillow(data)
     check_size(header.width, header.height)
     return header
@@ -180,9 +195,9 @@ def _read_by_pillow(data: bytes) -> PhotoHeader:
         raise PhotoError(Status.UNREADABLE, _say_what_it_is(data)) from None
     except Image.DecompressionBombError:
         raise PhotoError(Status.UNSUPPORTED, f"more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:
+    except Exception:
         # Pillow's plugins raise many types of errors on damaged headers.
-        raise PhotoError(Status.UNREADABLE, f"the header is damaged ({error})") from None
+        raise PhotoError(Status.UNREADABLE, "the header is damaged; copy it again") from None
     if form not in FORMATS:
         raise PhotoError(Status.UNSUPPORTED, f"{form} files are not supported; export as JPEG, PNG or TIFF")
     if frames > 1:
@@ -217,6 +232,8 @@ def _say_what_it_is(data: bytes) -> str:
         return "a PDF, not a photo; export the photo from it"
     if not any(data):
         return "only zero bytes; copy it again"
+    if start.startswith((b"data:image/", b"{", b"[")):
+        return "text that may contain a photo, not the photo itself; save it as a file"
     return "the file is not an image; supported formats include JPEG, PNG, TIFF and DICOM"
 
 

@@ -20,6 +20,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS = (2, 3, 6)
 """Colour types with colours: RGB, palette and RGBA; 0 and 4 are greyscale."""
 _END = b"\0\0\0\0IEND\xaeB`\x82"
+_RAW_PROFILES = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
+_LONGEST_PROFILE = 1 << 20
 _XMP_KEYWORD = b"XML:com.adobe.xmp\0\0"
 """Keyword of a text that is not compressed."""
 
@@ -39,11 +41,29 @@ def read_png_header(data: bytes) -> tuple[int, int, bool, Exif]:
     for kind, start, end in chunks:
         if kind == b"eXIf":
             exif = data[start:end].removeprefix(b"Exif\0\0")
+        elif kind in (b"tEXt", b"zTXt") and data.startswith(_RAW_PROFILES, start):
+            exif = exif or _raw_profile(data[start:end], compressed=kind == b"zTXt")
         elif kind == b"iTXt" and data.startswith(_XMP_KEYWORD, start):
             xmp = data[start:end]
         elif kind == b"acTL" and end - start >= 4 and struct.unpack_from(">I", data, start)[0] > 1:
             raise PhotoError(Status.UNSUPPORTED, "several images in one file; export one photo per file")
     return width, height, colour not in _COLOURS, read_exif(exif, xmp)
+
+
+def _raw_profile(text: bytes, *, compressed: bool) -> bytes:
+    """Return the EXIF data of a text by ImageMagick: a name, a length, and hexadecimals."""
+    content = text.partition(b"\0")[2]
+    if compressed:
+        unpacker = zlib.decompressobj()
+        try:
+            content = unpacker.decompress(content[1:], _LONGEST_PROFILE)
+        except zlib.error:
+            return b""
+    parts = content.split(maxsplit=2)
+    try:
+        return bytes.fromhex(parts[2].decode("ascii")).removeprefix(b"Exif\0\0")
+    except (IndexError, ValueError):
+        return b""
 
 
 def check_png(data: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,9 @@ async def _read(request: Request, max_bytes: int, count: Callable[[int], None]) 
         raise _too_large(max_bytes)
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind == "multipart/form-data":
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise HTTPException(415, f"content encoding {coding!r} of a form; send it as it is, photos may be gzipped")
         return await _parts(request, max_bytes, count)
     if not kind.startswith(_RAW):
         raise HTTPException(
@@ -145,6 +149,9 @@ def _file_name(disposition: str) -> str:
 def _printable(name: str) -> str:
     """Return a name that can be part of an answer: character sets may decode to halves of characters."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+_PLAIN_NAME = re.compile(rb";\s*filename\s*=", re.IGNORECASE)
 
 
 async def _parts(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, bytes]]:
@@ -186,6 +193,15 @@ class _InMemory(MultiPartParser):
 
     def on_end(self) -> None:
         self.ended = True
+
+    def on_headers_finished(self) -> None:
+        # The parser does not know names in the form of RFC 5987, which some clients write for letters beyond ASCII.
+        disposition = self._current_part.content_disposition or b""
+        if b"filename*" in disposition and not _PLAIN_NAME.search(disposition):
+            name = _file_name(disposition.decode("latin-1")).replace("\\", "/").replace('"', "'")
+            name = "".join(letter if letter.isprintable() else "_" for letter in name)
+            self._current_part.content_disposition = disposition + b'; filename="' + name.encode() + b'"'
+        super().on_headers_finished()
 
 
 async def _bounded(request: Request, max_bytes: int, count: Callable[[int], None]) -> AsyncGenerator[bytes, None]:

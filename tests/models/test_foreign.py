@@ -266,3 +266,9 @@ def test_a_prefix_is_removed_only_where_it_helps() -> None:
     assert without_prefix({"a.weight": one, "b.weight": one}, wanted).keys() == {"a.weight", "b.weight"}
     assert without_prefix({"net.a.weight": one, "net.b.weight": one, "head.x": one}, wanted).keys() == set(wanted)
     assert without_prefix({"x": one}, wanted).keys() == {"x"}
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(CheckpointError, match=r"is a folder without best\.safetensors, model\.safetensors"):
+        create_model(ModelConfig(backbone="test_resnet", init=str(tmp_path / "run")), 1)

@@ -509,3 +509,33 @@ def test_real_files(real_data: Path) -> None:
     twin = results["op_jpegbaseline_ybr422_hrf01h.dcm"].image
     assert twin is not None
     assert np.abs(twin.astype(int) - photo.image).mean() < 2
+
+
+def test_subsampled_colours_are_never_rgb(rgb: np.ndarray) -> None:
+    """A JPEG without markers whose header says RGB: only YCbCr is subsampled."""
+    file = picture(rgb, "JPEG", quality=92, subsampling=2)
+    bare = file[:2] + file[file.index(b"\xff\xdb") :]
+    data = dicom(bare, JPEGBaseline8Bit, PhotometricInterpretation="RGB")
+    assert float(np.abs(read(data).astype(int) - rgb).mean()) < 2
+
+
+@pytest.mark.parametrize("syntax", [JPEGBaseline8Bit, JPEG2000Lossless])
+def test_a_compressed_image_that_is_called_uncompressed(rgb: np.ndarray, syntax: str) -> None:
+    frame = j2k(rgb, transform=True) if syntax == JPEG2000Lossless else picture(rgb, "JPEG", quality=95)
+    data = dicom(frame, syntax).replace(
+        syntax.encode() + b"\0" * (len(syntax) % 2), EXPLICIT.encode().ljust(len(syntax) + len(syntax) % 2, b"\0")
+    )
+    assert float(np.abs(read(data).astype(int) - rgb).mean()) < 2
+
+
+def test_a_dataset_without_meta_information_in_implicit_form(rgb: np.ndarray) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(rgb.tobytes())))
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, pydicom.Dataset(dataset), implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(read(file.getvalue()), rgb)
+
+
+def test_four_channels_are_not_called_grey(rgb: np.ndarray) -> None:
+    data = dicom(np.dstack([rgb, rgb[..., :1]]).tobytes(), SamplesPerPixel=4, PhotometricInterpretation="ARGB")
+    with pytest.raises(PhotoError, match="4 channels; a colour fundus photograph has three"):
+        read_dicom(data)

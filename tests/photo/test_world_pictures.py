@@ -19,6 +19,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from fastfundus.data.files import is_photo
 from fastfundus.errors import PhotoError
 from fastfundus.photo.field import count_fields, without_margin
 from fastfundus.photo.header import read_header
@@ -427,3 +428,73 @@ def test_no_real_photo_of_one_eye_counts_as_two() -> None:
     counts = {file.name: count_fields(without_margin(shrink(decode_at(file.read_bytes(), 256))[0])) for file in files}
     assert len(counts) > 100
     assert {name: count for name, count in counts.items() if count > 1} == {}
+
+
+@pytest.mark.parametrize("most", [100, 255, 4095, 65535])
+def test_every_range_of_a_ppm(rgb: np.ndarray, most: int) -> None:
+    values = np.rint(rgb.astype(float) * most / 255)
+    data = b"P6\n# drawn\n500 500 %d\n" % most + values.astype(">u2" if most > 255 else np.uint8).tobytes()
+    # A range of 100 has steps of 2.6 grey levels.
+    assert np.abs(decode_at(data, 0).astype(int) - rgb).max() <= (2 if most == 100 else 1)
+
+
+def test_channels_of_a_bmp_in_an_order_of_its_own(rgb: np.ndarray) -> None:
+    height, width = rgb.shape[:2]
+    samples = np.zeros((height, width), "<u4")
+    for channel, shift in enumerate((24, 16, 8)):
+        samples |= rgb[::-1, :, channel].astype("<u4") << shift
+    masks = struct.pack("<IIII", 0xFF000000, 0xFF0000, 0xFF00, 0)
+    info = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, samples.nbytes, 0, 0, 0, 0) + masks + bytes(52)
+    data = (
+        struct.pack("<2sIHHI", b"BM", 14 + len(info) + samples.nbytes, 0, 0, 14 + len(info)) + info + samples.tobytes()
+    )
+    np.testing.assert_array_equal(decode_at(data, 0), rgb)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", ["exif", "APP1"])
+def test_orientation_in_a_text_of_a_png(rgb: np.ndarray, compressed: bool, name: str) -> None:
+    """As ImageMagick stored EXIF before PNG had a chunk for it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes().hex()
+    info = PngInfo()
+    lines = "\n".join(raw[at : at + 72] for at in range(0, len(raw), 72))
+    info.add_text(f"Raw profile type {name}", f"\nexif\n{len(raw) // 2:8d}\n{lines}\n", zip=compressed)
+    decoded = decode_at(encoded(rgb, "PNG", pnginfo=info), 0)
+    np.testing.assert_array_equal(decoded, np.rot90(rgb, -1))
+
+
+OTHERS = {
+    "JPEG XL": b"\xff\x0a" + bytes(range(80)),
+    "JPEG XR": b"II\xbc\x01" + bytes(80),
+    "raw camera": b"FUJIFILMCCD-RAW 0201" + bytes(80),
+    "PCX": b"\x0a\x05\x01\x08" + bytes(80),
+    "PAM": b"P7\nWIDTH 100\n" + bytes(80),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_pictures_of_other_kinds_have_a_row_and_a_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(OTHERS[kind])
+    assert is_photo(str(tmp_path / "a.bin"))
+    check_refused(prepare_bytes(OTHERS[kind], SPEC), Status.UNSUPPORTED, f"{kind} files are not supported; export as")
+
+
+def test_a_png_of_an_iphone_app_is_named(rgb: np.ndarray) -> None:
+    data = encoded(rgb, "PNG")
+    check_refused(
+        prepare_bytes(data[:8] + chunk(b"CgBI", bytes(4)) + data[8:], SPEC), Status.UNSUPPORTED, "iPhone apps"
+    )
+
+
+def test_reasons_are_in_words_of_our_own(jpeg: bytes) -> None:
+    for data in (
+        jpeg[: len(jpeg) // 2] + b"\xff\xd9",
+        jpeg[:2000] + bytes(4000) + jpeg[6000:],
+        b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(99),
+    ):
+        reason = prepare_bytes(data, SPEC).reason
+        assert re.fullmatch(
+            r"the (image|header) is damaged[a-z, ]*; copy it again(, or export it anew)?|the file is not.*", reason
+        )

@@ -142,6 +142,33 @@ def test_an_empty_file_input_of_a_form_is_no_photo(broken_photos: Path, start: S
     assert [row["status"] for row in answer.json()["results"]] == ["ok", "unreadable"]
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("filename*=UTF-8''10%5Fleft.jpg", "10_left.jpg"),
+        ("filename*=utf-8''M%C3%BCller%22_left.jpg", "Müller'_left.jpg"),
+        ("filename*=UTF-8''a%0d%0ab_left.jpg", "a__b_left.jpg"),
+        ("filename=\"x_left.jpg\"; filename*=UTF-8''y_left.jpg", "x_left.jpg"),
+        ("filename*=nonsense''%ff", "ÿ"),
+    ],
+)
+def test_names_in_the_form_of_rfc_5987(broken_photos: Path, start: Start, written: str, name: str) -> None:
+    data = (broken_photos / "good.jpg").read_bytes()
+    head = f'--b\r\nContent-Disposition: form-data; name="photo"; {written}\r\n\r\n'.encode()
+    form = {"content-type": "multipart/form-data; boundary=b"}
+    answer = start().post("/v1/screen", content=head + data + b"\r\n--b--\r\n", headers=form)
+    (row,) = answer.json()["results"]
+    assert (row["file"], row["status"], row["eye"]) == (name, "ok", "L" if "left" in name else None)
+
+
+def test_a_form_in_another_coding_says_so(broken_photos: Path, start: Start) -> None:
+    body = gzip.compress(part("a.jpg", (broken_photos / "good.jpg").read_bytes()) + b"--b--\r\n")
+    headers = {"content-type": "multipart/form-data; boundary=b", "content-encoding": "gzip"}
+    answer = start().post("/v1/screen", content=body, headers=headers)
+    assert answer.status_code == 415
+    assert "content encoding 'gzip' of a form; send it as it is" in answer.json()["detail"]
+
+
 def test_gzipped_photos_and_eyes_in_names_are_understood_as_by_screen(broken_photos: Path, start: Start) -> None:
     client, data = start(), (broken_photos / "good.jpg").read_bytes()
     answer = client.post("/v1/screen", files={"photo": ("10_left.jpg.gz", gzip.compress(data))}).json()["results"][0]
