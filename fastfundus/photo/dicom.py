@@ -133,9 +133,13 @@ def read_dicom(data: bytes) -> DicomPhoto:
 
 
 def _correct_syntax(dataset: Any) -> None:
-    """Correct the syntax of an object that is called uncompressed, but contains a JPEG or JPEG 2000 in a fragment."""
-    if dataset.file_meta.TransferSyntaxUID.is_compressed or not dataset.PixelData.startswith(_ITEM):
+    """Correct the syntax of an object that is called uncompressed, but contains a JPEG, or JPEG 2000 in a fragment."""
+    from pydicom.encaps import encapsulate
+
+    if dataset.file_meta.TransferSyntaxUID.is_compressed or not dataset.PixelData.startswith((_ITEM, b"\xff\xd8\xff")):
         return
+    if not dataset.PixelData.startswith(_ITEM):
+        dataset.PixelData = encapsulate([dataset.PixelData])
     start = first_frame(dataset)[:4]
     if start.startswith(b"\xff\xd8\xff"):
         dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.50"

@@ -528,6 +528,11 @@ def test_a_compressed_image_that_is_called_uncompressed(rgb: np.ndarray, syntax:
     assert float(np.abs(read(data).astype(int) - rgb).mean()) < 2
 
 
+def test_a_jpeg_in_place_of_uncompressed_pixels(rgb: np.ndarray) -> None:
+    data = dicom(picture(rgb, "JPEG", quality=95))
+    assert float(np.abs(read(data).astype(int) - rgb).mean()) < 2
+
+
 def test_a_dataset_without_meta_information_in_implicit_form(rgb: np.ndarray) -> None:
     dataset = pydicom.dcmread(io.BytesIO(dicom(rgb.tobytes())))
     file = io.BytesIO()
