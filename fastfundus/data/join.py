@@ -70,10 +70,11 @@ def join_labels(
                 f"{os.path.relpath(key, root)}; delete or correct one of them",
                 path=path,
             )
-        photo = photos.get(key) or _bare_photo(key, root)
+        if (photo := photos.get(key)) is None:
+            photo = photos[key] = _bare_photo(key, root)
         if photo.eye and row.eye and photo.eye != row.eye:
             contradicted.append(photo.name)
-        photos[key] = _with_row(photo, row, issue, has_patients=has_patients)
+        _add_row(photo, row, issue, has_patients=has_patients)
     if contradicted:
         notes.append(
             f"{path}: contradicts the eye in the names of {len(contradicted)} photos, such as {contradicted[0]}; the "
@@ -93,7 +94,11 @@ def _folders(parent: str, root: str) -> tuple[str, ...]:
 
 
 def _folders_of(key: str, root: Path) -> tuple[str, ...]:
-    return _folders(key[: key.rfind("/")], str(root))
+    return _folders(_parent(key), str(root))
+
+
+def _parent(key: str) -> str:
+    return key[: key.rfind("/")]
 
 
 def _settle_by_folders(table: LabelTable, matches: list[Match], root: Path) -> None:
@@ -113,13 +118,20 @@ def _settle_by_folders(table: LabelTable, matches: list[Match], root: Path) -> N
 
 def _require_own_folders(table: LabelTable, matches: list[Match], root: Path) -> None:
     """Raise if a name without a folder fits a photo in the folder of another patient only; note other splits."""
+    folders_of = {parent: _folders(parent, str(root)) for parent in {_parent(m.key) for m in matches if m.key}}
+    names = {folder for folders in folders_of.values() for folder in folders}
+    people = any(map(is_patient_folder, names)) or not names.isdisjoint(
+        fold_name(patient) for patient in {row.patient for row in table.rows} if patient
+    )
+    if not people and not any(map(split_of, names)):
+        return
     agreeing, strange, torn = 0, [], []
     for row, match in zip(table.rows, matches, strict=True):
-        if match.key is None or "/" in row.file or not (folders := _folders_of(match.key, root)):
+        if match.key is None or "/" in row.file or not (folders := folders_of[_parent(match.key)]):
             continue
         if row.split is not None and {row.split} != {split_of(folder) or row.split for folder in folders}:
             torn.append((row, match.key))
-        patient = fold_name(row.patient) if row.patient else None
+        patient = fold_name(row.patient) if row.patient and people else None
         if patient in folders:
             agreeing += 1
         elif patient is not None:
@@ -184,18 +196,20 @@ def _notes_on_matches(
     table: LabelTable, matches: list[Match], photos: Mapping[str, SourcePhoto], named: Mapping[str, LabelRow]
 ) -> list[str]:
     notes = []
-    pairs = list(zip(table.rows, matches, strict=True))
     for what, chosen in (
-        ("without regard to extensions", [pair for pair in pairs if pair[1].by_stem]),
-        ("by the end of their paths, which are those of another machine", [p for p in pairs if p[1].foreign_path]),
+        ("without regard to extensions", [at for at, match in enumerate(matches) if match.by_stem]),
+        (
+            "by the end of their paths, which are those of another machine",
+            [at for at, match in enumerate(matches) if match.foreign_path],
+        ),
     ):
         if chosen:
-            row, match = chosen[0]
+            row, match = table.rows[chosen[0]], matches[chosen[0]]
             notes.append(
                 f"{table.path}: {len(chosen)} names were matched {what}, such as {row.file} "
                 f"to {photos[str(match.key)].name}"
             )
-    unnamed = [photo.name for key, photo in photos.items() if key not in named]
+    unnamed = [] if len(named) == len(photos) else [photo.name for key, photo in photos.items() if key not in named]
     if unnamed:
         notes.append(
             f"{table.path}: has no row for {len(unnamed)} of the photos found, such as {unnamed[0]}; labels unknown"
@@ -218,20 +232,16 @@ def _without_clashes(table: LabelTable) -> LabelTable:
     return table
 
 
-def _with_row(photo: SourcePhoto, row: LabelRow, issue: str | None, *, has_patients: bool) -> SourcePhoto:
-    # A table with patients is not completed by names: the two would call one person by two identifiers.
-    by_name = photo.patient_by_name and row.patient is None and not has_patients
-    known = row.patient is not None or (photo.patient_known and (by_name or not photo.patient_by_name))
-    return SourcePhoto(
-        path=photo.path,
-        name=photo.name,
-        patient=row.patient or (photo.patient if known else photo.name),
-        patient_known=known,
-        eye=row.eye or photo.eye,
-        split=row.split or photo.split,
-        camera=row.camera,
-        columns={**photo.columns, **row.columns} if photo.columns else row.columns,
-        issue=issue,
-        patient_by_name=by_name,
-        eye_by_name=photo.eye_by_name and row.eye is None,
-    )
+def _add_row(photo: SourcePhoto, row: LabelRow, issue: str | None, *, has_patients: bool) -> None:
+    """Add what a row says to its photo; in place, because a million new ones would take a second."""
+    if row.patient is not None:
+        photo.patient, photo.patient_known, photo.patient_by_name = row.patient, True, False
+    elif has_patients and photo.patient_by_name:
+        # A table with patients is not completed by names: the two would call one person by two identifiers.
+        photo.patient, photo.patient_known, photo.patient_by_name = photo.name, False, False
+    if row.eye is not None:
+        photo.eye, photo.eye_by_name = row.eye, False
+    if row.split is not None:
+        photo.split = row.split
+    photo.camera, photo.issue = row.camera, issue
+    photo.columns = {**photo.columns, **row.columns} if photo.columns else row.columns

@@ -148,18 +148,19 @@ def _special(
         return [None if cell.lower() in UNKNOWN else cell for cell in cells[roles.columns[role]]]
 
     patients = texts("patient")
-    rounded = [line for line, patient in zip(lines, patients, strict=True) if patient and _ROUNDED.fullmatch(patient)]
+    rounded = {patient for patient in set(patients) if patient is not None and _ROUNDED.fullmatch(patient)}
     if rounded:
+        rows = [(line, patient) for line, patient in zip(lines, patients, strict=True) if patient in rounded]
         table.notes.append(
-            f"{table.path}: {len(rounded)} patients are rounded numbers, such as "
-            f"{patients[lines.index(rounded[0])]} in line {rounded[0]}: unknown; export the column as text"
+            f"{table.path}: {len(rows)} patients are rounded numbers, such as {rows[0][1]} in line {rows[0][0]}: "
+            "unknown; export the column as text"
         )
-        patients = [None if patient and _ROUNDED.fullmatch(patient) else patient for patient in patients]
+        patients = [None if patient in rounded else patient for patient in patients]
     nobody = {patient for patient in set(patients) if patient is not None and is_placeholder(patient)}
     if nobody:
-        rows = [patient for patient in patients if patient in nobody]
+        found = [patient for patient in patients if patient in nobody]
         table.notes.append(
-            f"{table.path}: {rows[0]!r} in {len(rows)} rows is a placeholder: these patients are unknown"
+            f"{table.path}: {found[0]!r} in {len(found)} rows is a placeholder: these patients are unknown"
         )
         patients = [None if patient in nobody else patient for patient in patients]
     gaps = [line for line, patient in zip(lines, patients, strict=True) if patient is None]
@@ -224,6 +225,8 @@ def value_of(cell: str) -> float | str | None:
 
 
 def _merge_repeats(table: LabelTable) -> None:
+    if len({row.file for row in table.rows}) == len(table.rows):
+        return
     first: dict[tuple[str, str | None, str | None], LabelRow] = {}
     for row in table.rows:
         # Numbering may restart for each patient and split: their folders tell such photos apart.

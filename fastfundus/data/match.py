@@ -68,6 +68,8 @@ def _fold_file(name: str) -> str:
 def without_photo_suffix(name: str) -> str:
     """Return a name without the extension of a photo; numbers at the end of DICOM identifiers are no extension."""
     stem, dot, suffix = name.rpartition(".")
+    if not dot:
+        return name
     if suffix.lower() == "gz":
         name = stem
         stem, dot, suffix = name.rpartition(".")
@@ -103,7 +105,7 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
             continue
         name = names[position]
         # Whatever ends like the name has its last part.
-        known = index.has_last(plain)
+        known = (index.undotted or "." in plain) and index.has_last(plain)
         matches[position] = (
             (index.whole(plain, folded_bases) if known else None)
             or (index.ending(plain) if known else None)
@@ -256,6 +258,7 @@ class _Index:
         last = _fold_all([key[key.rfind("/") + 1 :] for key in self._keys], _fold_file)
         self._last = _by_name(last, self._keys)
         self._stem = _by_name(list(map(without_photo_suffix, last)), self._keys)
+        self.undotted = not all("." in name for name in last)
 
     @cached_property
     def _whole(self) -> dict[str, str | list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from fastfundus.errors import PhotoError
 from fastfundus.records import Status
@@ -82,32 +83,38 @@ def has_another_photo(data: bytes, start: int, area: int) -> bool:
         start: end of the frame header of the first photo; thumbnails come before it.
         area: number of pixels of the first photo.
     """
+    end = len(data)
     for _ in range(_MAX_PICTURES):
-        begin = _next_start(data, start)
-        if begin < 0:
+        # Cannot occur within the pixels of a JPEG. From the end, because `rfind` is twice as fast as `find`.
+        end = data.rfind(_START, start, end)
+        if end < 0:
             return False
-        start = begin + 2
-        for marker, first, end in _segments(data[begin : begin + _MAX_HEADER]):
-            if marker == _SOS:
-                break
-            if marker in _FRAMES and end - first >= 6:
-                start = begin + end
-                height, width, components = struct.unpack_from(">xHHB", data, begin + first)
-                header = data[begin:start]
-                large = components == 3 and width * height > _MIN_SHARE_OF_PHOTO * area
-                if large and not any(word in header for word in _GAIN_MAP):
-                    return True
-                break
+        frame = _frame(data[end : end + _MAX_HEADER])
+        if (
+            frame is not None
+            and frame.components == 3
+            and frame.area > _MIN_SHARE_OF_PHOTO * area
+            and not frame.gain_map
+        ):
+            return True
     return False
 
 
-def _next_start(data: bytes, start: int) -> int:
-    """Return where the next picture of a file begins, or -1; its marker cannot occur within the pixels of a JPEG."""
-    # The last two of its three bytes are found five times as fast as all of them, and rarely without the first.
-    at = data.find(_START[1:], start + 1)
-    while at >= 0 and data[at - 1] != _START[0]:
-        at = data.find(_START[1:], at + 1)
-    return at - 1 if at >= 0 else -1
+class _Frame(NamedTuple):
+    area: int
+    components: int
+    gain_map: bool
+
+
+def _frame(data: bytes) -> _Frame | None:
+    """Return what the frame header at the start of a JPEG says; None if there is none."""
+    for marker, first, end in _segments(data):
+        if marker == _SOS:
+            break
+        if marker in _FRAMES and end - first >= 6:
+            height, width, components = struct.unpack_from(">xHHB", data, first)
+            return _Frame(width * height, components, any(word in data[:end] for word in _GAIN_MAP))
+    return None
 
 
 def without_harmless_faults(data: bytes, filling: int = 0) -> bytes:
