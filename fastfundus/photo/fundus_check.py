@@ -117,32 +117,32 @@ def measure_texture(small: NDArray[np.uint8], mask: NDArray[np.uint8] | None) ->
     Returns:
         The texture, or None if too little of the field is visible to tell.
     """
-    inner = None
+    inner = places = None
     if mask is not None:
         inner = cv2.erode(mask, _INNER, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     quarter = (max(1, small.shape[1] // 4), max(1, small.shape[0] // 4))
     colours = cv2.resize(small, quarter, interpolation=cv2.INTER_AREA).reshape(-1, 3)
     if inner is not None:
         colours = colours[cv2.resize(inner, quarter, interpolation=cv2.INTER_NEAREST).ravel() > 0]
-        inner = inner[1:-1, 1:-1] > 0
+        places = np.flatnonzero(inner[1:-1, 1:-1])
     if len(colours) < 20:
         return None
     red, green = (
         cv2.GaussianBlur(cv2.LUT(cv2.extractChannel(small, channel), _LOGS), (5, 5), 1.0) for channel in (0, 1)
     )
-    in_red, in_green, in_tint = (_sharpness(plane, inner) for plane in (red, green, cv2.subtract(red, green)))
+    in_red, in_green, in_tint = (_sharpness(plane, places) for plane in (red, green, cv2.subtract(red, green)))
     logs = _LOGS[colours]
     redness, yellowness = np.median(logs[:, 0] - logs[:, 1]), np.median(logs[:, 1] - logs[:, 2])
     excess = np.log(in_red + 1e-3) + 3.2 - 1.25 * max(redness, 0) - 0.6 * max(yellowness, 0)
     return Texture(float(excess), in_green, in_tint / (in_green + 1e-4))
 
 
-def _sharpness(plane: NDArray[np.float32], inner: NDArray[np.bool_] | None) -> float:
-    """Return the 95th percentile of the gradient per pixel, where `inner` [h - 2, w - 2] is True."""
+def _sharpness(plane: NDArray[np.float32], places: NDArray[np.intp] | None) -> float:
+    """Return the 95th percentile of the gradient per pixel, at the given places of the flattened [h - 2, w - 2]."""
     across = cv2.subtract(plane[1:-1, 2:], plane[1:-1, :-2])
     down = cv2.subtract(plane[2:, 1:-1], plane[:-2, 1:-1])
     slope = cv2.magnitude(across, down)
-    slopes = slope.ravel() if inner is None else slope[inner]
+    slopes = slope.ravel() if places is None else slope.ravel().take(places)
     if not len(slopes):
         return 0.0
     place = int(0.95 * len(slopes))

@@ -1,8 +1,9 @@
 """Export of a bundle as a model repository for NVIDIA Triton Inference Server.
 
-<name>/            the ensemble of both steps: takes image files as bytes, returns probabilities named by label
+<name>/            the ensemble of both steps: takes an image file, returns probabilities named by label
 <name>_prepare/    preprocessing in the Python backend: `triton_step`, the code of `fastfundus screen`
-<name>_engine/     the engine in a native backend of the server, with dynamic batching and warm-up
+<name>_engine/     the engine, in a native backend of the server or in the Python backend (`triton_engine_step`), with
+                   dynamic batching and warm-up
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from fastfundus.engines.bundle import Bundle
 from fastfundus.engines.runtime import GRAPH, INPUT, OUTPUT
 from fastfundus.errors import BundleError, ConfigError
 
-__all__ = ["export_repository"]
+__all__ = ["ENGINES", "PICTURES", "export_repository"]
 
+PICTURES = ("uint8", "bytes")
+"""Types of the input: the bytes of one file as a vector, as the server's DALI backend takes them; or as strings."""
+ENGINES = ("auto", "native", "python")
+"""Backends of the server for the engine's step."""
 _MAX_AT_ONCE = 64
 _DELAY_US = 2000
 """Maximum batching delay in microseconds; shorter than the preparation of a photo."""
@@ -36,46 +41,84 @@ class _Serving:
     batches: tuple[int, ...]
     parameters: dict[str, str]
 
+    @property
+    def in_python(self) -> bool:
+        """True if the whole bundle is loaded by this library."""
+        return self.backend == "python"
 
-def export_repository(bundle: Bundle, output: Path, *, name: str = "fundus") -> tuple[Path, ...]:
+
+def export_repository(
+    bundle: Bundle, output: Path, *, name: str = "fundus", pictures: str = "uint8", engine: str = "auto"
+) -> tuple[Path, ...]:
     """Write the three models of a bundle to a model repository.
 
     Args:
-        bundle: a bundle for openvino, onnxruntime or tensorrt.
+        bundle: a bundle for any backend.
         output: the model repository; may contain other models.
         name: name of the ensemble.
+        pictures: type of the ensemble's input `picture`: "uint8" for uint8 [1, L], the bytes of one file; "bytes" for
+            BYTES [N, 1], which needs a server whose Python backend was built for the same major version of NumPy.
+        engine: backend of the engine's step: "native" for the server's own one for OpenVINO, ONNX Runtime or TensorRT;
+            "python" for this library in the server's Python backend; "auto" for the native one where there is one.
 
     Returns:
         The folders of the models, the ensemble first.
 
     Raises:
-        BundleError: the server has no backend for the bundle.
-        ConfigError: the name is not a valid model name, or a model of this name already exists.
+        BundleError: the server has no native backend for the bundle, and one is asked for.
+        ConfigError: the name is not a valid model name, a model of this name already exists, or another argument has a
+            value that is not allowed.
     """
+    for value, allowed, what in ((pictures, PICTURES, "pictures"), (engine, ENGINES, "engine")):
+        if value not in allowed:
+            raise ConfigError(f"{what} is {value!r}; allowed are {', '.join(allowed)}")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ConfigError(f"name {name!r} is not a valid model name; use letters, digits, '_', '-' and '.'")
-    serving = _serving(bundle)
+    serving = _serving(bundle, engine)
     folders = tuple(output / part for part in (name, f"{name}_prepare", f"{name}_engine"))
     for folder in folders:
         if folder.exists():
             raise ConfigError(f"{folder} already exists; choose another --name, or remove it")
-    ensemble, prepare, engine = (folder.with_name(f".{folder.name}.partial") for folder in folders)
+    partial = [folder.with_name(f".{folder.name}.partial") for folder in folders]
     try:
-        for folder in (ensemble, prepare, engine):
+        for folder in partial:
             (folder / "1").mkdir(parents=True)
-        _write_prepare(prepare, f"{name}_prepare", bundle)
-        _write_engine(engine, f"{name}_engine", bundle, serving)
-        _write_ensemble(ensemble, name, bundle, serving)
+        _write_ensemble(partial[0], name, bundle, serving, pictures)
+        _write_prepare(partial[1], f"{name}_prepare", bundle, pictures)
+        _write_engine(partial[2], f"{name}_engine", bundle, serving)
         # Rename the ensemble last, so that a server polling the repository finds its steps.
-        for partial, folder in reversed(list(zip((ensemble, prepare, engine), folders, strict=True))):
-            partial.rename(folder)
+        for written, folder in reversed(list(zip(partial, folders, strict=True))):
+            written.rename(folder)
     finally:
-        for folder in (ensemble, prepare, engine):
+        for folder in partial:
             shutil.rmtree(folder, ignore_errors=True)
     return folders
 
 
-def _serving(bundle: Bundle) -> _Serving:
+def _serving(bundle: Bundle, engine: str) -> _Serving:
+    """Return how the server runs a bundle.
+
+    Raises:
+        BundleError: a native backend is asked for, and the server has none for the bundle.
+    """
+    native = _native(bundle) if engine != "python" else None
+    if native is not None:
+        return native
+    if engine == "native":
+        raise BundleError(
+            f"{bundle.path}: Triton Inference Server has native backends for openvino, onnxruntime and tensorrt, this "
+            f"is {bundle.backend}; use --engine python, or build the bundle with one of these"
+        )
+    kind = "KIND_GPU" if bundle.backend in ("tensorrt", "tensorrt-rtx") else "KIND_CPU"
+    parameters = {"bundle_fingerprint": bundle.fingerprint}
+    if bundle.has_native_code:
+        # Whoever exports it could have loaded it here.
+        parameters["allow_native_code"] = "true"
+    return _Serving("python", {}, kind, (1, 8, _MAX_AT_ONCE), parameters)
+
+
+def _native(bundle: Bundle) -> _Serving | None:
+    """Return how a native backend of the server runs a bundle; None if it has no such backend."""
     graph = _Serving("onnxruntime", {GRAPH: "model.onnx"}, "KIND_CPU", (1, 8, _MAX_AT_ONCE), {})
     if bundle.backend == "onnxruntime":
         return graph
@@ -86,21 +129,14 @@ def _serving(bundle: Bundle) -> _Serving:
         parameters = {"PERFORMANCE_HINT": "THROUGHPUT"} | ({"HINT_BF16": "YES"} if bundle.precision == "bf16" else {})
         files = {"engine.xml": "model.xml", "engine.bin": "model.bin"}
         return _Serving("openvino", files, "KIND_CPU", (1, 8, _MAX_AT_ONCE), parameters)
-    if bundle.backend == "tensorrt":
-        if bundle.metadata["weights"] is not None:
-            raise BundleError(
-                f"{bundle.path}: its weights are inserted when it is loaded, which the server does not do; build it "
-                "without --weightless"
-            )
+    # Weights that are inserted when the engine is loaded are inserted by this library only.
+    if bundle.backend == "tensorrt" and bundle.metadata["weights"] is None:
         batches = tuple(bundle.metadata["batches"])
         return _Serving("tensorrt", {bundle.metadata["engine"]: "model.plan"}, "KIND_GPU", batches, {})
-    raise BundleError(
-        f"{bundle.path}: Triton Inference Server runs openvino, onnxruntime and tensorrt, this is {bundle.backend}; "
-        "build the bundle with one of these"
-    )
+    return None
 
 
-def _write_prepare(folder: Path, name: str, bundle: Bundle) -> None:
+def _write_prepare(folder: Path, name: str, bundle: Bundle, pictures: str) -> None:
     shutil.copy(Path(__file__).with_name("triton_step.py"), folder / "1" / "model.py")
     (folder / "1" / "spec.json").write_text(json.dumps(bundle.metadata["spec"], indent=1) + "\n")
     _write(
@@ -109,7 +145,7 @@ def _write_prepare(folder: Path, name: str, bundle: Bundle) -> None:
             "name": name,
             "backend": "python",
             "max_batch_size": _MAX_AT_ONCE,
-            "input": [{"name": "picture", "data_type": _Word("TYPE_STRING"), "dims": [1]}],
+            "input": [_picture(pictures)],
             "output": [_photos(bundle)],
             # Decoding holds no lock and keeps one core busy per instance; small servers have four.
             "instance_group": [{"count": 4, "kind": _Word("KIND_CPU")}],
@@ -121,6 +157,9 @@ def _write_prepare(folder: Path, name: str, bundle: Bundle) -> None:
 def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
     for source, target in serving.files.items():
         shutil.copy(bundle.folder / source, folder / "1" / target)
+    if serving.in_python:
+        shutil.copy(Path(__file__).with_name("triton_engine_step.py"), folder / "1" / "model.py")
+        shutil.copytree(bundle.folder, folder / "1" / "bundle")
     max_batch = serving.batches[-1]
     warm = {
         "inputs": [
@@ -147,7 +186,7 @@ def _write_engine(folder: Path, name: str, bundle: Bundle, serving: _Serving) ->
     )
 
 
-def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving) -> None:
+def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving, pictures: str) -> None:
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in bundle.labels))
     # The server needs a version folder, and version control does not keep empty ones.
     (folder / "1" / "README").write_text("An ensemble has no model files.\n")
@@ -176,12 +215,17 @@ def _write_ensemble(folder: Path, name: str, bundle: Bundle, serving: _Serving) 
             "name": name,
             "platform": "ensemble",
             "max_batch_size": min(_MAX_AT_ONCE, serving.batches[-1]),
-            "input": [{"name": "picture", "data_type": _Word("TYPE_STRING"), "dims": [1]}],
+            "input": [_picture(pictures)],
             "output": [_probabilities(bundle) | {"label_filename": "labels.txt"}],
             "ensemble_scheduling": {"step": steps},
             "parameters": _parameters(metadata),
         },
     )
+
+
+def _picture(pictures: str) -> dict[str, Any]:
+    kind, length = ("TYPE_STRING", 1) if pictures == "bytes" else ("TYPE_UINT8", -1)
+    return {"name": "picture", **_typed(kind, [length])}
 
 
 def _photo_dims(bundle: Bundle) -> list[int]:

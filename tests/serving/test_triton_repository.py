@@ -35,6 +35,19 @@ class Refused(Exception):
     """The error that a client of the server would receive."""
 
 
+class Capsule:
+    """An object with the memory of a DLPack capsule."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsule = capsule
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
 class Utilities(types.ModuleType):
     """Stub of the used parts of `triton_python_backend_utils`."""
 
@@ -51,6 +64,17 @@ class Utilities(types.ModuleType):
         def as_numpy(self) -> np.ndarray:
             return self.data
 
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.data.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.data.__dlpack_device__()
+
+        @classmethod
+        def from_dlpack(cls, name: str, capsule: Any) -> Utilities.Tensor:
+            """Take over the memory of a capsule, as the server does."""
+            return cls(name, np.from_dlpack(Capsule(capsule)))
+
     class InferenceResponse:
         def __init__(self, output_tensors: list[Any] | None = None, error: Any = None) -> None:
             self.tensors, self.error = output_tensors or [], error
@@ -65,6 +89,9 @@ class Server:
 
     def __init__(self, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utilities("triton_python_backend_utils"))
+        # It keeps the utilities that it was imported with.
+        monkeypatch.delitem(sys.modules, "fastfundus.serving.triton_tensors", raising=False)
+        monkeypatch.delattr("fastfundus.serving.triton_tensors", raising=False)
         self.configs = {}
         for folder in sorted(repository.iterdir()):
             config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
@@ -107,7 +134,9 @@ class Server:
         for entry in declared:
             tensor = tensors[entry.name]
             assert tensor.dtype == TYPES[model_config_pb2.DataType.Name(entry.data_type)]
-            assert tensor.shape[1:] == tuple(entry.dims)
+            assert tensor.shape[1:] == tuple(
+                n if n >= 0 else m for n, m in zip(entry.dims, tensor.shape[1:], strict=True)
+            )
             assert 1 <= len(tensor) <= max_batch
 
     @staticmethod
@@ -152,12 +181,13 @@ def bundle(trained: Trained) -> Bundle:
     return replace(trained.bundle, precision="bf16")
 
 
+@pytest.mark.parametrize("pictures", ["bytes", "uint8"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_ensemble_matches_the_bundle(
-    bundle: Bundle, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    bundle: Bundle, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, pictures: str
 ) -> None:
     bundle = replace(bundle, precision=precision)
-    ensemble, _, engine = export_repository(bundle, tmp_path / "models")
+    ensemble, _, engine = export_repository(bundle, tmp_path / "models", pictures=pictures)
     server = Server(tmp_path / "models", monkeypatch)
     config = server.configs["fundus_engine"]
     assert config.backend == {"fp32": "onnxruntime", "bf16": "openvino"}[precision]
@@ -167,8 +197,13 @@ def test_the_ensemble_matches_the_bundle(
     assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_CPU]
     prepared = [(path, prepare_photo(path, bundle.spec)) for path in sorted(photo_folder.rglob("*.jpg"))]
     good = [(path, entry.image) for path, entry in prepared if entry.status == "ok" and entry.image is not None][:5]
-    pictures = np.array([[path.read_bytes()] for path, _ in good], np.object_)
-    got = server.infer("fundus", {"picture": pictures})["probabilities"]
+    files = [path.read_bytes() for path, _ in good]
+    if pictures == "bytes":
+        given = [np.array([[data] for data in files], np.object_)]
+    else:
+        # Files have different lengths, so that each is a request.
+        given = [np.frombuffer(data, np.uint8)[None] for data in files]
+    got = np.concatenate([server.infer("fundus", {"picture": picture})["probabilities"] for picture in given])
     with bundle.using("onnxruntime").load() as loaded:
         expected = loaded.infer(np.stack([image for _, image in good]))
     np.testing.assert_allclose(got, expected, atol=ENGINE_FP32)
@@ -182,7 +217,7 @@ def test_the_ensemble_matches_the_bundle(
 def test_pictures_that_cannot_be_scored_fail_with_their_reason(
     bundle: Bundle, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_repository(bundle, tmp_path / "models")
+    export_repository(bundle, tmp_path / "models", pictures="bytes")
     server = Server(tmp_path / "models", monkeypatch)
     photo = sorted(photo_folder.rglob("*.jpg"))[0].read_bytes()
     for data, say in ((b"", "unreadable: "), (photo[: len(photo) // 2], "unreadable: "), (b"%PDF-1.4 ...", "un")):
@@ -211,13 +246,45 @@ def test_tensorrt_bundles_require_a_gpu(bundle: Bundle, tmp_path: Path) -> None:
     assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
     assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
     assert (engine / "1" / "model.plan").read_bytes() == b"plan"
-    with pytest.raises(BundleError, match="build it without --weightless"):
-        export_repository(replace(plan, metadata={**metadata, "weights": "engine.onnx"}), tmp_path / "other")
+    weightless = replace(plan, metadata={**metadata, "weights": "engine.onnx"})
+    with pytest.raises(BundleError, match="use --engine python"):
+        export_repository(weightless, tmp_path / "other", engine="native")
+    # The library itself inserts the weights.
+    _, _, engine = export_repository(weightless, tmp_path / "other")
+    config = text_format.Parse((engine / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert (config.backend, config.instance_group[0].kind) == ("python", model_config_pb2.ModelInstanceGroup.KIND_GPU)
+
+
+def test_bundles_that_the_server_has_no_backend_for_run_in_this_library(
+    bundle: Bundle, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_repository(bundle, tmp_path / "models", engine="python")
+    server = Server(tmp_path / "models", monkeypatch)
+    photos = np.random.default_rng(0).integers(0, 256, (3, bundle.spec.size, bundle.spec.size, 3)).astype(np.uint8)
+    got = server.infer("fundus_engine", {"photos": photos})["probabilities"]
+    with Bundle.open(bundle.path).load() as loaded:
+        np.testing.assert_allclose(got, loaded.infer(photos, guard=True), atol=ENGINE_FP32)
+    # Native code of another machine is run because whoever exported it could have.
+    native = export_repository(replace(bundle, backend="aoti"), tmp_path / "aoti")[2]
+    config = text_format.Parse((native / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert config.backend == "python"
+    assert config.parameters["allow_native_code"].string_value == "true"
+
+
+def test_an_engine_step_refuses_another_bundle(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, engine = export_repository(bundle, tmp_path / "models", engine="python")
+    config = engine / "config.pbtxt"
+    config.write_text(config.read_text().replace(bundle.fingerprint, "0" * 64))
+    with pytest.raises(Utilities.TritonModelException, match="export it again"):
+        Server(tmp_path / "models", monkeypatch)
 
 
 def test_export_errors(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="runs openvino, onnxruntime and tensorrt, this is aoti"):
-        export_repository(replace(bundle, backend="aoti"), tmp_path / "models")
+    with pytest.raises(BundleError, match="native backends for openvino, onnxruntime and tensorrt, this is aoti"):
+        export_repository(replace(bundle, backend="aoti"), tmp_path / "models", engine="native")
+    for option in ("pictures", "engine"):
+        with pytest.raises(ConfigError, match=f"{option} is 'x'; allowed are"):
+            export_repository(bundle, tmp_path / "models", **{option: "x"})
     with pytest.raises(ConfigError, match="is not a valid model name"):
         export_repository(bundle, tmp_path / "models", name="a/b")
     assert not (tmp_path / "models").exists()
