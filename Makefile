@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_OUTPUT ?= demo
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: bench-abuse bench-million demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos odir transfer study clean
+.PHONY: bench-abuse bench-million demo test test-long check bench bench-serve bench-cost parity kernels wheel fuzz photos nvidia odir transfer study clean
 
 demo: $(VENV)/.installed-train  ## synthetic photos -> train -> engine -> screen -> report
 	@$(BIN)/fastfundus demo --output $(DEMO_OUTPUT) --overwrite
@@ -56,6 +56,9 @@ fuzz: $(VENV)/.installed-dev  ## damaged files for some minutes; EXAMPLES=3000 p
 
 photos: $(VENV)/.installed-dev  ## field and quality on drawn and real photographs; needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.evidence.photos && $(BIN)/python -m bench.tables.report
+
+nvidia: $(VENV)/.installed-dev  ## what NVIDIA's builder makes of every graph and precision (five minutes)
+	@$(BIN)/python -W ignore -m bench.evidence.nvidia && $(BIN)/python -m bench.tables.report
 
 odir: $(VENV)/.installed-dev  ## slow evidence on real photographs (about 15 minutes); needs FASTFUNDUS_DATA
 	@$(BIN)/python -m bench.evidence.odir && $(BIN)/python -m bench.tables.report

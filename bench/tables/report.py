@@ -133,6 +133,34 @@ def compiled_table(record: dict[str, Any]) -> str:
     )
 
 
+def builder_table(result: dict[str, Any]) -> str:
+    """Return what NVIDIA's builder made of each graph, as Markdown."""
+    kinds = list(next(iter(result["graphs"].values())))
+    lines = [f"| network | photos, px | {' | '.join(kinds)} |", "|---" * (len(kinds) + 2) + "|"]
+    refused, versions = [], set()
+    for name, entries in result["graphs"].items():
+        cells = []
+        for kind, entry in entries.items():
+            if "refused" in entry:
+                refused.append(f"{name}, {kind}: {entry['refused']}")
+                cells.append("refused")
+                continue
+            versions.add(entry["version"])
+            pairs = f", {entry['quantized']} Q" if entry["quantized"] else ""
+            cells.append(f"{entry['layers']} layers{pairs}, {entry['bytes'] / 2**20:.0f} MiB, {entry['seconds']:.1f} s")
+        lines.append(f"| {name} | {result['sizes'][name]} | {' | '.join(cells)} |")
+    said = f"Refused: {'; '.join(refused)}" if refused else "None was refused"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"TensorRT for RTX {', '.join(sorted(versions))}, without a GPU, for sm89 and batches of 1 to 32, with "
+            "random weights and the guard of classifiers: layers after parsing (of them quantisations, Q), size of the "
+            f"engine, time of the builder. {said}. {_stamp(result, 'nvidia')}",
+        ]
+    )
+
+
 def circle_table(result: dict[str, Any]) -> str:
     """Return the errors of the field circle on synthetic photos, as Markdown."""
     lines = [
@@ -207,8 +235,8 @@ def evidence_table(result: dict[str, Any]) -> str:
 def draw() -> None:
     """Write the newest tables between their markers, and draw the speed figure."""
     root = README.parent
-    kernels, photos, screening, evidence = (
-        root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening", "evidence")
+    kernels, photos, screening, evidence, engines = (
+        root / "docs" / f"{name}.md" for name in ("kernels", "photos", "screening", "evidence", "engines")
     )
     for file, marker, source, table in [
         (README, "sample", RESULTS / "sample_cpu_*.json", sample_table),
@@ -224,6 +252,7 @@ def draw() -> None:
         (README, "transfer", RESULTS / "transfer_cpu_*.json", transfer_table),
         (kernels, "parity", RESULTS / "parity_*.json", parity_table),
         (kernels, "compiled", root / "tests" / "kernels" / "compiled.json", compiled_table),
+        (engines, "builder", RESULTS / "nvidia_cpu_*.json", builder_table),
         (photos, "circle", RESULTS / "photos_*.json", circle_table),
         (photos, "quality", RESULTS / "photos_*.json", quality_table),
     ]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 from fastfundus.machine import usable_cores
 from fastfundus.training.ragged import RaggedPhotos, Window
 
-__all__ = ["DaliDecoder", "decoding"]
+__all__ = ["MAX_THREADS", "DaliDecoder", "decoding"]
 
 
 @pipeline_def(exec_dynamic=True)
@@ -39,13 +40,17 @@ def decoding(device: str, windows: bool, hw_decoder_load: float) -> Any:
     return fn.decoders.image_slice(encoded, anchor, shape, axis_names="HW", **options)
 
 
+MAX_THREADS = 16
+"""Each thread of DALI keeps pinned buffers of its own: 192 cores would pin gigabytes, and a GPU needs a dozen."""
+
+
 class DaliDecoder:
     """Decoder of batches; concurrent calls from several threads are serialised.
 
     Args:
         device_id: index of the GPU; None decodes on the CPU.
         batch_size: maximum number of files per call.
-        threads: number of CPU threads; None uses one per usable core.
+        threads: number of CPU threads; None uses one per usable core, at most `MAX_THREADS`.
         hw_decoder_load: fraction of the files assigned to the GPU's hardware JPEG units, 0 to 1.
     """
 
@@ -61,7 +66,7 @@ class DaliDecoder:
         self.batch_size = batch_size
         self._options = {
             "batch_size": batch_size,
-            "num_threads": threads or usable_cores(),
+            "num_threads": threads or min(MAX_THREADS, usable_cores()),
             "device_id": device_id,
             "prefetch_queue_depth": 1,
             "hw_decoder_load": hw_decoder_load,
@@ -69,6 +74,7 @@ class DaliDecoder:
         }
         self._pipelines: dict[bool, Any] = {}
         self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
 
     def decode(self, files: Sequence[bytes], windows: Sequence[Window] | None = None) -> tuple[RaggedPhotos, list[int]]:
         """Decode whole files or windows of them.
@@ -87,10 +93,33 @@ class DaliDecoder:
             raise ValueError(f"the number of files must not exceed the batch size, {self.batch_size}, got {len(files)}")
         encoded = [np.frombuffer(data, np.uint8) for data in files]
         places = None if windows is None else np.array(windows, np.int32).reshape(-1, 4)
-        with self._lock:
+        with self._lock, self._copied_before_release():
             photos, refused = self._halving(list(range(len(files))), encoded, places)
             # Copy the photos before the next call, which may reuse DALI's memory.
-            return RaggedPhotos.concatenate(photos, self.device), refused
+            joined = RaggedPhotos.concatenate(photos, self.device)
+            self._finish(joined)
+            return joined, refused
+
+    @contextmanager
+    def _copied_before_release(self) -> Iterator[None]:
+        """Put the copies on a stream of their own: waiting for them must not wait for the training step."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _finish(self, joined: RaggedPhotos) -> None:
+        """Wait until the copies are done: DALI reuses its memory as soon as its tensors are released.
+
+        torch only queues the copies, and DALI orders the reuse after its own work, not after torch's.
+        """
+        if self._stream is not None:
+            self._stream.synchronize()
+            # The photos are used on the caller's stream, and must not be reused before it is done with them.
+            joined.pixels.record_stream(torch.cuda.default_stream(self.device))
 
     def _halving(
         self, positions: list[int], encoded: list[NDArray[np.uint8]], places: NDArray[np.int32] | None

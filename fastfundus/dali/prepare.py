@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.decode import MAX_THREADS, DaliDecoder
 from fastfundus.errors import PhotoError, TransientError
 from fastfundus.kernels.ops import sample_ragged
 from fastfundus.machine import usable_cores
@@ -68,7 +68,7 @@ class DaliPreparer:
 
     def __init__(self, spec: PreprocessSpec, decoder: DaliDecoder, *, threads: int | None = None) -> None:
         self.spec, self.decoder = spec, decoder
-        self._threads = threads or usable_cores()
+        self._threads = threads or min(MAX_THREADS, usable_cores())
 
     def __call__(self, paths: Sequence[Path]) -> list[PreparedPhoto]:
         """Read and prepare files; unreadable or damaged files do not raise but are reported in their results."""

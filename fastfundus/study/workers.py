@@ -69,8 +69,9 @@ def _do(job: Job) -> str:
     return ""
 
 
-def _serve(pipe: Connection, parent: int, threads: int) -> None:
+def _serve(pipe: Connection, parent: int, threads: int, number: int) -> None:
     """Run jobs from the pipe until it is closed or the parent process is gone."""
+    _take_gpu(number)
     # Ctrl-C reaches all processes of a terminal: training handles it, and everything else is up to the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # If the parent is killed, no run may continue writing.
@@ -85,14 +86,22 @@ def _serve(pipe: Connection, parent: int, threads: int) -> None:
             pipe.send(_do(pipe.recv()))
 
 
+def _take_gpu(number: int) -> None:
+    """Let this process see one GPU only, before it uses any: every run takes the first that it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(gpu) for gpu in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
 class _Worker:
     """A worker process and the parent's end of its pipe."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, number: int) -> None:
         # A forked process would lack torch's threads.
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, os.getpid(), threads))
+        self.process = context.Process(target=_serve, args=(theirs, os.getpid(), threads, number))
         self.process.start()
         theirs.close()
         self.job: Job | None = None
@@ -125,7 +134,8 @@ def local_runner(count: int) -> Iterator[Runner]:
     """Provide a runner for this machine with a fixed number of concurrent jobs.
 
     Args:
-        count: number of concurrent jobs, which share the cores equally. A machine with one GPU is fastest with one job.
+        count: number of concurrent jobs, which share the cores equally and are dealt to the GPUs. A machine with one
+            GPU is fastest with one job.
 
     Raises:
         ConfigError: `count` is less than 1 or exceeds the number of cores.
@@ -140,13 +150,13 @@ def local_runner(count: int) -> Iterator[Runner]:
         left = deque(jobs)
         with stop_requested() as stop:
             while len(workers) < min(count, len(jobs)):
-                workers.append(_Worker(threads))
+                workers.append(_Worker(threads, len(workers)))
             while left or any(worker.job for worker in workers):
                 for place, worker in enumerate(workers):
                     if left and worker.job is None and not stop.is_set():
                         if not worker.process.is_alive():
                             worker.close()
-                            worker = workers[place] = _Worker(threads)
+                            worker = workers[place] = _Worker(threads, place)
                         worker.begin(left.popleft())
                         begins(worker.job)  # type: ignore[arg-type]
                 busy = {worker.pipe: worker for worker in workers if worker.job}

@@ -17,7 +17,14 @@ from fastfundus.training.distributed import World
 from fastfundus.training.optimizer import AveragedModel
 from fastfundus.training.run import SCHEMA, read_table, run_file
 
-__all__ = ["TrainState", "make_checkpoint", "restore_checkpoint", "save_checkpoint"]
+__all__ = [
+    "TrainState",
+    "device_rng",
+    "make_checkpoint",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "set_device_rng",
+]
 
 
 @dataclass(slots=True)
@@ -32,7 +39,9 @@ class TrainState:
     best_score: float = -1.0
     best_epoch: int = 0
     rng: list[torch.Tensor] = field(default_factory=list)
-    """State of torch's random number generator, per process."""
+    """State of torch's random number generator on the host, per process."""
+    device_rng: list[torch.Tensor | None] = field(default_factory=list)
+    """The same on the GPU, where dropout draws its numbers; None for a process on the host."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the float16 gradient scaler; empty if none is used."""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -99,7 +108,20 @@ def restore_checkpoint(
     # With a different number of processes, dropout is reseeded: each process is already seeded by its rank.
     if len(state.rng) == world.size:
         torch.set_rng_state(state.rng[world.rank])
+        # Absent from runs of earlier versions.
+        set_device_rng(world.device(), state.device_rng[world.rank] if state.device_rng else None)
     return state
+
+
+def device_rng(device: torch.device) -> torch.Tensor | None:
+    """Return the state of the random number generator of a GPU; None for the host, which has its own."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_rng(device: torch.device, state: torch.Tensor | None) -> None:
+    """Set the state of the random number generator of a GPU, if there is one to set."""
+    if device.type == "cuda" and state is not None:
+        torch.cuda.set_rng_state(state, device)
 
 
 def save_checkpoint(value: dict[str, Any], file: Path) -> None:

@@ -20,7 +20,7 @@ from fastfundus.data.cache import PhotoCache
 from fastfundus.data.split import side_counts
 from fastfundus.errors import CheckpointError, FastFundusError
 from fastfundus.models.classifier import set_training, uses_channels_last
-from fastfundus.training.checkpoint import TrainState, make_checkpoint, restore_checkpoint, save_checkpoint
+from fastfundus.training.checkpoint import TrainState, device_rng, make_checkpoint, restore_checkpoint, save_checkpoint
 from fastfundus.training.compilation import compile_mode, compile_model
 from fastfundus.training.distributed import World, limit_threads
 from fastfundus.training.interrupt import Interrupted, stop_requested
@@ -178,6 +178,7 @@ class Trainer:
         state, world = self.state, self.world
         state.loss_sum, state.scaler = sum(world.gather(self.running_loss.total())), self.step.scaler.state_dict()
         state.rng = world.gather(torch.get_rng_state())
+        state.device_rng = world.gather(device_rng(world.device()))
         if world.leads:
             checkpoint = make_checkpoint(self.cache, self.config, state, self.model, self.averaged, self.optimizer)
             save_checkpoint(checkpoint, self.output / name)

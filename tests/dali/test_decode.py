@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import types
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastfundus.dali.decode import DaliDecoder
+from fastfundus.dali.decode import MAX_THREADS, DaliDecoder
 from fastfundus.kernels.reference import photos as split
 from fastfundus.photo.prepare import decode_at
 from fastfundus.synthetic import draw_photo
@@ -120,3 +125,55 @@ def test_a_thumbnail_does_not_make_a_file_unsound(jpegs: list[bytes], tmp_path: 
     with_thumbnail = jpegs[2][:2] + app1 + jpegs[2][2:]
     assert sound_jpeg(with_thumbnail) is not None
     np.testing.assert_array_equal(decode_at(with_thumbnail, 0), decode_at(jpegs[2], 0))
+
+
+class DeferredStream:
+    """A stream of a GPU whose work is done when somebody waits for it."""
+
+    def __init__(self, device: object = None) -> None:
+        self.queued: list[Callable[[], None]] = []
+
+    def synchronize(self) -> None:
+        while self.queued:
+            self.queued.pop(0)()
+
+
+def test_dali_keeps_its_memory_until_torch_has_copied_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, torch only queues the copies, and DALI may take its memory back as soon as its tensors are released."""
+    monkeypatch.setattr(torch.cuda, "Stream", DeferredStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the caller's")
+    decoder = DaliDecoder(batch_size=2, threads=1)
+    decoder.device = torch.device("cuda", 0)
+    memory = [np.full(12, value, np.uint8) for value in (1, 2)]
+
+    class Lent:
+        """A tensor of DALI's: its memory is used for something else when it is released."""
+
+        def __init__(self, place: np.ndarray) -> None:
+            self.place = place
+            weakref.finalize(self, place.fill, 99)
+
+    recorded = []
+
+    def concatenate(photos: list[Lent], device: torch.device) -> types.SimpleNamespace:
+        copied = np.zeros(24, np.uint8)
+        places = [photo.place for photo in photos]
+        stream = decoder._stream
+        assert isinstance(stream, DeferredStream)
+        stream.queued.append(lambda: np.concatenate(places, out=copied))
+        return types.SimpleNamespace(pixels=types.SimpleNamespace(values=copied, record_stream=recorded.append))
+
+    monkeypatch.setattr(RaggedPhotos, "concatenate", concatenate)
+    monkeypatch.setattr(decoder, "_halving", lambda *arguments: ([Lent(place) for place in memory], []))
+    joined, _ = decoder.decode([b"a", b"b"])
+    gc.collect()
+    assert [place[0] for place in memory] == [99, 99]
+    np.testing.assert_array_equal(joined.pixels.values, np.repeat([1, 2], 12))  # type: ignore[attr-defined]
+    assert recorded == ["the caller's"]
+
+
+def test_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastfundus.dali.decode.usable_cores", lambda: 192)
+    assert DaliDecoder()._options["num_threads"] == MAX_THREADS
+    assert DaliDecoder(threads=40)._options["num_threads"] == 40

@@ -24,6 +24,7 @@ from fastfundus.spec import PreprocessSpec
 from fastfundus.study.config import StudyConfig
 from fastfundus.study.run import run_study
 from fastfundus.study.tables import write_tables
+from fastfundus.study.workers import _take_gpu
 from fastfundus.synthetic import write_dataset
 from tests.cli.test_cli import run
 
@@ -320,3 +321,19 @@ def test_config_errors(tmp_path: Path, change: tuple[str, str], said: str) -> No
     file.write_text(TEXT.replace(*change))
     with pytest.raises(ConfigError, match=said):
         StudyConfig.from_toml(file)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "number", "taken"),
+    [(None, 4, 5, "1"), (None, 1, 3, None), (None, 0, 2, None), ("2,7", 2, 1, "7"), ("3", 1, 1, "3")],
+)
+def test_jobs_are_dealt_to_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpus: int, number: int, taken: str | None
+) -> None:
+    """Every run takes the first GPU that its process sees."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _take_gpu(number)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == taken

@@ -24,7 +24,7 @@ from fastfundus.data import PhotoCache
 from fastfundus.data.split import write_split_file
 from fastfundus.errors import CheckpointError, ConfigError, FastFundusError
 from fastfundus.files import atomic_write
-from fastfundus.training.checkpoint import save_checkpoint
+from fastfundus.training.checkpoint import device_rng, save_checkpoint, set_device_rng
 from fastfundus.training.observer import EpochResult, Observer
 from fastfundus.training.optimizer import AveragedModel
 from fastfundus.training.run import Run, save_best
@@ -406,3 +406,19 @@ def test_a_resumed_run_keeps_its_split(cache: PhotoCache, tmp_path: Path, monkey
     fresh = Trainer(cache, tmp_path / "other", config)
     assert not fresh.task.splits.equals(stored)
     trainer.fit()
+
+
+def test_the_random_numbers_of_a_gpu_are_saved_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws its numbers on the GPU."""
+    states: dict[str, torch.Tensor] = {"cuda:1": torch.arange(16, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[str(device)].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({str(device): state}))
+    gpu, host = torch.device("cuda", 1), torch.device("cpu")
+    saved = device_rng(gpu)
+    states["cuda:1"] = torch.zeros(16, dtype=torch.uint8)
+    set_device_rng(gpu, None)
+    set_device_rng(host, saved)
+    assert not states["cuda:1"].any()
+    set_device_rng(gpu, saved)
+    assert states["cuda:1"].tolist() == list(range(16))
+    assert device_rng(host) is None
