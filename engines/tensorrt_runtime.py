@@ -1,6 +1,6 @@
 """Torch-free runtime for TensorRT plans.
 
-It uses pinned buffers, two streams and one CUDA graph per profile, and allocates nothing per call. It retains the
+It uses pinned buffers, two streams and CUDA graphs of usual batch sizes, and allocates nothing per call. It retains the
 device's primary context, which torch and the CUDA runtime also use.
 """
 
@@ -101,7 +101,7 @@ class TensorRtEngine(Engine):
                 raise BundleError(f"{name}: TensorRT cannot run the engine ({self._logger.last()}); rebuild it")
 
     _records = True
-    """Whether the largest batch of each profile is recorded as a CUDA graph here."""
+    """Whether usual batch sizes are recorded as CUDA graphs here."""
 
     def _new_logger(self, trt: Any) -> Any:
         return message_logger(trt)

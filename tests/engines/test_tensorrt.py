@@ -250,7 +250,7 @@ class World:
             return True
 
         def execute(context: Any, stream: int) -> bool:
-            if self.refuse == "run":
+            if self.refuse == "run" or (self.refuse == "record" and self.gpu.streams[stream].recording is not None):
                 return False
             shape, addresses = context._shape, dict(context._addresses)
 
@@ -430,6 +430,38 @@ def test_batches_of_any_size_are_answered_in_order(world: World, graph: bytes, p
     engine.close()
     with pytest.raises(BundleError, match="was closed"):
         engine.infer(photos)
+
+
+@newest
+def test_the_batches_that_commands_send_are_recorded(world: World, graph: bytes, photos: np.ndarray) -> None:
+    engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions()).data, 64, "bundle")
+    recorded = []
+    for count in (1, 2, 8, 12, 16, 23, 32, 64):
+        world.gpu.launches = 0
+        engine.infer(np.resize(photos, (count, 64, 64, 3)))
+        recorded += [count] if world.gpu.launches else []
+    assert recorded == [1, 8, 16, 32, 64]
+    engine.close()
+
+
+@newest
+@pytest.mark.parametrize("fault", ["refused", "stale"])
+def test_a_graph_that_does_not_answer_like_the_engine_is_not_used(
+    world: World, graph: bytes, photos: np.ndarray, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A call that fails only while it is recorded, or a graph that lacks the work, would repeat earlier answers."""
+    if fault == "refused":
+        world.refuse = "record"
+    else:
+        monkeypatch.setattr(cuda_graph.CudaGraph, "launch", lambda self, stream: None)
+    engine = TensorRtEngine(world.trt, planned(world, graph, PlanOptions((1, 4))).data, 64, "bundle")
+    world.gpu.launches = 0
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"photos": photos[:4]})
+    np.testing.assert_allclose(engine.infer(photos[:4]), expected, atol=ENGINE_FP32)
+    assert world.gpu.launches == 0
+    engine.close()
+    assert not world.gpu.memory
 
 
 @newest
