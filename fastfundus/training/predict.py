@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastfundus.kernels.ops import sample
 from fastfundus.spec import PreprocessSpec
 from fastfundus.training.augment import fixed_transforms
 from fastfundus.training.distributed import World
+from fastfundus.training.loader import PhotoLoader, prefetch
 
 if TYPE_CHECKING:
     from fastfundus.data.store import PhotoArray
@@ -46,11 +46,14 @@ def forward_batches(
     """
     model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        fixed = fixed_transforms(spec, len(batch))
-        images = torch.from_numpy(np.ascontiguousarray(photos[batch])).to(device)
-        inputs = sample(images, torch.from_numpy(fixed.geometry), torch.from_numpy(fixed.colour), size)
+    loader = PhotoLoader(photos, rows, device)
+
+    def begin(batch: NDArray[np.int64]) -> Callable[[], Tensor]:
+        return loader.begin(batch, fixed_transforms(spec, len(batch)), size)
+
+    # A thread reads and copies the next batch while the model computes this one, as in training.
+    for finish in prefetch(begin, [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]):
+        inputs = finish()
         with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None), _without_tf32(dtype is None):
             output = model(inputs)
         yield output.float()
