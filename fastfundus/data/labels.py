@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,21 +170,26 @@ def _special(
             "only the first has the text)"
         )
     patients = _people(patients, table)
-    eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")]
-    splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
+    nothing: list[str | None] = [None] * count
+    eyes = [normal_eye(eye, eye_codes) for eye in texts("eye")] if "eye" in roles.columns else nothing
+    camera = texts("camera") if "camera" in roles.columns else nothing
+    return patients, eyes, _splits(texts, roles, table, lines), camera
+
+
+def _splits(
+    texts: Callable[[str], list[str | None]], roles: Roles, table: LabelTable, lines: list[int]
+) -> list[str | None]:
     if "is_valid" in roles.columns:
         # As fast.ai writes it: what is not for validation is for training.
         sides = [value_of(text) if text is not None else None for text in texts("is_valid")]
-        return (
-            patients,
-            eyes,
-            ["val" if side == 1.0 else "train" if side == 0.0 else None for side in sides],
-            texts("camera"),
-        )
+        return ["val" if side == 1.0 else "train" if side == 0.0 else None for side in sides]
+    if "split" not in roles.columns:
+        return [None] * len(lines)
+    splits = [None if split is None else SPLITS.get(split.lower()) for split in texts("split")]
     for line, text, split in zip(lines, texts("split"), splits, strict=True):
         if text is not None and split is None:
             table.notes.append(f"{table.path}, line {line}: split {text!r} is not train, val or test; set to unknown")
-    return patients, eyes, splits, texts("camera")
+    return splits
 
 
 def _people(patients: list[str | None], table: LabelTable) -> list[str | None]:

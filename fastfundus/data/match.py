@@ -103,6 +103,10 @@ def match_names(names: Sequence[str], keys: Iterable[str], folders: Sequence[Pat
     for position, plain in enumerate(_fold_all(names)):
         if matches[position] is not None:
             continue
+        if not index.undotted and "." not in plain and "/" not in plain and (stem := index.by_stem(plain)):
+            # The usual name of a table, in half the time.
+            matches[position] = stem
+            continue
         name = names[position]
         # Whatever ends like the name has its last part.
         known = (index.undotted or "." in plain) and index.has_last(plain)
@@ -282,6 +286,11 @@ class _Index:
         if len(hits) > 1 or "/" in plain:
             hits = [key for key in hits if f"/{fold_name(key)}".endswith(f"/{plain}")]
         return _unique(hits)
+
+    def by_stem(self, plain: str) -> Match | None:
+        """Match the last part of a path without its extension, if only one photo has it."""
+        found = self._stem.get(plain)
+        return Match(found, (), True) if isinstance(found, str) else None
 
     def stem_ending(self, plain: str) -> Match | None:
         """Match the end of a path, ignoring extensions."""
