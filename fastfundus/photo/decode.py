@@ -28,11 +28,11 @@ from fastfundus.photo.png import check_png, check_rows
 from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 
-__all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage"]
+__all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage", "to_full_scale"]
 
 _DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
 """Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
-_ROWS = 256
+_ROWS, _LOOKED_AT = 256, 4_000_000
 _COMMENT, _MAX_PPM_HEADER = re.compile(rb"#[^\n]*\n?"), 4096
 _FILLING = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
@@ -159,6 +159,9 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if pixels.dtype == np.uint16:
+        colours = pixels if pixels.shape[2] == 3 else pixels[..., :3]
+        if (scaled := to_full_scale(colours)) is not colours:
+            pixels = scaled if pixels.shape[2] == 3 else np.dstack([scaled, pixels[..., 3]])
         pixels = _to_eight_bits(pixels)
     if pixels.dtype != np.uint8:
         raise PhotoError(Status.UNSUPPORTED, f"{pixels.dtype} samples; 8 or 16 bits per channel are supported")
@@ -167,6 +170,32 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.shape[2] == 4:
         pixels = _on_black(pixels)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def to_full_scale(pixels: NDArray[np.uint16], bits: int = 16) -> NDArray[np.uint16]:
+    """Map samples to the full range of 16 bits, so that 12-bit samples in 16 bits do not become a dark image.
+
+    A file may say 16 bits where the camera stored 12: then the range of the values decides.
+
+    Args:
+        pixels: uint16 [H, W, 3].
+        bits: number of bits of a sample according to the file.
+    """
+    # Whole pixels: red is twice as bright as blue.
+    some = pixels.reshape(-1, pixels.shape[-1])[:: 1 + pixels.size // _LOOKED_AT].ravel()
+    # One hot pixel must not decide: one in ten thousand may be brighter.
+    rank = some.size // 10_000
+    used = int(np.partition(some, -1 - rank)[-1 - rank]).bit_length()
+    stored = next(size for size in (8, 10, 12, 14, 16) if used <= size)
+    # A photo may leave the brightest half of its range unused, but hardly three quarters.
+    bits = stored if used > bits or stored <= bits - 2 else bits
+    if bits == 16:
+        return pixels
+    result = np.empty(pixels.shape, np.uint16)
+    for row in range(0, len(pixels), _ROWS):
+        scaled = pixels[row : row + _ROWS].astype(np.uint32) * 65535 // (2**bits - 1)
+        result[row : row + _ROWS] = np.minimum(scaled, 65535)
+    return result
 
 
 def _to_eight_bits(pixels: NDArray[np.uint16]) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.decode import eight_bit_rgb, is_damage
+from fastfundus.photo.decode import eight_bit_rgb, is_damage, to_full_scale
 from fastfundus.records import Status
 
 __all__ = ["decode_pixels", "first_frame", "with_colours_said"]
@@ -64,7 +64,7 @@ def decode_pixels(dataset: Any) -> NDArray[np.uint8]:
         # Colours have no sign; headers that claim one are filled by template.
         pixels = pixels.view(f"u{pixels.dtype.itemsize}")
     if pixels.dtype == np.uint16:
-        pixels = _to_full_scale(pixels, bits)
+        pixels = to_full_scale(pixels, bits)
     return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
 
 
@@ -172,16 +172,3 @@ def _transforms_itself(dataset: Any) -> bool:
     frame = first_frame(dataset)
     at = frame.find(b"\xff\x52")
     return 0 <= at < len(frame) - 8 and frame[at + 8] == 1
-
-
-def _to_full_scale(pixels: NDArray[np.uint16], bits: int) -> NDArray[np.uint16]:
-    """Map samples to the full range of 16 bits, so that 12-bit samples in 16 bits do not become a dark image.
-
-    The header may say 16 bits where the camera stored 12: then the range of the values decides.
-    """
-    # One hot pixel must not decide: one in ten thousand may be brighter.
-    used = int(np.partition(pixels.ravel(), -1 - pixels.size // 10_000)[-1 - pixels.size // 10_000]).bit_length()
-    stored = next(size for size in (8, 10, 12, 14, 16) if used <= size)
-    # A photo may leave the brightest half of its range unused, but hardly three quarters.
-    bits = stored if used > bits or stored <= bits - 2 else bits
-    return np.minimum(pixels.astype(np.uint32) * 65535 // (2**bits - 1), 65535).astype(np.uint16)

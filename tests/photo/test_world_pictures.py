@@ -498,3 +498,13 @@ def test_reasons_are_in_words_of_our_own(jpeg: bytes) -> None:
         assert re.fullmatch(
             r"the (image|header) is damaged[a-z, ]*; copy it again(, or export it anew)?|the file is not.*", reason
         )
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_samples_of_cameras_in_words_of_16_bits(rgb: np.ndarray, form: str, bits: int) -> None:
+    """A camera's 12 bits are an almost black picture to programs that take them for 16."""
+    samples = (rgb.astype(np.uint32) * (2**bits - 1) // 255).astype(np.uint16)
+    done, file = cv2.imencode({"PNG": ".png", "TIFF": ".tif"}[form], samples[..., ::-1])
+    assert done
+    assert np.abs(decode_at(file.tobytes(), 0).astype(int) - rgb).max() <= 1
