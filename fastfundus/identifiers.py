@@ -32,9 +32,6 @@ _ATTACHED = re.compile(r"(.*\d)(OD|OS|OI|OG|RE|LE)")
 _ATTACHED_EYES = frozenset({"OD", "OS", "OI", "OG", "RE", "LE"})
 _LONGEST_EYE = 20
 _DATED = re.compile(r"[_\-. ](19|20)\d{2}[_\-. ]?(0[1-9]|1[0-2])[_\-. ]?[0-3]\d$")
-_VISITED = re.compile(
-    r"[_\-. ](?:bl|baseline|screening|(?:visit|v|fu|month|m|year|yr|y|week|tp|ses)[_\-]?\d{1,3})$", re.I
-)
 _SEPARATOR = re.compile(r"[_\-. ]")
 _PATIENT_FOLDER = re.compile(r"(?:p|pt|pat|patient|subj|subject|sub|participant|person)[_\-. ]?\d+", re.IGNORECASE)
 _DEVICE_WORDS = frozenset(
@@ -56,12 +53,15 @@ _PLACEHOLDERS = frozenset(
     }
 )  # fmt: skip
 _NUMBERED_NOBODY = re.compile(r"(anonym|unknown|unk|noname|nobody)\w*?\d{1,2}", re.IGNORECASE)
-_VISIT = re.compile(
-    r"(baseline|bl|screening|(visit|v|visita|visite|session|ses|timepoint|tp|follow[_\-. ]?up|fu|exam"
-    r"|month|mo|m|year|yr|y|week|wk|w|day)[_\-. ]?\d{1,3}|\d{1,3}[_\-. ]?(months?|years?|weeks?|days?|mo|yrs?))",
-    re.IGNORECASE,
+_VISIT_WORDS = (
+    r"(?:baseline|bl|screening|v\d{1,2}|(?:visita?|visite|session|ses|timepoint|tp|follow[_\-. ]?up|fu|month|year|week)"
+    r"[_\-. ]?\d{1,3}|\d{1,3}[_\-. ]?(?:months?|years?|weeks?))"
 )
-"""A folder or the end of a name that tells the visit, not the person."""
+_VISIT = re.compile(_VISIT_WORDS, re.IGNORECASE)
+"""A folder that tells the visit, not the person. Single letters are none: M12 may be a man."""
+_VISITED = re.compile(rf"[_\-. ]{_VISIT_WORDS}$", re.IGNORECASE)
+_NO_PERSON = re.compile(r"(site|cent|clinic|hospital|study|cohort|group|batch|set|part|year|series|export|scan|19|20)")
+"""How texts with numbers begin that stand for many people."""
 _DATE = re.compile(r"(19|20)\d{2}[_\-. ]?(0[1-9]|1[0-2])[_\-. ]?[0-3]\d")
 
 
@@ -194,7 +194,7 @@ def _without_visit(before: str) -> str:
     """
     for ending in (_DATED, _VISITED) if _SEPARATOR.search(before) else ():
         shorter = ending.sub("", before)
-        if shorter != before and _has_digit(shorter):
+        if shorter != before and _is_identifier(shorter):
             return shorter
     return before
 
@@ -202,13 +202,16 @@ def _without_visit(before: str) -> str:
 def _person_of(folders: tuple[str, ...]) -> str:
     """Return the folders of a person without those of visits below them."""
     kept = list(folders)
-    while len(kept) > 1 and (_VISIT.fullmatch(kept[-1]) or _DATE.fullmatch(kept[-1])) and _has_digit(kept[-2]):
+    while len(kept) > 1 and (_VISIT.fullmatch(kept[-1]) or _DATE.fullmatch(kept[-1])) and _is_identifier(kept[-2]):
         kept.pop()
     return "/".join(kept)
 
 
-def _has_digit(text: str) -> bool:
-    return any(map(str.isdigit, text))
+def _is_identifier(text: str) -> bool:
+    """Return whether the last part of a text is the number of a person: two digits at least, and no site or year."""
+    last = _SEPARATOR.split(text)[-1].lower()
+    digits = sum(map(str.isdigit, last))
+    return is_patient_folder(last) or (digits >= 2 and not _NO_PERSON.match(last))
 
 
 def is_patient_folder(name: str) -> bool:
