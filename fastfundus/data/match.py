@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, cast
 from urllib.parse import unquote
 
@@ -133,7 +133,7 @@ def _drop_inconsistent(names: Sequence[str], matches: list[Match], index: _Index
         if match.foreign_path and match.key is not None
     }
     distinct = set(roots.values())
-    below = {root for root in distinct if any(root.startswith(f"{other}/") for other in distinct if other != root)}
+    below = {root for root in distinct if any(str(parent) in distinct for parent in PurePosixPath(root).parents)}
     for position, root in roots.items() if below else ():
         if root in below:
             matches[position] = _MISSING

@@ -139,18 +139,27 @@ def _cells(line: str) -> list[str]:
 
 def _header_line(text: str, is_header: Callable[[list[str]], bool] | None) -> str:
     """Return the first line that is a header when it is split by its own separator, or else the first line."""
-    lines = [line for line in text[:_MAX_TITLE].splitlines() if line.strip()][:_MAX_TITLE_LINES]
-    for line in lines if is_header is not None else ():
-        if is_header is not None and is_header(_cells(line)):
-            return line
-    return lines[0] if lines else ""
+    lines = [line for line in text[:_MAX_TITLE].splitlines() if line.strip()][: _MAX_TITLE_LINES + 1]
+    rows = list(map(_cells, lines))
+    return lines[_header_place(rows, is_header)] if lines else ""
+
+
+def _header_place(rows: list[list[str]], is_header: Callable[[list[str]], bool] | None) -> int:
+    """Return which of the first rows is the header: the first one that looks like it, or else the first of all."""
+    for at, cells in enumerate(rows[:_MAX_TITLE_LINES] if is_header is not None else ()):
+        following = rows[at + 1] if at + 1 < len(rows) else []
+        # A value such as "fundus", which is also the name of a column, is repeated in the next row.
+        repeated = any(name and name == value for name, value in zip(cells, following, strict=False))
+        if is_header is not None and is_header(cells) and (at == 0 or (following and not repeated)):
+            return at
+    return 0
 
 
 def _without_title(table: RawTable, path: Path, is_header: Callable[[list[str]], bool] | None) -> RawTable:
     """Leave out the lines above the header."""
     if is_header is None:
         return table
-    above = next((at for at, (_, cells) in enumerate(table.lines[:_MAX_TITLE_LINES]) if is_header(cells)), 0)
+    above = _header_place([cells for _, cells in table.lines[: _MAX_TITLE_LINES + 1]], is_header)
     if above:
         title = " ".join(cell.strip() for cell in table.lines[0][1] if cell.strip())[:60]
         number = table.lines[above][0]

@@ -158,6 +158,9 @@ def test_a_header_without_known_names_is_still_the_first_line(tmp_path: Path) ->
     path.write_text("quality,grade\nimage,id\n1,2\n")
     # Its second line looks like a header, but the message should name the columns that are there.
     assert [row.file for row in read_labels(path).rows] == ["1"]
+    path.write_text("Bild;Typ\n10_left;fundus\n10_right;fundus\n")
+    with pytest.raises(DataError, match="no column that identifies the photos; columns: Bild, Typ"):
+        read_labels(path)
     path.write_text("quality,grade\n1,2\n")
     with pytest.raises(DataError, match="no column that identifies the photos; columns: quality, grade"):
         read_labels(path)
