@@ -43,7 +43,7 @@ FILES = ("results.csv", "results.parquet", "eyes.csv", "patients.csv", "report.h
 _FOLDERS = ("progress", "masks")
 _SOURCE: dict[str, Any] = {
     "name": pl.String, "patient": pl.String, "patient_known": pl.Boolean, "eye": pl.String, "camera": pl.String,
-    "issue": pl.String,
+    "issue": pl.String, "patient_by_name": pl.Boolean, "eye_by_name": pl.Boolean,
 }  # fmt: skip
 _INPUTS = {**_SOURCE, "path": pl.Binary, "bytes": pl.Int64, "mtime_ns": pl.Int64}
 
@@ -168,7 +168,7 @@ class Store:
             found = list(new) if noted["lost"] else []
             if found:
                 more = _pack(found)
-                _put(inputs, parquet_bytes(pl.concat([table, more])))
+                _put(inputs, parquet_bytes(pl.concat([table, more], how="diagonal")))
                 self.photos += _unpack(more)
                 self._segments.append(len(found))
             if not listing.photos:
@@ -337,5 +337,6 @@ def _pack(photos: list[SourcePhoto]) -> pl.DataFrame:
 
 
 def _unpack(table: pl.DataFrame) -> list[SourcePhoto]:
-    rows = table.select(*_SOURCE, "path").iter_rows(named=True)
+    # Runs that an earlier version began have no columns on what only names say.
+    rows = table.select(*(name for name in _SOURCE if name in table.columns), "path").iter_rows(named=True)
     return [SourcePhoto(**row | {"path": Path(os.fsdecode(row["path"]))}) for row in rows]
