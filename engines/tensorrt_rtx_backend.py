@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from fastfundus.engines.tensorrt_runtime import TensorRtEngine
 from fastfundus.errors import BundleError, ConfigError, MissingDependency, close_matches, require
 from fastfundus.kernels.building import cache_folder
 
-__all__ = ["DEFAULT_TARGETS", "PACKAGE", "TARGETS", "build", "load", "precisions", "runs_here", "stand_in"]
+__all__ = [
+    "DEFAULT_TARGETS",
+    "PACKAGE",
+    "TARGETS",
+    "build",
+    "load",
+    "precisions",
+    "runs_here",
+    "set_targets",
+    "stand_in",
+]
 
 PACKAGE = "tensorrt_rtx_bindings"
 TARGETS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -74,9 +85,7 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
     typed_graph(blueprint, typed, precision)
     logger = _logger(trt)
     builder, network, config = read_graph(trt, typed.read_bytes(), INPUT, batches, logger, exact=precision == "fp32")
-    config.num_compute_capabilities = len(targets)
-    for number, target in enumerate(targets):
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), number)
+    set_targets(trt, config, targets)
     (folder / _PLAN).write_bytes(serialize(trt, builder, network, config, logger, progress))
     photos = draw_photos(blueprint.size)
     write_proof(folder, photos, blueprint.model.answers(photos))
@@ -89,6 +98,13 @@ def build(blueprint: Blueprint, folder: Path, precision: str) -> dict[str, Any]:
         "batches": list(batches),
         "not_run": not runs_here(blueprint.options),
     }
+
+
+def set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    """Let a configuration build for some of `TARGETS`."""
+    config.num_compute_capabilities = len(targets)
+    for number, target in enumerate(targets):
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), number)
 
 
 def _checked_targets(targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ NETWORKS = {
 }  # fmt: skip
 """Side of the photos in pixels, by network."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+TARGET, LARGEST_BATCH = "sm89", 32
 _COMPUTING = ("CONVOLUTION", "MATRIX_MULTIPLY", "DECONVOLUTION")
 
 
@@ -67,39 +68,33 @@ def export(name: str, size: int, precision: str, folder: Path) -> Path:
     return graph
 
 
-def build(graph: Path) -> dict[str, Any]:
-    """Parse and build a graph, and return what NVIDIA's library made of it."""
+def build(graph: Path, precision: str) -> dict[str, Any]:
+    """Parse and build a graph as `build-engine` does, and return what NVIDIA's library made of it."""
     import tensorrt_rtx_bindings as trt
 
     from fastfundus.engines.export import INPUT
-    from fastfundus.engines.tensorrt_build import message_logger
+    from fastfundus.engines.tensorrt_build import message_logger, read_graph, serialize
+    from fastfundus.engines.tensorrt_rtx_backend import set_targets
+    from fastfundus.errors import BundleError
 
     logger = message_logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph.read_bytes()):
-        return {"refused": parser.get_error(0).desc()}
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.type.name in _COMPUTING)
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    photo = tuple(network.get_input(0).shape)[1:]
-    profile.set_shape(INPUT, (1, *photo), (8, *photo), (32, *photo))
-    config.add_optimization_profile(profile)
-    began = time.perf_counter()
-    engine = builder.build_serialized_network(network, config)
-    seconds = time.perf_counter() - began
-    if engine is None:
-        return {"refused": logger.last()}
+    try:
+        builder, network, config = read_graph(
+            trt, graph.read_bytes(), INPUT, (LARGEST_BATCH,), logger, exact=precision == "fp32"
+        )
+        layers = [network.get_layer(number) for number in range(network.num_layers)]
+        types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.type.name in _COMPUTING)
+        set_targets(trt, config, [TARGET])
+        began = time.perf_counter()
+        engine = serialize(trt, builder, network, config, logger, lambda phase, step, steps: None)
+    except BundleError as error:
+        return {"refused": str(error)}
     return {
         "layers": len(layers),
         "quantized": sum(layer.type.name == "QUANTIZE" for layer in layers),
         "computing": dict(types),
-        "seconds": seconds,
-        "bytes": len(bytes(engine)),
+        "seconds": time.perf_counter() - began,
+        "bytes": len(engine),
         "version": trt.__version__,
     }
 
@@ -107,7 +102,7 @@ def build(graph: Path) -> dict[str, Any]:
 def one(name: str, precision: str) -> dict[str, Any]:
     """Export and build one graph."""
     with tempfile.TemporaryDirectory() as folder:
-        return build(export(name, NETWORKS[name], precision, Path(folder)))
+        return build(export(name, NETWORKS[name], precision, Path(folder)), precision)
 
 
 def main() -> None:

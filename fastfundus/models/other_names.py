@@ -68,12 +68,13 @@ def with_timm_names(tensors: Mapping[str, Tensor], wanted: Iterable[str] = ()) -
     """
     tensors = _in_usual_spelling(tensors)
     wanted = set(wanted)
+    blocks = _numbered_blocks(wanted)
     rename: Callable[[str, Mapping[str, Tensor]], str]
     for anchor, rename in (
         ("encoder.pos_embedding", _vit),
         ("features.1.0.layer_scale", _convnext),
         ("features.1.0.block.0.0.weight", _efficientnet),
-        ("_blocks.0._depthwise_conv.weight", lambda name, those: _efficientnet_pytorch(name, those, wanted)),
+        ("_blocks.0._depthwise_conv.weight", lambda name, those: _efficientnet_pytorch(name, those, blocks)),
     ):
         prefix = next((name.removesuffix(anchor) for name in tensors if name.endswith(anchor)), None)
         if prefix is None or (prefix and not prefix.endswith(".")) or anchor in wanted:
@@ -154,10 +155,10 @@ def _numbered_blocks(wanted: Iterable[str]) -> dict[str, str]:
     return {str(number): place for number, place in enumerate(ordered)}
 
 
-def _efficientnet_pytorch(name: str, those: Mapping[str, Tensor], wanted: set[str]) -> str:
+def _efficientnet_pytorch(name: str, those: Mapping[str, Tensor], blocks: Mapping[str, str]) -> str:
     outer, separable, inverted = _EFFICIENTNET_PYTORCH
     first, *rest = name.split(".")
     if first != "_blocks":
         return ".".join([outer.get(first, first), *rest])
     layers = inverted if f"_blocks.{rest[0]}._expand_conv.weight" in those else separable
-    return ".".join([_numbered_blocks(wanted).get(rest[0], "?"), layers.get(rest[1], "?"), *rest[2:]])
+    return ".".join([blocks.get(rest[0], "?"), layers.get(rest[1], "?"), *rest[2:]])

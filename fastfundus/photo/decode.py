@@ -28,7 +28,7 @@ from fastfundus.photo.png import check_png, check_rows
 from fastfundus.photo.tiff import check_tiff, read_pages
 from fastfundus.records import Status
 
-__all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage", "to_full_scale"]
+__all__ = ["decode", "decode_with_room", "eight_bit_rgb", "is_damage"]
 
 _DAMAGE = re.compile("corrupt|premature|bogus|invalid|inconsistent|extraneous|unknown|warning", re.IGNORECASE)
 """Warnings of libjpeg, as opposed to errors about kinds that it does not support."""
@@ -142,13 +142,14 @@ def _opencv(data: bytes) -> NDArray[np.uint8] | None:
     return None if pixels is None else eight_bit_rgb(pixels)
 
 
-def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+def eight_bit_rgb(pixels: NDArray[Any], bits: int = 16) -> NDArray[np.uint8]:
     """Convert 8-bit or 16-bit BGR(A) from OpenCV to 8-bit RGB; transparent pixels become black.
 
     A fourth channel of zeros is padding, as in 32-bit BMPs: nobody stores a picture that is transparent everywhere.
 
     Args:
         pixels: uint8 or uint16 [H, W, 3] or [H, W, 4], BGR or BGRA.
+        bits: number of bits of a uint16 sample according to the file.
 
     Returns:
         uint8 [H, W, 3] RGB.
@@ -160,7 +161,7 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
         raise PhotoError(Status.UNSUPPORTED, "greyscale image; a colour fundus photograph is required")
     if pixels.dtype == np.uint16:
         colours = pixels if pixels.shape[2] == 3 else pixels[..., :3]
-        if (scaled := to_full_scale(colours)) is not colours:
+        if (scaled := _to_full_scale(colours, bits)) is not colours:
             pixels = scaled if pixels.shape[2] == 3 else np.dstack([scaled, pixels[..., 3]])
         pixels = _to_eight_bits(pixels)
     if pixels.dtype != np.uint8:
@@ -172,7 +173,7 @@ def eight_bit_rgb(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def to_full_scale(pixels: NDArray[np.uint16], bits: int = 16) -> NDArray[np.uint16]:
+def _to_full_scale(pixels: NDArray[np.uint16], bits: int) -> NDArray[np.uint16]:
     """Map samples to the full range of 16 bits, so that 12-bit samples in 16 bits do not become a dark image.
 
     A file may say 16 bits where the camera stored 12: then the range of the values decides.

@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from fastfundus.errors import PhotoError
-from fastfundus.photo.decode import eight_bit_rgb, is_damage, to_full_scale
+from fastfundus.photo.decode import eight_bit_rgb, is_damage
 from fastfundus.records import Status
 
 __all__ = ["decode_pixels", "first_frame", "with_colours_said"]
@@ -63,9 +63,7 @@ def decode_pixels(dataset: Any) -> NDArray[np.uint8]:
     if pixels.dtype.kind == "i":
         # Colours have no sign; headers that claim one are filled by template.
         pixels = pixels.view(f"u{pixels.dtype.itemsize}")
-    if pixels.dtype == np.uint16:
-        pixels = to_full_scale(pixels, bits)
-    return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    return eight_bit_rgb(cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), bits)
 
 
 def _samples(dataset: Any) -> tuple[NDArray[Any], int]:
