@@ -17,7 +17,8 @@ from torch import nn
 
 from fastfundus.config import ModelConfig
 from fastfundus.engines.export import INPUT, ScreeningModel, export_onnx
-from fastfundus.engines.tensorrt_build import message_logger
+from fastfundus.engines.tensorrt_build import message_logger, read_graph, serialize
+from fastfundus.engines.tensorrt_rtx_backend import set_targets
 from fastfundus.models.classifier import create_model
 from fastfundus.models.guard import Guard, GuardModel
 from fastfundus.spec import PreprocessSpec
@@ -65,27 +66,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
     return export
 
 
-def parsed(graph: Path, logger: Any) -> tuple[Any, Any]:
-    """Return the builder and the strongly typed network that the parser makes of a graph."""
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    assert parser.parse(graph.read_bytes()), parser.get_error(0).desc()
-    return builder, network
+def parsed(graph: Path, logger: Any) -> tuple[Any, Any, Any]:
+    """Return the builder, the strongly typed network and the configuration that `build-engine` makes of a graph."""
+    return read_graph(trt, graph.read_bytes(), INPUT, (32,), logger, exact=False)
 
 
-def built(builder: Any, network: Any, logger: Any) -> bytes:
+def built(builder: Any, network: Any, config: Any, logger: Any) -> bytes:
     """Build an engine of batches from 1 to 32 for one kind of GPU."""
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    photo = tuple(network.get_input(0).shape)[1:]
-    profile.set_shape(INPUT, (1, *photo), (8, *photo), (32, *photo))
-    config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
-    assert engine is not None, logger.last()
-    return bytes(engine)
+    set_targets(trt, config, ["sm89"])
+    return serialize(trt, builder, network, config, logger, lambda phase, step, steps: None)
 
 
 _USUAL = {("test_vit", "bf16")}
@@ -104,23 +93,23 @@ def test_graphs_are_parsed_and_built(
     exported: Callable[[str, str], Path], logger: Any, backbone: str, precision: str
 ) -> None:
     graph = exported(backbone, precision)
-    builder, network = parsed(graph, logger)
+    builder, network, config = parsed(graph, logger)
     kinds = Counter(
         network.get_layer(layer).get_output(0).dtype.name
         for layer in range(network.num_layers)
         if network.get_layer(layer).type.name == "CONVOLUTION"
     )
     assert set(kinds) == {TYPES[precision]}
-    assert len(built(builder, network, logger)) > 50_000
+    assert len(built(builder, network, config, logger)) > 50_000
 
 
 @pytest.mark.long
 def test_the_guard_is_built(tmp_path: Path, logger: Any) -> None:
     graph = tmp_path / "model.onnx"
     export_onnx(model_of("resnet18", guard=True), graph, ["abnormal", "dr"], precision="bf16")
-    builder, network = parsed(graph, logger)
+    builder, network, config = parsed(graph, logger)
     assert tuple(network.get_output(0).shape)[1:] == (3,)
-    built(builder, network, logger)
+    built(builder, network, config, logger)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", pytest.param("mobilenetv3_small_050", marks=pytest.mark.long)])
